@@ -1,0 +1,52 @@
+"""The main job in small: VGG16 pretrained on ImageNet, its convolutions frozen, a new head, CIFAR-10. No network.
+
+Run from a clone: python examples/quickstart.py
+The weights and the 4,000 images lie in examples/assets; where they come from is in the README there.
+"""
+
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+from torchvision.datasets import ImageFolder
+
+import transferkit as tk
+
+ASSETS = Path(__file__).parent / "assets"
+EPOCHS = 10
+BATCH_SIZE = 32
+LEARNING_RATE = 1e-3
+FROZEN_UNTIL = "head"  # every convolution; "block5" would train the last three of them too
+
+
+def main() -> None:
+    torch.manual_seed(0)  # for the head's initial weights
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        zipfile.ZipFile(ASSETS / "cifar10_subset.zip").extractall(folder)
+        train = ImageFolder(Path(folder) / "train")  # one folder for each class; PIL images of any size
+        test = ImageFolder(Path(folder) / "test")
+
+        backbone = tk.load_backbone(
+            "vgg16",
+            weights=ASSETS / "vgg16_imagenet_features_bf16.pt",
+            preprocessing="IMAGENET1K_FEATURES",
+            image_size=32,
+        )
+        model = tk.attach_head(backbone, train.classes, hidden=(4096, 4096))
+        tk.freeze_until(model, FROZEN_UNTIL)
+
+        trainer = tk.Trainer(model, optimizer="adam", lr=LEARNING_RATE)
+        trainer.fit(train, validation_data=test, epochs=EPOCHS, batch_size=BATCH_SIZE)
+
+        scores = trainer.evaluate(test)
+        image, target = test[0]
+        predicted = model.classes[trainer.predict([image])[0]]
+    print(f"test accuracy {scores['accuracy']:.3f} after {time.perf_counter() - started:.0f} s")
+    print(f"the first test image is of class {train.classes[target]!r}, predicted {predicted!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Transfer learning with torchvision's VGG networks: freeze early layers, attach a head, fine-tune.
+
+>>> import transferkit as tk
+>>> backbone = tk.load_backbone("vgg16", weights=None, image_size=64)
+>>> model = tk.attach_head(tk.freeze_until(backbone, "head"), ["cat", "dog"], hidden=(256,))
+>>> trainer = tk.Trainer(model, optimizer="adam", lr=1e-3)
+"""
+
+from importlib.metadata import version
+
+from transferkit.installation import check_torchvision
+
+check_torchvision()  # before anything imports it, so that the user sees a sentence and not a missing operator
+
+from transferkit.backbone import Backbone, load_backbone  # noqa: E402
+from transferkit.checkpoint import load_model  # noqa: E402
+from transferkit.device import Device  # noqa: E402
+from transferkit.errors import TransferKitError  # noqa: E402
+from transferkit.freezing import freeze_until  # noqa: E402
+from transferkit.head import TransferModel, attach_head  # noqa: E402
+from transferkit.history import EpochReport, History  # noqa: E402
+from transferkit.preprocessing import Preprocessing  # noqa: E402
+from transferkit.trainer import Step, Trainer  # noqa: E402
+
+__version__ = version("transferkit")
+
+__all__ = [
+    "Backbone",
+    "Device",
+    "EpochReport",
+    "History",
+    "Preprocessing",
+    "Step",
+    "Trainer",
+    "TransferKitError",
+    "TransferModel",
+    "attach_head",
+    "freeze_until",
+    "load_backbone",
+    "load_model",
+]

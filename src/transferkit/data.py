@@ -1,0 +1,220 @@
+"""Whatever `Trainer` accepts as data, as batches in an order that depends on (seed, epoch) alone."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from transferkit.errors import ArgumentError, EmptyDataError, HeadMismatchError, ImageError, TargetError
+from transferkit.images import as_image, as_images
+from transferkit.randomness import derive_seed, seeded, shuffled
+from transferkit.targets import as_targets
+
+Batch = tuple[Tensor | list[Tensor], Tensor | None, list[int]]  # images, targets, places in the data set
+
+
+class Source(Protocol):
+    """Data that can be read again and again, in a given order."""
+
+    num_images: int | None
+    """None where a `DataLoader` does not tell."""
+
+    def num_batches(self, batch_size: int) -> int | None:
+        """Number of batches in an epoch."""
+
+    def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
+        """Yield the images once each, in the given order or as they lie; `seed` is for the data's own randomness."""
+
+
+def open_data(data: object, classes: Sequence[str], *, num_workers: int = 0, with_targets: bool = True) -> Source:
+    """Look at what a user passed as data, refuse what cannot be used, and return it as a `Source`.
+
+    Args:
+        data: `(images, targets)` arrays or tensors, a `Dataset` of `(image, target)`, or a `DataLoader` of batches
+            of them. Without targets, `images` alone and data sets of images alone serve as well.
+        classes: The model's class names; what the data says of its own is compared with them.
+        num_workers: Processes that read a `Dataset`.
+        with_targets: Whether targets are needed.
+
+    Raises:
+        EmptyDataError: There are no images.
+        ImageError: Images that cannot be used.
+        TargetError: Targets that cannot be used.
+        HeadMismatchError: The data has other classes than the model.
+        ArgumentError: Data of another kind.
+    """
+    if num_workers < 0:
+        raise ArgumentError(f"num_workers={num_workers} is negative: expected 0 (read in this process) or more.")
+    if isinstance(data, DataLoader):
+        _check_classes(getattr(data.dataset, "classes", None), classes)
+        return LoaderSource(data, classes, with_targets=with_targets)
+    if isinstance(data, IterableDataset):
+        raise ArgumentError(
+            f"data is a {type(data).__name__}, which has no length or order: wrap it in a DataLoader that makes batches."
+        )
+    if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "classes")):
+        _check_classes(getattr(data, "classes", None), classes)
+        return DatasetSource(data, classes, num_workers=num_workers, with_targets=with_targets)
+    if not with_targets and not isinstance(data, tuple):
+        return ArraySource(data, None, classes)
+    if isinstance(data, tuple | list) and len(data) == 2:
+        return ArraySource(data[0], data[1], classes)
+    raise ArgumentError(
+        f"data is a {type(data).__name__}: expected a pair (images, targets), a torch Dataset or a DataLoader."
+    )
+
+
+def epoch_order(num_images: int | None, seed: int, epoch: int) -> Tensor | None:
+    """Return the order of the images in an epoch, int64 `(num_images,)`.
+
+    Example:
+        >>> sorted(epoch_order(4, seed=0, epoch=2).tolist())
+        [0, 1, 2, 3]
+    """
+    return None if num_images is None else shuffled(num_images, derive_seed(seed, "order", epoch))
+
+
+class ArraySource:
+    """Images and targets in memory. Each batch is one indexing operation."""
+
+    def __init__(self, images: object, targets: object, classes: Sequence[str]) -> None:
+        self.images = as_images(images)
+        self.targets = None if targets is None else as_targets(targets, len(classes))
+        self.num_images = len(self.images)
+        if self.num_images == 0:
+            raise EmptyDataError(f"data holds no images: got shape {tuple(self.images.shape)}, expected 1 or more.")
+        if self.targets is not None and len(self.targets) != self.num_images:
+            raise TargetError(
+                f"{self.num_images} images but {len(self.targets)} targets: expected one target for each image."
+            )
+
+    def num_batches(self, batch_size: int) -> int:
+        return -(-self.num_images // batch_size)
+
+    def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
+        if order is None:
+            order = torch.arange(self.num_images)
+        for places in order.split(batch_size):
+            yield self.images[places], None if self.targets is None else self.targets[places], places.tolist()
+
+
+class DatasetSource:
+    """A map-style `Dataset`, read by a `DataLoader`; its own random transforms are seeded image by image."""
+
+    def __init__(self, dataset: Any, classes: Sequence[str], *, num_workers: int, with_targets: bool) -> None:
+        self.num_images = len(dataset)
+        if self.num_images == 0:
+            raise EmptyDataError(f"data is an empty {type(dataset).__name__}: expected 1 image or more.")
+        self.samples = _Samples(dataset, with_targets=with_targets)
+        self.num_classes = len(classes)
+        self.num_workers = num_workers
+        if with_targets and isinstance(getattr(dataset, "targets", None), list | Tensor):
+            as_targets(dataset.targets, self.num_classes)  # all at once, before anything runs
+        _collate([self.samples[0, 0]], self.num_classes)
+
+    def num_batches(self, batch_size: int) -> int:
+        return -(-self.num_images // batch_size)
+
+    def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
+        if order is None:
+            order = torch.arange(self.num_images)
+        keys = [[(place, derive_seed(seed, place)) for place in part.tolist()] for part in order.split(batch_size)]
+        loader = DataLoader(
+            self.samples,
+            batch_sampler=keys,  # type: ignore[arg-type] # a list of lists of keys is a sampler of batches
+            num_workers=self.num_workers,
+            collate_fn=_identity,
+            generator=torch.Generator().manual_seed(seed),  # or the loader would draw from the global one
+        )
+        for samples in loader:
+            yield _collate(samples, self.num_classes)
+
+
+class LoaderSource:
+    """A user's own `DataLoader`: its batches, in its order."""
+
+    def __init__(self, loader: "DataLoader[Any]", classes: Sequence[str], *, with_targets: bool) -> None:
+        self.loader = loader
+        self.num_classes = len(classes)
+        self.with_targets = with_targets
+        self.num_images = None
+        sized = hasattr(loader.dataset, "__len__")
+        self.length = len(loader) if sized else None
+        if self.length == 0:
+            raise EmptyDataError(
+                f"the DataLoader makes 0 batches: {len(loader.dataset)} images, "  # type: ignore[arg-type]
+                f"batch_size {loader.batch_size}, drop_last={loader.drop_last}. Expected 1 batch or more."
+            )
+
+    def num_batches(self, batch_size: int) -> int | None:
+        return self.length
+
+    def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
+        first = 0
+        for batch in self.loader:
+            parts = batch if isinstance(batch, tuple | list) else (batch,)
+            if self.with_targets and len(parts) != 2:
+                raise TargetError(
+                    f"the DataLoader's batch {type(batch).__name__} has {len(parts)} parts: expected (images, targets)."
+                )
+            images = as_images(parts[0])
+            places = list(range(first, first + len(images)))
+            yield images, as_targets(parts[1], self.num_classes, places=places) if self.with_targets else None, places
+            first += len(images)
+        if first == 0:
+            raise EmptyDataError("the DataLoader made no batch this time: expected 1 or more in every epoch.")
+
+
+Sample = tuple[Tensor, Any, int]  # image, target, place in the data set
+
+
+class _Samples(Dataset[Sample]):
+    """Reads one sample of a data set in the worker process, under a seed of its own."""
+
+    def __init__(self, dataset: Any, *, with_targets: bool) -> None:
+        self.dataset = dataset
+        self.with_targets = with_targets
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        index, seed = key
+        with seeded(seed):
+            sample = self.dataset[index]
+        pair = isinstance(sample, tuple | list) and len(sample) == 2
+        if self.with_targets and not pair:
+            raise TargetError(f"sample {index} is a {type(sample).__name__}: expected a pair (image, target).")
+        image, target = sample if pair else (sample, None)
+        return as_image(image, index), target if self.with_targets else None, index
+
+
+def _identity(samples: list[Sample]) -> list[Sample]:
+    return samples
+
+
+def _collate(samples: list[Sample], num_classes: int) -> Batch:
+    images, targets, places = map(list, zip(*samples, strict=True))
+    if len({image.dtype for image in images}) > 1:
+        raise ImageError(
+            f"images {places} mix raw (uint8) and preprocessed (float) ones: expected one kind throughout."
+        )
+    same_size = len({image.shape for image in images}) == 1
+    if not same_size and images[0].is_floating_point():
+        raise ImageError(f"images {places} are preprocessed (float) but differ in size: expected one size throughout.")
+    labels = None
+    if targets[0] is not None:
+        rows = [torch.as_tensor(target) for target in targets]
+        labels = as_targets(torch.stack(rows), num_classes, places=places)
+    return torch.stack(images) if same_size else images, labels, places
+
+
+def _check_classes(found: Sequence[str] | None, expected: Sequence[str]) -> None:
+    if found is None:
+        return
+    numbered = list(expected) == [str(index) for index in range(len(expected))]
+    if len(found) != len(expected) or (not numbered and list(map(str, found)) != list(expected)):
+        raise HeadMismatchError(
+            f"the data has {len(found)} classes ({', '.join(map(str, found[:8]))}...), the model {len(expected)} "
+            f"({', '.join(expected[:8])}...): expected the same in the same order. Build the head from the data: "
+            "attach_head(backbone, data.classes)."
+        )

@@ -1,0 +1,151 @@
+"""Freeze the early layers of a network, so that training leaves every bit of them as it was."""
+
+from typing import TypeVar
+
+from torch import nn
+
+from transferkit.backbone import Backbone
+from transferkit.errors import UnknownLayerError, close_matches
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+_END = "(the end)"  # the boundary when everything is frozen; no module can have this name
+
+
+class _StayInEval:
+    """Stands in for a frozen module's `train` method, so that `model.train()` leaves the module in eval mode.
+
+    `requires_grad=False` alone stops neither batch norm's running statistics nor dropout.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, mode: bool = True) -> nn.Module:  # noqa: FBT001, FBT002 - torch's signature
+        self.module.training = False
+        return self.module
+
+
+def freeze_until(model: _Module, layer: str | None) -> _Module:
+    """Freeze every layer before `layer`; `layer` itself and all after it train.
+
+    Frozen parameters take no gradient, and frozen modules stay in eval mode through `model.train()`, so that batch
+    norm's statistics stay bit-identical and dropout stays off. What an earlier call froze and this one does not is
+    trainable again. Calling it twice changes nothing more.
+
+    Args:
+        model: A `Backbone`, a `TransferModel`, a module that contains a `Backbone`, or any module whose
+            registration order (`model.named_modules()`) is its forward order.
+        layer: A block (`"block5"`), a layer (`"block4_conv2"`), a module name (`"features.24"`), `"head"` (freezes
+            the whole backbone), or None (freezes nothing).
+
+    Returns:
+        The same model, changed in place.
+
+    Raises:
+        UnknownLayerError: `layer` is no layer of `model`; the message lists close matches.
+
+    Example:
+        >>> from transferkit import load_backbone
+        >>> backbone = freeze_until(load_backbone(weights=None), "block2")  # block 1 has 1,792 + 36,928
+        >>> sum(p.numel() for p in backbone.parameters() if not p.requires_grad)
+        38720
+
+    References:
+        Yosinski et al., 2014, "How transferable are features in deep neural networks?", arXiv:1411.1792.
+    """
+    boundary = _find_boundary(model, layer)
+    modules = dict(model.named_modules())
+    frozen_names = _names_before(boundary, list(modules))
+    # A parameter that a frozen module shares with a trainable one stays frozen: the frozen part must not change.
+    frozen = {id(p) for name in frozen_names for p in modules[name].parameters(recurse=False)}
+    for parameter in model.parameters():
+        if not parameter.is_floating_point():
+            continue
+        parameter.requires_grad_(id(parameter) not in frozen)
+        if not parameter.requires_grad:
+            parameter.grad = None  # or an optimizer would still apply a gradient left over from before
+    for name, module in modules.items():
+        if name in frozen_names and not _contains(name, boundary):
+            module.train = _StayInEval(module)  # type: ignore[method-assign, assignment]
+            module.training = False
+        elif isinstance(module.__dict__.get("train"), _StayInEval):
+            del module.train
+            module.training = model.training
+    return model
+
+
+def first_trainable(model: nn.Module) -> str | None:
+    """Return the name of the first layer with a trainable parameter; None if there is none.
+
+    Layers of a `Backbone` go by their block names. `freeze_until(model, first_trainable(model))` freezes what is
+    frozen now, provided something trains.
+
+    Example:
+        >>> first_trainable(freeze_until(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "1"))
+        '1'
+    """
+    names = {qualified: alias for alias, qualified in reversed(_aliases(model).items()) if "_" in alias}
+    for name, module in model.named_modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            return names.get(name, name)
+    return None
+
+
+def describe_frozen(model: nn.Module) -> str:
+    """Say in one line what is frozen and what trains, with parameter counts.
+
+    Example:
+        >>> describe_frozen(freeze_until(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "1"))
+        '6 parameters frozen, 6 train, from 1 on'
+    """
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    start = f", from {first_trainable(model)} on" if trainable and frozen else ""
+    return f"{frozen:,} parameters frozen, {trainable:,} train{start}"
+
+
+def _find_boundary(model: nn.Module, layer: str | None) -> str | None:
+    if layer is None:
+        return None
+    aliases = _aliases(model)
+    if layer in aliases:
+        return aliases[layer]
+    names = [name for name, _ in model.named_modules() if name]
+    if layer in names:
+        return layer
+    raise UnknownLayerError(
+        f"cannot freeze until layer {layer!r}: {type(model).__name__} has no such layer. "
+        f"{close_matches(layer, [*aliases, *names])} None freezes nothing."
+    )
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Map the block and layer names of each backbone inside `model` to the names of its modules."""
+    aliases: dict[str, str] = {}
+    for prefix, backbone in model.named_modules():
+        if not isinstance(backbone, Backbone):
+            continue
+        dot = f"{prefix}." if prefix else ""
+        for index, name in enumerate(backbone.layer_names):
+            aliases.setdefault(name.split("_")[0], f"{dot}features.{index}")
+            aliases[name] = f"{dot}features.{index}"
+        if prefix:  # "features.24" for "backbone.features.24"
+            aliases.update({name: dot + name for name, _ in backbone.named_modules() if name})
+        else:
+            aliases["head"] = _END
+    return aliases
+
+
+def _names_before(boundary: str | None, names: list[str]) -> set[str]:
+    """Return the names registered before `boundary`; modules around it count for their own direct parameters."""
+    if boundary is None:
+        return set()
+    return set(names if boundary == _END else names[: names.index(boundary)])
+
+
+def _contains(name: str, boundary: str | None) -> bool:
+    """Return whether the module called `name` contains the boundary, and so must go on into training mode."""
+    if boundary is None or boundary == _END:
+        return False
+    return name == "" or boundary.startswith(f"{name}.")

@@ -1,0 +1,76 @@
+"""What happened in each epoch."""
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class EpochReport:
+    """One epoch's figures.
+
+    Attributes:
+        epoch: Number of the epoch in the life of the trainer, from 0.
+        loss: Mean training loss, label smoothing and class weights included, while the weights were changing.
+        accuracy: Training accuracy, 0 to 1, likewise.
+        lr: Learning rate of the head's group in the last step.
+        epoch_s: Seconds, validation included.
+        val_loss: Plain cross-entropy on the validation data; None without.
+        val_accuracy: 0 to 1; None without.
+    """
+
+    epoch: int
+    loss: float
+    accuracy: float
+    lr: float
+    epoch_s: float
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+
+    def __str__(self) -> str:
+        validation = (
+            "" if self.val_loss is None else f"  val_loss {self.val_loss:.4f}  val_accuracy {self.val_accuracy:.4f}"
+        )
+        return (
+            f"epoch {self.epoch + 1}  loss {self.loss:.4f}  accuracy {self.accuracy:.4f}{validation}  "
+            f"lr {self.lr:.2g}  {self.epoch_s:.1f} s"
+        )
+
+
+@dataclass(slots=True)
+class History:
+    """The reports of one call of `fit`.
+
+    Attributes:
+        reports: One for each epoch that was finished, in order.
+
+    Example:
+        >>> history = History([EpochReport(0, 2.0, 0.3, 1e-3, 5.0, 1.9, 0.4), EpochReport(1, 1.0, 0.6, 1e-3, 5.0, 1.8, 0.5)])
+        >>> history.history["val_accuracy"], history.best_epoch
+        ([0.4, 0.5], 1)
+    """
+
+    reports: list[EpochReport] = field(default_factory=list)
+
+    @property
+    def history(self) -> dict[str, list[float]]:
+        """Each figure's values, one for each epoch; figures that were not taken are left out."""
+        rows = [asdict(report) for report in self.reports]
+        names = [name for name in rows[0] if name != "epoch" and rows[0][name] is not None] if rows else []
+        return {name: [row[name] for row in rows] for name in names}
+
+    @property
+    def epoch(self) -> list[int]:
+        """The numbers of the epochs, from 0, in the life of the trainer."""
+        return [report.epoch for report in self.reports]
+
+    @property
+    def best_epoch(self) -> int | None:
+        """Place in this history, from 0, of the best epoch: highest validation accuracy, then lowest loss.
+
+        None without validation data.
+        """
+        ranked = [
+            (report.val_accuracy, -report.val_loss)
+            for report in self.reports
+            if report.val_loss is not None and report.val_accuracy is not None
+        ]
+        return max(range(len(ranked)), key=lambda index: (*ranked[index], -index)) if ranked else None

@@ -1,0 +1,51 @@
+"""Learning-rate schedules: pure functions of how far the run has come, with nothing to save or to break."""
+
+import math
+from collections.abc import Callable
+
+from transferkit.errors import ArgumentError, close_matches
+
+Schedule = Callable[[float], float]
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": lambda progress: 1.0,  # noqa: ARG005
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2.0,
+}
+
+
+def find_schedule(schedule: str | Schedule) -> Schedule:
+    """Return a schedule by its name, or the user's own function as it is.
+
+    Raises:
+        ArgumentError: There is none of that name.
+    """
+    if callable(schedule):
+        return schedule
+    if schedule not in SCHEDULES:
+        raise ArgumentError(
+            f"schedule={schedule!r} is not known. {close_matches(schedule, SCHEDULES)} A function of progress (0 to 1) "
+            "that returns a factor serves as well."
+        )
+    return SCHEDULES[schedule]
+
+
+def lr_factor(schedule: Schedule, step: int, num_steps: int, warmup_steps: int) -> float:
+    """Return what the learning rate is multiplied by in one step.
+
+    It rises linearly over the warm-up, reaching 1 with its last step; the schedule then runs from progress 0 to the
+    last step's, just under 1.
+
+    Args:
+        schedule: Progress, 0 to 1, to a factor.
+        step: Steps made before this one.
+        num_steps: Steps in the whole run.
+        warmup_steps: How many of these are warm-up.
+
+    Example:
+        >>> [lr_factor(SCHEDULES["linear"], step, num_steps=6, warmup_steps=2) for step in range(6)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return schedule((step - warmup_steps) / max(1, num_steps - warmup_steps))

@@ -1,0 +1,110 @@
+"""The hot path: one training step, one evaluation step. No I/O, no logging, no host sync."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from transferkit.device import Device
+from transferkit.targets import class_indices
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEntropy:
+    """Cross-entropy of a batch, which may be computed part by part.
+
+    Attributes:
+        label_smoothing: Share of each target spread evenly over all classes, 0 to 1.
+        class_weights: float32 `(K,)` on the device: how much an image of each class counts; None counts all alike.
+    """
+
+    label_smoothing: float = 0.0
+    class_weights: Tensor | None = None
+
+    def total_weight(self, targets: Tensor) -> Tensor | int:
+        """Return what the sum over a batch is divided by."""
+        if self.class_weights is None or targets.ndim == 2:
+            return len(targets)
+        return self.class_weights[targets].sum()
+
+    def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum over a part of a batch, in float32."""
+        return functional.cross_entropy(
+            logits.float(), targets, self.class_weights, label_smoothing=self.label_smoothing, reduction="sum"
+        )
+
+
+class Sums:
+    """Loss and hits of many batches, added up on the device and read once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.count = 0
+
+    def add(self, loss: Tensor, correct: Tensor, count: int) -> None:
+        """Add a batch: mean loss, number of hits, number of images."""
+        self.loss += loss * count
+        self.correct += correct
+        self.count += count
+
+    def means(self) -> tuple[float, float]:
+        """Return mean loss and accuracy (0 to 1)."""
+        return self.loss.item() / self.count, self.correct.item() / self.count  # host sync: once an epoch
+
+
+def training_step(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    *,
+    device: Device,
+    optimizer: Optimizer,
+    cross_entropy: CrossEntropy,
+    micro_batch_size: int,
+    clip_grad_norm: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Make one update of the weights from one batch.
+
+    The batch goes through in parts of `micro_batch_size`, whose gradients add up: the result is that of the whole
+    batch (but for batch norm's statistics), the memory that of a part.
+
+    Args:
+        model: In training mode, on the device.
+        images: Preprocessed, float `(N, 3, H, W)`, on the device.
+        targets: int64 `(N,)` or float `(N, K)`, on the device.
+        device: Number format and gradient scaling.
+        optimizer: Its gradients are clear before and after.
+        cross_entropy: The loss.
+        micro_batch_size: 1 or more.
+        clip_grad_norm: Largest Euclidean norm of all gradients together, or None.
+
+    Returns:
+        Mean loss, float32 `()`, and number of hits, int64 `()`, both on the device.
+    """
+    total_weight = cross_entropy.total_weight(targets)
+    batch_loss = torch.zeros((), device=images.device)
+    batch_correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    for part, part_targets in zip(images.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
+        with device.autocast():
+            logits = model(part)
+        loss = cross_entropy.sum(logits, part_targets) / total_weight
+        device.backward(loss)
+        batch_loss += loss.detach()
+        batch_correct += count_correct(logits, part_targets)
+    device.update(optimizer, clip_grad_norm=clip_grad_norm)
+    return batch_loss, batch_correct
+
+
+def evaluation_step(model: nn.Module, images: Tensor, *, device: Device) -> Tensor:
+    """Return the logits, float32 `(N, K)`, of preprocessed images; the model is in eval mode."""
+    with torch.inference_mode(), device.autocast():
+        logits: Tensor = model(images)
+    return logits.float()
+
+
+def count_correct(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return how many images have their largest logit at their target, int64 `()`, on the device."""
+    return (logits.detach().argmax(dim=1) == class_indices(targets)).sum()

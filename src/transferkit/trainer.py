@@ -1,0 +1,452 @@
+"""`Trainer` composes the other parts; `fit` is a short loop over the steps of an epoch."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from transferkit import checkpoint
+from transferkit.augmentation import Augment, Transform, augment_batch, build_augmentation
+from transferkit.data import Batch, Source, epoch_order, open_data
+from transferkit.device import Device
+from transferkit.errors import ArgumentError, EmptyDataError, ImageError, NothingToTrainError
+from transferkit.freezing import describe_frozen
+from transferkit.head import TransferModel
+from transferkit.history import EpochReport, History
+from transferkit.images import check_preprocessed
+from transferkit.optimizers import LearningRate, OptimizerClass, build_optimizer, scale_lr, set_lr
+from transferkit.randomness import derive_seed, seeded
+from transferkit.schedules import Schedule, find_schedule, lr_factor
+from transferkit.step import CrossEntropy, Sums, count_correct, evaluation_step, training_step
+from transferkit.validation import split_validation
+
+BATCH_SIZE = 32
+
+Callback = Callable[["Trainer", EpochReport], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One training step that was made.
+
+    Attributes:
+        epoch: Number of the epoch in the life of the trainer, from 0.
+        index: Number of the step in its epoch, from 0.
+        loss: The batch's mean loss, float32 `()`, on the device; `.item()` waits for it.
+        correct: Number of images whose largest logit was at their target, int64 `()`, on the device.
+        count: Number of images.
+        lr: Learning rate of the last parameter group, the head's.
+    """
+
+    epoch: int
+    index: int
+    loss: Tensor
+    correct: Tensor
+    count: int
+    lr: float
+
+
+class Trainer:
+    """Trains a `TransferModel`, evaluates it and predicts with it, always from raw images or the same input.
+
+    Args:
+        model: It is moved to the device. What is frozen may change between two calls of `fit`.
+        optimizer: `"adam"`, `"adamw"`, `"sgd"` (momentum 0.9), `"rmsprop"`, an optimizer class or
+            `functools.partial` of one, or an instance over the model's parameters. Fused where torch can.
+        lr: Learning rate, above 0: one number, or `{"backbone": 1e-5, "head": 1e-3}`. None is 1e-3.
+        weight_decay: 0 or more.
+        schedule: `"constant"`, `"linear"` or `"cosine"` (both to 0 over one call of `fit`), or a function of
+            progress (0 to 1) that returns a factor. It counts steps made, those that fp16 skipped included.
+        warmup_steps: Steps over which the learning rate first rises linearly.
+        clip_grad_norm: Largest Euclidean norm of all gradients together; None leaves them.
+        micro_batch_size: Split each batch into parts of this size and add their gradients up: the memory of a part,
+            the update of the whole batch. None does not split.
+        label_smoothing: 0 up to but not including 1.
+        class_weights: One number for each class: how much its images count in the training loss.
+        device: `"auto"`, `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, a `torch.device` or a `Device`.
+        precision: `"auto"`, `"bf16"`, `"fp16"` or `"fp32"`; see `Device`.
+        seed: Order of images, augmentation, dropout and validation split depend on it and on nothing else; the
+            head's initial weights are drawn earlier, in `attach_head`, after your `torch.manual_seed`.
+
+    Attributes:
+        model: The model.
+        device: The `Device`.
+        optimizer: The optimizer, with one group of parameters for the backbone and one for the head.
+        epoch: Number of epochs finished so far.
+        global_step: Number of steps made so far.
+
+    Raises:
+        ArgumentError: A value out of range.
+        DeviceError: The machine has no such device or number format.
+
+    Example:
+        >>> import transferkit as tk
+        >>> _ = torch.manual_seed(0)
+        >>> images, targets = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 2
+        >>> backbone = tk.load_backbone("vgg11", weights=None, image_size=32)
+        >>> model = tk.attach_head(tk.freeze_until(backbone, "head"), ["cat", "dog"])
+        >>> trainer = tk.Trainer(model, lr=1e-3, device="cpu")
+        >>> history = trainer.fit((images, targets), epochs=2, batch_size=4, verbose=0)
+        >>> len(history.history["loss"]), trainer.predict(images).shape
+        (2, (8,))
+    """
+
+    def __init__(
+        self,
+        model: TransferModel,
+        *,
+        optimizer: str | OptimizerClass | Optimizer = "adam",
+        lr: LearningRate | None = None,
+        weight_decay: float = 0.0,
+        schedule: str | Schedule = "constant",
+        warmup_steps: int = 0,
+        clip_grad_norm: float | None = None,
+        micro_batch_size: int | None = None,
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | Tensor | None = None,
+        device: str | torch.device | Device = "auto",
+        precision: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, TransferModel):
+            raise ArgumentError(
+                f"model is a {type(model).__name__}: expected a TransferModel from attach_head. For a module of your own "
+                "use transferkit.Device in your own loop."
+            )
+        if isinstance(device, Device) and precision not in ("auto", device.precision):
+            raise ArgumentError(f"precision={precision!r} contradicts {device}: say it in one place.")
+        if not 0 <= label_smoothing < 1:
+            raise ArgumentError(
+                f"label_smoothing={label_smoothing} is out of range: expected 0 up to but not including 1."
+            )
+        if clip_grad_norm is not None and not clip_grad_norm > 0:
+            raise ArgumentError(f"clip_grad_norm={clip_grad_norm} is out of range: expected more than 0, or None.")
+        self.device = device if isinstance(device, Device) else Device(device, precision)
+        self.model = self.device.prepare(model)
+        self.optimizer = build_optimizer(optimizer, model, lr, weight_decay)
+        self.schedule = find_schedule(schedule)
+        self.warmup_steps = _whole("warmup_steps", warmup_steps, at_least=0)
+        self.clip_grad_norm = clip_grad_norm
+        self.micro_batch_size = None if micro_batch_size is None else _whole("micro_batch_size", micro_batch_size)
+        weights = None if class_weights is None else self.device.move(_class_weights(class_weights, len(model.classes)))
+        self.cross_entropy = CrossEntropy(label_smoothing, weights)
+        self.seed = seed
+        self.epoch = 0
+        self.global_step = 0
+
+    def fit(
+        self,
+        data: object,
+        *,
+        validation_data: object = None,
+        validation_split: float | None = None,
+        epochs: int = 1,
+        batch_size: int | None = None,
+        lr: LearningRate | None = None,
+        augment: Augment | None = None,
+        callbacks: Sequence[Callback] = (),
+        restore_best: bool = True,
+        num_workers: int = 0,
+        verbose: int = 1,
+    ) -> History:
+        """Train for some epochs, validate after each, and leave the model as it was after the best of them.
+
+        Args:
+            data: `(images, targets)`, a `Dataset` of such pairs (PIL images of any sizes are fine), or a
+                `DataLoader` of batches. Images are raw, uint8 `(N, 3, H, W)` or `(N, H, W, 3)`, or preprocessed, float.
+                Targets are class indices, or one-hot or soft rows.
+            validation_data: Likewise; measured after each epoch.
+            validation_split: Share of `data` to hold back as validation data instead, drawn at random by the seed.
+            epochs: 1 or more.
+            batch_size: 1 or more; 32 if None. A `DataLoader` has its own.
+            lr: A new base learning rate, from this call on.
+            augment: Random changes to raw training images: `"flip"`, `"crop"`, `"color"`, `"trivial"`, a
+                `torchvision.transforms.v2` transform or any callable of one image, or a list of these.
+            callbacks: Called after each epoch with the trainer and the `EpochReport`; one that returns True ends
+                the run.
+            restore_best: Put the weights of the epoch with the highest validation accuracy back at the end, whatever
+                ended the run. Without validation data the last weights stay.
+            num_workers: Processes that read a `Dataset`.
+            verbose: 1 prints a line at the start and one for each epoch, 0 nothing.
+
+        Raises:
+            NothingToTrainError: Everything is frozen.
+            TransferKitError: Arguments or data that cannot be used, all seen before the first step but for what a
+                `Dataset` or `DataLoader` hides until it is read.
+        """
+        if validation_split is not None:
+            if validation_data is not None:
+                raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
+            data, validation_data = split_validation(data, validation_split, self.seed)
+        run = self._open_run(data, epochs=epochs, batch_size=batch_size, augment=augment, num_workers=num_workers)
+        validation = None if validation_data is None else self._open(validation_data, num_workers=num_workers)
+        if validation is not None:
+            self._check_first_batch(validation)
+        if lr is not None:
+            set_lr(self.optimizer, lr)
+        if verbose:
+            print(f"{describe_frozen(self.model)}; {self.device.torch_device}, {self.device.precision}")  # noqa: T201
+        history, best = History(), None
+        try:
+            for epoch in range(epochs):
+                started = time.perf_counter()
+                sums, rate = Sums(self.device.torch_device), 0.0
+                for step in self._train_epoch(run, epoch):
+                    sums.add(step.loss, step.correct, step.count)
+                    rate = step.lr
+                loss, accuracy = sums.means()
+                val_loss, val_accuracy = self._evaluate(validation, run.batch_size) if validation else (None, None)
+                epoch_s = time.perf_counter() - started
+                report = EpochReport(self.epoch - 1, loss, accuracy, rate, epoch_s, val_loss, val_accuracy)
+                history.reports.append(report)
+                if restore_best and history.best_epoch == epoch:
+                    best = self._trained_state()
+                if verbose:
+                    print(report)  # noqa: T201
+                if any([callback(self, report) is True for callback in callbacks]):  # noqa: C419 - call them all
+                    break
+        finally:
+            if best is not None:
+                self.model.load_state_dict(best, strict=False)
+        return history
+
+    def steps(
+        self,
+        data: object,
+        *,
+        epochs: int = 1,
+        batch_size: int | None = None,
+        lr: LearningRate | None = None,
+        augment: Augment | None = None,
+        num_workers: int = 0,
+    ) -> Iterator[Step]:
+        """Return an iterator that makes one training step each time it is asked for the next.
+
+        Your code runs between the steps. The arguments are those of `fit`, and they are checked at once.
+
+        Example:
+            >>> for step in trainer.steps(train, epochs=3):  # doctest: +SKIP
+            ...     my_logger.log(step.loss, step.lr)
+        """
+        run = self._open_run(data, epochs=epochs, batch_size=batch_size, augment=augment, num_workers=num_workers)
+        if lr is not None:
+            set_lr(self.optimizer, lr)
+        return (step for epoch in range(epochs) for step in self._train_epoch(run, epoch))
+
+    def evaluate(self, data: object, *, batch_size: int | None = None, num_workers: int = 0) -> dict[str, float]:
+        """Return `{"loss": ..., "accuracy": ...}`: mean cross-entropy, unsmoothed and unweighted, and accuracy, 0 to 1.
+
+        Args:
+            data: As in `fit`.
+            batch_size: 32 if None.
+            num_workers: Processes that read a `Dataset`.
+        """
+        source = self._open(data, num_workers=num_workers)
+        loss, accuracy = self._evaluate(source, _batch_size(source, batch_size))
+        return {"loss": loss, "accuracy": accuracy}
+
+    def predict_proba(
+        self, images: object, *, batch_size: int | None = None, num_workers: int = 0
+    ) -> npt.NDArray[np.float32]:
+        """Return the probability of each class, float32 `(N, len(classes))`, rows summing to one.
+
+        Args:
+            images: As in `fit`, with targets (which are not looked at) or without.
+            batch_size: 32 if None.
+            num_workers: Processes that read a `Dataset`.
+        """
+        source = self._open(images, num_workers=num_workers, with_targets=False)
+        batches = source.batches(_batch_size(source, batch_size), seed=derive_seed(self.seed, "predict"), order=None)
+        parts = [logits.softmax(dim=1).cpu() for logits, _ in self._logits(batches)]
+        return torch.cat(parts).numpy()
+
+    def predict(self, images: object, *, batch_size: int | None = None, num_workers: int = 0) -> npt.NDArray[np.int64]:
+        """Return the most probable class index of each image, int64 `(N,)`; `model.classes` has their names.
+
+        The arguments are those of `predict_proba`.
+        """
+        return self.predict_proba(images, batch_size=batch_size, num_workers=num_workers).argmax(axis=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return model, optimizer and progress as plain types and tensors, which are not copies."""
+        return {
+            "model": checkpoint.model_state(self.model),
+            "optimizer": checkpoint.optimizer_state(self.optimizer, self.model),
+            "scaler": self.device.scaler.state_dict(),
+            "progress": {"epoch": self.epoch, "global_step": self.global_step, "seed": self.seed},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned, what is frozen included; on any difference nothing is changed.
+
+        Raises:
+            HeadMismatchError: Other classes.
+            CheckpointError: Another backbone, head, preprocessing or optimizer.
+        """
+        checkpoint.check_model_state(self.model, state["model"])
+        checkpoint.check_optimizer_state(self.optimizer, self.model, state["optimizer"])
+        checkpoint.load_model_state(self.model, state["model"])
+        checkpoint.load_optimizer_state(self.optimizer, self.model, state["optimizer"])
+        if state["scaler"] and self.device.scaler.is_enabled():  # empty unless it was saved from fp16
+            self.device.scaler.load_state_dict(state["scaler"])
+        self.epoch = state["progress"]["epoch"]
+        self.global_step = state["progress"]["global_step"]
+        self.seed = state["progress"]["seed"]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint, whole or not at all; `load` and `transferkit.load_model` read it.
+
+        Raises:
+            OSError: The folder is missing, read-only or full.
+        """
+        checkpoint.write_checkpoint(path, self.state_dict())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take over a checkpoint that `save` wrote; see `load_state_dict`.
+
+        Raises:
+            CheckpointError: No such file, a damaged one, or one that does not fit.
+            HeadMismatchError: It has other classes.
+        """
+        self.load_state_dict(checkpoint.read_checkpoint(path))
+
+    def _open(self, data: object, *, num_workers: int, with_targets: bool = True) -> Source:
+        return open_data(data, self.model.classes, num_workers=num_workers, with_targets=with_targets)
+
+    def _open_run(
+        self, data: object, *, epochs: int, batch_size: int | None, augment: Augment | None, num_workers: int
+    ) -> "_Run":
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise NothingToTrainError(
+                "nothing to train: every parameter is frozen. freeze_until(model, 'head') trains the head alone."
+            )
+        _whole("epochs", epochs)
+        source = self._open(data, num_workers=num_workers)
+        size = _batch_size(source, batch_size)
+        num_batches = source.num_batches(size)
+        if num_batches is None and self.schedule is not find_schedule("constant"):
+            raise ArgumentError("a schedule needs to know the number of steps, and this DataLoader has no length.")
+        transform = None if augment is None else build_augmentation(augment, self.model.backbone.image_size)
+        return _Run(source, size, transform, epochs * (num_batches or 1), num_batches or 0)
+
+    def _train_epoch(self, run: "_Run", epoch: int) -> Iterator[Step]:
+        """Make the steps of the run's epoch number `epoch`."""
+        self.model.train()
+        data_seed = derive_seed(self.seed, "data", self.epoch)
+        batches = run.source.batches(
+            run.batch_size, seed=data_seed, order=epoch_order(run.source.num_images, self.seed, self.epoch)
+        )
+        for index, (images, targets, places) in enumerate(self.device.batches(self._checked(batches))):
+            assert targets is not None
+            scale_lr(
+                self.optimizer,
+                lr_factor(self.schedule, epoch * run.num_batches + index, run.num_steps, self.warmup_steps),
+            )
+            with seeded(derive_seed(self.seed, "step", self.global_step), self.device.torch_device):
+                inputs = self._model_input(images, run.transform, places)
+                loss, correct = training_step(
+                    self.model,
+                    inputs,
+                    targets,
+                    device=self.device,
+                    optimizer=self.optimizer,
+                    cross_entropy=self.cross_entropy,
+                    micro_batch_size=self.micro_batch_size or len(targets),
+                    clip_grad_norm=self.clip_grad_norm,
+                )
+            self.global_step += 1
+            yield Step(self.epoch, index, loss, correct, len(targets), self.optimizer.param_groups[-1]["lr"])
+        self.epoch += 1
+
+    def _evaluate(self, source: Source, batch_size: int) -> tuple[float, float]:
+        sums = Sums(self.device.torch_device)
+        plain = CrossEntropy()
+        batches = source.batches(batch_size, seed=derive_seed(self.seed, "evaluate"), order=None)
+        for logits, targets in self._logits(batches):
+            assert targets is not None
+            loss = plain.sum(logits, targets) / len(targets)
+            sums.add(loss, count_correct(logits, targets), len(targets))
+        return sums.means()
+
+    def _logits(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the logits and the targets of each batch, in eval mode."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for images, targets, _ in self.device.batches(self._checked(batches)):
+                yield evaluation_step(self.model, self._model_input(images), device=self.device), targets
+        finally:
+            self.model.train(was_training)
+
+    def _model_input(
+        self, images: Tensor | list[Tensor], transform: Transform | None = None, places: Sequence[int] = ()
+    ) -> Tensor:
+        """Preprocess raw images where they are, on the device; preprocessed ones pass."""
+        preprocess = self.model.backbone.preprocess
+        if isinstance(images, Tensor) and images.is_floating_point():
+            if transform is not None:
+                raise ImageError("augment works on raw images, but these are preprocessed (float): pass uint8 images.")
+            return images
+        raw = preprocess.resize(images)
+        if transform is not None:
+            raw = augment_batch(raw, transform, places, seed=self.seed, epoch=self.epoch)
+        return preprocess.normalize(raw)
+
+    def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Look at the first batch's values while they are on the host."""
+        for number, (images, targets, places) in enumerate(batches):
+            if number == 0 and isinstance(images, Tensor) and images.is_floating_point():
+                preprocess = self.model.backbone.preprocess
+                check_preprocessed(images, preprocess.image_size, preprocess.name)
+            yield images, targets, places
+
+    def _check_first_batch(self, source: Source) -> None:
+        if next(self._checked(source.batches(1, seed=0, order=None)), None) is None:
+            raise EmptyDataError("the validation data makes no batch: expected 1 or more.")
+
+    def _trained_state(self) -> dict[str, Tensor]:
+        """Return copies of all that training may have changed: trainable parameters, and buffers."""
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        return {name: value.clone() for name, value in self.model.state_dict().items() if name not in frozen}
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What one call of `fit` or `steps` works with."""
+
+    source: Source
+    batch_size: int
+    transform: Transform | None
+    num_steps: int
+    num_batches: int
+
+
+def _batch_size(source: Source, batch_size: int | None) -> int:
+    if batch_size is not None and source.num_images is None:
+        raise ArgumentError(
+            f"batch_size={batch_size} does not reach a DataLoader, which makes its own batches: leave it out."
+        )
+    return BATCH_SIZE if batch_size is None else _whole("batch_size", batch_size)
+
+
+def _whole(name: str, value: int, *, at_least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ArgumentError(f"{name}={value!r} cannot be used: expected a whole number of {at_least} or more.")
+    return value
+
+
+def _class_weights(values: Sequence[float] | Tensor, num_classes: int) -> Tensor:
+    weights = torch.as_tensor(values, dtype=torch.float32)
+    if weights.shape != (num_classes,) or not bool((weights >= 0).all()) or not bool(weights.isfinite().all()):
+        raise ArgumentError(
+            f"class_weights={weights.tolist()} cannot be used: expected {num_classes} finite numbers of 0 or more, one for "
+            "each class."
+        )
+    return weights
