@@ -33,7 +33,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (1e-3)")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the training images (10)")
     parser.add_argument("--batch-size", type=int, default=32, help="images in a step (32)")
-    parser.add_argument("--frozen-until", default="head", help='first layer that trains: "head", "block5", "none" (head)')
+    parser.add_argument(
+        "--frozen-until", default="head", help='first layer that trains: "head", "block5", "none" (head)'
+    )
     parser.add_argument("--hidden", type=int, nargs="*", default=(4096, 4096), help="widths of the head (4096 4096)")
     parser.add_argument("--schedule", default="constant", help="constant, linear or cosine (constant)")
     parser.add_argument("--warmup-steps", type=int, default=0, help="steps of rising learning rate (0)")

@@ -20,7 +20,8 @@ from transferkit.freezing import freeze_until  # noqa: E402
 from transferkit.head import TransferModel, attach_head  # noqa: E402
 from transferkit.history import EpochReport, History  # noqa: E402
 from transferkit.preprocessing import Preprocessing  # noqa: E402
-from transferkit.trainer import Step, Trainer  # noqa: E402
+from transferkit.step import Step  # noqa: E402
+from transferkit.trainer import Trainer  # noqa: E402
 
 __version__ = version("transferkit")
 

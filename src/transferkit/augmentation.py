@@ -47,17 +47,18 @@ def build_augmentation(augment: Augment, image_size: int) -> Transform:
             chain.append(part)
         else:
             raise ArgumentError(f"augment={part!r} is no known augmentation. {close_matches(part, known)}")
-    return v2.Compose(chain)
+    compose: Transform = v2.Compose(chain)
+    return compose
 
 
-def augment_batch(images: Tensor, transform: Transform, places: Sequence[int], *, seed: int, epoch: int) -> Tensor:
+def augment_batch(transform: Transform, images: Tensor, places: Sequence[int], *, seed: int, epoch: int) -> Tensor:
     """Return a batch with each image transformed under its own seed.
 
     torchvision's transforms draw once for each call: called on a whole batch they would flip all of it or nothing.
 
     Args:
-        images: uint8 `(N, 3, S, S)`, on any device.
         transform: Takes and returns one uint8 `(3, S, S)`.
+        images: uint8 `(N, 3, S, S)`, on any device.
         places: Where in the data set each image lies.
         seed: The run's seed.
         epoch: Number of epochs trained before this one.

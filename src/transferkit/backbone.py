@@ -45,7 +45,8 @@ class Backbone(nn.Module):
 
     @property
     def feature_shape(self) -> tuple[int, int, int]:
-        return (512, self.image_size // 32, self.image_size // 32)
+        channels = [module.out_channels for module in self.features if isinstance(module, nn.Conv2d)][-1]  # 512
+        return (channels, self.image_size // 32, self.image_size // 32)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features `(N, 512, H // 32, W // 32)` of preprocessed images `(N, 3, H, W)`.

@@ -46,8 +46,8 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
     if list(model.classes) != state["classes"]:
         raise HeadMismatchError(
             f"the checkpoint has {len(state['classes'])} classes ({', '.join(state['classes'][:5])}...), the model "
-            f"{len(model.classes)} ({', '.join(model.classes[:5])}...): expected the same. transferkit.load_model builds "
-            "the model that the checkpoint was made of."
+            f"{len(model.classes)} ({', '.join(model.classes[:5])}...): expected the same. transferkit.load_model "
+            "builds the model that the checkpoint was made of."
         )
     live = {"backbone": model.backbone.name, "preprocessing": asdict(model.backbone.preprocess)}
     for name, value in live.items():
@@ -114,8 +114,8 @@ def check_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping
     """
     if (name := type(optimizer).__name__) != state["class"] or len(optimizer.param_groups) != len(state["groups"]):
         raise CheckpointError(
-            f"the checkpoint's optimizer is {state['class']} with {len(state['groups'])} groups, the live one {name} with "
-            f"{len(optimizer.param_groups)}: expected the same. Build the Trainer with that optimizer."
+            f"the checkpoint's optimizer is {state['class']} with {len(state['groups'])} groups, the live one {name} "
+            f"with {len(optimizer.param_groups)}: expected the same. Build the Trainer with that optimizer."
         )
     parameters = dict(model.named_parameters())
     for name, values in state["state"].items():
@@ -186,8 +186,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(
-            f"cannot read {path} ({path.stat().st_size} bytes) as a checkpoint: {error}. Expected a file that Trainer.save "
-            "wrote, whole. For a file of weights alone use load_backbone(weights=path)."
+            f"cannot read {path} ({path.stat().st_size} bytes) as a checkpoint: {error}. Expected a file that "
+            "Trainer.save wrote, whole. For a file of weights alone use load_backbone(weights=path)."
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format", "none") if isinstance(state, dict) else "none"

@@ -3,23 +3,29 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from transferkit.arguments import whole_number
 from transferkit.errors import ArgumentError, EmptyDataError, HeadMismatchError, ImageError, TargetError
 from transferkit.images import as_image, as_images
 from transferkit.randomness import derive_seed, seeded, shuffled
 from transferkit.targets import as_targets
 
-Batch = tuple[Tensor | list[Tensor], Tensor | None, list[int]]  # images, targets, places in the data set
+Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]
+"""Images, targets (none at all, `(0,)`, where they are not wanted) and places in the data set."""
+
+_NO_TARGETS = torch.empty(0, dtype=torch.int64)
 
 
 class Source(Protocol):
     """Data that can be read again and again, in a given order."""
 
-    num_images: int | None
-    """None where a `DataLoader` does not tell."""
+    @property
+    def num_images(self) -> int | None:
+        """None where a `DataLoader` does not tell."""
 
     def num_batches(self, batch_size: int) -> int | None:
         """Number of batches in an epoch."""
@@ -45,22 +51,23 @@ def open_data(data: object, classes: Sequence[str], *, num_workers: int = 0, wit
         HeadMismatchError: The data has other classes than the model.
         ArgumentError: Data of another kind.
     """
-    if num_workers < 0:
-        raise ArgumentError(f"num_workers={num_workers} is negative: expected 0 (read in this process) or more.")
+    whole_number("num_workers", num_workers, at_least=0)
+    _check_classes(data, classes)
     if isinstance(data, DataLoader):
-        _check_classes(getattr(data.dataset, "classes", None), classes)
         return LoaderSource(data, classes, with_targets=with_targets)
     if isinstance(data, IterableDataset):
         raise ArgumentError(
-            f"data is a {type(data).__name__}, which has no length or order: wrap it in a DataLoader that makes batches."
+            f"data is a {type(data).__name__}, which has no length or order: wrap it in a DataLoader that makes "
+            "batches."
         )
-    if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "classes")):
-        _check_classes(getattr(data, "classes", None), classes)
-        return DatasetSource(data, classes, num_workers=num_workers, with_targets=with_targets)
-    if not with_targets and not isinstance(data, tuple):
+    if isinstance(data, tuple) and len(data) == 2:
+        return ArraySource(data[0], data[1] if with_targets else None, classes)
+    if isinstance(data, Tensor | np.ndarray):
+        if with_targets:
+            raise TargetError("data is images without targets: expected a pair (images, targets).")
         return ArraySource(data, None, classes)
-    if isinstance(data, tuple | list) and len(data) == 2:
-        return ArraySource(data[0], data[1], classes)
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):  # a Dataset, or a list of samples
+        return DatasetSource(data, classes, num_workers=num_workers, with_targets=with_targets)
     raise ArgumentError(
         f"data is a {type(data).__name__}: expected a pair (images, targets), a torch Dataset or a DataLoader."
     )
@@ -81,11 +88,11 @@ class ArraySource:
 
     def __init__(self, images: object, targets: object, classes: Sequence[str]) -> None:
         self.images = as_images(images)
-        self.targets = None if targets is None else as_targets(targets, len(classes))
+        self.targets = _NO_TARGETS if targets is None else as_targets(targets, len(classes))
         self.num_images = len(self.images)
         if self.num_images == 0:
             raise EmptyDataError(f"data holds no images: got shape {tuple(self.images.shape)}, expected 1 or more.")
-        if self.targets is not None and len(self.targets) != self.num_images:
+        if targets is not None and len(self.targets) != self.num_images:
             raise TargetError(
                 f"{self.num_images} images but {len(self.targets)} targets: expected one target for each image."
             )
@@ -96,8 +103,8 @@ class ArraySource:
     def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
         if order is None:
             order = torch.arange(self.num_images)
-        for places in order.split(batch_size):
-            yield self.images[places], None if self.targets is None else self.targets[places], places.tolist()
+        for places in torch.split(order, batch_size):
+            yield self.images[places], self.targets[places] if len(self.targets) else _NO_TARGETS, places.tolist()
 
 
 class DatasetSource:
@@ -120,10 +127,12 @@ class DatasetSource:
     def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
         if order is None:
             order = torch.arange(self.num_images)
-        keys = [[(place, derive_seed(seed, place)) for place in part.tolist()] for part in order.split(batch_size)]
+        keys = [
+            [(place, derive_seed(seed, place)) for place in part.tolist()] for part in torch.split(order, batch_size)
+        ]
         loader = DataLoader(
             self.samples,
-            batch_sampler=keys,  # type: ignore[arg-type] # a list of lists of keys is a sampler of batches
+            batch_sampler=keys,
             num_workers=self.num_workers,
             collate_fn=_identity,
             generator=torch.Generator().manual_seed(seed),  # or the loader would draw from the global one
@@ -139,7 +148,7 @@ class LoaderSource:
         self.loader = loader
         self.num_classes = len(classes)
         self.with_targets = with_targets
-        self.num_images = None
+        self.num_images: int | None = None
         sized = hasattr(loader.dataset, "__len__")
         self.length = len(loader) if sized else None
         if self.length == 0:
@@ -157,11 +166,13 @@ class LoaderSource:
             parts = batch if isinstance(batch, tuple | list) else (batch,)
             if self.with_targets and len(parts) != 2:
                 raise TargetError(
-                    f"the DataLoader's batch {type(batch).__name__} has {len(parts)} parts: expected (images, targets)."
+                    f"the DataLoader's batch has {len(parts)} parts ({type(batch).__name__}): expected (images, "
+                    "targets)."
                 )
             images = as_images(parts[0])
             places = list(range(first, first + len(images)))
-            yield images, as_targets(parts[1], self.num_classes, places=places) if self.with_targets else None, places
+            targets = as_targets(parts[1], self.num_classes, places=places) if self.with_targets else _NO_TARGETS
+            yield images, targets, places
             first += len(images)
         if first == 0:
             raise EmptyDataError("the DataLoader made no batch this time: expected 1 or more in every epoch.")
@@ -201,20 +212,23 @@ def _collate(samples: list[Sample], num_classes: int) -> Batch:
     same_size = len({image.shape for image in images}) == 1
     if not same_size and images[0].is_floating_point():
         raise ImageError(f"images {places} are preprocessed (float) but differ in size: expected one size throughout.")
-    labels = None
+    labels = _NO_TARGETS
     if targets[0] is not None:
         rows = [torch.as_tensor(target) for target in targets]
         labels = as_targets(torch.stack(rows), num_classes, places=places)
     return torch.stack(images) if same_size else images, labels, places
 
 
-def _check_classes(found: Sequence[str] | None, expected: Sequence[str]) -> None:
+def _check_classes(data: object, expected: Sequence[str]) -> None:
+    while not hasattr(data, "classes") and hasattr(data, "dataset"):  # a DataLoader, a Subset
+        data = data.dataset
+    found = getattr(data, "classes", None)
     if found is None:
         return
     numbered = list(expected) == [str(index) for index in range(len(expected))]
     if len(found) != len(expected) or (not numbered and list(map(str, found)) != list(expected)):
         raise HeadMismatchError(
-            f"the data has {len(found)} classes ({', '.join(map(str, found[:8]))}...), the model {len(expected)} "
-            f"({', '.join(expected[:8])}...): expected the same in the same order. Build the head from the data: "
-            "attach_head(backbone, data.classes)."
+            f"the data has {len(found)} classes ({', '.join(map(str, found[:8]))}), the model {len(expected)} "
+            f"({', '.join(expected[:8])}), at most 8 listed: expected the same in the same order. Build the head from "
+            "the data: attach_head(backbone, data.classes)."
         )

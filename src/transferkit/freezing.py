@@ -67,7 +67,7 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
             parameter.grad = None  # or an optimizer would still apply a gradient left over from before
     for name, module in modules.items():
         if name in frozen_names and not _contains(name, boundary):
-            module.train = _StayInEval(module)  # type: ignore[method-assign, assignment]
+            module.train = _StayInEval(module)
             module.training = False
         elif isinstance(module.__dict__.get("train"), _StayInEval):
             del module.train
@@ -88,7 +88,7 @@ def first_trainable(model: nn.Module) -> str | None:
     names = {qualified: alias for alias, qualified in reversed(_aliases(model).items()) if "_" in alias}
     for name, module in model.named_modules():
         if any(p.requires_grad for p in module.parameters(recurse=False)):
-            return names.get(name, name)
+            return str(names.get(name, name))
     return None
 
 
@@ -97,12 +97,12 @@ def describe_frozen(model: nn.Module) -> str:
 
     Example:
         >>> describe_frozen(freeze_until(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "1"))
-        '6 parameters frozen, 6 train, from 1 on'
+        'frozen: 6 parameters before 1; training: 6 parameters'
     """
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    start = f", from {first_trainable(model)} on" if trainable and frozen else ""
-    return f"{frozen:,} parameters frozen, {trainable:,} train{start}"
+    before = f"{frozen:,} parameters before {first_trainable(model)}" if frozen else "nothing"
+    return f"frozen: {before}; training: {trainable:,} parameters"
 
 
 def _find_boundary(model: nn.Module, layer: str | None) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transferkit.arguments import share, whole_number
 from transferkit.backbone import Backbone
 from transferkit.errors import ArgumentError, HeadMismatchError, close_matches
 
@@ -106,8 +107,8 @@ def attach_head(
         arguments = {"hidden": list(hidden), "dropout": dropout, "pooling": pooling}
     elif tuple(hidden) or dropout or pooling != "flatten":
         raise ArgumentError(
-            f"hidden={hidden!r}, dropout={dropout!r} and pooling={pooling!r} describe the built-in head, but head= gives "
-            "one already. Pass one or the other."
+            f"hidden={hidden!r}, dropout={dropout!r} and pooling={pooling!r} describe the built-in head, but head= "
+            "gives one already. Pass one or the other."
         )
     else:
         _check_head(head, backbone.feature_shape, len(names))
@@ -136,12 +137,9 @@ def _build_head(
 ) -> nn.Sequential:
     if pooling not in POOLINGS:
         raise ArgumentError(f"pooling={pooling!r} is not known. {close_matches(pooling, POOLINGS)}")
-    if not 0 <= dropout < 1:
-        raise ArgumentError(f"dropout={dropout!r} is out of range: expected a share from 0 up to but not including 1.")
-    if any(isinstance(width, bool) or not isinstance(width, int) or width < 1 for width in hidden):
-        raise ArgumentError(
-            f"hidden={hidden!r} cannot be used: expected whole numbers of 1 or more, e.g. (4096, 4096)."
-        )
+    share("dropout", dropout)
+    for width in hidden:
+        whole_number("each width of hidden", width)
     channels, height, width = feature_shape
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if pooling == "avg":
@@ -179,8 +177,8 @@ def _check_head(head: nn.Module, feature_shape: tuple[int, int, int], num_classe
     if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise HeadMismatchError(
-            f"head gives {got} for 2 images: expected logits of shape (2, {num_classes}), one for each class. Change its "
-            "last layer, or classes."
+            f"head gives {got} for 2 images: expected logits of shape (2, {num_classes}), one for each class. Change "
+            "its last layer, or classes."
         )
 
 

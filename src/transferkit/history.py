@@ -43,7 +43,9 @@ class History:
         reports: One for each epoch that was finished, in order.
 
     Example:
-        >>> history = History([EpochReport(0, 2.0, 0.3, 1e-3, 5.0, 1.9, 0.4), EpochReport(1, 1.0, 0.6, 1e-3, 5.0, 1.8, 0.5)])
+        >>> first = EpochReport(0, loss=2.0, accuracy=0.3, lr=1e-3, epoch_s=5.0, val_loss=1.9, val_accuracy=0.4)
+        >>> second = EpochReport(1, loss=1.0, accuracy=0.6, lr=1e-3, epoch_s=5.0, val_loss=1.8, val_accuracy=0.5)
+        >>> history = History([first, second])
         >>> history.history["val_accuracy"], history.best_epoch
         ([0.4, 0.5], 1)
     """

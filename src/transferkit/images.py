@@ -76,7 +76,8 @@ def as_image(image: object, index: int) -> Tensor:
                 f"image {index} has mode {image.mode!r}: expected eight bits a channel ({', '.join(_RGB_MODES)}). "
                 "Scale it to 0..255 and convert it to RGB in the data set's transform."
             )
-        return transforms.pil_to_tensor(image.convert("RGB"))
+        pixels: Tensor = transforms.pil_to_tensor(image.convert("RGB"))
+        return pixels
     try:
         batch: Any = image
         return as_images(batch[None] if isinstance(image, Tensor | np.ndarray) else image)[0]
@@ -99,13 +100,13 @@ def check_preprocessed(images: Tensor, image_size: int, convention: str) -> None
     height, width = images.shape[2:]
     if (height, width) != (image_size, image_size):
         raise ImageError(
-            f"preprocessed images are {height}x{width} pixels: expected {image_size}x{image_size}. Pass raw uint8 images, "
-            f"which are resized, or make the backbone with load_backbone(image_size={max(height, 32)})."
+            f"preprocessed images are {height}x{width} pixels: expected {image_size}x{image_size}. Pass raw uint8 "
+            f"images, which are resized, or make the backbone with load_backbone(image_size={max(height, 32)})."
         )
     low, high = (value.item() for value in torch.aminmax(images))
     if not low < 0:
         raise ImageError(
-            f"float images have values from {low:.3g} to {high:.3g}, so they are not preprocessed: {convention} subtracts "
-            "the mean and gives negative values too. Pass raw uint8 images (drop ToTensor or the division by 255), or "
-            "apply backbone.preprocess."
+            f"float images have values from {low:.3g} to {high:.3g}, so they are not preprocessed: {convention} "
+            "subtracts the mean and gives negative values too. Pass raw uint8 images (drop ToTensor or the division "
+            "by 255), or apply backbone.preprocess."
         )

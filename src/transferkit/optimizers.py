@@ -49,8 +49,8 @@ def build_optimizer(
     if isinstance(optimizer, Optimizer):
         if lr is not None or weight_decay:
             raise ArgumentError(
-                f"lr={lr} and weight_decay={weight_decay} do not reach an optimizer that is already built: set them there, "
-                "or pass its class."
+                f"lr={lr} and weight_decay={weight_decay} do not reach an optimizer that is already built: set them "
+                "there, or pass its class."
             )
         _check_parameters(optimizer, model)
         for group in optimizer.param_groups:
@@ -111,6 +111,6 @@ def _check_parameters(optimizer: Optimizer, model: TransferModel) -> None:
     if strangers or missing:
         raise ArgumentError(
             f"the optimizer does not belong to the model: it holds {strangers} parameters of another model and lacks "
-            f"{len(missing)} that train ({', '.join(missing[:5])}). Build it over model.parameters() after attach_head, "
-            "or pass its class."
+            f"{len(missing)} that train ({', '.join(missing[:5])}). Build it over model.parameters() after "
+            "attach_head, or pass its class."
         )

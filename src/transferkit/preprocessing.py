@@ -78,7 +78,8 @@ class Preprocessing:
         shorter = min(height, width)
         new_height, new_width = round(height * size / shorter), round(width * size / shorter)
         resized = transforms.resize(images, [new_height, new_width], antialias=True)
-        return transforms.center_crop(resized, [size, size])
+        cropped: Tensor = transforms.center_crop(resized, [size, size])
+        return cropped
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return uint8 images `(N, 3, H, W)`, R first, as float32 in the order and scale the network wants."""

@@ -30,7 +30,7 @@ def find_schedule(schedule: str | Schedule) -> Schedule:
     return SCHEDULES[schedule]
 
 
-def lr_factor(schedule: Schedule, step: int, num_steps: int, warmup_steps: int) -> float:
+def lr_factor(schedule: Schedule, step: int, num_steps: int | None, warmup_steps: int) -> float:
     """Return what the learning rate is multiplied by in one step.
 
     It rises linearly over the warm-up, reaching 1 with its last step; the schedule then runs from progress 0 to the
@@ -39,13 +39,23 @@ def lr_factor(schedule: Schedule, step: int, num_steps: int, warmup_steps: int) 
     Args:
         schedule: Progress, 0 to 1, to a factor.
         step: Steps made before this one.
-        num_steps: Steps in the whole run.
+        num_steps: Steps in the whole run; None if that is not known, which the constant schedule alone can do without.
         warmup_steps: How many of these are warm-up.
+
+    Raises:
+        ArgumentError: The schedule needs to know the number of steps.
 
     Example:
         >>> [lr_factor(SCHEDULES["linear"], step, num_steps=6, warmup_steps=2) for step in range(6)]
         [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
+    if num_steps is None and schedule is not SCHEDULES["constant"]:
+        raise ArgumentError(
+            "this schedule needs the number of steps, which a DataLoader without length does not tell: use "
+            'schedule="constant", or give its data set a __len__.'
+        )
     if step < warmup_steps:
         return (step + 1) / warmup_steps
+    if num_steps is None:
+        return 1.0
     return schedule((step - warmup_steps) / max(1, num_steps - warmup_steps))

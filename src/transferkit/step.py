@@ -1,5 +1,6 @@
 """The hot path: one training step, one evaluation step. No I/O, no logging, no host sync."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from transferkit.device import Device
+from transferkit.errors import ArgumentError
 from transferkit.targets import class_indices
 
 
@@ -36,6 +38,27 @@ class CrossEntropy:
         )
 
 
+def check_class_weights(values: Sequence[float] | Tensor | None, num_classes: int) -> Tensor | None:
+    """Return class weights as float32 `(num_classes,)`, None as it is.
+
+    Raises:
+        ArgumentError: Another number of them, or one that is negative or not finite.
+
+    Example:
+        >>> check_class_weights([1, 2], num_classes=2)
+        tensor([1., 2.])
+    """
+    if values is None:
+        return None
+    weights = torch.as_tensor(values, dtype=torch.float32)
+    if weights.shape != (num_classes,) or not bool(((weights >= 0) & weights.isfinite()).all()):
+        raise ArgumentError(
+            f"class_weights={weights.tolist()} cannot be used: expected {num_classes} finite numbers of 0 or more, "
+            "one for each class."
+        )
+    return weights
+
+
 class Sums:
     """Loss and hits of many batches, added up on the device and read once."""
 
@@ -53,6 +76,27 @@ class Sums:
     def means(self) -> tuple[float, float]:
         """Return mean loss and accuracy (0 to 1)."""
         return self.loss.item() / self.count, self.correct.item() / self.count  # host sync: once an epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One training step that was made.
+
+    Attributes:
+        epoch: Number of the epoch in the life of the trainer, from 0.
+        index: Number of the step in its epoch, from 0.
+        loss: The batch's mean loss, float32 `()`, on the device; `.item()` waits for it.
+        correct: Number of images whose largest logit was at their target, int64 `()`, on the device.
+        count: Number of images.
+        lr: Learning rate of the last parameter group, the head's.
+    """
+
+    epoch: int
+    index: int
+    loss: Tensor
+    correct: Tensor
+    count: int
+    lr: float
 
 
 def training_step(
@@ -87,7 +131,9 @@ def training_step(
     total_weight = cross_entropy.total_weight(targets)
     batch_loss = torch.zeros((), device=images.device)
     batch_correct = torch.zeros((), dtype=torch.int64, device=images.device)
-    for part, part_targets in zip(images.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
+    for part, part_targets in zip(
+        torch.split(images, micro_batch_size), torch.split(targets, micro_batch_size), strict=True
+    ):
         with device.autocast():
             logits = model(part)
         loss = cross_entropy.sum(logits, part_targets) / total_weight

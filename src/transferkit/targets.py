@@ -34,8 +34,8 @@ def as_targets(targets: object, num_classes: int, *, places: Sequence[int] | Non
         values = targets if isinstance(targets, Tensor) else torch.from_numpy(np.asarray(targets))
     except (TypeError, ValueError) as error:
         raise TargetError(
-            f"targets are not numbers ({error}): expected class indices 0 to {num_classes - 1}. Turn names into indices: "
-            "[classes.index(name) for name in names]."
+            f"targets are not numbers ({error}): expected class indices 0 to {num_classes - 1}. Turn names into "
+            "indices: [classes.index(name) for name in names]."
         ) from error
     if values.ndim == 2 and values.shape[1] == 1 and not values.is_floating_point():
         values = values[:, 0]  # (N, 1), as keras.datasets.cifar10 has them
@@ -53,8 +53,9 @@ def as_targets(targets: object, num_classes: int, *, places: Sequence[int] | Non
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise TargetError(
-            f"target {int(indices[row])} at index {places[row] if places else row} is out of range: expected 0 to {num_classes - 1} for "
-            f"{num_classes} classes. Labels that begin with 1 need 1 subtracted; more classes are made with attach_head."
+            f"target {int(indices[row])} at index {places[row] if places else row} is out of range: expected 0 to "
+            f"{num_classes - 1} for {num_classes} classes. Labels that begin with 1 need 1 subtracted; more classes "
+            "are made with attach_head."
         )
     return indices
 

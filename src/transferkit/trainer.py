@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,44 +13,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from transferkit import checkpoint
-from transferkit.augmentation import Augment, Transform, augment_batch, build_augmentation
-from transferkit.data import Batch, Source, epoch_order, open_data
+from transferkit.arguments import share, whole_number
+from transferkit.augmentation import Augment, augment_batch
+from transferkit.data import Source, epoch_order, open_data
 from transferkit.device import Device
-from transferkit.errors import ArgumentError, EmptyDataError, ImageError, NothingToTrainError
+from transferkit.errors import ArgumentError
+from transferkit.evaluation import compute_logits, evaluate
 from transferkit.freezing import describe_frozen
 from transferkit.head import TransferModel
 from transferkit.history import EpochReport, History
-from transferkit.images import check_preprocessed
+from transferkit.inputs import model_inputs
 from transferkit.optimizers import LearningRate, OptimizerClass, build_optimizer, scale_lr, set_lr
 from transferkit.randomness import derive_seed, seeded
+from transferkit.run import Run, choose_batch_size, open_run
 from transferkit.schedules import Schedule, find_schedule, lr_factor
-from transferkit.step import CrossEntropy, Sums, count_correct, evaluation_step, training_step
+from transferkit.step import CrossEntropy, Step, Sums, check_class_weights, training_step
 from transferkit.validation import split_validation
 
-BATCH_SIZE = 32
-
 Callback = Callable[["Trainer", EpochReport], object]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One training step that was made.
-
-    Attributes:
-        epoch: Number of the epoch in the life of the trainer, from 0.
-        index: Number of the step in its epoch, from 0.
-        loss: The batch's mean loss, float32 `()`, on the device; `.item()` waits for it.
-        correct: Number of images whose largest logit was at their target, int64 `()`, on the device.
-        count: Number of images.
-        lr: Learning rate of the last parameter group, the head's.
-    """
-
-    epoch: int
-    index: int
-    loss: Tensor
-    correct: Tensor
-    count: int
-    lr: float
 
 
 class Trainer:
@@ -117,8 +97,8 @@ class Trainer:
     ) -> None:
         if not isinstance(model, TransferModel):
             raise ArgumentError(
-                f"model is a {type(model).__name__}: expected a TransferModel from attach_head. For a module of your own "
-                "use transferkit.Device in your own loop."
+                f"model is a {type(model).__name__}: expected a TransferModel from attach_head. For a module of your "
+                "own use transferkit.Device in your own loop."
             )
         if isinstance(device, Device) and precision not in ("auto", device.precision):
             raise ArgumentError(f"precision={precision!r} contradicts {device}: say it in one place.")
@@ -132,11 +112,11 @@ class Trainer:
         self.model = self.device.prepare(model)
         self.optimizer = build_optimizer(optimizer, model, lr, weight_decay)
         self.schedule = find_schedule(schedule)
-        self.warmup_steps = _whole("warmup_steps", warmup_steps, at_least=0)
+        self.warmup_steps = whole_number("warmup_steps", warmup_steps, at_least=0)
         self.clip_grad_norm = clip_grad_norm
-        self.micro_batch_size = None if micro_batch_size is None else _whole("micro_batch_size", micro_batch_size)
-        weights = None if class_weights is None else self.device.move(_class_weights(class_weights, len(model.classes)))
-        self.cross_entropy = CrossEntropy(label_smoothing, weights)
+        self.micro_batch_size = None if micro_batch_size is None else whole_number("micro_batch_size", micro_batch_size)
+        weights = check_class_weights(class_weights, len(model.classes))
+        self.cross_entropy = CrossEntropy(share("label_smoothing", label_smoothing), self.device.move(weights))
         self.seed = seed
         self.epoch = 0
         self.global_step = 0
@@ -172,7 +152,7 @@ class Trainer:
             callbacks: Called after each epoch with the trainer and the `EpochReport`; one that returns True ends
                 the run.
             restore_best: Put the weights of the epoch with the highest validation accuracy back at the end, whatever
-                ended the run. Without validation data the last weights stay.
+                ended the run (the optimizer's state stays the last). Without validation data the last weights stay.
             num_workers: Processes that read a `Dataset`.
             verbose: 1 prints a line at the start and one for each epoch, 0 nothing.
 
@@ -182,39 +162,36 @@ class Trainer:
                 `Dataset` or `DataLoader` hides until it is read.
         """
         if validation_split is not None:
-            if validation_data is not None:
-                raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
-            data, validation_data = split_validation(data, validation_split, self.seed)
-        run = self._open_run(data, epochs=epochs, batch_size=batch_size, augment=augment, num_workers=num_workers)
-        validation = None if validation_data is None else self._open(validation_data, num_workers=num_workers)
-        if validation is not None:
-            self._check_first_batch(validation)
+            data, validation_data = split_validation(data, validation_split, self.seed, validation_data)
+        run = open_run(self.model, data, epochs=epochs, batch_size=batch_size, augment=augment, num_workers=num_workers)
+        validation = self._open_validation(validation_data, num_workers)
         if lr is not None:
             set_lr(self.optimizer, lr)
         if verbose:
-            print(f"{describe_frozen(self.model)}; {self.device.torch_device}, {self.device.precision}")  # noqa: T201
+            print(f"{describe_frozen(self.model)}; on {self.device.torch_device} in {self.device.precision}")  # noqa: T201
         history, best = History(), None
         try:
             for epoch in range(epochs):
                 started = time.perf_counter()
-                sums, rate = Sums(self.device.torch_device), 0.0
+                sums = Sums(self.device.torch_device)
                 for step in self._train_epoch(run, epoch):
                     sums.add(step.loss, step.correct, step.count)
-                    rate = step.lr
                 loss, accuracy = sums.means()
-                val_loss, val_accuracy = self._evaluate(validation, run.batch_size) if validation else (None, None)
+                val_loss, val_accuracy = (None, None)
+                if validation is not None:
+                    val_loss, val_accuracy = evaluate(self.model, validation, run.batch_size, device=self.device)
                 epoch_s = time.perf_counter() - started
-                report = EpochReport(self.epoch - 1, loss, accuracy, rate, epoch_s, val_loss, val_accuracy)
+                report = EpochReport(self.epoch - 1, loss, accuracy, step.lr, epoch_s, val_loss, val_accuracy)
                 history.reports.append(report)
                 if restore_best and history.best_epoch == epoch:
-                    best = self._trained_state()
+                    best = {name: value.clone() for name, value in self.model.state_dict().items()}
                 if verbose:
                     print(report)  # noqa: T201
                 if any([callback(self, report) is True for callback in callbacks]):  # noqa: C419 - call them all
                     break
         finally:
             if best is not None:
-                self.model.load_state_dict(best, strict=False)
+                self.model.load_state_dict(best)
         return history
 
     def steps(
@@ -235,7 +212,7 @@ class Trainer:
             >>> for step in trainer.steps(train, epochs=3):  # doctest: +SKIP
             ...     my_logger.log(step.loss, step.lr)
         """
-        run = self._open_run(data, epochs=epochs, batch_size=batch_size, augment=augment, num_workers=num_workers)
+        run = open_run(self.model, data, epochs=epochs, batch_size=batch_size, augment=augment, num_workers=num_workers)
         if lr is not None:
             set_lr(self.optimizer, lr)
         return (step for epoch in range(epochs) for step in self._train_epoch(run, epoch))
@@ -248,8 +225,8 @@ class Trainer:
             batch_size: 32 if None.
             num_workers: Processes that read a `Dataset`.
         """
-        source = self._open(data, num_workers=num_workers)
-        loss, accuracy = self._evaluate(source, _batch_size(source, batch_size))
+        source = open_data(data, self.model.classes, num_workers=num_workers)
+        loss, accuracy = evaluate(self.model, source, choose_batch_size(source, batch_size), device=self.device)
         return {"loss": loss, "accuracy": accuracy}
 
     def predict_proba(
@@ -262,17 +239,18 @@ class Trainer:
             batch_size: 32 if None.
             num_workers: Processes that read a `Dataset`.
         """
-        source = self._open(images, num_workers=num_workers, with_targets=False)
-        batches = source.batches(_batch_size(source, batch_size), seed=derive_seed(self.seed, "predict"), order=None)
-        parts = [logits.softmax(dim=1).cpu() for logits, _ in self._logits(batches)]
-        return torch.cat(parts).numpy()
+        source = open_data(images, self.model.classes, num_workers=num_workers, with_targets=False)
+        logits = compute_logits(self.model, source, choose_batch_size(source, batch_size), device=self.device)
+        return torch.cat([part.softmax(dim=1).cpu() for part, _ in logits]).numpy()
 
     def predict(self, images: object, *, batch_size: int | None = None, num_workers: int = 0) -> npt.NDArray[np.int64]:
         """Return the most probable class index of each image, int64 `(N,)`; `model.classes` has their names.
 
         The arguments are those of `predict_proba`.
         """
-        return self.predict_proba(images, batch_size=batch_size, num_workers=num_workers).argmax(axis=1)
+        probabilities = self.predict_proba(images, batch_size=batch_size, num_workers=num_workers)
+        classes: npt.NDArray[np.int64] = probabilities.argmax(axis=1)
+        return classes
 
     def state_dict(self) -> dict[str, Any]:
         """Return model, optimizer and progress as plain types and tensors, which are not copies."""
@@ -317,43 +295,29 @@ class Trainer:
         """
         self.load_state_dict(checkpoint.read_checkpoint(path))
 
-    def _open(self, data: object, *, num_workers: int, with_targets: bool = True) -> Source:
-        return open_data(data, self.model.classes, num_workers=num_workers, with_targets=with_targets)
+    def _open_validation(self, data: object, num_workers: int) -> Source | None:
+        if data is None:
+            return None
+        source = open_data(data, self.model.classes, num_workers=num_workers)
+        batches = source.batches(1, seed=0, order=None)
+        # One batch, now: or a whole epoch would be lost on data that cannot be used.
+        next(model_inputs(batches, self.model.backbone.preprocess, device=self.device))
+        return source
 
-    def _open_run(
-        self, data: object, *, epochs: int, batch_size: int | None, augment: Augment | None, num_workers: int
-    ) -> "_Run":
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise NothingToTrainError(
-                "nothing to train: every parameter is frozen. freeze_until(model, 'head') trains the head alone."
-            )
-        _whole("epochs", epochs)
-        source = self._open(data, num_workers=num_workers)
-        size = _batch_size(source, batch_size)
-        num_batches = source.num_batches(size)
-        if num_batches is None and self.schedule is not find_schedule("constant"):
-            raise ArgumentError("a schedule needs to know the number of steps, and this DataLoader has no length.")
-        transform = None if augment is None else build_augmentation(augment, self.model.backbone.image_size)
-        return _Run(source, size, transform, epochs * (num_batches or 1), num_batches or 0)
-
-    def _train_epoch(self, run: "_Run", epoch: int) -> Iterator[Step]:
+    def _train_epoch(self, run: Run, epoch: int) -> Iterator[Step]:
         """Make the steps of the run's epoch number `epoch`."""
         self.model.train()
-        data_seed = derive_seed(self.seed, "data", self.epoch)
-        batches = run.source.batches(
-            run.batch_size, seed=data_seed, order=epoch_order(run.source.num_images, self.seed, self.epoch)
-        )
-        for index, (images, targets, places) in enumerate(self.device.batches(self._checked(batches))):
-            assert targets is not None
-            scale_lr(
-                self.optimizer,
-                lr_factor(self.schedule, epoch * run.num_batches + index, run.num_steps, self.warmup_steps),
-            )
-            with seeded(derive_seed(self.seed, "step", self.global_step), self.device.torch_device):
-                inputs = self._model_input(images, run.transform, places)
+        augment = run.transform and partial(augment_batch, run.transform, seed=self.seed, epoch=self.epoch)
+        order = epoch_order(run.source.num_images, self.seed, self.epoch)
+        batches = run.source.batches(run.batch_size, seed=derive_seed(self.seed, "data", self.epoch), order=order)
+        inputs = model_inputs(batches, self.model.backbone.preprocess, device=self.device, augment=augment)
+        for index, (images, targets) in enumerate(inputs):
+            made = epoch * (run.num_batches or 0) + index
+            scale_lr(self.optimizer, lr_factor(self.schedule, made, run.num_steps, self.warmup_steps))
+            with seeded(derive_seed(self.seed, "step", self.global_step), self.device.torch_device):  # for dropout
                 loss, correct = training_step(
                     self.model,
-                    inputs,
+                    images,
                     targets,
                     device=self.device,
                     optimizer=self.optimizer,
@@ -364,89 +328,3 @@ class Trainer:
             self.global_step += 1
             yield Step(self.epoch, index, loss, correct, len(targets), self.optimizer.param_groups[-1]["lr"])
         self.epoch += 1
-
-    def _evaluate(self, source: Source, batch_size: int) -> tuple[float, float]:
-        sums = Sums(self.device.torch_device)
-        plain = CrossEntropy()
-        batches = source.batches(batch_size, seed=derive_seed(self.seed, "evaluate"), order=None)
-        for logits, targets in self._logits(batches):
-            assert targets is not None
-            loss = plain.sum(logits, targets) / len(targets)
-            sums.add(loss, count_correct(logits, targets), len(targets))
-        return sums.means()
-
-    def _logits(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield the logits and the targets of each batch, in eval mode."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            for images, targets, _ in self.device.batches(self._checked(batches)):
-                yield evaluation_step(self.model, self._model_input(images), device=self.device), targets
-        finally:
-            self.model.train(was_training)
-
-    def _model_input(
-        self, images: Tensor | list[Tensor], transform: Transform | None = None, places: Sequence[int] = ()
-    ) -> Tensor:
-        """Preprocess raw images where they are, on the device; preprocessed ones pass."""
-        preprocess = self.model.backbone.preprocess
-        if isinstance(images, Tensor) and images.is_floating_point():
-            if transform is not None:
-                raise ImageError("augment works on raw images, but these are preprocessed (float): pass uint8 images.")
-            return images
-        raw = preprocess.resize(images)
-        if transform is not None:
-            raw = augment_batch(raw, transform, places, seed=self.seed, epoch=self.epoch)
-        return preprocess.normalize(raw)
-
-    def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Look at the first batch's values while they are on the host."""
-        for number, (images, targets, places) in enumerate(batches):
-            if number == 0 and isinstance(images, Tensor) and images.is_floating_point():
-                preprocess = self.model.backbone.preprocess
-                check_preprocessed(images, preprocess.image_size, preprocess.name)
-            yield images, targets, places
-
-    def _check_first_batch(self, source: Source) -> None:
-        if next(self._checked(source.batches(1, seed=0, order=None)), None) is None:
-            raise EmptyDataError("the validation data makes no batch: expected 1 or more.")
-
-    def _trained_state(self) -> dict[str, Tensor]:
-        """Return copies of all that training may have changed: trainable parameters, and buffers."""
-        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
-        return {name: value.clone() for name, value in self.model.state_dict().items() if name not in frozen}
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """What one call of `fit` or `steps` works with."""
-
-    source: Source
-    batch_size: int
-    transform: Transform | None
-    num_steps: int
-    num_batches: int
-
-
-def _batch_size(source: Source, batch_size: int | None) -> int:
-    if batch_size is not None and source.num_images is None:
-        raise ArgumentError(
-            f"batch_size={batch_size} does not reach a DataLoader, which makes its own batches: leave it out."
-        )
-    return BATCH_SIZE if batch_size is None else _whole("batch_size", batch_size)
-
-
-def _whole(name: str, value: int, *, at_least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ArgumentError(f"{name}={value!r} cannot be used: expected a whole number of {at_least} or more.")
-    return value
-
-
-def _class_weights(values: Sequence[float] | Tensor, num_classes: int) -> Tensor:
-    weights = torch.as_tensor(values, dtype=torch.float32)
-    if weights.shape != (num_classes,) or not bool((weights >= 0).all()) or not bool(weights.isfinite().all()):
-        raise ArgumentError(
-            f"class_weights={weights.tolist()} cannot be used: expected {num_classes} finite numbers of 0 or more, one for "
-            "each class."
-        )
-    return weights

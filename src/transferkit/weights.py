@@ -89,13 +89,15 @@ def checked_state_dict(content: object, origin: str) -> dict[str, Tensor]:
         raise WeightsError(f"weights from {origin} are a whole module: pass its state_dict() instead.")
     if not isinstance(content, Mapping):
         raise WeightsError(
-            f"weights from {origin} are a {type(content).__name__}: expected a mapping of names to tensors (a state dict)."
+            f"weights from {origin} are a {type(content).__name__}: expected a mapping of names to tensors (a state "
+            "dict)."
         )
     wrong = [key for key, value in content.items() if not isinstance(value, Tensor)]
     if wrong:
         raise WeightsError(
             f"weights from {origin} hold {type(content[wrong[0]]).__name__} under {wrong[0]!r}: expected tensors only. "
-            f"If the state dict lies deeper in the file, pass that part (keys here: {', '.join(map(str, list(content)[:5]))})."
+            "If the state dict lies deeper in the file, pass that part (keys here: "
+            f"{', '.join(map(str, list(content)[:5]))})."
         )
     return dict(content)
 
@@ -201,7 +203,8 @@ def _fetch(url: str, path: Path) -> None:
         if not _sha256(complete).startswith(_expected_sha256(path.name) or ""):
             raise WeightsError(
                 f"what {url} sent ({complete.stat().st_size} bytes) does not have the SHA-256 in its name. Nothing was "
-                "kept. A proxy or login page may have answered instead: try another network, or pass a path as weights=."
+                "kept. A proxy or login page may have answered instead: try another network, or pass a path as "
+                "weights=."
             )
         complete.replace(path)
     except (OSError, http.client.HTTPException) as error:

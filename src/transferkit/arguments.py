@@ -1,0 +1,33 @@
+"""Checks of plain arguments that several parts share."""
+
+from transferkit.errors import ArgumentError
+
+
+def whole_number(name: str, value: int, *, at_least: int = 1) -> int:
+    """Return `value` if it is a whole number in range.
+
+    Raises:
+        ArgumentError: It is not.
+
+    Example:
+        >>> whole_number("epochs", 10)
+        10
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ArgumentError(f"{name}={value!r} cannot be used: expected a whole number of {at_least} or more.")
+    return value
+
+
+def share(name: str, value: float) -> float:
+    """Return `value` if it is a number from 0 up to but not including 1.
+
+    Raises:
+        ArgumentError: It is not.
+
+    Example:
+        >>> share("dropout", 0.5)
+        0.5
+    """
+    if not 0 <= value < 1:
+        raise ArgumentError(f"{name}={value!r} is out of range: expected a share from 0 up to but not including 1.")
+    return value

@@ -1,0 +1,77 @@
+"""Small real networks and data, and a guard that no test leaves the process changed."""
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.models.vgg import make_layers
+
+import transferkit as tk
+from transferkit.preprocessing import CONVENTIONS
+
+ASSETS = Path(__file__).parent.parent / "examples" / "assets"
+
+BackboneMaker = Callable[..., tk.Backbone]
+
+
+@pytest.fixture(autouse=True)
+def _process_unchanged() -> Iterator[None]:
+    """Each test begins with the same random numbers and ends with the process as it found it."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    before = _process_state()
+    yield
+    assert _process_state() == before
+
+
+def _process_state() -> dict[str, object]:
+    return {
+        "environment": dict(os.environ),
+        "threads": threading.active_count(),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "float32 products": torch.get_float32_matmul_precision(),
+        "gradients": torch.is_grad_enabled(),
+        "default type": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@pytest.fixture
+def make_backbone() -> BackboneMaker:
+    """A VGG of five blocks with one narrow convolution each: 32x32 pixels to 8 features, in microseconds."""
+
+    def make(*, batch_norm: bool = False, image_size: int = 32, seed: int = 0) -> tk.Backbone:
+        torch.manual_seed(seed)
+        features = make_layers([4, "M", 4, "M", 8, "M", 8, "M", 8, "M"], batch_norm=batch_norm)
+        return tk.Backbone("tiny", features, CONVENTIONS["IMAGENET1K_V1"].with_image_size(image_size))
+
+    return make
+
+
+@pytest.fixture
+def backbone(make_backbone: BackboneMaker) -> tk.Backbone:
+    return make_backbone()
+
+
+@pytest.fixture
+def model(backbone: tk.Backbone) -> tk.TransferModel:
+    """The tiny backbone with a head of three classes, nothing frozen."""
+    return tk.attach_head(backbone, ["cat", "dog", "owl"], hidden=(16,))
+
+
+@pytest.fixture
+def data() -> tuple[Tensor, Tensor]:
+    """24 raw images of three classes that can be told apart: each has one bright channel."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(24) % 3
+    images = torch.randint(0, 120, (24, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    images[torch.arange(24), targets] += 120
+    return images, targets
