@@ -1,7 +1,7 @@
 """The main job in small: VGG16 pretrained on ImageNet, its convolutions frozen, a new head, CIFAR-10. No network.
 
 Run from a clone: python examples/quickstart.py
-The weights and the 4,000 images lie in examples/assets; where they come from is in the README there.
+The weights and the 2,500 images lie in examples/assets; where they come from is in the README there.
 """
 
 import tempfile
@@ -15,10 +15,10 @@ from torchvision.datasets import ImageFolder
 import transferkit as tk
 
 ASSETS = Path(__file__).parent / "assets"
+LEARNING_RATE = 1e-3
 EPOCHS = 10
 BATCH_SIZE = 32
-LEARNING_RATE = 1e-3
-FROZEN_UNTIL = "head"  # every convolution; "block5" would train the last three of them too
+FROZEN_UNTIL = "head"  # every convolution is frozen; with "block5" the last three would train too
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         zipfile.ZipFile(ASSETS / "cifar10_subset.zip").extractall(folder)
-        train = ImageFolder(Path(folder) / "train")  # one folder for each class; PIL images of any size
+        train = ImageFolder(Path(folder) / "train")  # one folder for each class
         test = ImageFolder(Path(folder) / "test")
 
         backbone = tk.load_backbone(
@@ -40,12 +40,12 @@ def main() -> None:
 
         trainer = tk.Trainer(model, optimizer="adam", lr=LEARNING_RATE)
         trainer.fit(train, validation_data=test, epochs=EPOCHS, batch_size=BATCH_SIZE)
-
         scores = trainer.evaluate(test)
-        image, target = test[0]
-        predicted = model.classes[trainer.predict([image])[0]]
-    print(f"test accuracy {scores['accuracy']:.3f} after {time.perf_counter() - started:.0f} s")
-    print(f"the first test image is of class {train.classes[target]!r}, predicted {predicted!r}")
+
+        image, target = test[0]  # a PIL image
+        predicted = trainer.predict([image])[0]
+    print(f"accuracy {scores['accuracy']:.3f} on 500 test images, after {time.perf_counter() - started:.0f} s")
+    print(f"the first of them is of class {model.classes[target]!r}; predicted: {model.classes[predicted]!r}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from transferkit.preprocessing import CONVENTIONS
 
 ASSETS = Path(__file__).parent.parent / "examples" / "assets"
 
+torch.set_num_threads(1)  # the networks here are so small that a second thread costs more than it brings
+
 BackboneMaker = Callable[..., tk.Backbone]
 
 
