@@ -26,7 +26,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (1e-3)")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the training images (10)")
     parser.add_argument("--batch-size", type=int, default=32, help="images in a step (32)")
-    parser.add_argument("--frozen-until", default="head", help='first layer that trains: "head", "block5", "none" (head)')
+    parser.add_argument(
+        "--frozen-until", default="head", help='first layer that trains: "head", "block5", "none" (head)'
+    )
     parser.add_argument("--hidden", type=int, nargs="*", default=(256,), help="widths of the head (256)")
     parser.add_argument("--augment", nargs="*", help="flip, crop, color, trivial (nothing)")
     parser.add_argument("--image-size", type=int, default=224, help="pixels (224)")

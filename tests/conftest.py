@@ -36,7 +36,7 @@ def _process_unchanged() -> Iterator[None]:
 
 def _process_state() -> dict[str, object]:
     return {
-        "environment": dict(os.environ),
+        "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
         "threads": threading.active_count(),
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
         "float32 products": torch.get_float32_matmul_precision(),

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from transferkit.arguments import whole_number
 from transferkit.augmentation import Augment, Transform, build_augmentation
 from transferkit.data import Source, open_data
@@ -53,6 +55,7 @@ def open_run(
     source = open_data(data, model.classes, num_workers=num_workers)
     size = choose_batch_size(source, batch_size)
     num_batches = source.num_batches(size)
+    _check_last_batch(model, source.num_images, size)
     transform = None if augment is None else build_augmentation(augment, model.backbone.image_size)
     return Run(source, size, transform, num_batches, None if num_batches is None else epochs * num_batches)
 
@@ -68,3 +71,17 @@ def choose_batch_size(source: Source, batch_size: int | None) -> int:
             f"batch_size={batch_size} does not reach a DataLoader, which makes its own batches: leave it out."
         )
     return BATCH_SIZE if batch_size is None else whole_number("batch_size", batch_size)
+
+
+def _check_last_batch(model: nn.Module, num_images: int | None, batch_size: int) -> None:
+    """Batch norm over vectors cannot train on one image: say so now, not at the end of an epoch."""
+    needs_two = any(
+        isinstance(module, nn.BatchNorm1d) and any(parameter.requires_grad for parameter in module.parameters())
+        for module in model.modules()
+    )
+    if needs_two and num_images is not None and (batch_size == 1 or num_images % batch_size == 1):
+        other = next(size for size in range(batch_size + 1, num_images + 2) if num_images % size != 1)
+        raise ArgumentError(
+            f"batch_size={batch_size} leaves a batch of 1 image of {num_images}, and the head's batch norm needs 2 or "
+            f"more to train: choose another batch_size, such as {other}."
+        )
