@@ -12,7 +12,6 @@ import transferkit as tk
 
 EPOCHS, BATCHES = 4, 5  # 20 steps; 106 images in batches of 24 leave 10 for the last
 CLASSES = ["cat", "dog", "owl"]
-FROZEN_MODULES = {None: 0, "block3": 6, "head": 15}  # convolution, ReLU and pool in each of the five blocks
 
 
 def plain_loop(
@@ -68,9 +67,8 @@ def both_trained(
     """The weights after the plain loop and after `Trainer.fit`, from the same start on the same batches."""
     model = tk.attach_head(backbone, CLASSES, hidden=(16,))
     plain = copy.deepcopy(model)
-    frozen = len(backbone.features) if boundary == "head" else FROZEN_MODULES[boundary]
-    if boundary == "block3":
-        frozen = backbone.layer_names.index("block3_conv1")
+    names = backbone.layer_names
+    frozen = {None: 0, "block3": names.index("block3_conv1"), "head": len(names)}[boundary]
     plain_loop(
         plain,
         make_loader(backbone),

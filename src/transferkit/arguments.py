@@ -1,5 +1,7 @@
 """Checks of plain arguments that several parts share."""
 
+from numbers import Integral, Real
+
 from transferkit.errors import ArgumentError
 
 
@@ -13,9 +15,9 @@ def whole_number(name: str, value: int, *, at_least: int = 1) -> int:
         >>> whole_number("epochs", 10)
         10
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:  # numpy's integers are Integral
         raise ArgumentError(f"{name}={value!r} cannot be used: expected a whole number of {at_least} or more.")
-    return value
+    return int(value)
 
 
 def share(name: str, value: float) -> float:
@@ -28,6 +30,6 @@ def share(name: str, value: float) -> float:
         >>> share("dropout", 0.5)
         0.5
     """
-    if not 0 <= value < 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
         raise ArgumentError(f"{name}={value!r} is out of range: expected a share from 0 up to but not including 1.")
-    return value
+    return float(value)

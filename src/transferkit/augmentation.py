@@ -1,6 +1,7 @@
 """Random augmentation of raw images, on the device, drawn for each image from (seed, epoch, place in the data set)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,15 +41,14 @@ def build_augmentation(augment: Augment, image_size: int) -> Transform:
         "trivial": v2.TrivialAugmentWide(),
     }
     chain = []
-    for part in [augment] if isinstance(augment, str) or callable(augment) else augment:
+    for part in augment if isinstance(augment, list | tuple) else [augment]:
         if isinstance(part, str) and part in known:
             chain.append(known[part])
         elif callable(part):
             chain.append(part)
         else:
             raise ArgumentError(f"augment={part!r} is no known augmentation. {close_matches(part, known)}")
-    compose: Transform = v2.Compose(chain)
-    return compose
+    return partial(_apply, chain)
 
 
 def augment_batch(transform: Transform, images: Tensor, places: Sequence[int], *, seed: int, epoch: int) -> Tensor:
@@ -71,9 +71,18 @@ def augment_batch(transform: Transform, images: Tensor, places: Sequence[int], *
         with seeded(derive_seed(seed, "augment", epoch, place), image.device):
             augmented.append(transform(image))
         result = augmented[-1]
-        if result.shape != image.shape or result.dtype != image.dtype:
+        if not isinstance(result, Tensor) or result.shape != image.shape or result.dtype != image.dtype:
+            made = (
+                f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+            )
             raise ImageError(
-                f"augment changed image {place} from {tuple(image.shape)} {image.dtype} to {tuple(result.shape)} "
-                f"{result.dtype}: expected a transform of raw images that keeps both. Normalisation is done afterwards."
+                f"augment changed image {place} from {tuple(image.shape)} {image.dtype} to {made}: expected a "
+                "transform of raw images that keeps both. Normalisation is done afterwards."
             )
     return torch.stack(augmented)
+
+
+def _apply(chain: Sequence[Transform], image: Tensor) -> Tensor:
+    for transform in chain:
+        image = transform(image)
+    return image

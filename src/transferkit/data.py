@@ -1,6 +1,7 @@
 """Whatever `Trainer` accepts as data, as batches in an order that depends on (seed, epoch) alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,7 +53,8 @@ def open_data(data: object, classes: Sequence[str], *, num_workers: int = 0, wit
         ArgumentError: Data of another kind.
     """
     whole_number("num_workers", num_workers, at_least=0)
-    _check_classes(data, classes)
+    if with_targets:
+        _check_classes(data, classes)
     if isinstance(data, DataLoader):
         return LoaderSource(data, classes, with_targets=with_targets)
     if isinstance(data, IterableDataset):
@@ -66,7 +68,12 @@ def open_data(data: object, classes: Sequence[str], *, num_workers: int = 0, wit
         if with_targets:
             raise TargetError("data is images without targets: expected a pair (images, targets).")
         return ArraySource(data, None, classes)
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):  # a Dataset, or a list of samples
+    if isinstance(data, str | PathLike):
+        raise ArgumentError(
+            f"data is a {type(data).__name__}: expected the images themselves. A folder with a folder of images for "
+            "each class is opened with torchvision.datasets.ImageFolder(path), without a transform."
+        )
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):  # a Dataset, a list
         return DatasetSource(data, classes, num_workers=num_workers, with_targets=with_targets)
     raise ArgumentError(
         f"data is a {type(data).__name__}: expected a pair (images, targets), a torch Dataset or a DataLoader."
@@ -88,10 +95,10 @@ class ArraySource:
 
     def __init__(self, images: object, targets: object, classes: Sequence[str]) -> None:
         self.images = as_images(images)
-        self.targets = _NO_TARGETS if targets is None else as_targets(targets, len(classes))
         self.num_images = len(self.images)
         if self.num_images == 0:
             raise EmptyDataError(f"data holds no images: got shape {tuple(self.images.shape)}, expected 1 or more.")
+        self.targets = _NO_TARGETS if targets is None else as_targets(targets, len(classes))
         if targets is not None and len(self.targets) != self.num_images:
             raise TargetError(
                 f"{self.num_images} images but {len(self.targets)} targets: expected one target for each image."
@@ -117,9 +124,10 @@ class DatasetSource:
         self.samples = _Samples(dataset, with_targets=with_targets)
         self.num_classes = len(classes)
         self.num_workers = num_workers
-        if with_targets and isinstance(getattr(dataset, "targets", None), list | Tensor):
-            as_targets(dataset.targets, self.num_classes)  # all at once, before anything runs
-        _collate([self.samples[0, 0]], self.num_classes)
+        listed = getattr(dataset, "targets", None)
+        if with_targets and isinstance(listed, list | Tensor) and getattr(dataset, "target_transform", None) is None:
+            as_targets(listed, self.num_classes)  # all at once, before anything runs
+        _collate([self.samples[0, 0]], self.num_classes, with_targets=with_targets)
 
     def num_batches(self, batch_size: int) -> int:
         return -(-self.num_images // batch_size)
@@ -138,7 +146,7 @@ class DatasetSource:
             generator=torch.Generator().manual_seed(seed),  # or the loader would draw from the global one
         )
         for samples in loader:
-            yield _collate(samples, self.num_classes)
+            yield _collate(samples, self.num_classes, with_targets=self.samples.with_targets)
 
 
 class LoaderSource:
@@ -192,18 +200,17 @@ class _Samples(Dataset[Sample]):
         index, seed = key
         with seeded(seed):
             sample = self.dataset[index]
-        pair = isinstance(sample, tuple | list) and len(sample) == 2
-        if self.with_targets and not pair:
+        parts = sample if isinstance(sample, tuple | list) else (sample,)
+        if self.with_targets and len(parts) != 2:
             raise TargetError(f"sample {index} is a {type(sample).__name__}: expected a pair (image, target).")
-        image, target = sample if pair else (sample, None)
-        return as_image(image, index), target if self.with_targets else None, index
+        return as_image(parts[0], index), parts[1] if self.with_targets else None, index
 
 
 def _identity(samples: list[Sample]) -> list[Sample]:
     return samples
 
 
-def _collate(samples: list[Sample], num_classes: int) -> Batch:
+def _collate(samples: list[Sample], num_classes: int, *, with_targets: bool) -> Batch:
     images, targets, places = map(list, zip(*samples, strict=True))
     if len({image.dtype for image in images}) > 1:
         raise ImageError(
@@ -213,9 +220,15 @@ def _collate(samples: list[Sample], num_classes: int) -> Batch:
     if not same_size and images[0].is_floating_point():
         raise ImageError(f"images {places} are preprocessed (float) but differ in size: expected one size throughout.")
     labels = _NO_TARGETS
-    if targets[0] is not None:
-        rows = [torch.as_tensor(target) for target in targets]
-        labels = as_targets(torch.stack(rows), num_classes, places=places)
+    if with_targets:
+        try:
+            stacked = torch.stack([torch.as_tensor(target) for target in targets])
+        except (TypeError, ValueError, RuntimeError) as error:  # names of classes, or rows of different lengths
+            raise TargetError(
+                f"targets of images {places} do not make a batch ({error}): expected class indices 0 to "
+                f"{num_classes - 1}, or rows of {num_classes}; got {targets[0]!r} for the first."
+            ) from error
+        labels = as_targets(stacked, num_classes, places=places)
     return torch.stack(images) if same_size else images, labels, places
 
 

@@ -75,7 +75,7 @@ def close_matches(name: object, known: Iterable[str]) -> str:
         "Known: 'adam', 'sgd'."
     """
     names = list(known)
-    close = difflib.get_close_matches(str(name), names, n=4)
+    close = difflib.get_close_matches(str(name), names, n=4, cutoff=0.55)
     if close:
         return f"Did you mean {' or '.join(map(repr, close))}?"
     return f"Known: {', '.join(map(repr, names))}."

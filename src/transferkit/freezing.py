@@ -15,14 +15,18 @@ _END = "(the end)"  # the boundary when everything is frozen; no module can have
 class _StayInEval:
     """Stands in for a frozen module's `train` method, so that `model.train()` leaves the module in eval mode.
 
-    `requires_grad=False` alone stops neither batch norm's running statistics nor dropout.
+    `requires_grad=False` alone stops neither batch norm's running statistics nor dropout. The mode asked for is kept
+    for when the module is unfrozen.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.mode = module.training
 
     def __call__(self, mode: bool = True) -> nn.Module:  # noqa: FBT001, FBT002 - torch's signature
-        self.module.training = False
+        self.mode = mode
+        for child in self.module.children():
+            child.train(mode)
         return self.module
 
 
@@ -66,12 +70,14 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
         if not parameter.requires_grad:
             parameter.grad = None  # or an optimizer would still apply a gradient left over from before
     for name, module in modules.items():
+        stand_in = module.__dict__.get("train")
         if name in frozen_names and not _contains(name, boundary):
-            module.train = _StayInEval(module)
+            if not isinstance(stand_in, _StayInEval):
+                module.train = _StayInEval(module)
             module.training = False
-        elif isinstance(module.__dict__.get("train"), _StayInEval):
+        elif isinstance(stand_in, _StayInEval):
             del module.train
-            module.training = model.training
+            module.training = stand_in.mode
     return model
 
 
@@ -101,8 +107,9 @@ def describe_frozen(model: nn.Module) -> str:
     """
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    before = f"{frozen:,} parameters before {first_trainable(model)}" if frozen else "nothing"
-    return f"frozen: {before}; training: {trainable:,} parameters"
+    before = f" before {first_trainable(model)}" if trainable else ""
+    part = f"{frozen:,} parameters{before}" if frozen else "nothing"
+    return f"frozen: {part}; training: {trainable:,} parameters"
 
 
 def _find_boundary(model: nn.Module, layer: str | None) -> str | None:

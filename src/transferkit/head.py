@@ -1,7 +1,8 @@
 """A new head on a backbone."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def attach_head(
     if head is None:
         head = _build_head(backbone.feature_shape, len(names), hidden, dropout, pooling)
         arguments = {"hidden": list(hidden), "dropout": dropout, "pooling": pooling}
-    elif tuple(hidden) or dropout or pooling != "flatten":
+    elif hidden or dropout or pooling != "flatten":
         raise ArgumentError(
             f"hidden={hidden!r}, dropout={dropout!r} and pooling={pooling!r} describe the built-in head, but head= "
             "gives one already. Pass one or the other."
@@ -119,8 +120,10 @@ def attach_head(
 def _class_names(classes: int | Sequence[str]) -> tuple[str, ...]:
     if isinstance(classes, str):
         raise ArgumentError(f"classes={classes!r} is one string: expected a list of class names, or their number.")
-    if isinstance(classes, int):
-        classes = [str(index) for index in range(classes)]
+    if isinstance(classes, Integral):  # numpy's too: targets.max() + 1
+        classes = [str(index) for index in range(int(classes))]
+    if not isinstance(classes, Iterable):
+        raise ArgumentError(f"classes={classes!r} cannot be used: expected a list of class names, or their number.")
     names = tuple(str(name) for name in classes)
     if len(names) < 2:
         raise ArgumentError(
@@ -138,6 +141,8 @@ def _build_head(
     if pooling not in POOLINGS:
         raise ArgumentError(f"pooling={pooling!r} is not known. {close_matches(pooling, POOLINGS)}")
     share("dropout", dropout)
+    if not isinstance(hidden, Iterable):
+        raise ArgumentError(f"hidden={hidden!r} cannot be used: expected a list of widths, such as ({hidden!r},).")
     for width in hidden:
         whole_number("each width of hidden", width)
     channels, height, width = feature_shape

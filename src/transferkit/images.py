@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from transferkit.arrays import tensor_from_array
 from transferkit.errors import ImageError
 
 _EXPECTED = (
@@ -35,8 +36,8 @@ def as_images(images: object) -> Tensor:
         >>> as_images(np.zeros((5, 32, 48, 3), np.uint8)).shape
         torch.Size([5, 3, 32, 48])
     """
-    if isinstance(images, np.ndarray) and images.dtype != object:
-        images = torch.from_numpy(images)
+    if isinstance(images, np.ndarray) and images.dtype.kind in "uifb":
+        images = tensor_from_array(images)
     if not isinstance(images, Tensor):
         raise ImageError(
             f"images are a {type(images).__name__}: {_EXPECTED}, in one tensor or array. Images of different sizes "
@@ -51,6 +52,8 @@ def as_images(images: object) -> Tensor:
             images = images.permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
     elif not images.is_floating_point():
         raise ImageError(f"{got}: {_EXPECTED}. If the values are 0 to 255, convert them: images.astype('uint8').")
+    if images.is_floating_point() and images.shape[1] != 3 and images.shape[3] == 3:
+        raise ImageError(f"{got}: preprocessed images have their channels second. Use images.permute(0, 3, 1, 2).")
     if images.shape[1] != 3:
         gray = " Repeat a gray channel three times: images.repeat(1, 3, 1, 1)." if 1 in images.shape[1:] else ""
         raise ImageError(f"{got}, so it has no 3 channels: {_EXPECTED}.{gray} Drop an alpha channel.")

@@ -9,6 +9,7 @@ from transferkit.augmentation import Augment, Transform, build_augmentation
 from transferkit.data import Source, open_data
 from transferkit.errors import ArgumentError, NothingToTrainError
 from transferkit.head import TransferModel
+from transferkit.validation import split_validation
 
 BATCH_SIZE = 32
 
@@ -18,7 +19,8 @@ class Run:
     """The training data of a call, opened, and how much of it there is.
 
     Attributes:
-        source: The data.
+        source: The data to train on.
+        validation: The data to validate on, or None.
         batch_size: Images in a batch.
         transform: Random change of one raw image, or None.
         num_batches: Batches in an epoch; None where a `DataLoader` does not tell.
@@ -26,6 +28,7 @@ class Run:
     """
 
     source: Source
+    validation: Source | None
     batch_size: int
     transform: Transform | None
     num_batches: int | None
@@ -40,6 +43,9 @@ def open_run(
     batch_size: int | None,
     augment: Augment | None,
     num_workers: int,
+    validation_data: object = None,
+    validation_split: float | None = None,
+    seed: int = 0,
 ) -> Run:
     """Check the arguments of a call and open its data.
 
@@ -52,12 +58,20 @@ def open_run(
             "nothing to train: every parameter is frozen. freeze_until(model, 'head') trains the head alone."
         )
     whole_number("epochs", epochs)
+    if validation_data is not None and validation_split is not None:
+        raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
     source = open_data(data, model.classes, num_workers=num_workers)
+    validation = None
+    if validation_data is not None:
+        validation = open_data(validation_data, model.classes, num_workers=num_workers)
+    if validation_split is not None:
+        source, validation = split_validation(source, validation_split, seed)
     size = choose_batch_size(source, batch_size)
     num_batches = source.num_batches(size)
     _check_last_batch(model, source.num_images, size)
     transform = None if augment is None else build_augmentation(augment, model.backbone.image_size)
-    return Run(source, size, transform, num_batches, None if num_batches is None else epochs * num_batches)
+    num_steps = None if num_batches is None else epochs * num_batches
+    return Run(source, validation, size, transform, num_batches, num_steps)
 
 
 def choose_batch_size(source: Source, batch_size: int | None) -> int:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transferkit.arrays import tensor_from_array
 from transferkit.errors import TargetError
 
-_ROW_SUM_TOLERANCE = 1e-3  # rows that went through bfloat16 or a file of rounded numbers still pass
+_ROW_SUM_TOLERANCE = 1e-2  # rows that went through bfloat16 or a file of rounded numbers still pass
 
 
 def as_targets(targets: object, num_classes: int, *, places: Sequence[int] | None = None) -> Tensor:
@@ -31,7 +32,7 @@ def as_targets(targets: object, num_classes: int, *, places: Sequence[int] | Non
         tensor([2, 0])
     """
     try:
-        values = targets if isinstance(targets, Tensor) else torch.from_numpy(np.asarray(targets))
+        values = targets if isinstance(targets, Tensor) else tensor_from_array(np.asarray(targets))
     except (TypeError, ValueError) as error:
         raise TargetError(
             f"targets are not numbers ({error}): expected class indices 0 to {num_classes - 1}. Turn names into "

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from transferkit import checkpoint
 from transferkit.arguments import share, whole_number
 from transferkit.augmentation import Augment, augment_batch
-from transferkit.data import Source, epoch_order, open_data
+from transferkit.data import epoch_order, open_data
 from transferkit.device import Device
 from transferkit.errors import ArgumentError
 from transferkit.evaluation import compute_logits, evaluate
@@ -28,7 +28,6 @@ from transferkit.randomness import derive_seed, seeded
 from transferkit.run import Run, choose_batch_size, open_run
 from transferkit.schedules import Schedule, find_schedule, lr_factor
 from transferkit.step import CrossEntropy, Step, Sums, check_class_weights, training_step
-from transferkit.validation import split_validation
 
 Callback = Callable[["Trainer", EpochReport], object]
 
@@ -161,10 +160,18 @@ class Trainer:
             TransferKitError: Arguments or data that cannot be used, all seen before the first step but for what a
                 `Dataset` or `DataLoader` hides until it is read.
         """
-        if validation_split is not None:
-            data, validation_data = split_validation(data, validation_split, self.seed, validation_data)
-        run = open_run(self.model, data, epochs=epochs, batch_size=batch_size, augment=augment, num_workers=num_workers)
-        validation = self._open_validation(validation_data, num_workers)
+        run = open_run(
+            self.model,
+            data,
+            validation_data=validation_data,
+            validation_split=validation_split,
+            epochs=epochs,
+            batch_size=batch_size,
+            augment=augment,
+            num_workers=num_workers,
+            seed=self.seed,
+        )
+        self._check_validation(run)
         if lr is not None:
             set_lr(self.optimizer, lr)
         if verbose:
@@ -178,8 +185,8 @@ class Trainer:
                     sums.add(step.loss, step.correct, step.count)
                 loss, accuracy = sums.means()
                 val_loss, val_accuracy = (None, None)
-                if validation is not None:
-                    val_loss, val_accuracy = evaluate(self.model, validation, run.batch_size, device=self.device)
+                if run.validation is not None:
+                    val_loss, val_accuracy = evaluate(self.model, run.validation, run.batch_size, device=self.device)
                 epoch_s = time.perf_counter() - started
                 report = EpochReport(self.epoch - 1, loss, accuracy, step.lr, epoch_s, val_loss, val_accuracy)
                 history.reports.append(report)
@@ -295,14 +302,11 @@ class Trainer:
         """
         self.load_state_dict(checkpoint.read_checkpoint(path))
 
-    def _open_validation(self, data: object, num_workers: int) -> Source | None:
-        if data is None:
-            return None
-        source = open_data(data, self.model.classes, num_workers=num_workers)
-        batches = source.batches(1, seed=0, order=None)
-        # One batch, now: or a whole epoch would be lost on data that cannot be used.
-        next(model_inputs(batches, self.model.backbone.preprocess, device=self.device))
-        return source
+    def _check_validation(self, run: Run) -> None:
+        """Read one image to validate on now: a whole epoch would be lost on data that cannot be used."""
+        if run.validation is not None:
+            batches = run.validation.batches(1, seed=0, order=None)
+            next(model_inputs(batches, self.model.backbone.preprocess, device=self.device))
 
     def _train_epoch(self, run: Run, epoch: int) -> Iterator[Step]:
         """Make the steps of the run's epoch number `epoch`."""

@@ -1,0 +1,26 @@
+"""numpy arrays as tensors, without copies where that can be."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+def tensor_from_array(array: npt.NDArray[Any]) -> Tensor:
+    """Return a tensor over an array's memory; the library only reads it.
+
+    Raises:
+        TypeError: The array does not hold numbers.
+
+    Example:
+        >>> tensor_from_array(np.array([1, 2])[::-1])
+        tensor([2, 1])
+    """
+    if any(stride < 0 for stride in array.strides):
+        array = np.ascontiguousarray(array)  # torch has no negative strides
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # a memory map, a PIL image
+        return torch.from_numpy(array)

@@ -1,0 +1,391 @@
+"""New heads, heads of the user's own, and the cut between what is frozen and what trains."""
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import transferkit as tk
+from transferkit.errors import ArgumentError, HeadMismatchError
+
+Maker = Callable[..., tk.Backbone]
+
+
+# --- the built-in head
+
+
+@pytest.mark.parametrize("hidden", [(), (16,), (16, 8)])
+@pytest.mark.parametrize("pooling", ["flatten", "avg", "max"])
+def test_logits_have_one_column_for_each_class(make_backbone: Maker, pooling: str, hidden: tuple[int, ...]) -> None:
+    """Every pooling with any number of hidden layers gives (N, classes), for features of more than one position."""
+    model = tk.attach_head(make_backbone(image_size=96), 5, hidden=hidden, pooling=pooling)
+    widths = [8 * 3 * 3 if pooling == "flatten" else 8, *hidden, 5]
+
+    assert tuple(model(torch.randn(2, 3, 96, 96)).shape) == (2, 5)
+    linear = [module for module in model.head if isinstance(module, nn.Linear)]
+    assert [(module.in_features, module.out_features) for module in linear] == list(itertools.pairwise(widths))
+
+
+@pytest.mark.parametrize(
+    ("pooling", "pooled"),
+    [
+        ("flatten", lambda features: features.flatten(1)),
+        ("avg", lambda features: features.mean(dim=(2, 3))),
+        ("max", lambda features: features.amax(dim=(2, 3))),
+    ],
+)
+def test_pooling_is_over_positions(make_backbone: Maker, pooling: str, pooled: Callable[[Tensor], Tensor]) -> None:
+    """The head is the pooling it is called, followed by one linear layer."""
+    model = tk.attach_head(make_backbone(image_size=96), 5, pooling=pooling)
+    features = torch.randn(4, 8, 3, 3)
+
+    torch.testing.assert_close(model.head(features), model.head.logits(pooled(features)))  # sums in another order
+
+
+def test_layers_have_names_by_number(backbone: tk.Backbone) -> None:
+    """The head's layers are fc1, relu1, dropout1, fc2, ... and logits."""
+    model = tk.attach_head(backbone, 2, hidden=(16, 8), dropout=0.25)
+
+    assert [name for name, _ in model.head.named_children()] == [
+        *("flatten", "fc1", "relu1", "dropout1", "fc2", "relu2", "dropout2", "logits")
+    ]
+    assert model.head.dropout1.p == model.head.dropout2.p == 0.25
+
+
+def test_without_dropout_there_is_no_dropout_layer(backbone: tk.Backbone) -> None:
+    """dropout=0 adds no layer, and the last layer has neither ReLU nor dropout behind it."""
+    assert [n for n, _ in tk.attach_head(backbone, 2, hidden=(16,)).head.named_children()] == [
+        *("flatten", "fc1", "relu1", "logits")
+    ]
+
+
+def test_hidden_dropout_is_active_in_training_only(backbone: tk.Backbone) -> None:
+    """Dropout changes logits from call to call in training mode and not in eval mode."""
+    model = tk.attach_head(backbone, 2, hidden=(64,), dropout=0.5)
+    features = torch.randn(2, 8, 1, 1)
+
+    assert not torch.equal(model.head(features), model.head(features))
+    assert torch.equal(model.eval().head(features), model.head(features))
+
+
+def test_full_vgg16_head_has_25088_inputs() -> None:
+    """VGG16 at 224 pixels flattens to 512 * 7 * 7 inputs."""
+    model = tk.attach_head(tk.load_backbone("vgg16", weights=None), 10, hidden=(16,))
+
+    assert model.head.fc1.in_features == 25_088
+
+
+def test_heads_follow_the_seed(backbone: tk.Backbone) -> None:
+    """The same seed gives the same initial head, another seed another."""
+    heads = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        heads.append(tk.attach_head(backbone, 3).head.logits.weight)
+
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_the_model_is_head_after_backbone(model: tk.TransferModel) -> None:
+    """model(x) is head(backbone(x)), bit for bit."""
+    images = torch.randn(2, 3, 32, 32)
+
+    assert torch.equal(model(images), model.head(model.backbone(images)))
+
+
+def test_the_backbone_is_not_copied(backbone: tk.Backbone) -> None:
+    """The model's backbone is the one given, its frozen layers as they were."""
+    model = tk.attach_head(tk.freeze_until(backbone, "block3"), 2)
+
+    assert model.backbone is backbone
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == [
+        f"backbone.features.{place}.{kind}" for place in (0, 3) for kind in ("weight", "bias")
+    ]
+
+
+# --- classes
+
+
+def test_classes_by_name(backbone: tk.Backbone) -> None:
+    """Class names are kept in their order."""
+    assert tk.attach_head(backbone, ["owl", "cat", "dog"]).classes == ("owl", "cat", "dog")
+
+
+def test_classes_by_number(backbone: tk.Backbone) -> None:
+    """A number of classes names them "0", "1", ..."""
+    assert tk.attach_head(backbone, 3).classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("number", [3, np.int64(3), np.uint8(3)])
+def test_number_of_classes_may_be_any_whole_number(backbone: tk.Backbone, number: int) -> None:
+    """A number of classes computed with numpy (labels.max() + 1) serves like an int."""
+    assert tk.attach_head(backbone, number).classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (1, r"classes=.*makes 1 classes: expected 2 or more.*\[\"no\", \"yes\"\]"),
+        (0, r"makes 0 classes: expected 2 or more.*\[\"no\", \"yes\"\]"),
+        (-4, r"makes 0 classes: expected 2 or more"),
+        (True, r"expected 2 or more"),
+        (["cat"], r"makes 1 classes: expected 2 or more.*\[\"no\", \"yes\"\]"),
+        ([], r"makes 0 classes: expected 2 or more"),
+        ("abc", r"classes='abc' is one string: expected a list of class names, or their number"),
+        (["cat", "dog", "cat"], r"class names repeat: cat\. Expected each of the 3 once"),
+        (10.0, r"classes=10\.0.*expected"),
+        (None, r"classes=None.*expected"),
+    ],
+)
+def test_unusable_classes_are_refused(backbone: tk.Backbone, classes: object, message: str) -> None:
+    """Fewer than two classes, one string, repeated names and what is neither number nor list are refused."""
+    with pytest.raises(ArgumentError, match=message):
+        tk.attach_head(backbone, classes)  # type: ignore[arg-type]
+
+
+# --- arguments
+
+
+@pytest.mark.parametrize("hidden", [(0,), (16, -1), (16.0,), (True,), ("16",), 16])
+def test_unusable_widths_are_refused(backbone: tk.Backbone, hidden: object) -> None:
+    """A width that is no whole number of 1 or more, or a number in place of a list, is refused."""
+    with pytest.raises(ArgumentError, match=r"hidden.*expected"):
+        tk.attach_head(backbone, 2, hidden=hidden)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dropout", [1.0, -0.1, 50, float("nan")])
+def test_unusable_dropout_is_refused(backbone: tk.Backbone, dropout: float) -> None:
+    """A share of 1 or more, a negative one, a percentage and nan are refused with the range."""
+    with pytest.raises(ArgumentError, match=rf"dropout={dropout!r} is out of range: expected a share from 0 up to"):
+        tk.attach_head(backbone, 2, hidden=(8,), dropout=dropout)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "remedy"), [("average", "Did you mean 'avg'"), ("sum", "Known: 'flatten', 'avg', 'max'")]
+)
+def test_unknown_pooling_is_refused(backbone: tk.Backbone, pooling: str, remedy: str) -> None:
+    """A misspelt pooling is refused with the poolings there are."""
+    with pytest.raises(ArgumentError, match=rf"pooling='{pooling}' is not known.*{remedy}"):
+        tk.attach_head(backbone, 2, pooling=pooling)
+
+
+def test_a_second_head_is_refused(model: tk.TransferModel) -> None:
+    """A model that has a head already is refused with the way to its backbone."""
+    with pytest.raises(HeadMismatchError, match=r"to a TransferModel: expected a Backbone.*use model\.backbone"):
+        tk.attach_head(model, 2)  # type: ignore[arg-type]
+
+
+def test_another_module_is_refused() -> None:
+    """A module that is no backbone is refused with the function that makes one."""
+    with pytest.raises(HeadMismatchError, match=r"to a Linear: expected a Backbone from load_backbone\.$"):
+        tk.attach_head(nn.Linear(2, 2), 2)  # type: ignore[arg-type]
+
+
+# --- a head of one's own
+
+
+def own_head(inputs: int = 8, outputs: int = 3) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(inputs), nn.Dropout(0.5), nn.Linear(inputs, outputs))
+
+
+def test_an_own_head_is_used_as_it_is(backbone: tk.Backbone) -> None:
+    """A head that fits becomes the model's head, and no arguments are kept for it."""
+    head = own_head()
+
+    model = tk.attach_head(backbone, 3, head=head)
+
+    assert model.head is head
+    assert model.head_arguments is None
+    assert tuple(model(torch.randn(2, 3, 32, 32)).shape) == (2, 3)
+
+
+def test_built_in_arguments_are_kept_for_checkpoints(backbone: tk.Backbone) -> None:
+    """Of a built-in head the arguments are kept that build it again."""
+    model = tk.attach_head(backbone, 3, hidden=(16, 8), dropout=0.25, pooling="max")
+
+    assert model.head_arguments == {"hidden": [16, 8], "dropout": 0.25, "pooling": "max"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_checking_an_own_head_leaves_it_as_it_was(backbone: tk.Backbone, *, training: bool) -> None:
+    """The check changes no statistics, no gradient, no random number and no module's mode."""
+    head = own_head().train(training)
+    head[1].eval()
+    before = copy.deepcopy(head.state_dict())
+    modes = [module.training for module in head.modules()]
+    random_numbers = torch.get_rng_state()
+
+    tk.attach_head(backbone, 3, head=head)
+
+    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+    assert [module.training for module in head.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random_numbers)
+    assert all(parameter.grad is None for parameter in head.parameters())
+
+
+def test_a_refused_head_keeps_its_mode(backbone: tk.Backbone) -> None:
+    """A head that does not fit is in the mode it was in."""
+    head = own_head(inputs=9)
+
+    with pytest.raises(HeadMismatchError, match=r"expected|Expected"):
+        tk.attach_head(backbone, 3, head=head)
+    assert all(module.training for module in head.modules())
+
+
+@pytest.mark.parametrize(
+    "head",
+    [own_head(inputs=9), nn.Linear(8, 3), nn.Sequential(nn.Flatten(), nn.Linear(25_088, 3))],
+    ids=["norm", "not flat", "other image size"],
+)
+def test_a_head_for_other_features_is_refused(backbone: tk.Backbone, head: nn.Module) -> None:
+    """A head that does not take the features is refused with their shape and the layer to begin with."""
+    with pytest.raises(
+        HeadMismatchError,
+        match=r"does not take the backbone's features: .*takes \(N, 8, 1, 1\); begin it with nn\.Flat",
+    ):
+        tk.attach_head(backbone, 3, head=head)
+
+
+class Pair(nn.Module):
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return features, features
+
+
+@pytest.mark.parametrize(
+    ("head", "got"),
+    [
+        (own_head(outputs=4), r"\(2, 4\)"),
+        (nn.Identity(), r"\(2, 8, 1, 1\)"),
+        (Pair(), "tuple"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(8, 3), nn.Flatten(0)), r"\(6,\)"),
+    ],
+    ids=["count", "features", "tuple", "flat"],
+)
+def test_a_head_for_other_classes_is_refused(backbone: tk.Backbone, head: nn.Module, got: str) -> None:
+    """A head that gives anything but one logit for each image and class is refused with got and expected."""
+    with pytest.raises(
+        HeadMismatchError,
+        match=rf"head gives {got} for 2 images: expected logits of shape \(2, 3\).*last layer, or cla",
+    ):
+        tk.attach_head(backbone, 3, head=head)
+
+
+@pytest.mark.parametrize("argument", [{"hidden": (8,)}, {"dropout": 0.5}, {"pooling": "avg"}])
+def test_an_own_head_and_built_in_arguments_exclude_each_other(backbone: tk.Backbone, argument: dict) -> None:
+    """Arguments of the built-in head together with a head of one's own are refused, not ignored."""
+    with pytest.raises(ArgumentError, match=r"describe the built-in head, but head= gives one already\. Pass one or"):
+        tk.attach_head(backbone, 3, head=own_head(), **argument)
+
+
+# --- split
+
+BOUNDARIES = [
+    *(f"block{block}_{kind}" for block in range(1, 6) for kind in ("conv1", "bn1", "relu1", "pool")),
+    *("head", "head.logits", None),
+]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layer", BOUNDARIES)
+def test_suffix_after_prefix_is_the_model(make_backbone: Maker, layer: str | None, *, training: bool) -> None:
+    """For every boundary suffix(prefix(x)) is model(x) bit for bit, the prefix has nothing to train, and running
+    the suffix does not overwrite what the prefix gave.
+    """
+    model = tk.attach_head(make_backbone(batch_norm=True), 3, hidden=(16,))
+    tk.freeze_until(model, layer).train(training)
+    images = torch.randn(4, 3, 32, 32)
+    prefix, suffix = model.split()
+    expected = copy.deepcopy(model)(images)  # a copy: in training mode a call moves batch norm's statistics
+
+    features = prefix(images)
+    kept = features.clone()
+    got = suffix(features)
+
+    assert torch.equal(got, expected)
+    assert torch.equal(features, kept)
+    assert not any(parameter.requires_grad for parameter in prefix.parameters())
+    assert [*prefix, *suffix] == [*model.backbone.features, model.head]
+
+
+@pytest.mark.parametrize(
+    ("layer", "length"), [("block1", 0), ("block2", 5), ("block3", 10), ("block4", 17), ("block5", 24), ("head", 31)]
+)
+def test_vgg16_is_cut_at_its_blocks(layer: str, length: int) -> None:
+    """VGG16 is cut behind the pool before the block that trains, and both parts together are the model."""
+    model = tk.attach_head(tk.load_backbone("vgg16", weights=None, image_size=32), 3).eval()
+    tk.freeze_until(model, layer)
+    images = torch.randn(1, 3, 32, 32)
+    prefix, suffix = model.split()
+
+    assert len(prefix) == length
+    assert length == 0 or isinstance(prefix[-1], nn.MaxPool2d)
+    with torch.no_grad():
+        assert torch.equal(suffix(prefix(images)), model(images))
+
+
+@pytest.mark.parametrize("layer", ["block3_conv2", "block3_relu1", "block4_pool", "block5_conv3", "block5_relu3"])
+def test_a_cut_within_a_block_falls_behind_a_relu_or_pool(layer: str) -> None:
+    """In VGG16 the prefix always ends in a ReLU or a pool, since a ReLU works in place on what lies before it."""
+    model = tk.attach_head(tk.load_backbone("vgg16", weights=None, image_size=32), 3)
+
+    prefix, suffix = tk.freeze_until(model, layer).split()
+
+    assert isinstance(prefix[-1], nn.ReLU | nn.MaxPool2d)
+    assert isinstance(suffix[0], nn.Conv2d | nn.MaxPool2d | nn.Sequential)
+
+
+@pytest.mark.parametrize("layer", [None, "block1", "block1_conv1"])
+def test_nothing_frozen_gives_an_empty_prefix(model: tk.TransferModel, layer: str | None) -> None:
+    """With nothing frozen the prefix is empty and gives the images as they are."""
+    prefix, suffix = tk.freeze_until(model, layer).split()
+    images = torch.randn(2, 3, 32, 32)
+
+    assert len(prefix) == 0
+    assert prefix(images) is images
+    assert torch.equal(suffix(images), model(images))
+
+
+def test_a_frozen_backbone_leaves_the_head_as_suffix(model: tk.TransferModel) -> None:
+    """With the backbone frozen the suffix is the head alone."""
+    prefix, suffix = tk.freeze_until(model, "head").split()
+
+    assert [*prefix] == [*model.backbone.features]
+    assert [*suffix] == [model.head]
+
+
+def test_a_norm_in_training_mode_ends_the_prefix(make_backbone: Maker) -> None:
+    """Frozen by hand, a batch norm in training mode still changes: the prefix ends before it, in eval mode behind."""
+    model = tk.attach_head(make_backbone(batch_norm=True), 3)
+    model.backbone.requires_grad_(False)
+
+    assert len(model.train().split()[0]) == 1
+    assert len(model.eval().split()[0]) == len(model.backbone.features)
+
+
+def test_dropout_in_training_mode_ends_the_prefix(backbone: tk.Backbone) -> None:
+    """A head frozen by hand whose dropout is active is not part of the prefix."""
+    model = tk.attach_head(backbone, 3, hidden=(16,), dropout=0.5).requires_grad_(False)
+
+    assert len(model.train().split()[1]) == 1
+    assert len(model.eval().split()[1]) == 0
+
+
+def test_both_parts_share_the_models_parameters(model: tk.TransferModel) -> None:
+    """Training the suffix trains the model: the parts hold the model's own parameters."""
+    _, suffix = tk.freeze_until(model, "block5").split()
+
+    assert {id(p) for p in suffix.parameters()} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_splitting_leaves_the_model_as_it_was(model: tk.TransferModel) -> None:
+    """Making the parts changes no mode and nothing frozen."""
+    tk.freeze_until(model, "block3").train()
+    before = [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+
+    model.split()
+
+    assert ([module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]) == before

@@ -1,0 +1,180 @@
+"""The optimizer over backbone and head."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+import transferkit as tk
+from transferkit.errors import ArgumentError
+from transferkit.optimizers import build_optimizer, scale_lr, set_lr
+
+
+def rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("boundary", [None, "block3", "head"])
+def test_there_are_two_groups_whatever_is_frozen(model, boundary):
+    """One group holds all of the backbone's parameters and one all of the head's, frozen ones included."""
+    groups = build_optimizer("adam", tk.freeze_until(model, boundary), None, 0.0).param_groups
+    assert [group["name"] for group in groups] == ["backbone", "head"]
+    assert [id(p) for p in groups[0]["params"]] == [id(p) for p in model.backbone.parameters()]
+    assert [id(p) for p in groups[1]["params"]] == [id(p) for p in model.head.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("adam", torch.optim.Adam, {"weight_decay": 0.0}),
+        ("adamw", torch.optim.AdamW, {"weight_decay": 0.01}),
+        ("sgd", torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.0}),
+        ("rmsprop", torch.optim.RMSprop, {"weight_decay": 0.0}),
+    ],
+)
+def test_names_stand_for_torchs_optimizers(model, name, kind, options):
+    """Each name is the torch optimizer of that name with the documented options."""
+    optimizer = build_optimizer(name, model, None, 0.0)
+    assert type(optimizer) is kind
+    assert all(group[key] == value for group in optimizer.param_groups for key, value in options.items())
+    assert rates(optimizer) == [1e-3, 1e-3]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", torch.optim.Adam])
+def test_optimizers_are_fused(model, optimizer):
+    """Where torch has a fused kernel it is used."""
+    assert all(group["fused"] is True for group in build_optimizer(optimizer, model, None, 0.0).param_groups)
+
+
+def test_weight_decay_reaches_every_group(model):
+    """`weight_decay` is given to both groups."""
+    groups = build_optimizer("sgd", model, None, 1e-4).param_groups
+    assert [group["weight_decay"] for group in groups] == [1e-4, 1e-4]
+
+
+def test_partial_keeps_its_options(model):
+    """What a `functools.partial` says stands: momentum, weight decay, and foreach instead of fused."""
+    partial = functools.partial(torch.optim.SGD, momentum=0.5, weight_decay=0.1, foreach=True)
+    groups = build_optimizer(partial, model, 1e-2, 0.0).param_groups
+    assert [(g["momentum"], g["weight_decay"], g["foreach"], g["fused"], g["lr"]) for g in groups] == [
+        (0.5, 0.1, True, None, 1e-2)
+    ] * 2
+
+
+def test_learning_rate_of_a_partial_stands(model):
+    """`partial(SGD, lr=0.1)` without another `lr` trains at 0.1."""
+    optimizer = build_optimizer(functools.partial(torch.optim.SGD, lr=0.1), model, None, 0.0)
+    assert rates(optimizer) == [0.1, 0.1]
+    scale_lr(optimizer, 0.5)
+    assert rates(optimizer) == [0.05, 0.05]
+
+
+def test_rates_may_differ_between_the_groups(model):
+    """A mapping gives each group its own learning rate, in whatever order it names them."""
+    assert rates(build_optimizer("adam", model, {"head": 1e-2, "backbone": 1e-5}, 0.0)) == [1e-5, 1e-2]
+
+
+def test_scaling_starts_from_the_base_rate(model):
+    """Factors do not pile up: each is applied to the base rate."""
+    optimizer = build_optimizer("adam", model, {"head": 1e-2, "backbone": 1e-4}, 0.0)
+    scale_lr(optimizer, 0.5)
+    scale_lr(optimizer, 0.1)
+    assert rates(optimizer) == pytest.approx([1e-5, 1e-3])
+
+
+def test_numpy_rate_serves(model):
+    """A rate out of a numpy grid is a number like any other."""
+    for rate in np.array([0.25], np.float32), np.array([0.25], np.float64):
+        assert rates(build_optimizer("adam", model, rate[0], 0.0)) == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("lr", [0, 0.0, -1, float("nan"), float("inf"), "x", True, [1e-3]])
+def test_rate_that_cannot_be_used_is_refused(model, lr):
+    """A rate is a finite number above 0; the message has the value and an example."""
+    with pytest.raises(ArgumentError, match=r"^lr=.* for backbone cannot be used: expected a finite number above 0"):
+        build_optimizer("adam", model, lr, 0.0)
+
+
+@pytest.mark.parametrize("lr", [{"head": 1e-3}, {"backbone": 1e-3, "classifier": 1e-3}, {}])
+def test_mapping_of_other_groups_is_refused(model, lr):
+    """A mapping names exactly the two groups."""
+    with pytest.raises(
+        ArgumentError, match=r"lr names the groups \[.*\]: expected exactly \['backbone', 'head'\], or one"
+    ):
+        build_optimizer("adam", model, lr, 0.0)
+
+
+def test_bad_rate_of_one_group_changes_nothing(model):
+    """A mapping with one bad rate is refused whole."""
+    optimizer = build_optimizer("adam", model, 1e-3, 0.0)
+    with pytest.raises(ArgumentError, match=r"lr=-1 for head cannot be used"):
+        set_lr(optimizer, {"backbone": 1e-2, "head": -1})
+    assert rates(optimizer) == [1e-3, 1e-3]
+
+
+@pytest.mark.parametrize("weight_decay", [-1e-4, float("nan"), float("inf")])
+def test_weight_decay_out_of_range_is_refused(model, weight_decay):
+    """Weight decay is 0 or more."""
+    with pytest.raises(ArgumentError, match=rf"weight_decay={weight_decay} is out of range: expected 0 or more"):
+        build_optimizer("adam", model, None, weight_decay)
+
+
+def test_weight_decay_that_is_no_number_is_refused(model):
+    """Weight decay that is no number is refused by name, not with Python's own error."""
+    with pytest.raises(ArgumentError, match=r"weight_decay='x'.*expected 0 or more"):
+        build_optimizer("adam", model, None, "x")
+
+
+@pytest.mark.parametrize(("name", "hint"), [("addam", "Did you mean 'adam"), ("lion", "Known: 'adam', 'adamw', 'sgd'")])
+def test_unknown_name_is_refused(model, name, hint):
+    """An unknown optimizer is refused with the names that come close."""
+    with pytest.raises(ArgumentError, match=rf"optimizer='{name}' is not known. {hint}"):
+        build_optimizer(name, model, None, 0.0)
+
+
+@pytest.mark.parametrize("optimizer", [None, 5])
+def test_optimizer_of_another_type_is_refused(model, optimizer):
+    """What is no name, class or optimizer is refused by name, not with Python's own error."""
+    with pytest.raises(ArgumentError, match=rf"optimizer={optimizer!r} is not known.*'adam'"):
+        build_optimizer(optimizer, model, None, 0.0)
+
+
+def test_instance_is_taken_as_it_is(model):
+    """An optimizer already built is used, with its own groups and rates."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    assert build_optimizer(optimizer, model, None, 0.0) is optimizer
+    scale_lr(optimizer, 0.1)
+    assert rates(optimizer) == pytest.approx([0.05])
+
+
+def test_instance_over_the_trainable_part_is_taken(model):
+    """An instance need not hold what is frozen."""
+    tk.freeze_until(model, "head")
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.5)
+    assert build_optimizer(optimizer, model, None, 0.0) is optimizer
+
+
+def test_instance_over_another_model_is_refused(model, make_backbone):
+    """An instance over the parameters of another model, which would train nothing, is refused."""
+    other = tk.attach_head(make_backbone(), 3)
+    with pytest.raises(
+        ArgumentError, match=r"holds 12 parameters of another model and lacks 14 that train \(backbone."
+    ):
+        build_optimizer(torch.optim.SGD(other.parameters(), lr=0.5), model, None, 0.0)
+
+
+def test_instance_that_lacks_parameters_is_refused(model):
+    """An instance that lacks parameters that train is refused with their names."""
+    with pytest.raises(
+        ArgumentError, match=r"0 parameters of another model and lacks 10 that train \(backbone.features.0"
+    ):
+        build_optimizer(torch.optim.SGD(model.head.parameters(), lr=0.5), model, None, 0.0)
+
+
+@pytest.mark.parametrize(("lr", "weight_decay"), [(1e-3, 0.0), (None, 1e-4)])
+def test_instance_together_with_options_is_refused(model, lr, weight_decay):
+    """A rate or decay that an instance would not get is refused, not ignored."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with pytest.raises(ArgumentError, match=rf"lr={lr} and weight_decay={weight_decay} do not reach an optimizer"):
+        build_optimizer(optimizer, model, lr, weight_decay)

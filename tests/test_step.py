@@ -1,0 +1,171 @@
+"""The hot path: one training step, one evaluation step."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional
+
+import transferkit as tk
+from transferkit.errors import ArgumentError
+from transferkit.step import (
+    CrossEntropy,
+    Sums,
+    check_class_weights,
+    count_correct,
+    evaluation_step,
+    training_step,
+)
+
+WEIGHTS = torch.tensor([1.0, 2.0, 5.0])
+
+
+def one_step(model, images, targets, *, micro_batch_size=None, cross_entropy=None, clip_grad_norm=None):
+    """Loss, hits and weights after one step of SGD on a copy of the model."""
+    model = copy.deepcopy(model).train()
+    loss, correct = training_step(
+        model,
+        model.backbone.preprocess(images),
+        targets,
+        device=tk.Device("cpu", "fp32"),
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        cross_entropy=cross_entropy or CrossEntropy(),
+        micro_batch_size=micro_batch_size or len(targets),
+        clip_grad_norm=clip_grad_norm,
+    )
+    return loss, correct, model
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_is_torchs_cross_entropy(soft, weights, smoothing):
+    """Sum over the batch divided by total weight is the mean of `nn.functional.cross_entropy`."""
+    logits, targets = torch.randn(7, 3), torch.arange(7) % 3
+    if soft:
+        targets = torch.rand(7, 3).softmax(dim=1)
+    loss = CrossEntropy(smoothing, weights)
+    value = loss.sum(logits, targets) / loss.total_weight(targets)
+    expected = functional.cross_entropy(logits, targets, weights, label_smoothing=smoothing)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+
+
+def test_loss_is_computed_in_float32():
+    """Logits in bf16 are not summed in bf16."""
+    logits = torch.randn(300, 3).bfloat16()
+    targets = torch.zeros(300, dtype=torch.int64)
+    assert torch.equal(CrossEntropy().sum(logits, targets), CrossEntropy().sum(logits.float(), targets))
+
+
+@pytest.mark.parametrize("targets", [torch.tensor([0, 2, 1, 2, 2]), torch.eye(3)[[0, 2, 1, 2, 2]]])
+@pytest.mark.parametrize("cross_entropy", [CrossEntropy(), CrossEntropy(0.1), CrossEntropy(0.1, WEIGHTS)])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 5, 9])
+def test_parts_of_a_batch_give_the_whole_batchs_update(model, data, micro_batch_size, cross_entropy, targets):
+    """5 images in parts of 2, 2 and 1 give loss, hits and update of all 5 at once (to the rounding of sums)."""
+    whole = one_step(model, data[0][:5], targets, cross_entropy=cross_entropy)
+    parts = one_step(model, data[0][:5], targets, cross_entropy=cross_entropy, micro_batch_size=micro_batch_size)
+    torch.testing.assert_close(parts[0], whole[0], rtol=1e-5, atol=0)
+    assert torch.equal(parts[1], whole[1])
+    expected = whole[2].state_dict()
+    for name, value in parts[2].state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_memory_of_parts_is_that_of_a_part(model, data):
+    """The model never sees more than `micro_batch_size` images at once."""
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    one_step(model, data[0][:5], data[1][:5], micro_batch_size=2)
+    assert seen == [2, 2, 1]
+
+
+def test_clipping_bounds_the_update_of_all_parts_together(model, data):
+    """The limit applies once, to the gradient of the whole batch."""
+    free = one_step(model, *data)[2]
+    clipped = one_step(model, *data, clip_grad_norm=0.01, micro_batch_size=5)[2]
+
+    def update(after):
+        pairs = zip(after.parameters(), model.parameters(), strict=True)
+        return torch.cat([(new - old).flatten() for new, old in pairs]).norm().item()
+
+    assert update(free) > 0.05
+    assert update(clipped) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_step_measures_before_the_update(model, data):
+    """Loss and hits are those of the weights before the step."""
+    images, targets = data
+    with torch.no_grad():
+        logits = model(model.backbone.preprocess(images))
+    loss, correct, _ = one_step(model, images, targets)
+    torch.testing.assert_close(loss, functional.cross_entropy(logits, targets), rtol=1e-6, atol=0)
+    assert correct == (logits.argmax(dim=1) == targets).sum()
+
+
+def test_step_leaves_no_gradients_and_no_graph(model, data):
+    """Gradients are clear after a step, and its results hold no graph."""
+    loss, correct, model = one_step(model, *data)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not loss.requires_grad
+    assert (loss.dtype, correct.dtype) == (torch.float32, torch.int64)
+
+
+def test_batch_of_weight_zero_leaves_the_model_finite(model, data):
+    """A batch that holds only images of a class of weight 0 trains nothing, and does not make the weights NaN."""
+    only_cats = torch.zeros(5, dtype=torch.int64)
+    loss, _, after = one_step(model, data[0][:5], only_cats, cross_entropy=CrossEntropy(0.0, torch.tensor([0.0, 1, 1])))
+    assert loss.isfinite()
+    assert all(parameter.isfinite().all() for parameter in after.parameters())
+
+
+def test_evaluation_gives_float32_logits_without_a_graph(model, data):
+    """Evaluation in bf16 gives float32 logits and keeps no graph."""
+    logits = evaluation_step(model.eval(), model.backbone.preprocess(data[0]), device=tk.Device("cpu", "bf16"))
+    assert (logits.dtype, logits.shape, logits.requires_grad) == (torch.float32, (24, 3), False)
+
+
+def test_hits_are_counted_for_indices_and_rows():
+    """A hit is a largest logit at the target, or at the row's largest share."""
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 3.0, 2.0]])
+    assert count_correct(logits, torch.tensor([0, 2, 2])) == 2
+    assert count_correct(logits, torch.tensor([[0.6, 0.4, 0.0], [0.1, 0.7, 0.2], [0.0, 1.0, 0.0]])) == 2
+
+
+def test_sums_weigh_batches_by_their_images():
+    """Mean loss and accuracy are over images, not over batches."""
+    sums = Sums(torch.device("cpu"))
+    sums.add(torch.tensor(1.0), torch.tensor(2), 6)
+    sums.add(torch.tensor(4.0), torch.tensor(1), 2)
+    assert sums.means() == ((1.0 * 6 + 4.0 * 2) / 8, 3 / 8)
+
+
+@pytest.mark.parametrize("values", [[1, 2, 5], (1.0, 2.0, 5.0), WEIGHTS, WEIGHTS.double(), WEIGHTS.numpy()])
+def test_class_weights_become_float32(values):
+    """Any sequence of numbers becomes a float32 tensor."""
+    weights = check_class_weights(values, 3)
+    assert weights.dtype == torch.float32
+    assert weights.tolist() == [1.0, 2.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0], [1.0, -1.0, 2.0], [1.0, float("nan"), 1.0], [1.0, float("inf"), 1.0]]
+)
+def test_class_weights_that_cannot_be_used_are_refused(values):
+    """One finite number of 0 or more is needed for each class."""
+    with pytest.raises(
+        ArgumentError, match=r"class_weights=\[1.0, .*expected 3 finite numbers of 0 or more, one for e"
+    ):
+        check_class_weights(values, 3)
+
+
+@pytest.mark.parametrize("values", [{0: 1.0, 1: 2.0, 2: 5.0}, "balanced", ["a", "b", "c"]])
+def test_class_weights_of_another_type_are_refused(values):
+    """A dict, as Keras takes, or a word is refused by name, not with torch's own error."""
+    with pytest.raises(ArgumentError, match=r"class_weights=.*expected 3 finite numbers of 0 or more"):
+        check_class_weights(values, 3)
+
+
+def test_weights_of_zero_alone_are_refused():
+    """Weights under which nothing counts are refused."""
+    with pytest.raises(ArgumentError, match=r"class_weights=\[0.0, 0.0, 0.0\] cannot be used"):
+        check_class_weights([0, 0, 0], 3)

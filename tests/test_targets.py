@@ -1,0 +1,113 @@
+"""The forms in which targets may come in."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from transferkit.errors import TargetError
+from transferkit.targets import as_targets, class_indices
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        [2, 0, 1],
+        (2, 0, 1),
+        np.array([2, 0, 1], np.uint8),
+        np.array([2, 0, 1], np.int16),
+        np.array([[2], [0], [1]], np.int64),
+        torch.tensor([2, 0, 1], dtype=torch.int32),
+        torch.tensor([[2], [0], [1]], dtype=torch.uint8),
+    ],
+)
+def test_class_indices_become_int64(targets):
+    """Class indices of any integer type, flat or as a column, become int64 `(N,)`."""
+    result = as_targets(targets, 3)
+    assert result.dtype == torch.int64
+    assert result.tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float64, bool])
+def test_one_hot_rows_become_float32(dtype):
+    """One-hot rows of any number type become float32 `(N, K)`."""
+    result = as_targets(np.eye(3, dtype=dtype), 3)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, torch.eye(3))
+
+
+def test_soft_rows_keep_their_shares():
+    """Rows of shares that sum to one pass as they are."""
+    rows = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
+    assert torch.equal(as_targets(rows, 2), rows)
+
+
+def test_rows_rounded_to_bfloat16_pass():
+    """Rows whose sum misses one by rounding only are accepted."""
+    rows = torch.tensor([[0.1, 0.2, 0.7], [1 / 3, 1 / 3, 1 / 3]]).bfloat16()
+    assert as_targets(rows, 3).shape == (2, 3)
+
+
+@pytest.fixture
+def every_warning() -> Iterator[None]:
+    """torch gives this warning once in a process: here each time, and warnings are errors."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
+@pytest.mark.usefixtures("every_warning")
+def test_read_only_array_of_targets_is_taken():
+    """A read-only array is used and nobody is warned (warnings are errors here)."""
+    targets = np.array([2, 0, 1])
+    targets.flags.writeable = False
+    assert as_targets(targets, 3).tolist() == [2, 0, 1]
+
+
+def test_reversed_array_of_targets_is_taken():
+    """`targets[::-1]`, which has a negative stride, is used."""
+    assert as_targets(np.array([1, 0, 2])[::-1], 3).tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("targets", "match"),
+    [
+        ([0, 1, -1], r"target -1 at index 2 is out of range: expected 0 to 2 for 3 classes"),
+        ([0, 3, 1], r"target 3 at index 1 is out of range: expected 0 to 2.*attach_head"),
+        ([1, 2, 3], r"target 3 at index 2 .*expected 0 to 2.*begin with 1 need 1 subtracted"),
+        ([[0], [7]], r"target 7 at index 1 is out of range: expected 0 to 2"),
+        ([0.0, 1.0], r"shape \(2,\) and type torch.float64: expected class indices.*astype\('int64'\)"),
+        ([[0.0], [1.0]], r"shape \(2, 1\) and type torch.float64: expected class indices.*astype\('int64'\)"),
+        ([True, False], r"shape \(2,\) and type torch.bool: expected class indices"),
+        ([[1, 0], [0, 1]], r"shape \(2, 2\).*expected class indices.*or rows \(N, 3\).*another number of classes"),
+        (
+            [[0.5, 0.5, 0.0], [1.0, 1.0, 0.0]],
+            r"row 1 sums to 2 with smallest entry 0: expected shares.*several classes",
+        ),
+        ([[1.0, 0.0, 0.0], [1.5, -0.5, 0.0]], r"row 1 sums to 1 with smallest entry -0.5: expected shares"),
+        ([[0.0, 0.0, 0.0]], r"row 0 sums to 0 .*expected shares from 0 to 1 that sum to 1"),
+        ([[float("nan"), 1.0, 0.0]], r"row 0 sums to nan .*expected shares"),
+        (["cat", "dog"], r"targets are not numbers .*expected class indices 0 to 2. Turn names into indices"),
+        ([[0], [1, 2]], r"targets are not numbers .*expected class indices 0 to 2"),
+    ],
+)
+def test_other_targets_are_refused(targets, match):
+    """Targets that cannot be used are refused with the first bad one, what is expected and what to do."""
+    with pytest.raises(TargetError, match=match):
+        as_targets(targets, 3)
+
+
+@pytest.mark.parametrize(
+    ("targets", "match"), [([0, 9], "target 9 at index 41"), ([[1.0, 0.0], [1.0, 1.0]], "target row 41 sums to 2")]
+)
+def test_the_place_in_the_data_set_is_named(targets, match):
+    """A bad target is named by its place in the data set, not in the batch."""
+    with pytest.raises(TargetError, match=match):
+        as_targets(targets, 2, places=[17, 41])
+
+
+def test_class_of_a_row_is_its_largest_share():
+    """`class_indices` leaves indices and takes a row's largest share."""
+    assert class_indices(torch.tensor([2, 0])).tolist() == [2, 0]
+    assert class_indices(torch.tensor([[0.2, 0.5, 0.3], [0.9, 0.1, 0.0]])).tolist() == [1, 0]
