@@ -1,5 +1,6 @@
 """Checks of plain arguments that several parts share."""
 
+import math
 from numbers import Integral, Real
 
 from transferkit.errors import ArgumentError
@@ -32,4 +33,21 @@ def share(name: str, value: float) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
         raise ArgumentError(f"{name}={value!r} is out of range: expected a share from 0 up to but not including 1.")
+    return float(value)
+
+
+def positive(name: str, value: float, *, or_zero: bool = False) -> float:
+    """Return `value` if it is a finite number above 0, or 0 where that is allowed.
+
+    Raises:
+        ArgumentError: It is not.
+
+    Example:
+        >>> positive("lr", 1e-3)
+        0.001
+    """
+    number = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    if not number or value < 0 or (value == 0 and not or_zero):
+        range_ = "of 0 or more" if or_zero else "above 0"
+        raise ArgumentError(f"{name}={value!r} cannot be used: expected a finite number {range_}, such as 1e-3.")
     return float(value)

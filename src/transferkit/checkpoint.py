@@ -2,8 +2,9 @@
 
 import os
 import pickle
-import tempfile
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -16,12 +17,54 @@ from torch.optim import Optimizer
 
 from transferkit.backbone import load_backbone
 from transferkit.errors import CheckpointError, HeadMismatchError
-from transferkit.freezing import first_trainable, freeze_until
+from transferkit.files import written_whole
+from transferkit.freezing import find_boundary, first_trainable, freeze_until
 from transferkit.head import TransferModel, attach_head
 from transferkit.preprocessing import Preprocessing
 from transferkit.weights import differences
 
 FORMAT = 1
+
+PARTS = {
+    "model": ("backbone", "preprocessing", "classes", "head", "first_trainable", "frozen", "weights"),
+    "optimizer": ("class", "groups", "state"),
+    "scaler": (),
+    "progress": ("epoch", "global_step", "seed"),
+}
+
+# What zipfile and torch.load raise on damaged archives, seen by flipping bits.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
+    struct.error,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def check_parts(state: Mapping[str, Any], *parts: str) -> None:
+    """Refuse a checkpoint that lacks one of the parts asked for, or something in it.
+
+    Raises:
+        CheckpointError: So it is.
+    """
+    lacking = [part for part in parts if not isinstance(state.get(part), Mapping)]
+    lacking += [
+        f"{part}/{key}" for part in parts if part not in lacking for key in PARTS[part] if key not in state[part]
+    ]
+    if lacking:
+        raise CheckpointError(
+            f"the checkpoint lacks {', '.join(lacking)}: expected a file that Trainer.save wrote, or what "
+            "Trainer.state_dict returned."
+        )
 
 
 def model_state(model: TransferModel) -> dict[str, Any]:
@@ -32,6 +75,7 @@ def model_state(model: TransferModel) -> dict[str, Any]:
         "classes": list(model.classes),
         "head": model.head_arguments,
         "first_trainable": first_trainable(model),
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "weights": model.state_dict(),
     }
 
@@ -41,8 +85,10 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
 
     Raises:
         HeadMismatchError: Other classes.
+        UnknownLayerError: It is frozen until a layer that the model does not have.
         CheckpointError: Another backbone, preprocessing, or other names or shapes of weights.
     """
+    find_boundary(model, state["first_trainable"])
     if list(model.classes) != state["classes"]:
         raise HeadMismatchError(
             f"the checkpoint has {len(state['classes'])} classes ({', '.join(state['classes'][:5])}...), the model "
@@ -60,8 +106,10 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
 def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
     """Assign a saved model, already compared, to a live one: its weights and what is frozen."""
     model.load_state_dict(state["weights"])
-    if state["first_trainable"] is not None:
-        freeze_until(model, state["first_trainable"])
+    freeze_until(model, state["first_trainable"] or "head")
+    frozen = set(state["frozen"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
 
 
 def load_model(path: str | os.PathLike[str], *, head: nn.Module | None = None) -> TransferModel:
@@ -81,7 +129,9 @@ def load_model(path: str | os.PathLike[str], *, head: nn.Module | None = None) -
         >>> model = load_model("flowers.pt")  # doctest: +SKIP
         >>> logits = model(model.backbone.preprocess(images))  # doctest: +SKIP
     """
-    state = read_checkpoint(path)["model"]
+    whole = read_checkpoint(path)
+    check_parts(whole, "model")
+    state = whole["model"]
     if head is None and state["head"] is None:
         raise CheckpointError(
             f"{path} has a head of the user's own, whose code is not in the file: pass head= like it."
@@ -149,22 +199,9 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> 
     Raises:
         OSError: The folder is missing, read-only or full; what was at `path` before is still there.
     """
-    path = Path(path)
     versions = {package: version(package) for package in ("transferkit", "torch", "torchvision")}
-    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save({"format": FORMAT, "versions": versions, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(part).replace(path)
-    finally:
-        Path(part).unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # or a power failure could undo the rename
-    finally:
-        os.close(folder)
+    with written_whole(Path(path)) as file:
+        torch.save({"format": FORMAT, "versions": versions, **state}, file)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -179,16 +216,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch does not look at the checksums
-        if damaged is not None:
-            raise CheckpointError(
-                f"{path} is damaged in its part {damaged!r}: delete it and use an earlier checkpoint."
-            )
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGE as error:
         raise CheckpointError(
             f"cannot read {path} ({path.stat().st_size} bytes) as a checkpoint: {error}. Expected a file that "
             "Trainer.save wrote, whole. For a file of weights alone use load_backbone(weights=path)."
         ) from error
+    if damaged:
+        raise CheckpointError(f"{path} is damaged in its part {damaged!r}: delete it and use an earlier checkpoint.")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format", "none") if isinstance(state, dict) else "none"
         raise CheckpointError(

@@ -58,7 +58,7 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
     References:
         Yosinski et al., 2014, "How transferable are features in deep neural networks?", arXiv:1411.1792.
     """
-    boundary = _find_boundary(model, layer)
+    boundary = find_boundary(model, layer)
     modules = dict(model.named_modules())
     frozen_names = _names_before(boundary, list(modules))
     # A parameter that a frozen module shares with a trainable one stays frozen: the frozen part must not change.
@@ -112,7 +112,12 @@ def describe_frozen(model: nn.Module) -> str:
     return f"frozen: {part}; training: {trainable:,} parameters"
 
 
-def _find_boundary(model: nn.Module, layer: str | None) -> str | None:
+def find_boundary(model: nn.Module, layer: str | None) -> str | None:
+    """Return the name of the module that a layer name stands for; None for None.
+
+    Raises:
+        UnknownLayerError: It stands for none; the message lists close matches.
+    """
     if layer is None:
         return None
     aliases = _aliases(model)

@@ -1,5 +1,6 @@
 """What happened in each epoch."""
 
+import math
 from dataclasses import asdict, dataclass, field
 
 
@@ -66,13 +67,13 @@ class History:
 
     @property
     def best_epoch(self) -> int | None:
-        """Place in this history, from 0, of the best epoch: highest validation accuracy, then lowest loss.
+        """Place in this history, from 0, of the best epoch: highest validation accuracy, then lowest loss, then first.
 
-        None without validation data.
+        None without validation data, or if its loss was never a finite number.
         """
         ranked = [
-            (report.val_accuracy, -report.val_loss)
-            for report in self.reports
-            if report.val_loss is not None and report.val_accuracy is not None
+            (report.val_accuracy, -report.val_loss, -place)
+            for place, report in enumerate(self.reports)
+            if report.val_loss is not None and report.val_accuracy is not None and math.isfinite(report.val_loss)
         ]
-        return max(range(len(ranked)), key=lambda index: (*ranked[index], -index)) if ranked else None
+        return -max(ranked)[2] if ranked else None

@@ -6,13 +6,13 @@ has no gradient, and optimizers pass over what has none.
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from transferkit.arguments import positive
 from transferkit.errors import ArgumentError, close_matches
 from transferkit.head import TransferModel
 
@@ -27,7 +27,7 @@ OPTIMIZERS: dict[str, OptimizerClass] = {
 
 LearningRate = float | Mapping[str, float]
 
-GROUPS = ("backbone", "head")
+LR = 1e-3
 
 
 def build_optimizer(
@@ -39,7 +39,8 @@ def build_optimizer(
         optimizer: `"adam"`, `"adamw"`, `"sgd"` (momentum 0.9), `"rmsprop"`; a class or `functools.partial` of one;
             or an optimizer already built over this model's parameters.
         model: Whose parameters.
-        lr: Learning rate; one number, or `{"backbone": 1e-5, "head": 1e-3}`; None is 1e-3.
+        lr: Learning rate; one number, or `{"backbone": 1e-5, "head": 1e-3}`; None is what a `functools.partial` says,
+            else 1e-3.
         weight_decay: 0 or more.
 
     Raises:
@@ -60,8 +61,12 @@ def build_optimizer(
         if optimizer not in OPTIMIZERS:
             raise ArgumentError(f"optimizer={optimizer!r} is not known. {close_matches(optimizer, OPTIMIZERS)}")
         optimizer = OPTIMIZERS[optimizer]
-    if not 0 <= weight_decay < math.inf:
-        raise ArgumentError(f"weight_decay={weight_decay} is out of range: expected 0 or more, such as 1e-4.")
+    if not callable(optimizer):
+        raise ArgumentError(
+            f"optimizer={optimizer!r} cannot be used: expected a name ({', '.join(OPTIMIZERS)}), an optimizer class "
+            "or an optimizer."
+        )
+    positive("weight_decay", weight_decay, or_zero=True)
     groups = [
         {"params": list(part.parameters()), "name": name}
         for name, part in (("backbone", model.backbone), ("head", model.head))
@@ -72,7 +77,8 @@ def build_optimizer(
     if weight_decay:
         options["weight_decay"] = weight_decay
     built = optimizer(groups, **options)
-    set_lr(built, 1e-3 if lr is None else lr)
+    own_lr = built.param_groups[0]["lr"] if "lr" in fixed else LR
+    set_lr(built, own_lr if lr is None else lr)
     return built
 
 
@@ -86,13 +92,9 @@ def set_lr(optimizer: Optimizer, lr: LearningRate) -> None:
     rates = dict(lr) if isinstance(lr, Mapping) else dict.fromkeys(names, lr)
     if set(rates) != set(names):
         raise ArgumentError(f"lr names the groups {sorted(rates)}: expected exactly {names}, or one number for all.")
-    for name, rate in rates.items():
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-            raise ArgumentError(
-                f"lr={rate!r} for {name} cannot be used: expected a finite number above 0, such as 1e-3."
-            )
+    checked = {name: positive(f"lr of {name}" if isinstance(lr, Mapping) else "lr", rates[name]) for name in names}
     for name, group in zip(names, optimizer.param_groups, strict=True):
-        group["initial_lr"] = group["lr"] = float(rates[name])
+        group["initial_lr"] = group["lr"] = checked[name]
 
 
 def scale_lr(optimizer: Optimizer, factor: float) -> None:

@@ -64,6 +64,8 @@ class Preprocessing:
         Bilinear with antialiasing, rounded to uint8, so an image gives the same pixels whatever batch it is in.
         """
         if isinstance(images, list):
+            if not images:
+                raise ImageError("cannot preprocess an empty list: expected 1 image, uint8 (3, H, W), or more.")
             return torch.cat([self.resize(image[None]) for image in images])
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ImageError(

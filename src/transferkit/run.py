@@ -23,15 +23,13 @@ class Run:
         validation: The data to validate on, or None.
         batch_size: Images in a batch.
         transform: Random change of one raw image, or None.
-        num_batches: Batches in an epoch; None where a `DataLoader` does not tell.
-        num_steps: Steps in the whole run; None likewise.
+        num_steps: Steps in the whole run; None where a `DataLoader` does not tell.
     """
 
     source: Source
     validation: Source | None
     batch_size: int
     transform: Transform | None
-    num_batches: int | None
     num_steps: int | None
 
 
@@ -71,7 +69,7 @@ def open_run(
     _check_last_batch(model, source.num_images, size)
     transform = None if augment is None else build_augmentation(augment, model.backbone.image_size)
     num_steps = None if num_batches is None else epochs * num_batches
-    return Run(source, validation, size, transform, num_batches, num_steps)
+    return Run(source, validation, size, transform, num_steps)
 
 
 def choose_batch_size(source: Source, batch_size: int | None) -> int:

@@ -42,20 +42,25 @@ def lr_factor(schedule: Schedule, step: int, num_steps: int | None, warmup_steps
         num_steps: Steps in the whole run; None if that is not known, which the constant schedule alone can do without.
         warmup_steps: How many of these are warm-up.
 
-    Raises:
-        ArgumentError: The schedule needs to know the number of steps.
-
     Example:
         >>> [lr_factor(SCHEDULES["linear"], step, num_steps=6, warmup_steps=2) for step in range(6)]
         [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if num_steps is None:
+        return 1.0
+    return schedule((step - warmup_steps) / max(1, num_steps - warmup_steps))
+
+
+def check_schedule(schedule: Schedule, num_steps: int | None) -> None:
+    """Refuse a schedule that needs to know the number of steps where it is not known.
+
+    Raises:
+        ArgumentError: So it is.
     """
     if num_steps is None and schedule is not SCHEDULES["constant"]:
         raise ArgumentError(
             "this schedule needs the number of steps, which a DataLoader without length does not tell: use "
             'schedule="constant", or give its data set a __len__.'
         )
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if num_steps is None:
-        return 1.0
-    return schedule((step - warmup_steps) / max(1, num_steps - warmup_steps))

@@ -12,6 +12,8 @@ from transferkit.device import Device
 from transferkit.errors import ArgumentError
 from transferkit.targets import class_indices
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True, slots=True)
 class CrossEntropy:
@@ -29,7 +31,7 @@ class CrossEntropy:
         """Return what the sum over a batch is divided by."""
         if self.class_weights is None or targets.ndim == 2:
             return len(targets)
-        return self.class_weights[targets].sum()
+        return self.class_weights[targets].sum().clamp_min(_TINY)  # a batch of classes that count nothing
 
     def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the sum over a part of a batch, in float32."""
@@ -50,11 +52,15 @@ def check_class_weights(values: Sequence[float] | Tensor | None, num_classes: in
     """
     if values is None:
         return None
-    weights = torch.as_tensor(values, dtype=torch.float32)
-    if weights.shape != (num_classes,) or not bool(((weights >= 0) & weights.isfinite()).all()):
+    try:
+        weights = torch.as_tensor(values, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        weights = torch.empty(0)
+    usable = weights.shape == (num_classes,) and bool(((weights >= 0) & weights.isfinite()).all())
+    if not usable or not bool(weights.any()):
         raise ArgumentError(
-            f"class_weights={weights.tolist()} cannot be used: expected {num_classes} finite numbers of 0 or more, "
-            "one for each class."
+            f"class_weights={values!r} cannot be used: expected {num_classes} finite numbers of 0 or more, one for "
+            "each class, and not 0 for all of them."
         )
     return weights
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from transferkit import checkpoint
-from transferkit.arguments import share, whole_number
+from transferkit.arguments import positive, share, whole_number
 from transferkit.augmentation import Augment, augment_batch
 from transferkit.data import epoch_order, open_data
 from transferkit.device import Device
@@ -26,7 +26,7 @@ from transferkit.inputs import model_inputs
 from transferkit.optimizers import LearningRate, OptimizerClass, build_optimizer, scale_lr, set_lr
 from transferkit.randomness import derive_seed, seeded
 from transferkit.run import Run, choose_batch_size, open_run
-from transferkit.schedules import Schedule, find_schedule, lr_factor
+from transferkit.schedules import Schedule, check_schedule, find_schedule, lr_factor
 from transferkit.step import CrossEntropy, Step, Sums, check_class_weights, training_step
 
 Callback = Callable[["Trainer", EpochReport], object]
@@ -105,18 +105,16 @@ class Trainer:
             raise ArgumentError(
                 f"label_smoothing={label_smoothing} is out of range: expected 0 up to but not including 1."
             )
-        if clip_grad_norm is not None and not clip_grad_norm > 0:
-            raise ArgumentError(f"clip_grad_norm={clip_grad_norm} is out of range: expected more than 0, or None.")
         self.device = device if isinstance(device, Device) else Device(device, precision)
         self.model = self.device.prepare(model)
         self.optimizer = build_optimizer(optimizer, model, lr, weight_decay)
         self.schedule = find_schedule(schedule)
         self.warmup_steps = whole_number("warmup_steps", warmup_steps, at_least=0)
-        self.clip_grad_norm = clip_grad_norm
+        self.clip_grad_norm = None if clip_grad_norm is None else positive("clip_grad_norm", clip_grad_norm)
         self.micro_batch_size = None if micro_batch_size is None else whole_number("micro_batch_size", micro_batch_size)
         weights = check_class_weights(class_weights, len(model.classes))
         self.cross_entropy = CrossEntropy(share("label_smoothing", label_smoothing), self.device.move(weights))
-        self.seed = seed
+        self.seed = whole_number("seed", seed, at_least=0)
         self.epoch = 0
         self.global_step = 0
 
@@ -171,17 +169,22 @@ class Trainer:
             num_workers=num_workers,
             seed=self.seed,
         )
+        check_schedule(self.schedule, run.num_steps)
         self._check_validation(run)
+        if not isinstance(callbacks, Iterable) or not all(map(callable, callbacks)):
+            raise ArgumentError(
+                f"callbacks={callbacks!r} cannot be used: expected a list of functions of (trainer, report)."
+            )
         if lr is not None:
             set_lr(self.optimizer, lr)
         if verbose:
             print(f"{describe_frozen(self.model)}; on {self.device.torch_device} in {self.device.precision}")  # noqa: T201
-        history, best = History(), None
+        history, best, first_step = History(), None, self.global_step
         try:
             for epoch in range(epochs):
                 started = time.perf_counter()
                 sums = Sums(self.device.torch_device)
-                for step in self._train_epoch(run, epoch):
+                for step in self._train_epoch(run, first_step):
                     sums.add(step.loss, step.correct, step.count)
                 loss, accuracy = sums.means()
                 val_loss, val_accuracy = (None, None)
@@ -220,9 +223,11 @@ class Trainer:
             ...     my_logger.log(step.loss, step.lr)
         """
         run = open_run(self.model, data, epochs=epochs, batch_size=batch_size, augment=augment, num_workers=num_workers)
+        check_schedule(self.schedule, run.num_steps)
         if lr is not None:
             set_lr(self.optimizer, lr)
-        return (step for epoch in range(epochs) for step in self._train_epoch(run, epoch))
+        first_step = self.global_step
+        return (step for _ in range(epochs) for step in self._train_epoch(run, first_step))
 
     def evaluate(self, data: object, *, batch_size: int | None = None, num_workers: int = 0) -> dict[str, float]:
         """Return `{"loss": ..., "accuracy": ...}`: mean cross-entropy, unsmoothed and unweighted, and accuracy, 0 to 1.
@@ -275,6 +280,7 @@ class Trainer:
             HeadMismatchError: Other classes.
             CheckpointError: Another backbone, head, preprocessing or optimizer.
         """
+        checkpoint.check_parts(state, *checkpoint.PARTS)
         checkpoint.check_model_state(self.model, state["model"])
         checkpoint.check_optimizer_state(self.optimizer, self.model, state["optimizer"])
         checkpoint.load_model_state(self.model, state["model"])
@@ -308,15 +314,15 @@ class Trainer:
             batches = run.validation.batches(1, seed=0, order=None)
             next(model_inputs(batches, self.model.backbone.preprocess, device=self.device))
 
-    def _train_epoch(self, run: Run, epoch: int) -> Iterator[Step]:
-        """Make the steps of the run's epoch number `epoch`."""
+    def _train_epoch(self, run: Run, first_step: int) -> Iterator[Step]:
+        """Make the steps of one epoch of a run that began with `first_step`."""
         self.model.train()
         augment = run.transform and partial(augment_batch, run.transform, seed=self.seed, epoch=self.epoch)
         order = epoch_order(run.source.num_images, self.seed, self.epoch)
         batches = run.source.batches(run.batch_size, seed=derive_seed(self.seed, "data", self.epoch), order=order)
         inputs = model_inputs(batches, self.model.backbone.preprocess, device=self.device, augment=augment)
         for index, (images, targets) in enumerate(inputs):
-            made = epoch * (run.num_batches or 0) + index
+            made = self.global_step - first_step
             scale_lr(self.optimizer, lr_factor(self.schedule, made, run.num_steps, self.warmup_steps))
             with seeded(derive_seed(self.seed, "step", self.global_step), self.device.torch_device):  # for dropout
                 loss, correct = training_step(

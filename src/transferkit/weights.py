@@ -5,15 +5,16 @@ import http.client
 import os
 import pickle
 import re
-import tempfile
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from transferkit.errors import WeightsDownloadError, WeightsError
+from transferkit.files import written_whole
 
 TIMEOUT_S = 30.0
 _CHUNK_BYTES = 1 << 20
@@ -40,9 +41,17 @@ def download(url: str, folder: Path | None = None) -> Path:
     """
     folder = folder or Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / url.rsplit("/", 1)[-1]
+    expected = _expected_sha256(path.name)
+    if expected is None:
+        raise WeightsError(f"{url} has no SHA-256 in its name: expected a name such as vgg16-397923af.pth.")
     if not path.exists():
-        _fetch(url, path)
-    _verify(path, origin=url)
+        _fetch(url, path, expected)
+    got = _sha256(path)
+    if not got.startswith(expected):
+        raise WeightsError(
+            f"{path} is not the file published at {url}: got SHA-256 {got}, expected {expected}. It is damaged or was "
+            "replaced; it has not been opened. Delete it and run again."
+        )
     return path
 
 
@@ -172,49 +181,31 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _verify(path: Path, origin: str) -> None:
-    expected = _expected_sha256(path.name)
-    if expected is None:
-        raise WeightsError(f"{origin} has no SHA-256 in its name: expected a name such as vgg16-397923af.pth.")
-    got = _sha256(path)
-    if not got.startswith(expected):
-        raise WeightsError(
-            f"{path} is not the file published at {origin}: got SHA-256 {got}, expected {expected}. It is damaged or "
-            "was replaced; it has not been opened. Delete it and run again."
-        )
-
-
-def _fetch(url: str, path: Path) -> None:
+def _fetch(url: str, path: Path, expected: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise _download_error(url, path, error) from error
-    try:
         with (
-            os.fdopen(descriptor, "wb") as file,
+            written_whole(path) as file,
             urllib.request.urlopen(url, timeout=TIMEOUT_S) as response,  # noqa: S310 - torchvision's own addresses
         ):
-            while chunk := response.read(_CHUNK_BYTES):
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        complete = Path(part)
-        if not _sha256(complete).startswith(_expected_sha256(path.name) or ""):
-            raise WeightsError(
-                f"what {url} sent ({complete.stat().st_size} bytes) does not have the SHA-256 in its name. Nothing was "
-                "kept. A proxy or login page may have answered instead: try another network, or pass a path as "
-                "weights=."
-            )
-        complete.replace(path)
+            _copy_verified(response, file, url, expected)
     except (OSError, http.client.HTTPException) as error:
-        raise _download_error(url, path, error) from error
-    finally:
-        Path(part).unlink(missing_ok=True)
+        raise WeightsDownloadError(
+            f"could not download {url} to {path}: {error}. Nothing was kept. Without a network, download the file "
+            "elsewhere, put it there, or pass its path as weights=."
+        ) from error
 
 
-def _download_error(url: str, path: Path, error: Exception) -> WeightsDownloadError:
-    return WeightsDownloadError(
-        f"could not download {url} to {path}: {error}. Nothing was kept. Without a network, download the file "
-        "elsewhere, put it there, or pass its path as weights=."
-    )
+def _copy_verified(response: http.client.HTTPResponse, file: BinaryIO, url: str, expected: str) -> None:
+    digest, received = hashlib.sha256(), 0
+    while chunk := response.read(_CHUNK_BYTES):
+        digest.update(chunk)
+        received += file.write(chunk)
+    announced = response.headers.get("Content-Length")
+    if announced is not None and received < int(announced):
+        raise ConnectionError(f"the connection ended after {received} of {announced} bytes")
+    if not digest.hexdigest().startswith(expected):
+        raise WeightsError(
+            f"what {url} sent ({received} bytes) does not have the SHA-256 in its name. Nothing was kept. A proxy or "
+            "login page may have answered instead: try another network, or pass a path as weights=."
+        )
