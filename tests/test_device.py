@@ -90,6 +90,14 @@ def test_auto_takes_bf16_only_where_the_cpu_computes_it(monkeypatch, native, cho
     assert tk.Device("cpu").precision == chosen
 
 
+@pytest.mark.parametrize(("avx512", "amx", "chosen"), [(1, 0, "bf16"), (0, 1, "bf16"), (1, 1, "bf16"), (0, 0, "fp32")])
+def test_either_instruction_set_is_enough_for_bf16(monkeypatch, avx512, amx, chosen):
+    """AVX512-BF16 and AMX each compute bf16 natively; "auto" asks torch for both."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    assert tk.Device("cpu").precision == chosen
+
+
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_format_asked_for_is_taken(monkeypatch, native, precision, dtype):

@@ -60,11 +60,11 @@ class Stream(IterableDataset):
 # ---- learning
 
 
-@pytest.mark.parametrize(("optimizer", "lr"), [("adam", 1e-2), ("adamw", 1e-2), ("sgd", 0.05), ("rmsprop", 3e-3)])
+@pytest.mark.parametrize(("optimizer", "lr"), [("adam", 1e-2), ("adamw", 1e-2), ("sgd", 2e-2), ("rmsprop", 3e-3)])
 def test_fit_learns(make_backbone, data, optimizer, lr):
     """The loss falls and three classes that can be told apart are told apart."""
-    trainer = make_trainer(make_model(make_backbone), optimizer=optimizer, lr=lr)
-    history = trainer.fit(data, epochs=20, batch_size=8, verbose=0)
+    trainer = make_trainer(make_model(make_backbone), optimizer=optimizer, lr=lr, clip_grad_norm=1.0)
+    history = trainer.fit(data, epochs=30, batch_size=8, verbose=0)
     assert history.history["loss"][-1] < history.history["loss"][0] / 2
     assert trainer.evaluate(data)["accuracy"] > 0.9
 

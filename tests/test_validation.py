@@ -6,8 +6,11 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
+from transferkit.data import open_data
 from transferkit.errors import ArgumentError, EmptyDataError, TargetError
 from transferkit.validation import split_validation
+
+CLASSES = [str(number) for number in range(200)]
 
 
 def numbered(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,44 +19,73 @@ def numbered(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return numbers.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 1, 1), numbers
 
 
+def read(part) -> tuple[list[int], list[int], list[int]]:
+    """The numbers on the images of a part, those of its targets, and its places."""
+    images, targets, places = zip(*part.batches(3, seed=0, order=None), strict=True)
+    return torch.cat(images)[:, 0, 0, 0].tolist(), torch.cat(targets).tolist(), [p for some in places for p in some]
+
+
+def split(data: object, share: float, seed: int = 0):
+    train, held_out = split_validation(open_data(data, CLASSES), share, seed)
+    return read(train)[1], read(held_out)[1]
+
+
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
 def test_the_parts_are_disjoint_and_complete(share):
-    """Every image is in exactly one of the two parts, with its own target, and the share is kept."""
-    train, held_out = split_validation(numbered(40), share, seed=0)
-    assert sorted(train[1].tolist() + held_out[1].tolist()) == list(range(40))
-    assert len(held_out[1]) == round(40 * share)
-    for images, targets in (train, held_out):
-        assert images[:, 0, 0, 0].tolist() == targets.tolist()
+    """Every image is in exactly one of the two parts, and the share is kept."""
+    train, held_out = split(numbered(40), share)
+    assert sorted(train + held_out) == list(range(40))
+    assert len(held_out) == round(40 * share)
+
+
+def test_each_image_keeps_its_target_and_its_place():
+    """In both parts an image comes with its own target and with its place in the whole data."""
+    for part in split_validation(open_data(numbered(40), CLASSES), 0.25, seed=0):
+        images, targets, places = read(part)
+        assert images == targets == places
+
+
+def test_a_part_says_how_much_it_is():
+    """A part tells its number of images and of batches, the ragged one included."""
+    train, held_out = split_validation(open_data(numbered(40), CLASSES), 0.25, seed=0)
+    assert (train.num_images, held_out.num_images) == (30, 10)
+    assert (train.num_batches(8), held_out.num_batches(5)) == (4, 2)
+
+
+def test_a_part_is_read_in_the_order_asked_for():
+    """An order of a part is one of its own images."""
+    _, held_out = split_validation(open_data(numbered(40), CLASSES), 0.25, seed=0)
+    order = torch.arange(10).flip(0)
+    (_, targets, places), *others = held_out.batches(10, seed=0, order=order)
+    assert others == []
+    assert targets.tolist() == places == sorted(places, reverse=True)
 
 
 def test_the_split_depends_on_the_seed_alone():
     """The same seed holds back the same images, whatever was drawn before; another seed holds back others."""
-    first = split_validation(numbered(40), 0.25, seed=3)[1][1]
+    first = split(numbered(40), 0.25, seed=3)
     torch.rand(5)
-    assert torch.equal(split_validation(numbered(40), 0.25, seed=3)[1][1], first)
-    assert not torch.equal(split_validation(numbered(40), 0.25, seed=4)[1][1], first)
+    assert split(numbered(40), 0.25, seed=3) == first
+    assert split(numbered(40), 0.25, seed=4) != first
 
 
 def test_the_held_out_images_are_drawn_at_random():
     """Data sorted by class loses images of all parts of it, not its last ones as in Keras."""
-    held_out = split_validation(numbered(200), 0.2, seed=0)[1][1]
-    assert [int(((held_out >= start) & (held_out < start + 50)).sum() > 0) for start in (0, 50, 100, 150)] == [1] * 4
+    held_out = split(numbered(200), 0.2)[1]
+    assert {number // 50 for number in held_out} == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("kind", ["tensors", "arrays", "list of targets", "data set"])
+@pytest.mark.parametrize("kind", ["arrays", "list of targets", "data set", "samples"])
 def test_every_kind_of_data_is_divided_alike(kind):
     """Tensors, arrays, lists and data sets lose the same images."""
     images, targets = numbered(20)
     data = {
-        "tensors": (images, targets),
-        "arrays": (images.numpy(), targets.numpy()),
+        "arrays": (images.numpy().copy(), targets.numpy()),
         "list of targets": (images, targets.tolist()),
         "data set": TensorDataset(images, targets),
+        "samples": list(zip(images, targets.tolist(), strict=True)),
     }[kind]
-    _, expected = split_validation((images, targets), 0.25, seed=0)
-    _, held_out = split_validation(data, 0.25, seed=0)
-    found = [int(target) for target in (held_out[1] if isinstance(held_out, tuple) else [pair[1] for pair in held_out])]
-    assert found == expected[1].tolist()
+    assert split(data, 0.25) == split((images, targets), 0.25)
 
 
 class LabelledColumn:
@@ -76,40 +108,29 @@ def test_a_shuffled_column_keeps_its_images():
     """A pandas column whose rows were shuffled is divided by place, so that each image keeps its own target."""
     images, targets = numbered(20)
     column = LabelledColumn(list(reversed(range(20))), targets.tolist())
-    train, _ = split_validation((images, column), 0.25, seed=0)
-    assert train[0][:, 0, 0, 0].tolist() == np.asarray(train[1]).tolist()
+    train, held_out = split_validation(open_data((images, column), CLASSES), 0.25, seed=0)
+    assert read(train)[0] == read(train)[1]
+    assert read(held_out)[0] == read(held_out)[1]
 
 
-@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, float("nan"), 5])
+@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, float("nan"), 5, "a fifth"])
 def test_a_share_out_of_range_is_refused(share):
-    """A share that is not between 0 and 1 is refused with an example."""
-    with pytest.raises(ArgumentError, match=r"validation_split=.* is out of range: expected a share between 0 and 1"):
-        split_validation(numbered(20), share, seed=0)
-
-
-def test_a_share_that_is_no_number_is_refused():
-    """A share that is no number is refused by name, not with Python's own error."""
-    with pytest.raises(ArgumentError, match=r"validation_split='a fifth'.*expected a share between 0 and 1"):
-        split_validation(numbered(20), "a fifth", seed=0)
+    """A share that is no number above 0 and below 1 is refused by name."""
+    with pytest.raises(ArgumentError, match=rf"validation_split={share!r} .*expected a share"):
+        split(numbered(20), share)
 
 
 @pytest.mark.parametrize(("count", "share", "left"), [(4, 0.1, "4 to train and 0"), (4, 0.9, "0 to train and 4")])
 def test_a_part_without_images_is_refused(count, share, left):
     """A share that leaves one part empty is refused with the counts."""
     with pytest.raises(EmptyDataError, match=rf"of 4 images leaves {left} to validate: expected at least 1 each"):
-        split_validation(numbered(count), share, seed=0)
+        split(numbered(count), share)
 
 
 def test_a_loader_is_refused():
     """A DataLoader cannot be divided; the message says what can be done."""
-    with pytest.raises(ArgumentError, match=r"cannot divide a DataLoader: expected .*Pass validation_data= instead"):
-        split_validation(DataLoader(TensorDataset(*numbered(20))), 0.25, seed=0)
-
-
-def test_something_else_is_refused():
-    """What is no data at all is refused in the same words."""
-    with pytest.raises(ArgumentError, match=r"cannot divide a NoneType: expected \(images, targets\) or a Dataset"):
-        split_validation(None, 0.25, seed=0)
+    with pytest.raises(ArgumentError, match=r"cannot divide a DataLoader.*pass .*validation_data= instead"):
+        split(DataLoader(TensorDataset(*numbered(20))), 0.25)
 
 
 def test_validation_data_and_a_split_are_refused_together(model, data):
@@ -151,6 +172,6 @@ def test_fit_validates_on_the_held_out_images(model, data):
         callbacks=[lambda trainer, report: counts.append(trainer.global_step)],
     )
     assert counts == [5]  # 18 images in batches of 4
-    held_out = split_validation(data, 0.25, seed=5)[1]
-    measured = trainer.evaluate(held_out, batch_size=4)
+    places = split_validation(open_data(data, model.classes), 0.25, seed=5)[1].places
+    measured = trainer.evaluate((data[0][places], data[1][places]), batch_size=4)
     assert history.history["val_loss"] == [measured["loss"]]

@@ -297,6 +297,16 @@ def test_a_damaged_copy_is_refused(tmp_path: Path, body: bytes) -> None:
         weights.download(closed_url(name), tmp_path)
 
 
+def test_a_copys_hash_is_compared_to_its_last_digit(tmp_path: Path, body: bytes) -> None:
+    """A copy whose name holds all 64 digits, of which only the last is wrong, is refused."""
+    right = hashlib.sha256(body).hexdigest()
+    name = f"net-{right[:-1]}{'0' if right[-1] != '0' else '1'}.pth"
+    (tmp_path / name).write_bytes(body)
+
+    with pytest.raises(WeightsError, match=rf"got SHA-256 {right}, expected {name[4:-4]}\."):
+        weights.download(closed_url(name), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "published"),
     [

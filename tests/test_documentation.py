@@ -1,0 +1,37 @@
+"""What the documentation says of the code is true."""
+
+import ast
+import re
+from pathlib import Path
+
+import transferkit
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_tests_that_the_documentation_names_exist() -> None:
+    """Every `test_file.py::test_name` on a page is a test."""
+    named = {match for page in PAGES for match in re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text())}
+    there = {
+        (path.name, node.name)
+        for path in (ROOT / "tests").glob("test_*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert len(named) > 30
+    assert named - there == set()
+
+
+def test_links_within_the_repository_lead_somewhere() -> None:
+    """Every relative link on a page is a file."""
+    links = [(page, target) for page in PAGES for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text())]
+    assert [(page.name, target) for page, target in links if not (page.parent / target).exists()] == []
+
+
+def test_design_lists_every_module() -> None:
+    """The layout in docs/design.md names each file of the package, and no other."""
+    layout = re.search(r"```\nsrc/transferkit/\n(.*?)```", (ROOT / "docs" / "design.md").read_text(), re.DOTALL)
+    assert layout is not None
+    package = Path(transferkit.__file__).parent
+    assert set(re.findall(r"^  (\w+\.py)", layout[1], re.MULTILINE)) == {path.name for path in package.glob("*.py")}
