@@ -11,7 +11,14 @@ from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 
 from transferkit.errors import ArgumentError, ImageError, PreprocessingError, close_matches
 from transferkit.preprocessing import CONVENTIONS, Preprocessing, find_convention
-from transferkit.weights import checked_state_dict, download, is_published, load_exactly, read_state_dict
+from transferkit.weights import (
+    check_is_file,
+    checked_state_dict,
+    download,
+    is_published,
+    load_exactly,
+    read_state_dict,
+)
 
 MODELS = ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
 MIN_IMAGE_SIZE = 32  # five poolings by two leave one pixel
@@ -125,10 +132,9 @@ def load_backbone(
             f"image_size={image_size!r} cannot be used: expected a whole number of {MIN_IMAGE_SIZE} pixels or more, "
             f"since five poolings halve the image. Small images can be enlarged: image_size={MIN_IMAGE_SIZE}."
         )
-    if isinstance(weights, str) and weights in get_model_weights(name).__members__:
-        weights = get_model_weights(name)[weights]
+    weights = _find_weights(weights, name)
     convention = _find_preprocessing(preprocessing, weights, name)
-    state = _read_weights(weights, name)
+    state = _read_weights(weights)
 
     with torch.device("meta"):  # no memory for the 124 million parameters of the classifier
         features: nn.Sequential = get_model_builder(name)(weights=None, init_weights=False).features
@@ -161,24 +167,32 @@ def _find_preprocessing(preprocessing: object, weights: object, name: str) -> Pr
     )
 
 
-def _read_weights(weights: object, name: str) -> Mapping[str, Tensor] | None:
+def _find_weights(weights: object, name: str) -> object:
+    """Return a torchvision enum for a name of weights, all else as it is, having checked that it can be weights."""
+    known = get_model_weights(name)
+    if isinstance(weights, str) and weights in known.__members__:
+        return known[weights]
+    if isinstance(weights, WeightsEnum) and not isinstance(weights, known):
+        raise ArgumentError(
+            f"weights={weights} belong to another network: expected one of {', '.join(map(str, known))} for "
+            f"name={name!r}."
+        )
+    if isinstance(weights, str) and not Path(weights).exists() and not Path(weights).suffix:
+        raise ArgumentError(
+            f"weights={weights!r} is neither a file nor a name of weights for {name}. "
+            f"{close_matches(weights, known.__members__)} A path to a state dict, a state dict, or None (random) serve "
+            "as well."
+        )
+    if isinstance(weights, str | os.PathLike):
+        check_is_file(Path(weights))
+    return weights
+
+
+def _read_weights(weights: object) -> Mapping[str, Tensor] | None:
     if weights is None:
         return None
     if isinstance(weights, WeightsEnum):
-        if not isinstance(weights, get_model_weights(name)):
-            raise ArgumentError(
-                f"weights={weights} belong to another network: expected one of "
-                f"{', '.join(map(str, get_model_weights(name)))} for name={name!r}."
-            )
         return read_state_dict(download(weights.url))
-    if isinstance(weights, Mapping):
-        return checked_state_dict(weights, _origin(weights))
-    if isinstance(weights, str) and not Path(weights).exists() and not Path(weights).suffix:
-        names = list(get_model_weights(name).__members__)
-        raise ArgumentError(
-            f"weights={weights!r} is neither a file nor a name of weights for {name}. {close_matches(weights, names)} "
-            "A path to a state dict, a state dict, or None (random) serve as well."
-        )
     if isinstance(weights, str | os.PathLike):
         return read_state_dict(weights)
     return checked_state_dict(weights, _origin(weights))

@@ -1,10 +1,7 @@
 """Checkpoints: a trained model and the state of its training, in one file of plain types and tensors."""
 
 import os
-import pickle
-import struct
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,7 +14,7 @@ from torch.optim import Optimizer
 
 from transferkit.backbone import load_backbone
 from transferkit.errors import CheckpointError, HeadMismatchError
-from transferkit.files import written_whole
+from transferkit.files import DAMAGE, written_whole
 from transferkit.freezing import find_boundary, first_trainable, freeze_until
 from transferkit.head import TransferModel, attach_head
 from transferkit.preprocessing import Preprocessing
@@ -32,25 +29,8 @@ PARTS = {
     "progress": ("epoch", "global_step", "seed"),
 }
 
-# What zipfile and torch.load raise on damaged archives, seen by flipping bits.
-_DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    pickle.UnpicklingError,
-    struct.error,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
-
-def check_parts(state: Mapping[str, Any], *parts: str) -> None:
+def check_parts(state: Mapping[str, Any], *parts: str, origin: str = "the checkpoint") -> None:
     """Refuse a checkpoint that lacks one of the parts asked for, or something in it.
 
     Raises:
@@ -62,7 +42,7 @@ def check_parts(state: Mapping[str, Any], *parts: str) -> None:
     ]
     if lacking:
         raise CheckpointError(
-            f"the checkpoint lacks {', '.join(lacking)}: expected a file that Trainer.save wrote, or what "
+            f"{origin} lacks {', '.join(lacking)}: expected a file that Trainer.save wrote, or what "
             "Trainer.state_dict returned."
         )
 
@@ -130,7 +110,7 @@ def load_model(path: str | os.PathLike[str], *, head: nn.Module | None = None) -
         >>> logits = model(model.backbone.preprocess(images))  # doctest: +SKIP
     """
     whole = read_checkpoint(path)
-    check_parts(whole, "model")
+    check_parts(whole, "model", origin=str(path))
     state = whole["model"]
     if head is None and state["head"] is None:
         raise CheckpointError(
@@ -142,7 +122,7 @@ def load_model(path: str | os.PathLike[str], *, head: nn.Module | None = None) -
         image_size=state["preprocessing"]["image_size"],
         preprocessing=Preprocessing(**state["preprocessing"]),
     )
-    model = attach_head(backbone, state["classes"], **({"head": head} if head else state["head"]))
+    model = attach_head(backbone, state["classes"], **(state["head"] if head is None else {"head": head}))
     check_model_state(model, state)
     load_model_state(model, state)
     return model.eval()
@@ -217,7 +197,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch does not look at the checksums
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise CheckpointError(
             f"cannot read {path} ({path.stat().st_size} bytes) as a checkpoint: {error}. Expected a file that "
             "Trainer.save wrote, whole. For a file of weights alone use load_backbone(weights=path)."

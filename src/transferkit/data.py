@@ -125,7 +125,11 @@ class DatasetSource:
         self.num_classes = len(classes)
         self.num_workers = num_workers
         listed = getattr(dataset, "targets", None)
-        if with_targets and isinstance(listed, list | Tensor) and getattr(dataset, "target_transform", None) is None:
+        if (
+            with_targets
+            and isinstance(listed, list | Tensor | np.ndarray)
+            and getattr(dataset, "target_transform", None) is None
+        ):
             as_targets(listed, self.num_classes)  # all at once, before anything runs
         _collate([self.samples[0, 0]], self.num_classes, with_targets=with_targets)
 

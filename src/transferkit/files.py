@@ -1,11 +1,32 @@
-"""Write a file whole or not at all."""
+"""Write a file whole or not at all, and know what reading a damaged one raises."""
 
 import os
+import pickle
 import secrets
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
+    struct.error,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What zipfile and torch.load raise on files that are damaged or of another kind, seen by flipping bits."""
 
 
 @contextmanager

@@ -88,17 +88,11 @@ def as_image(image: object, index: int) -> Tensor:
         raise ImageError(f"image {index}: {error} (here without N, or a PIL image)") from None
 
 
-def check_preprocessed(images: Tensor, image_size: int, convention: str) -> None:
-    """Refuse float images that the backbone's preprocessing cannot have made.
-
-    Args:
-        images: float32 `(N, 3, H, W)`.
-        image_size: What H and W must be.
-        convention: Name of the preprocessing, for the message.
+def check_image_size(images: Tensor, image_size: int) -> None:
+    """Refuse preprocessed images `(N, 3, H, W)` whose H and W are not `image_size`.
 
     Raises:
-        ImageError: Another size, not a number, or no negative value: all three conventions subtract the mean, so
-            that such images were scaled to 0..1 at most, the commonest way to poor features without an error.
+        ImageError: So it is.
     """
     height, width = images.shape[2:]
     if (height, width) != (image_size, image_size):
@@ -106,6 +100,21 @@ def check_preprocessed(images: Tensor, image_size: int, convention: str) -> None
             f"preprocessed images are {height}x{width} pixels: expected {image_size}x{image_size}. Pass raw uint8 "
             f"images, which are resized, or make the backbone with load_backbone(image_size={max(height, 32)})."
         )
+
+
+def check_normalized(images: Tensor, convention: str) -> None:
+    """Refuse float images that no VGG preprocessing can have made.
+
+    All three conventions subtract the mean, so images without a negative value were at most scaled to 0..1: the
+    commonest way to poor features without an error.
+
+    Args:
+        images: float32 `(N, 3, H, W)`.
+        convention: Name of the preprocessing, for the message.
+
+    Raises:
+        ImageError: No value is negative, or one is not a number.
+    """
     low, high = (value.item() for value in torch.aminmax(images))
     if not low < 0:
         raise ImageError(

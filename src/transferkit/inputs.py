@@ -7,7 +7,7 @@ from torch import Tensor
 from transferkit.data import Batch
 from transferkit.device import Device
 from transferkit.errors import ImageError
-from transferkit.images import check_preprocessed
+from transferkit.images import check_image_size, check_normalized
 from transferkit.preprocessing import Preprocessing
 
 AugmentBatch = Callable[[Tensor, list[int]], Tensor]
@@ -29,7 +29,7 @@ def model_inputs(
     Raises:
         ImageError: Preprocessed images of another size, or that no preprocessing made, or together with `augment`.
     """
-    for images, targets, places in device.batches(_first_checked(batches, preprocess)):
+    for images, targets, places in device.batches(_checked(batches, preprocess)):
         if isinstance(images, Tensor) and images.is_floating_point():
             if augment is not None:
                 raise ImageError("augment works on raw images, but these are preprocessed (float): pass uint8 images.")
@@ -41,9 +41,11 @@ def model_inputs(
         yield preprocess.normalize(raw), targets
 
 
-def _first_checked(batches: Iterator[Batch], preprocess: Preprocessing) -> Iterator[Batch]:
-    """Look at the first batch's values while they are on the host, where that costs no sync."""
+def _checked(batches: Iterator[Batch], preprocess: Preprocessing) -> Iterator[Batch]:
+    """Look at preprocessed images while they are on the host: the sizes of all, the values of the first batch."""
     for number, (images, targets, places) in enumerate(batches):
-        if number == 0 and isinstance(images, Tensor) and images.is_floating_point():
-            check_preprocessed(images, preprocess.image_size, preprocess.name)
+        if isinstance(images, Tensor) and images.is_floating_point():
+            check_image_size(images, preprocess.image_size)
+            if number == 0:
+                check_normalized(images, preprocess.name)
         yield images, targets, places

@@ -6,7 +6,8 @@
 | `IMAGENET1K_FEATURES` | RGB      | 0..1   | .48235 .45882 .40784   | 1/255 each         |
 | `KERAS`               | BGR      | 0..255 | 103.939 116.779 123.68 | 1                  |
 
-The second and third describe the same network: only the channel order of the first convolution differs.
+The second and third describe the same network: only the channel order of the first convolution differs. (Their means
+differ by up to 0.7 of 255 in the red channel; each belongs to the weights that go by its name.)
 """
 
 from dataclasses import dataclass

@@ -101,10 +101,6 @@ class Trainer:
             )
         if isinstance(device, Device) and precision not in ("auto", device.precision):
             raise ArgumentError(f"precision={precision!r} contradicts {device}: say it in one place.")
-        if not 0 <= label_smoothing < 1:
-            raise ArgumentError(
-                f"label_smoothing={label_smoothing} is out of range: expected 0 up to but not including 1."
-            )
         self.device = device if isinstance(device, Device) else Device(device, precision)
         self.model = self.device.prepare(model)
         self.optimizer = build_optimizer(optimizer, model, lr, weight_decay)

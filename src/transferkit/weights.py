@@ -3,7 +3,6 @@
 import hashlib
 import http.client
 import os
-import pickle
 import re
 import urllib.request
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from transferkit.errors import WeightsDownloadError, WeightsError
-from transferkit.files import written_whole
+from transferkit.files import DAMAGE, written_whole
 
 TIMEOUT_S = 30.0
 _CHUNK_BYTES = 1 << 20
@@ -71,14 +70,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         WeightsError: No such file, not such a file, or more in it than tensors by name.
     """
     path = Path(path)
-    if not path.is_file():
-        raise WeightsError(
-            f"no weight file at {path}: got {'a folder' if path.is_dir() else 'nothing'}, expected a file written by "
-            "torch.save(model.state_dict(), path). Weights by name are e.g. weights='IMAGENET1K_V1'."
-        )
+    check_is_file(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
             f"cannot read weights from {path} ({path.stat().st_size} bytes): {reason}. Expected a file written by "
@@ -86,6 +81,19 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             "download it again."
         ) from error
     return checked_state_dict(content, origin=str(path))
+
+
+def check_is_file(path: Path) -> None:
+    """Refuse a path where there is no file.
+
+    Raises:
+        WeightsError: So it is.
+    """
+    if not path.is_file():
+        raise WeightsError(
+            f"no weight file at {path}: got {'a folder' if path.is_dir() else 'nothing'}, expected a file written by "
+            "torch.save(model.state_dict(), path). Weights by name are e.g. weights='IMAGENET1K_V1'."
+        )
 
 
 def checked_state_dict(content: object, origin: str) -> dict[str, Tensor]:
@@ -114,12 +122,15 @@ def checked_state_dict(content: object, origin: str) -> dict[str, Tensor]:
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Copy `state` into `module`, after comparing every name and shape; on any difference nothing is copied.
 
-    Floating-point numbers of another width (a bfloat16 file) are converted to the module's.
+    Floating-point numbers of another width (a bfloat16 file) are converted to the module's. Batch norm's
+    `num_batches_tracked`, which files from before torch 0.4.1 lack, may be missing; it is 0 then.
 
     Raises:
         WeightsError: Names are missing or unexpected, or shapes differ; at most five of each are listed.
     """
     own = module.state_dict()
+    counts = {key: torch.zeros_like(own[key]) for key in own if key.endswith(".num_batches_tracked")}
+    state = {**counts, **state}
     if faults := differences(own, state):
         raise WeightsError(
             f"weights from {origin} do not fit: {faults}. Expected exactly the {len(own)} tensors "
@@ -129,7 +140,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
 
 
 def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """Say in which names and shapes `state` differs from `own`; nothing if in none.
+    """Say in which names, shapes and kinds of numbers `state` differs from `own`; nothing if in none.
 
     Example:
         >>> differences({"a": torch.zeros(2)}, {"a": torch.zeros(3), "b": torch.zeros(1)})
@@ -147,6 +158,13 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     ]
     if shapes:
         faults.append(f"other shapes: {_some(shapes)}")
+    kinds = [
+        f"{key} {state[key].dtype} instead of {own[key].dtype}"
+        for key in own
+        if key in state and state[key].is_floating_point() != own[key].is_floating_point()
+    ]
+    if kinds:
+        faults.append(f"other number types: {_some(kinds)}")
     return "; ".join(faults)
 
 
