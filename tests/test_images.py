@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from transferkit.errors import ImageError
-from transferkit.images import as_image, as_images, check_preprocessed
+from transferkit.images import as_image, as_images, check_image_size, check_normalized
 
 
 def pixels(*shape: int) -> torch.Tensor:
@@ -143,7 +143,9 @@ def test_single_image_that_cannot_be_used_is_refused_with_its_place(image):
 
 def test_preprocessed_images_pass_the_check(backbone):
     """What a backbone's own preprocessing made passes."""
-    check_preprocessed(backbone.preprocess(pixels(2, 3, 32, 32)), 32, "KERAS")
+    images = backbone.preprocess(pixels(2, 3, 32, 32))
+    check_image_size(images, 32)
+    check_normalized(images, "KERAS")
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0, 200.0, float("nan")])
@@ -151,10 +153,10 @@ def test_float_images_without_a_negative_value_are_refused(value):
     """Float images in 0..1 or 0..255, or not a number, are refused with the remedy."""
     images = torch.full((2, 3, 32, 32), value)
     with pytest.raises(ImageError, match=r"values from .* to .* not preprocessed: KERAS .*Pass raw uint8.*preprocess"):
-        check_preprocessed(images, 32, "KERAS")
+        check_normalized(images, "KERAS")
 
 
 def test_float_images_of_another_size_are_refused():
     """Preprocessed images of another size are refused with both sizes and the remedy."""
     with pytest.raises(ImageError, match=r"are 48x32 pixels: expected 32x32. Pass raw uint8.*image_size=48"):
-        check_preprocessed(-torch.ones(2, 3, 48, 32), 32, "KERAS")
+        check_image_size(-torch.ones(2, 3, 48, 32), 32)
