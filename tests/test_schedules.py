@@ -3,7 +3,7 @@
 import pytest
 
 from transferkit.errors import ArgumentError
-from transferkit.schedules import SCHEDULES, find_schedule, lr_factor
+from transferkit.schedules import SCHEDULES, check_schedule, find_schedule, lr_factor
 
 
 def factors(name: str, num_steps: int, warmup_steps: int = 0) -> list[float]:
@@ -61,4 +61,6 @@ def test_constant_does_without_the_number_of_steps():
 def test_another_schedule_needs_the_number_of_steps():
     """Where the number of steps is unknown, other schedules are refused with the remedy."""
     with pytest.raises(ArgumentError, match=r'needs the number of steps.*use schedule="constant", or .*__len__'):
-        lr_factor(SCHEDULES["cosine"], 0, None, 0)
+        check_schedule(SCHEDULES["cosine"], None)
+    check_schedule(SCHEDULES["cosine"], 100)
+    check_schedule(SCHEDULES["constant"], None)
