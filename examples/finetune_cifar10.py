@@ -99,7 +99,8 @@ def main() -> None:
     if options.save:
         trainer.save(options.save)
     if options.json:
-        settings = {name: str(value) for name, value in vars(options).items()}
+        paths = ("data", "json", "save")
+        settings = {name: str(value) for name, value in vars(options).items() if name not in paths}
         machine = {"device": str(trainer.device), "torch": torch.__version__, "cpus": os.cpu_count()}
         record = {"settings": settings, "machine": machine, "history": history.history, "test": scores, "fit_s": fit_s}
         options.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import transferkit as tk
 from transferkit.errors import ArgumentError
+from transferkit.optimizers import build_optimizer
 from transferkit.step import (
     CrossEntropy,
     Sums,
@@ -169,3 +171,41 @@ def test_weights_of_zero_alone_are_refused():
     """Weights under which nothing counts are refused."""
     with pytest.raises(ArgumentError, match=r"class_weights=\[0, 0, 0\] cannot be used.*not 0 for all"):
         check_class_weights([0, 0, 0], 3)
+
+
+class HostReads(TorchDispatchMode):
+    """Notes every operation that makes the host wait for a value: `.item()`, a tensor as a condition, `nonzero`."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        if operation.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.names.append(str(operation))
+        return operation(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_a_step_reads_nothing_back_to_the_host(model, data, optimizer, weights):
+    """A step with clipping, parts and class weights, and adding up its figures, makes no host sync."""
+    device, sums = tk.Device("cpu", "bf16"), Sums(torch.device("cpu"))
+    built = build_optimizer(optimizer, device.prepare(model), 1e-3, 0.01)
+    images = model.backbone.preprocess(data[0])
+    with HostReads() as reads:
+        for _ in range(2):
+            loss, correct = training_step(
+                model,
+                images,
+                data[1],
+                device=device,
+                optimizer=built,
+                cross_entropy=CrossEntropy(0.1, weights),
+                micro_batch_size=10,
+                clip_grad_norm=1.0,
+            )
+            sums.add(loss, correct, 24)
+        assert reads.names == []
+        sums.means()
+    assert len(reads.names) == 2  # what an epoch costs; and the test can fail
