@@ -75,9 +75,10 @@ def open_data(data: object, classes: Sequence[str], *, num_workers: int = 0, wit
         )
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):  # a Dataset, a list
         return DatasetSource(data, classes, num_workers=num_workers, with_targets=with_targets)
-    raise ArgumentError(
-        f"data is a {type(data).__name__}: expected a pair (images, targets), a torch Dataset or a DataLoader."
+    forms = (
+        "a pair (images, targets)" if with_targets else "images in one tensor or array, or in a list ([image] for one)"
     )
+    raise ArgumentError(f"data is of type {type(data).__name__}: expected {forms}, a torch Dataset or a DataLoader.")
 
 
 def epoch_order(num_images: int | None, seed: int, epoch: int) -> Tensor | None:

@@ -66,7 +66,7 @@ class WeightsDownloadError(TransferKitError, OSError):
 
 
 def close_matches(name: object, known: Iterable[str]) -> str:
-    """Say which of `known` lie closest to a misspelt `name`, else all of them.
+    """Say which of `known` lie closest to a misspelt `name`, else the first twelve of them.
 
     Example:
         >>> close_matches("addam", ["adam", "sgd"])
@@ -78,4 +78,5 @@ def close_matches(name: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), names, n=4, cutoff=0.55)
     if close:
         return f"Did you mean {' or '.join(map(repr, close))}?"
-    return f"Known: {', '.join(map(repr, names))}."
+    rest = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return f"Known: {', '.join(map(repr, names[:12]))}{rest}."

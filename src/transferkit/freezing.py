@@ -128,7 +128,7 @@ def find_boundary(model: nn.Module, layer: str | None) -> str | None:
         return layer
     raise UnknownLayerError(
         f"cannot freeze until layer {layer!r}: {type(model).__name__} has no such layer. "
-        f"{close_matches(layer, [*aliases, *names])} None freezes nothing."
+        f"{close_matches(layer, sorted([*aliases, *names], key=_is_part))} None freezes nothing."
     )
 
 
@@ -147,6 +147,11 @@ def _aliases(model: nn.Module) -> dict[str, str]:
         else:
             aliases["head"] = _END
     return aliases
+
+
+def _is_part(name: str) -> bool:
+    """Put blocks and whole modules, which most users mean, before the layers in them."""
+    return "_" in name or "." in name
 
 
 def _names_before(boundary: str | None, names: list[str]) -> set[str]:

@@ -55,8 +55,10 @@ def as_images(images: object) -> Tensor:
     if images.is_floating_point() and images.shape[1] != 3 and images.shape[3] == 3:
         raise ImageError(f"{got}: preprocessed images have their channels second. Use images.permute(0, 3, 1, 2).")
     if images.shape[1] != 3:
-        gray = " Repeat a gray channel three times: images.repeat(1, 3, 1, 1)." if 1 in images.shape[1:] else ""
-        raise ImageError(f"{got}, so it has no 3 channels: {_EXPECTED}.{gray} Drop an alpha channel.")
+        sides = images.shape[1:]
+        remedy = "Repeat a gray channel three times: images.repeat(1, 3, 1, 1)." if 1 in sides else ""
+        remedy = "Drop an alpha channel: images[:, :3]." if 4 in sides else remedy
+        raise ImageError(f"{got}, so it has no 3 channels: {_EXPECTED}. {remedy}".rstrip())
     if 0 in images.shape[2:]:
         raise ImageError(f"{got}, so it has no pixels: {_EXPECTED}.")
     return images if images.dtype == torch.uint8 else images.float()
