@@ -349,7 +349,7 @@ def test_reading_a_data_set_leaves_the_global_generators_alone():
         (TensorDataset(torch.zeros(4, 3, 32, 32)), TargetError, r"sample 0 is a tuple: expected a pair"),
         ([{"image": 1, "label": 2}], TargetError, r"sample 0 is a dict: expected a pair \(image, target\)"),
         (Stream([]), ArgumentError, r"a Stream, which has no length or order: wrap it in a DataLoader"),
-        (None, ArgumentError, r"data is of type NoneType: expected a pair \(images, targets\), a torch Dataset or a DataLo"),
+        (None, ArgumentError, r"data is of type NoneType: expected a pair \(images, targets\), a torch Dataset"),
         ({"images": 1}, ArgumentError, r"data is of type dict: expected a pair"),
         ("photos/train", ArgumentError, r"data is a str: expected .*ImageFolder"),
         (Path("photos/train"), ArgumentError, r"data is a PosixPath: expected .*ImageFolder"),
