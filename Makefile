@@ -1,7 +1,7 @@
 # The commands a developer runs. PYTHON is the environment that `pip install -e ".[dev]"` went into.
 PYTHON ?= .venv/bin/python
 
-.PHONY: help check test test-all test-gpu examples build clean
+.PHONY: help check test test-all test-gpu examples bench build clean
 
 help:            ## list these commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/:/'
@@ -20,9 +20,12 @@ test-all:        ## the slow ones too
 test-gpu:        ## the ones that need CUDA
 	$(PYTHON) -m pytest -m gpu
 
-examples:        ## run what runs offline
+examples:        ## run the quickstart
 	$(PYTHON) examples/quickstart.py
+
+bench:           ## measure a training step on this machine
 	$(PYTHON) benchmarks/host_memory.py
+	$(PYTHON) benchmarks/frozen_depth.py
 
 build:           ## wheel and source archive
 	$(PYTHON) -m build

@@ -12,16 +12,16 @@ from transferkit.installation import check_torchvision
 
 check_torchvision()  # before anything imports it, so that the user sees a sentence and not a missing operator
 
-from transferkit.backbone import Backbone, load_backbone  # noqa: E402
-from transferkit.checkpoint import load_model  # noqa: E402
-from transferkit.device import Device  # noqa: E402
-from transferkit.errors import TransferKitError  # noqa: E402
-from transferkit.freezing import freeze_until  # noqa: E402
-from transferkit.head import TransferModel, attach_head  # noqa: E402
-from transferkit.history import EpochReport, History  # noqa: E402
-from transferkit.preprocessing import Preprocessing  # noqa: E402
-from transferkit.step import Step  # noqa: E402
-from transferkit.trainer import Trainer  # noqa: E402
+from transferkit.backbone import Backbone, load_backbone
+from transferkit.checkpoint import load_model
+from transferkit.device import Device
+from transferkit.errors import TransferKitError
+from transferkit.freezing import freeze_until
+from transferkit.head import TransferModel, attach_head
+from transferkit.history import EpochReport, History
+from transferkit.preprocessing import Preprocessing
+from transferkit.step import Step
+from transferkit.trainer import Trainer
 
 __version__ = version("transferkit")
 

@@ -58,9 +58,9 @@ def open_data(data: object, classes: Sequence[str], *, num_workers: int = 0, wit
     if isinstance(data, DataLoader):
         return LoaderSource(data, classes, with_targets=with_targets)
     if isinstance(data, IterableDataset):
+        name = type(data).__name__
         raise ArgumentError(
-            f"data is a {type(data).__name__}, which has no length or order: wrap it in a DataLoader that makes "
-            "batches."
+            f"data is a {name}, which has no length or order: wrap it in a DataLoader that makes batches."
         )
     if isinstance(data, tuple) and len(data) == 2:
         return ArraySource(data[0], data[1] if with_targets else None, classes)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -167,7 +167,7 @@ class Trainer:
         )
         check_schedule(self.schedule, run.num_steps)
         self._check_validation(run)
-        if not isinstance(callbacks, Iterable) or not all(map(callable, callbacks)):
+        if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
             raise ArgumentError(
                 f"callbacks={callbacks!r} cannot be used: expected a list of functions of (trainer, report)."
             )
