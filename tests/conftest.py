@@ -77,3 +77,11 @@ def data() -> tuple[Tensor, Tensor]:
     images = torch.randint(0, 120, (24, 3, 32, 32), dtype=torch.uint8, generator=generator)
     images[torch.arange(24), targets] += 120
     return images, targets
+
+
+@pytest.fixture
+def every_warning() -> Iterator[None]:
+    """torch gives some warnings once in a process: here each time, and warnings are errors."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)

@@ -1,7 +1,5 @@
 """The forms in which images may come in."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -46,14 +44,6 @@ def test_float_images_become_float32(dtype):
     result = as_images(images)
     assert result.dtype == torch.float32
     assert result.flatten().tolist() == [-1.5, 0.25, 2.0]
-
-
-@pytest.fixture
-def every_warning() -> Iterator[None]:
-    """torch gives this warning once in a process: here each time, and warnings are errors."""
-    torch.set_warn_always(True)
-    yield
-    torch.set_warn_always(False)
 
 
 @pytest.mark.usefixtures("every_warning")

@@ -1,7 +1,5 @@
 """The forms in which targets may come in."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -47,14 +45,6 @@ def test_rows_rounded_to_bfloat16_pass():
     """Rows whose sum misses one by rounding only are accepted."""
     rows = torch.tensor([[0.1, 0.2, 0.7], [1 / 3, 1 / 3, 1 / 3]]).bfloat16()
     assert as_targets(rows, 3).shape == (2, 3)
-
-
-@pytest.fixture
-def every_warning() -> Iterator[None]:
-    """torch gives this warning once in a process: here each time, and warnings are errors."""
-    torch.set_warn_always(True)
-    yield
-    torch.set_warn_always(False)
 
 
 @pytest.mark.usefixtures("every_warning")

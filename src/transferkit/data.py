@@ -91,6 +91,21 @@ def epoch_order(num_images: int | None, seed: int, epoch: int) -> Tensor | None:
     return None if num_images is None else shuffled(num_images, derive_seed(seed, "order", epoch))
 
 
+def count_batches(num_images: int, batch_size: int) -> int:
+    """Return the number of batches, the last of which may be smaller.
+
+    Example:
+        >>> count_batches(5, batch_size=2)
+        3
+    """
+    return -(-num_images // batch_size)
+
+
+def _in_batches(order: Tensor | None, num_images: int, batch_size: int) -> Sequence[Tensor]:
+    places: Sequence[Tensor] = torch.split(torch.arange(num_images) if order is None else order, batch_size)
+    return places
+
+
 class ArraySource:
     """Images and targets in memory. Each batch is one indexing operation."""
 
@@ -106,12 +121,10 @@ class ArraySource:
             )
 
     def num_batches(self, batch_size: int) -> int:
-        return -(-self.num_images // batch_size)
+        return count_batches(self.num_images, batch_size)
 
     def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
-        if order is None:
-            order = torch.arange(self.num_images)
-        for places in torch.split(order, batch_size):
+        for places in _in_batches(order, self.num_images, batch_size):
             yield self.images[places], self.targets[places] if len(self.targets) else _NO_TARGETS, places.tolist()
 
 
@@ -135,14 +148,11 @@ class DatasetSource:
         _collate([self.samples[0, 0]], self.num_classes, with_targets=with_targets)
 
     def num_batches(self, batch_size: int) -> int:
-        return -(-self.num_images // batch_size)
+        return count_batches(self.num_images, batch_size)
 
     def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
-        if order is None:
-            order = torch.arange(self.num_images)
-        keys = [
-            [(place, derive_seed(seed, place)) for place in part.tolist()] for part in torch.split(order, batch_size)
-        ]
+        parts = _in_batches(order, self.num_images, batch_size)
+        keys = [[(place, derive_seed(seed, place)) for place in part.tolist()] for part in parts]
         loader = DataLoader(
             self.samples,
             batch_sampler=keys,

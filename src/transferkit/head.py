@@ -14,6 +14,8 @@ from transferkit.errors import ArgumentError, HeadMismatchError, close_matches
 
 POOLINGS = ("flatten", "avg", "max")
 
+_DEPENDS_ON_MODE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+
 
 class TransferModel(nn.Module):
     """A backbone and a head. Made by `attach_head`.
@@ -191,6 +193,3 @@ def _is_frozen(layer: nn.Module) -> bool:
     if any(p.requires_grad for p in layer.parameters()):
         return False
     return not any(m.training for m in layer.modules() if isinstance(m, _DEPENDS_ON_MODE))
-
-
-_DEPENDS_ON_MODE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)

@@ -8,7 +8,7 @@ from transferkit.errors import ArgumentError, close_matches
 Schedule = Callable[[float], float]
 
 SCHEDULES: dict[str, Schedule] = {
-    "constant": lambda progress: 1.0,  # noqa: ARG005
+    "constant": lambda _progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2.0,
 }

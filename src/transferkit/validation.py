@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from transferkit.arguments import share
-from transferkit.data import Batch, Source
+from transferkit.data import Batch, Source, count_batches
 from transferkit.errors import ArgumentError, EmptyDataError
 from transferkit.randomness import derive_seed, shuffled
 
@@ -25,7 +25,7 @@ class Part:
         self.num_images = len(places)
 
     def num_batches(self, batch_size: int) -> int:
-        return -(-self.num_images // batch_size)
+        return count_batches(self.num_images, batch_size)
 
     def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
         places = self.places if order is None else self.places[order]
