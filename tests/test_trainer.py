@@ -734,7 +734,7 @@ def test_optimizer_is_fused(model):
 
 def test_fit_prints_a_line_at_the_start_and_one_an_epoch(model, data, capsys):
     """The first line says what is frozen, what trains, where and in which format; then one line an epoch."""
-    history = make_trainer(tk.freeze_until(model, "head")).fit(data, validation_data=data, epochs=2)
+    history = make_trainer(tk.freeze_until(model, "head"), cache=False).fit(data, validation_data=data, epochs=2)
     lines = capsys.readouterr().out.splitlines()
     frozen, training = (f"{sum(p.numel() for p in part.parameters()):,}" for part in (model.backbone, model.head))
     assert len(lines) == 3

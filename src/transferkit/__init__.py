@@ -16,6 +16,7 @@ from transferkit.backbone import Backbone, load_backbone
 from transferkit.checkpoint import load_model
 from transferkit.device import Device
 from transferkit.errors import TransferKitError
+from transferkit.feature_dataset import FeatureDataset, cache_features
 from transferkit.freezing import freeze_until
 from transferkit.head import TransferModel, attach_head
 from transferkit.history import EpochReport, History
@@ -29,6 +30,7 @@ __all__ = [
     "Backbone",
     "Device",
     "EpochReport",
+    "FeatureDataset",
     "History",
     "Preprocessing",
     "Step",
@@ -36,6 +38,7 @@ __all__ = [
     "TransferKitError",
     "TransferModel",
     "attach_head",
+    "cache_features",
     "freeze_until",
     "load_backbone",
     "load_model",

@@ -24,3 +24,14 @@ def tensor_from_array(array: npt.NDArray[Any]) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # a memory map, a PIL image
         return torch.from_numpy(array)
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    r"""Return a tensor's numbers as bytes, in row-major order, for a digest or a file.
+
+    Example:
+        >>> bytes(raw_bytes(torch.tensor([1, 2], dtype=torch.uint8)))
+        b'\x01\x02'
+    """
+    array: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(array)

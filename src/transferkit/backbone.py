@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 
+from transferkit.arrays import raw_bytes
 from transferkit.errors import ArgumentError, ImageError, PreprocessingError, close_matches
 from transferkit.preprocessing import CONVENTIONS, Preprocessing, find_convention
 from transferkit.weights import (
@@ -84,7 +85,7 @@ class Backbone(nn.Module):
         digest = hashlib.sha256(f"{self.name} {self.preprocess}".encode())
         for key, tensor in self.state_dict().items():
             digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(raw_bytes(tensor))
         return digest.hexdigest()
 
 

@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transferkit.arguments import whole_number
 from transferkit.errors import ArgumentError, EmptyDataError, HeadMismatchError, ImageError, TargetError
 from transferkit.images import as_image, as_images
-from transferkit.randomness import derive_seed, seeded, shuffled
+from transferkit.randomness import derive_seed, generator_states, seeded, shuffled
 from transferkit.targets import as_targets
 
 Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]
 """Images, targets (none at all, `(0,)`, where they are not wanted) and places in the data set."""
 
+_PROBES = 16  # samples that are read twice to see whether a data set is random
 _NO_TARGETS = torch.empty(0, dtype=torch.int64)
 
 
@@ -33,6 +34,9 @@ class Source(Protocol):
 
     def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
         """Yield the images once each, in the given order or as they lie; `seed` is for the data's own randomness."""
+
+    def why_not_repeatable(self) -> str | None:
+        """Say why an image may come out differently when it is read again; None if nothing was found."""
 
 
 def open_data(data: object, classes: Sequence[str], *, num_workers: int = 0, with_targets: bool = True) -> Source:
@@ -127,6 +131,9 @@ class ArraySource:
         for places in _in_batches(order, self.num_images, batch_size):
             yield self.images[places], self.targets[places] if len(self.targets) else _NO_TARGETS, places.tolist()
 
+    def why_not_repeatable(self) -> str | None:
+        return None
+
 
 class DatasetSource:
     """A map-style `Dataset`, read by a `DataLoader`; its own random transforms are seeded image by image."""
@@ -162,6 +169,9 @@ class DatasetSource:
         )
         for samples in loader:
             yield _collate(samples, self.num_classes, with_targets=self.samples.with_targets)
+
+    def why_not_repeatable(self) -> str | None:
+        return self.samples.why_not_repeatable()
 
 
 class LoaderSource:
@@ -200,6 +210,9 @@ class LoaderSource:
         if first == 0:
             raise EmptyDataError("the DataLoader made no batch this time: expected 1 or more in every epoch.")
 
+    def why_not_repeatable(self) -> str | None:
+        return "a DataLoader makes batches of its own, in an order of its own; pass its Dataset instead"
+
 
 Sample = tuple[Tensor, Any, int]  # image, target, place in the data set
 
@@ -219,6 +232,20 @@ class _Samples(Dataset[Sample]):
         if self.with_targets and len(parts) != 2:
             raise TargetError(f"sample {index} is a {type(sample).__name__}: expected a pair (image, target).")
         return as_image(parts[0], index), parts[1] if self.with_targets else None, index
+
+    def why_not_repeatable(self) -> str | None:
+        """Read some samples, spread over the data set, under two seeds each, and watch the random generators."""
+        count = len(self.dataset)
+        for index in sorted({round(part * (count - 1) / (_PROBES - 1)) for part in range(_PROBES)}):
+            first, second = self[index, 0][0], self[index, 1][0]
+            if first.shape != second.shape or not torch.equal(first, second):
+                return f"image {index} of the data set came out differently when it was read twice"
+            with seeded(0):
+                before = generator_states()
+                self.dataset[index]
+                if generator_states() != before:
+                    return f"the data set drew random numbers for image {index}, so its transform is random"
+        return None
 
 
 def _identity(samples: list[Sample]) -> list[Sample]:

@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from transferkit.errors import ArgumentError, DeviceError, close_matches
-from transferkit.host_memory import keep_freed_blocks
+from transferkit.host_memory import host_bytes, keep_freed_blocks
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -156,15 +155,13 @@ class Device:
         if self.torch_device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.torch_device)
             return {"free": free, "total": total}
-        meminfo = Path("/proc/meminfo")
-        if self.torch_device.type != "cpu" or not meminfo.exists():
+        memory = host_bytes() if self.torch_device.type == "cpu" else None
+        if memory is None:
             raise DeviceError(
-                f"memory of {self.torch_device} is not known: expected CUDA, or a CPU under Linux with "
-                f"{meminfo}. Ask the system's own tools instead."
+                f"memory of {self.torch_device} is not known: expected CUDA, or a CPU under Linux. Ask the system's "
+                "own tools instead."
             )
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        kib = {"free": fields["MemAvailable"], "total": fields["MemTotal"]}
-        return {name: int(value.split()[0]) * 1024 for name, value in kib.items()}
+        return memory
 
     def _tf32(self) -> AbstractContextManager[None]:
         tensor_cores = self.precision == "fp32" and self.torch_device.type == "cuda"

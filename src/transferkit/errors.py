@@ -17,6 +17,10 @@ class ArgumentError(TransferKitError, ValueError):
     """An argument has a value that cannot be used."""
 
 
+class CacheError(TransferKitError, RuntimeError):
+    """Features cannot be kept, or a file of kept features cannot be used."""
+
+
 class CheckpointError(TransferKitError, ValueError):
     """A checkpoint cannot be read, or does not fit the live objects."""
 

@@ -1,7 +1,8 @@
-"""Tell the C library to keep the large blocks that a training step frees for the next step."""
+"""The host's memory: how much is free, and keeping the large blocks that a training step frees for the next one."""
 
 import ctypes
 import sys
+from pathlib import Path
 
 _M_TRIM_THRESHOLD = -1
 _M_TOP_PAD = -2
@@ -35,3 +36,20 @@ def keep_freed_blocks() -> bool:
         _M_TOP_PAD: _TOP_PAD_BYTES,
     }
     return all(mallopt(name, value) == 1 for name, value in settings.items())
+
+
+def host_bytes() -> dict[str, int] | None:
+    """Return the bytes of host memory `"free"` and `"total"`, now; None elsewhere than on Linux.
+
+    A container that may use less than the machine has counts as a machine of that size.
+    """
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    free, total = (int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        allowed = int(limit.read_text())
+        free, total = min(free, max(0, allowed - int(used.read_text()))), min(total, allowed)
+    return {"free": free, "total": total}

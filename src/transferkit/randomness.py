@@ -7,6 +7,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,3 +67,9 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         np.random.set_state(states[2])  # noqa: NPY002
         if cuda and cuda_state is not None:
             torch.cuda.set_rng_state(cuda_state, cuda)
+
+
+def generator_states() -> tuple[bytes, ...]:
+    """Return the states of the generators of torch, Python and numpy: equal as long as none of them was drawn from."""
+    state: Any = np.random.get_state()  # noqa: NPY002
+    return torch.get_rng_state().numpy().tobytes(), state[1].tobytes(), repr((state[2:], random.getstate())).encode()

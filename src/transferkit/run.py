@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, default_collate
 
 from transferkit.arguments import whole_number
 from transferkit.augmentation import Augment, Transform, build_augmentation
@@ -23,6 +24,7 @@ class Run:
         validation: The data to validate on, or None.
         batch_size: Images in a batch.
         transform: Random change of one raw image, or None.
+        num_views: Fixed views of each image that epochs go through in turn, or None.
         num_steps: Steps in the whole run; None where a `DataLoader` does not tell.
     """
 
@@ -30,6 +32,7 @@ class Run:
     validation: Source | None
     batch_size: int
     transform: Transform | None
+    num_views: int | None
     num_steps: int | None
 
 
@@ -40,6 +43,7 @@ def open_run(
     epochs: int,
     batch_size: int | None,
     augment: Augment | None,
+    n_views: int | None,
     num_workers: int,
     validation_data: object = None,
     validation_split: float | None = None,
@@ -61,6 +65,7 @@ def open_run(
     source = open_data(data, model.classes, num_workers=num_workers)
     validation = None
     if validation_data is not None:
+        validation_data, num_workers = _without_loader(validation_data, num_workers)
         validation = open_data(validation_data, model.classes, num_workers=num_workers)
     if validation_split is not None:
         source, validation = split_validation(source, validation_split, seed)
@@ -68,8 +73,9 @@ def open_run(
     num_batches = source.num_batches(size)
     _check_last_batch(model, source.num_images, size)
     transform = None if augment is None else build_augmentation(augment, model.backbone.image_size)
+    num_views = None if n_views is None else whole_number("n_views", n_views)
     num_steps = None if num_batches is None else epochs * num_batches
-    return Run(source, validation, size, transform, num_steps)
+    return Run(source, validation, size, transform, num_views, num_steps)
 
 
 def choose_batch_size(source: Source, batch_size: int | None) -> int:
@@ -83,6 +89,18 @@ def choose_batch_size(source: Source, batch_size: int | None) -> int:
             f"batch_size={batch_size} does not reach a DataLoader, which makes its own batches: leave it out."
         )
     return BATCH_SIZE if batch_size is None else whole_number("batch_size", batch_size)
+
+
+def _without_loader(data: object, num_workers: int) -> tuple[object, int]:
+    """Return the data set of a `DataLoader` that only reads it in order: its features can be kept."""
+    plain = (
+        isinstance(data, DataLoader)
+        and type(data.sampler) is SequentialSampler
+        and type(data.batch_sampler) is BatchSampler
+        and data.collate_fn is default_collate
+        and not data.drop_last
+    )
+    return (data.dataset, data.num_workers) if plain else (data, num_workers)  # type: ignore[attr-defined]
 
 
 def _check_last_batch(model: nn.Module, num_images: int | None, batch_size: int) -> None:

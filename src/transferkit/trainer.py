@@ -14,20 +14,26 @@ from torch.optim import Optimizer
 
 from transferkit import checkpoint
 from transferkit.arguments import positive, share, whole_number
-from transferkit.augmentation import Augment, augment_batch
+from transferkit.augmentation import Augment
+from transferkit.best import BestWeights
 from transferkit.data import epoch_order, open_data
 from transferkit.device import Device
 from transferkit.errors import ArgumentError
-from transferkit.evaluation import compute_logits, evaluate
+from transferkit.evaluation import evaluate, in_eval_mode
+from transferkit.features import FeatureCache, Say, open_folder
+from transferkit.feed import Feed, Frozen
 from transferkit.freezing import describe_frozen
 from transferkit.head import TransferModel
 from transferkit.history import EpochReport, History
-from transferkit.inputs import model_inputs
+from transferkit.inputs import Inputs
 from transferkit.optimizers import LearningRate, OptimizerClass, build_optimizer, scale_lr, set_lr
 from transferkit.randomness import derive_seed, seeded
 from transferkit.run import Run, choose_batch_size, open_run
 from transferkit.schedules import Schedule, check_schedule, find_schedule, lr_factor
-from transferkit.step import CrossEntropy, Step, Sums, check_class_weights, training_step
+from transferkit.step import CrossEntropy, Step, Sums, check_class_weights, evaluation_step, training_step
+
+KEPT_BATCH_SIZE = 256
+"""Images validated at once where their features are kept: there are no convolutions to take memory."""
 
 Callback = Callable[["Trainer", EpochReport], object]
 
@@ -45,6 +51,10 @@ class Trainer:
             progress (0 to 1) that returns a factor. It counts steps made, those that fp16 skipped included.
         warmup_steps: Steps over which the learning rate first rises linearly.
         clip_grad_norm: Largest Euclidean norm of all gradients together; None leaves them.
+        cache: `"auto"` computes what the frozen layers make of each image once, keeps it, and trains the rest on it,
+            wherever that gives the same result, and says so where it does not; True raises there; False never does.
+        cache_dir: A folder in which these features are kept in files, for later runs and other processes. None keeps
+            them in memory: on the device if they take at most half of what is free there, else on the host likewise.
         micro_batch_size: Split each batch into parts of this size and add their gradients up: the memory of a part,
             the update of the whole batch. None does not split.
         label_smoothing: 0 up to but not including 1.
@@ -53,6 +63,9 @@ class Trainer:
         precision: `"auto"`, `"bf16"`, `"fp16"` or `"fp32"`; see `Device`.
         seed: Order of images, augmentation, dropout and validation split depend on it and on nothing else; the
             head's initial weights are drawn earlier, in `attach_head`, after your `torch.manual_seed`.
+        recompute_activations: Keep the activations at block boundaries alone and compute the others a second time in
+            the backward pass: less memory, a third more time.
+        torch_compile: Let `torch.compile` fuse what runs; see docs/performance.md for what it brings.
 
     Attributes:
         model: The model.
@@ -92,7 +105,11 @@ class Trainer:
         class_weights: Sequence[float] | Tensor | None = None,
         device: str | torch.device | Device = "auto",
         precision: str = "auto",
+        cache: bool | str = "auto",
+        cache_dir: str | os.PathLike[str] | None = None,
         seed: int = 0,
+        recompute_activations: bool = False,
+        torch_compile: bool = False,
     ) -> None:
         if not isinstance(model, TransferModel):
             raise ArgumentError(
@@ -111,6 +128,11 @@ class Trainer:
         weights = check_class_weights(class_weights, len(model.classes))
         self.cross_entropy = CrossEntropy(share("label_smoothing", label_smoothing), self.device.move(weights))
         self.seed = whole_number("seed", seed, at_least=0)
+        if cache not in ("auto", True, False):
+            raise ArgumentError(f'cache={cache!r} is not known: expected "auto", True or False.')
+        self.cache = cache
+        self._features = FeatureCache(self.device, open_folder(cache_dir))
+        self._frozen = Frozen(model, self.device, compiled=torch_compile)
         self.epoch = 0
         self.global_step = 0
 
@@ -124,6 +146,7 @@ class Trainer:
         batch_size: int | None = None,
         lr: LearningRate | None = None,
         augment: Augment | None = None,
+        n_views: int | None = None,
         callbacks: Sequence[Callback] = (),
         restore_best: bool = True,
         num_workers: int = 0,
@@ -142,6 +165,9 @@ class Trainer:
             lr: A new base learning rate, from this call on.
             augment: Random changes to raw training images: `"flip"`, `"crop"`, `"color"`, `"trivial"`, a
                 `torchvision.transforms.v2` transform or any callable of one image, or a list of these.
+            n_views: With augmentation, or a `Dataset` whose own transform is random: make this many fixed views of each
+                image and go through them in turn, an epoch each, so that their features can be kept. None makes new
+                ones in every epoch, and keeps no features of training images.
             callbacks: Called after each epoch with the trainer and the `EpochReport`; one that returns True ends
                 the run.
             restore_best: Put the weights of the epoch with the highest validation accuracy back at the end, whatever
@@ -162,6 +188,7 @@ class Trainer:
             epochs=epochs,
             batch_size=batch_size,
             augment=augment,
+            n_views=n_views,
             num_workers=num_workers,
             seed=self.seed,
         )
@@ -174,30 +201,31 @@ class Trainer:
         if lr is not None:
             set_lr(self.optimizer, lr)
         if verbose:
-            print(f"{describe_frozen(self.model)}; on {self.device.torch_device} in {self.device.precision}")  # noqa: T201
-        history, best, first_step = History(), None, self.global_step
+            _print(f"{describe_frozen(self.model)}; on {self.device.torch_device} in {self.device.precision}")
+        train, validation = self._feeds(run, say=_print if verbose else _say_nothing)
+        history, best, first_step = History(), BestWeights(self.model), self.global_step
         try:
             for epoch in range(epochs):
                 started = time.perf_counter()
+                best.before_training()
                 sums = Sums(self.device.torch_device)
-                for step in self._train_epoch(run, first_step):
+                for step in self._train_epoch(run, train, first_step):
                     sums.add(step.loss, step.correct, step.count)
                 loss, accuracy = sums.means()
                 val_loss, val_accuracy = (None, None)
-                if run.validation is not None:
-                    val_loss, val_accuracy = evaluate(self.model, run.validation, run.batch_size, device=self.device)
+                if validation is not None:
+                    val_loss, val_accuracy = self._validate(validation, run.batch_size)
                 epoch_s = time.perf_counter() - started
                 report = EpochReport(self.epoch - 1, loss, accuracy, step.lr, epoch_s, val_loss, val_accuracy)
                 history.reports.append(report)
                 if restore_best and history.best_epoch == epoch:
-                    best = {name: value.clone() for name, value in self.model.state_dict().items()}
+                    best.take()
                 if verbose:
-                    print(report)  # noqa: T201
+                    _print(str(report))
                 if any([callback(self, report) is True for callback in callbacks]):  # noqa: C419 - call them all
                     break
         finally:
-            if best is not None:
-                self.model.load_state_dict(best)
+            best.restore()
         return history
 
     def steps(
@@ -208,6 +236,7 @@ class Trainer:
         batch_size: int | None = None,
         lr: LearningRate | None = None,
         augment: Augment | None = None,
+        n_views: int | None = None,
         num_workers: int = 0,
     ) -> Iterator[Step]:
         """Return an iterator that makes one training step each time it is asked for the next.
@@ -218,12 +247,21 @@ class Trainer:
             >>> for step in trainer.steps(train, epochs=3):  # doctest: +SKIP
             ...     my_logger.log(step.loss, step.lr)
         """
-        run = open_run(self.model, data, epochs=epochs, batch_size=batch_size, augment=augment, num_workers=num_workers)
+        run = open_run(
+            self.model,
+            data,
+            epochs=epochs,
+            batch_size=batch_size,
+            augment=augment,
+            n_views=n_views,
+            num_workers=num_workers,
+        )
         check_schedule(self.schedule, run.num_steps)
         if lr is not None:
             set_lr(self.optimizer, lr)
+        train, _ = self._feeds(run, say=_say_nothing)
         first_step = self.global_step
-        return (step for _ in range(epochs) for step in self._train_epoch(run, first_step))
+        return (step for _ in range(epochs) for step in self._train_epoch(run, train, first_step))
 
     def evaluate(self, data: object, *, batch_size: int | None = None, num_workers: int = 0) -> dict[str, float]:
         """Return `{"loss": ..., "accuracy": ...}`: mean cross-entropy, unsmoothed and unweighted, and accuracy, 0 to 1.
@@ -234,7 +272,10 @@ class Trainer:
             num_workers: Processes that read a `Dataset`.
         """
         source = open_data(data, self.model.classes, num_workers=num_workers)
-        loss, accuracy = evaluate(self.model, source, choose_batch_size(source, batch_size), device=self.device)
+        inputs = Inputs(source, self.model.backbone.preprocess, self.device)
+        with in_eval_mode(self.model):
+            batches = inputs.batches(choose_batch_size(source, batch_size))
+            loss, accuracy = evaluate(self.model, batches, device=self.device)
         return {"loss": loss, "accuracy": accuracy}
 
     def predict_proba(
@@ -248,8 +289,11 @@ class Trainer:
             num_workers: Processes that read a `Dataset`.
         """
         source = open_data(images, self.model.classes, num_workers=num_workers, with_targets=False)
-        logits = compute_logits(self.model, source, choose_batch_size(source, batch_size), device=self.device)
-        return torch.cat([part.softmax(dim=1).cpu() for part, _ in logits]).numpy()
+        inputs = Inputs(source, self.model.backbone.preprocess, self.device)
+        with in_eval_mode(self.model):
+            batches = inputs.batches(choose_batch_size(source, batch_size))
+            logits = [evaluation_step(self.model, images, device=self.device) for images, _ in batches]
+        return torch.cat([part.softmax(dim=1).cpu() for part in logits]).numpy()
 
     def predict(self, images: object, *, batch_size: int | None = None, num_workers: int = 0) -> npt.NDArray[np.int64]:
         """Return the most probable class index of each image, int64 `(N,)`; `model.classes` has their names.
@@ -307,23 +351,30 @@ class Trainer:
     def _check_validation(self, run: Run) -> None:
         """Read one image to validate on now: a whole epoch would be lost on data that cannot be used."""
         if run.validation is not None:
-            batches = run.validation.batches(1, seed=0, order=None)
-            next(model_inputs(batches, self.model.backbone.preprocess, device=self.device))
+            next(Inputs(run.validation, self.model.backbone.preprocess, self.device).batches(1))
 
-    def _train_epoch(self, run: Run, first_step: int) -> Iterator[Step]:
+    def _feeds(self, run: Run, *, say: Say) -> tuple[Feed, Feed | None]:
+        """Return what the epochs of a run train and validate on."""
+        preprocess = self.model.backbone.preprocess
+        inputs = Inputs(run.source, preprocess, self.device, run.transform, self.seed)
+        feed = partial(Feed, frozen=self._frozen, cache=self._features, mode=self.cache, say=say)
+        train = feed(inputs, num_views=run.num_views, what="training")
+        if run.validation is None:
+            return train, None
+        return train, feed(Inputs(run.validation, preprocess, self.device), num_views=None, what="validation")
+
+    def _train_epoch(self, run: Run, feed: Feed, first_step: int) -> Iterator[Step]:
         """Make the steps of one epoch of a run that began with `first_step`."""
         self.model.train()
-        augment = run.transform and partial(augment_batch, run.transform, seed=self.seed, epoch=self.epoch)
         order = epoch_order(run.source.num_images, self.seed, self.epoch)
-        batches = run.source.batches(run.batch_size, seed=derive_seed(self.seed, "data", self.epoch), order=order)
-        inputs = model_inputs(batches, self.model.backbone.preprocess, device=self.device, augment=augment)
-        for index, (images, targets) in enumerate(inputs):
+        network, batches = feed.open(run.batch_size, order=order, epoch=self.epoch)
+        for index, (inputs, targets) in enumerate(batches):
             made = self.global_step - first_step
             scale_lr(self.optimizer, lr_factor(self.schedule, made, run.num_steps, self.warmup_steps))
             with seeded(derive_seed(self.seed, "step", self.global_step), self.device.torch_device):  # for dropout
                 loss, correct = training_step(
-                    self.model,
-                    images,
+                    network,
+                    inputs,
                     targets,
                     device=self.device,
                     optimizer=self.optimizer,
@@ -334,3 +385,18 @@ class Trainer:
             self.global_step += 1
             yield Step(self.epoch, index, loss, correct, len(targets), self.optimizer.param_groups[-1]["lr"])
         self.epoch += 1
+
+    def _validate(self, feed: Feed, batch_size: int) -> tuple[float, float]:
+        """Return loss and accuracy on the images to validate on."""
+        with in_eval_mode(self.model):
+            kept_batch_size = max(batch_size, KEPT_BATCH_SIZE)
+            network, batches = feed.open(batch_size, kept_batch_size=kept_batch_size)
+            return evaluate(network, batches, device=self.device)
+
+
+def _print(line: str) -> None:
+    print(line)  # noqa: T201
+
+
+def _say_nothing(line: str) -> None:
+    pass

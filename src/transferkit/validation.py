@@ -31,6 +31,9 @@ class Part:
         places = self.places if order is None else self.places[order]
         return self.source.batches(batch_size, seed=seed, order=places)
 
+    def why_not_repeatable(self) -> str | None:
+        return self.source.why_not_repeatable()
+
 
 def split_validation(source: Source, validation_split: float, seed: int) -> tuple[Part, Part]:
     """Divide data into a part to train on and a part to validate on, at random by `seed`.

@@ -1,0 +1,136 @@
+"""What a network is trained or evaluated on, epoch by epoch: kept features where that is safe, else images."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from transferkit.device import Device
+from transferkit.errors import CacheError
+from transferkit.features import FeatureCache, KeptFeatures, Say
+from transferkit.head import TransferModel
+from transferkit.inputs import Inputs
+from transferkit.prefix import Prefix, why_impure
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+class Frozen:
+    """The frozen prefix of a model, made anew whenever the model's own layers are no longer the same."""
+
+    def __init__(self, model: TransferModel, device: Device, *, compiled: bool) -> None:
+        self.model = model
+        self.device = device
+        self.compiled = compiled
+        self._prefix: Prefix | None = None
+
+    def split(self) -> tuple[Prefix | None, nn.Module, str]:
+        """Return the prefix, the network behind it and, if there is no prefix, why; the network is then all of it."""
+        layers, suffix = self.model.split()
+        if len(layers) == 0:
+            return None, self.model, "nothing is frozen: freeze_until(model, 'head') freezes the backbone"
+        reason = why_impure(layers)
+        if reason is not None:
+            return None, self.model, reason
+        if self._prefix is None or not self._prefix.is_current(layers):
+            self._prefix = Prefix(layers, self.model.backbone.preprocess, device=self.device, compiled=self.compiled)
+        return self._prefix, suffix, ""
+
+
+class Feed:
+    """One source of a run, as its epochs read it.
+
+    Args:
+        inputs: The images.
+        frozen: The model's frozen prefix.
+        cache: The features that are kept.
+        mode: `"auto"` keeps features where it is safe and says so where it is not; True raises there; False does not.
+        num_views: Fixed views of each image that epochs go through in turn; None draws each epoch anew.
+        what: What the images are for: `"training"` or `"validation"`.
+        say: Takes a line of text for the user.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        frozen: Frozen,
+        cache: FeatureCache,
+        *,
+        mode: bool | str,
+        num_views: int | None,
+        what: str,
+        say: Say,
+    ) -> None:
+        self.inputs = inputs
+        self.frozen = frozen
+        self.cache = cache
+        self.mode = mode
+        self.num_views = num_views
+        self.what = what
+        self.say = say
+        self._prefix: Prefix | None = None
+        self._kept: KeptFeatures | None = None
+
+    def open(
+        self, batch_size: int, *, order: Tensor | None = None, epoch: int = 0, kept_batch_size: int | None = None
+    ) -> tuple[nn.Module, Batches]:
+        """Return the network and, for one epoch, the batches of what it takes and of targets, on the device.
+
+        Args:
+            batch_size: Images in a batch.
+            order: Their places in the source, int64; None takes them as they lie.
+            epoch: Number of the epoch, which random changes depend on.
+            kept_batch_size: Another batch size for where features are kept.
+
+        Raises:
+            CacheError: Features cannot be kept, and `mode` is True.
+        """
+        prefix, network, reason = self.frozen.split()
+        view = epoch if self.num_views is None else epoch % self.num_views
+        if prefix is None:
+            self._refuse(reason, silent=reason.startswith("nothing"))
+            return network, self.inputs.batches(batch_size, order=order, view=view)
+        if self._prefix is not prefix:  # the first epoch, or one after the boundary or a weight changed
+            self._prefix, self._kept = prefix, self._keep(prefix)
+        if self._kept is not None:
+            kept_view = view % len(self._kept.features)
+            return network, self._kept.batches(kept_batch_size or batch_size, order=order, view=kept_view)
+        images = self.inputs.batches(batch_size, order=order, view=view)
+        return network, ((prefix(batch), targets) for batch, targets in images)
+
+    def keep(self) -> KeptFeatures:
+        """Return the features of every image.
+
+        Raises:
+            CacheError: They cannot be kept.
+        """
+        prefix, _, reason = self.frozen.split()
+        kept = None if prefix is None else self._keep(prefix)
+        if kept is None:
+            raise CacheError(f"features of the {self.what} images are not kept: {reason}.")
+        return kept
+
+    def _keep(self, prefix: Prefix) -> KeptFeatures | None:
+        if self.mode is False:
+            return None
+        source = self.inputs.source
+        reason = None
+        if source.num_images is None:
+            reason = source.why_not_repeatable()
+        elif self.num_views is None and self.inputs.transform is not None:
+            reason = "augment changes images at random in each epoch; n_views=2 would keep two fixed views of each"
+        elif self.num_views is None:
+            reason = source.why_not_repeatable()
+        if reason is None:
+            try:
+                return self.cache.keep(self.inputs, prefix, num_views=self.num_views or 1, say=self.say)
+            except CacheError as error:
+                reason = str(error)
+        self._refuse(reason, silent=False)
+        return None
+
+    def _refuse(self, reason: str, *, silent: bool) -> None:
+        message = f"features of the {self.what} images are not kept: {reason}."
+        if self.mode is True:
+            raise CacheError(f'{message} cache="auto" goes on without.')
+        if self.mode == "auto" and not silent:
+            self.say(message)
