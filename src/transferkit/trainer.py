@@ -28,6 +28,7 @@ from transferkit.history import EpochReport, History
 from transferkit.inputs import Inputs
 from transferkit.optimizers import LearningRate, OptimizerClass, build_optimizer, scale_lr, set_lr
 from transferkit.randomness import derive_seed, seeded
+from transferkit.recompute import Recomputed, check_recomputable
 from transferkit.run import Run, choose_batch_size, open_run
 from transferkit.schedules import Schedule, check_schedule, find_schedule, lr_factor
 from transferkit.step import CrossEntropy, Step, Sums, check_class_weights, evaluation_step, training_step
@@ -131,6 +132,7 @@ class Trainer:
         if cache not in ("auto", True, False):
             raise ArgumentError(f'cache={cache!r} is not known: expected "auto", True or False.')
         self.cache = cache
+        self.recompute_activations = recompute_activations
         self._features = FeatureCache(self.device, open_folder(cache_dir))
         self._frozen = Frozen(model, self.device, compiled=torch_compile)
         self.epoch = 0
@@ -355,6 +357,8 @@ class Trainer:
 
     def _feeds(self, run: Run, *, say: Say) -> tuple[Feed, Feed | None]:
         """Return what the epochs of a run train and validate on."""
+        if self.recompute_activations:
+            check_recomputable(self.model)
         preprocess = self.model.backbone.preprocess
         inputs = Inputs(run.source, preprocess, self.device, run.transform, self.seed)
         feed = partial(Feed, frozen=self._frozen, cache=self._features, mode=self.cache, say=say)
@@ -368,6 +372,8 @@ class Trainer:
         self.model.train()
         order = epoch_order(run.source.num_images, self.seed, self.epoch)
         network, batches = feed.open(run.batch_size, order=order, epoch=self.epoch)
+        if self.recompute_activations:
+            network = Recomputed(network)
         for index, (inputs, targets) in enumerate(batches):
             made = self.global_step - first_step
             scale_lr(self.optimizer, lr_factor(self.schedule, made, run.num_steps, self.warmup_steps))
