@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from transferkit.freezing import stays_in_eval
+
 
 class BestWeights:
     """Remembers what training changes of a model, as it was at one moment, in memory taken once.
@@ -50,6 +52,6 @@ class BestWeights:
     def _changing(self) -> dict[str, Tensor]:
         frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         for name, module in self.model.named_modules():
-            if not module.training:
+            if stays_in_eval(module):
                 frozen.update(f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False))
         return {name: value for name, value in self.model.state_dict().items() if name not in frozen}

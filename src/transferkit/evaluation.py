@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from transferkit.device import Device
-from transferkit.step import CrossEntropy, Sums, count_correct, evaluation_step
+from transferkit.step import count_correct, evaluation_step
 
 
 @contextmanager
@@ -21,16 +23,17 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: Device) -> tuple[float, float]:
-    """Return mean cross-entropy, unsmoothed and unweighted, and accuracy, 0 to 1.
+    """Return mean cross-entropy, unsmoothed and unweighted, and accuracy, 0 to 1; the batches' sizes do not matter.
 
     Args:
         network: In eval mode: a whole model, or its suffix.
         batches: What the network takes, and targets, on the device.
         device: Number format.
     """
-    sums = Sums(device.torch_device)
-    plain = CrossEntropy()
+    losses, correct = [], torch.zeros((), dtype=torch.int64, device=device.torch_device)
     for inputs, targets in batches:
         logits = evaluation_step(network, inputs, device=device)
-        sums.add(plain.sum(logits, targets) / len(targets), count_correct(logits, targets), len(targets))
-    return sums.means()
+        losses.append(functional.cross_entropy(logits, targets, reduction="none"))
+        correct += count_correct(logits, targets)
+    every = torch.cat(losses).cpu().double()  # host sync: once an epoch
+    return every.mean().item(), correct.item() / len(every)

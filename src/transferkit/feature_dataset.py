@@ -46,7 +46,9 @@ class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
 
         The columns have the order that the head's first layer sees.
         """
-        return self.features.flatten(1).float().cpu().numpy(), self.targets.cpu().numpy()
+        return self.features.flatten(1).to("cpu", torch.float32, copy=True).numpy(), self.targets.to(
+            "cpu", copy=True
+        ).numpy()
 
 
 def cache_features(

@@ -108,7 +108,7 @@ class FeatureFile:
             if found != expected:
                 raise CacheError(f"{self.path} holds {found}: expected {expected}. Delete it.")
             mapped: Any = np.memmap(self.path, np.uint8, mode="r", offset=_HEADER_BYTES, shape=(num_bytes,))
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise CacheError(f"{self.path} is no whole file of features ({error}): delete it.") from error
         digest = hashlib.sha256()
         for start in range(0, num_bytes, _CHUNK_BYTES):

@@ -82,10 +82,17 @@ class KeptFeatures:
         """
         features = self.features[view]
         order = torch.arange(len(features)) if order is None else order
-        gathered = (features.index_select(0, places) for places in torch.split(order.to(features.device), batch_size))
+        gathered = (self._gather(features, places) for places in torch.split(order.to(features.device), batch_size))
         targets = (self.targets[places] for places in torch.split(order.to(self.targets.device), batch_size))
         for batch, batch_targets in self.device.batches(zip(gathered, targets, strict=True)):
             yield batch.permute(0, 3, 1, 2), batch_targets  # (N, h, w, C) in memory: no copy
+
+    def _gather(self, features: Tensor, places: Tensor) -> Tensor:
+        pinned = self.device.torch_device.type == "cuda" and features.device.type == "cpu"  # so that nobody waits
+        batch = torch.empty(
+            len(places), *features.shape[1:], dtype=features.dtype, device=features.device, pin_memory=pinned
+        )
+        return torch.index_select(features, 0, places, out=batch)
 
 
 class FeatureCache:
@@ -230,7 +237,7 @@ class _Scan:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the model input of each batch."""
-        digest, targets = hashlib.sha256(), []
+        digest, targets = hashlib.sha256(f"{self.num_views} views".encode()), []
         form = ""
 
         def watch(images: Tensor | list[Tensor]) -> None:

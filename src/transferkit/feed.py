@@ -2,38 +2,58 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
+from transferkit.backbone import Backbone
 from transferkit.device import Device
 from transferkit.errors import CacheError
 from transferkit.features import FeatureCache, KeptFeatures, Say
 from transferkit.head import TransferModel
 from transferkit.inputs import Inputs
-from transferkit.prefix import Prefix, why_impure
+from transferkit.prefix import Prefix, is_intercepted, why_impure
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 class Frozen:
-    """The frozen prefix of a model, made anew whenever the model's own layers are no longer the same."""
+    """The frozen prefix of a model and the network behind it, made anew when the model's layers are no longer the same.
+
+    Args:
+        model: It may change between two calls of `split`.
+        device: Where it is.
+        compiled: Let `torch.compile` fuse both parts.
+    """
 
     def __init__(self, model: TransferModel, device: Device, *, compiled: bool) -> None:
         self.model = model
         self.device = device
         self.compiled = compiled
         self._prefix: Prefix | None = None
+        self._layers: list[nn.Module] = []
+        self._network: nn.Module = model
 
     def split(self) -> tuple[Prefix | None, nn.Module, str]:
         """Return the prefix, the network behind it and, if there is no prefix, why; the network is then all of it."""
         layers, suffix = self.model.split()
-        if len(layers) == 0:
-            return None, self.model, "nothing is frozen: freeze_until(model, 'head') freezes the backbone"
         reason = why_impure(layers)
+        for part in (self.model, self.model.backbone, self.model.backbone.features):
+            if type(part) not in (TransferModel, Backbone, nn.Sequential) or is_intercepted(part):
+                reason = f"the {type(part).__name__} has hooks or a forward of its own, which would not be called"
+        if len(layers) == 0:
+            reason = "nothing is frozen: freeze_until(model, 'head') freezes the backbone"
         if reason is not None:
-            return None, self.model, reason
-        if self._prefix is None or not self._prefix.is_current(layers):
-            self._prefix = Prefix(layers, self.model.backbone.preprocess, device=self.device, compiled=self.compiled)
-        return self._prefix, suffix, ""
+            return None, self._compile_once(self.model, [self.model]), reason
+        preprocess = self.model.backbone.preprocess
+        if self._prefix is None or not self._prefix.is_current(layers, preprocess):
+            self._prefix = Prefix(layers, preprocess, device=self.device, compiled=self.compiled)
+        return self._prefix, self._compile_once(suffix, list(suffix)), ""
+
+    def _compile_once(self, network: nn.Module, layers: list[nn.Module]) -> nn.Module:
+        if layers != self._layers:
+            self._layers = layers
+            self._network = torch.compile(network) if self.compiled else network  # type: ignore[assignment]
+        return self._network
 
 
 class Feed:
@@ -69,6 +89,7 @@ class Feed:
         self.say = say
         self._prefix: Prefix | None = None
         self._kept: KeptFeatures | None = None
+        self._said: set[str] = set()
 
     def open(
         self, batch_size: int, *, order: Tensor | None = None, epoch: int = 0, kept_batch_size: int | None = None
@@ -87,15 +108,29 @@ class Feed:
         prefix, network, reason = self.frozen.split()
         view = epoch if self.num_views is None else epoch % self.num_views
         if prefix is None:
-            self._refuse(reason, silent=reason.startswith("nothing"))
+            self._refuse(reason)
             return network, self.inputs.batches(batch_size, order=order, view=view)
         if self._prefix is not prefix:  # the first epoch, or one after the boundary or a weight changed
-            self._prefix, self._kept = prefix, self._keep(prefix)
+            self._prefix, self._kept = prefix, None
+            try:
+                self._kept = self._keep(prefix) if self.mode is not False else None
+            except CacheError as error:
+                self._refuse(str(error))
         if self._kept is not None:
             kept_view = view % len(self._kept.features)
             return network, self._kept.batches(kept_batch_size or batch_size, order=order, view=kept_view)
         images = self.inputs.batches(batch_size, order=order, view=view)
         return network, ((prefix(batch), targets) for batch, targets in images)
+
+    def check(self) -> None:
+        """Refuse what can be seen before anything is computed.
+
+        Raises:
+            CacheError: Features cannot be kept, and `mode` is True.
+        """
+        prefix, _, reason = self.frozen.split()
+        if self.mode is True and (reason := reason if prefix is None else self._why_not() or ""):
+            self._refuse(reason)
 
     def keep(self) -> KeptFeatures:
         """Return the features of every image.
@@ -104,33 +139,29 @@ class Feed:
             CacheError: They cannot be kept.
         """
         prefix, _, reason = self.frozen.split()
-        kept = None if prefix is None else self._keep(prefix)
-        if kept is None:
-            raise CacheError(f"features of the {self.what} images are not kept: {reason}.")
-        return kept
+        if prefix is None:
+            raise CacheError(f"features cannot be kept: {reason}.")
+        return self._keep(prefix)
 
-    def _keep(self, prefix: Prefix) -> KeptFeatures | None:
-        if self.mode is False:
-            return None
+    def _keep(self, prefix: Prefix) -> KeptFeatures:
+        if reason := self._why_not():
+            raise CacheError(reason)
+        return self.cache.keep(self.inputs, prefix, num_views=self.num_views or 1, say=self.say)
+
+    def _why_not(self) -> str | None:
         source = self.inputs.source
-        reason = None
         if source.num_images is None:
-            reason = source.why_not_repeatable()
-        elif self.num_views is None and self.inputs.transform is not None:
-            reason = "augment changes images at random in each epoch; n_views=2 would keep two fixed views of each"
-        elif self.num_views is None:
-            reason = source.why_not_repeatable()
-        if reason is None:
-            try:
-                return self.cache.keep(self.inputs, prefix, num_views=self.num_views or 1, say=self.say)
-            except CacheError as error:
-                reason = str(error)
-        self._refuse(reason, silent=False)
-        return None
+            return source.why_not_repeatable()
+        if self.num_views is not None:
+            return None
+        if self.inputs.transform is not None:
+            return "augment changes images at random in each epoch; n_views=2 would keep two fixed views of each"
+        return source.why_not_repeatable()
 
-    def _refuse(self, reason: str, *, silent: bool) -> None:
+    def _refuse(self, reason: str) -> None:
         message = f"features of the {self.what} images are not kept: {reason}."
         if self.mode is True:
             raise CacheError(f'{message} cache="auto" goes on without.')
-        if self.mode == "auto" and not silent:
+        if self.mode == "auto" and not reason.startswith("nothing is frozen") and message not in self._said:
+            self._said.add(message)
             self.say(message)

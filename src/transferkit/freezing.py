@@ -81,6 +81,11 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
     return model
 
 
+def stays_in_eval(module: nn.Module) -> bool:
+    """Say whether `freeze_until` froze a module."""
+    return isinstance(module.__dict__.get("train"), _StayInEval)
+
+
 def first_trainable(model: nn.Module) -> str | None:
     """Return the name of the first layer with a trainable parameter; None if there is none.
 

@@ -129,7 +129,7 @@ class Trainer:
         weights = check_class_weights(class_weights, len(model.classes))
         self.cross_entropy = CrossEntropy(share("label_smoothing", label_smoothing), self.device.move(weights))
         self.seed = whole_number("seed", seed, at_least=0)
-        if cache not in ("auto", True, False):
+        if cache != "auto" and not isinstance(cache, bool):
             raise ArgumentError(f'cache={cache!r} is not known: expected "auto", True or False.')
         self.cache = cache
         self.recompute_activations = recompute_activations
@@ -363,9 +363,12 @@ class Trainer:
         inputs = Inputs(run.source, preprocess, self.device, run.transform, self.seed)
         feed = partial(Feed, frozen=self._frozen, cache=self._features, mode=self.cache, say=say)
         train = feed(inputs, num_views=run.num_views, what="training")
+        train.check()
         if run.validation is None:
             return train, None
-        return train, feed(Inputs(run.validation, preprocess, self.device), num_views=None, what="validation")
+        validation = feed(Inputs(run.validation, preprocess, self.device), num_views=None, what="validation")
+        validation.check()
+        return train, validation
 
     def _train_epoch(self, run: Run, feed: Feed, first_step: int) -> Iterator[Step]:
         """Make the steps of one epoch of a run that began with `first_step`."""
@@ -394,9 +397,8 @@ class Trainer:
 
     def _validate(self, feed: Feed, batch_size: int) -> tuple[float, float]:
         """Return loss and accuracy on the images to validate on."""
+        network, batches = feed.open(batch_size, kept_batch_size=max(batch_size, KEPT_BATCH_SIZE))
         with in_eval_mode(self.model):
-            kept_batch_size = max(batch_size, KEPT_BATCH_SIZE)
-            network, batches = feed.open(batch_size, kept_batch_size=kept_batch_size)
             return evaluate(network, batches, device=self.device)
 
 
