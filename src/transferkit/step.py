@@ -1,6 +1,7 @@
 """The hot path: one training step, one evaluation step. No I/O, no logging, no host sync."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from transferkit.device import Device
 from transferkit.errors import ArgumentError
+from transferkit.linear_adam import LinearAdam
 from transferkit.targets import class_indices
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -115,6 +117,7 @@ def training_step(
     cross_entropy: CrossEntropy,
     micro_batch_size: int,
     clip_grad_norm: float | None,
+    linear_adam: LinearAdam | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Make one update of the weights from one batch.
 
@@ -130,6 +133,7 @@ def training_step(
         cross_entropy: The loss.
         micro_batch_size: 1 or more.
         clip_grad_norm: Largest Euclidean norm of all gradients together, or None.
+        linear_adam: Runs and updates the large fully connected layers; None leaves them to the optimizer.
 
     Returns:
         Mean loss, float32 `()`, and number of hits, int64 `()`, both on the device.
@@ -140,12 +144,14 @@ def training_step(
     for part, part_targets in zip(
         torch.split(images, micro_batch_size), torch.split(targets, micro_batch_size), strict=True
     ):
-        with device.autocast():
+        with device.autocast(), linear_adam or nullcontext():
             logits = model(part)
         loss = cross_entropy.sum(logits, part_targets) / total_weight
         device.backward(loss)
         batch_loss += loss.detach()
         batch_correct += count_correct(logits, part_targets)
+    if linear_adam is not None:
+        linear_adam.update()
     device.update(optimizer, clip_grad_norm=clip_grad_norm)
     return batch_loss, batch_correct
 

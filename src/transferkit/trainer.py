@@ -26,6 +26,7 @@ from transferkit.freezing import describe_frozen
 from transferkit.head import TransferModel
 from transferkit.history import EpochReport, History
 from transferkit.inputs import Inputs
+from transferkit.linear_adam import find_linear_adam
 from transferkit.optimizers import LearningRate, OptimizerClass, build_optimizer, scale_lr, set_lr
 from transferkit.randomness import derive_seed, seeded
 from transferkit.recompute import Recomputed, check_recomputable
@@ -133,6 +134,7 @@ class Trainer:
             raise ArgumentError(f'cache={cache!r} is not known: expected "auto", True or False.')
         self.cache = cache
         self.recompute_activations = recompute_activations
+        self.torch_compile = torch_compile
         self._features = FeatureCache(self.device, open_folder(cache_dir))
         self._frozen = Frozen(model, self.device, compiled=torch_compile)
         self.epoch = 0
@@ -377,6 +379,8 @@ class Trainer:
         network, batches = feed.open(run.batch_size, order=order, epoch=self.epoch)
         if self.recompute_activations:
             network = Recomputed(network)
+        whole = self.clip_grad_norm is None and self.micro_batch_size is None and not self.torch_compile
+        linear_adam = find_linear_adam(network, self.optimizer, device=self.device) if whole else None
         for index, (inputs, targets) in enumerate(batches):
             made = self.global_step - first_step
             scale_lr(self.optimizer, lr_factor(self.schedule, made, run.num_steps, self.warmup_steps))
@@ -390,6 +394,7 @@ class Trainer:
                     cross_entropy=self.cross_entropy,
                     micro_batch_size=self.micro_batch_size or len(targets),
                     clip_grad_norm=self.clip_grad_norm,
+                    linear_adam=linear_adam,
                 )
             self.global_step += 1
             yield Step(self.epoch, index, loss, correct, len(targets), self.optimizer.param_groups[-1]["lr"])

@@ -1,0 +1,191 @@
+"""Adam for large fully connected layers, whose weight gradient is used without ever being written to memory.
+
+The gradient of a weight is a product of two thin matrices, the gradient of the layer's output and its input, with as
+many rows as the batch has images. `adam_linear.c` forms it tile by tile in registers and applies Adam at once, in one
+pass over the weight and its moments; what it saves is writing the gradient in bf16, converting it to fp32 and reading
+it again, which is half of the memory that a step touches. The bits are those of `torch.optim.Adam(fused=True)` after
+autocast.
+"""
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.optim import Adam, AdamW, Optimizer
+from torch.overrides import TorchFunctionMode
+
+from transferkit.device import Device
+
+LARGE = 2**18
+"""Weights of fewer elements stay in the processor's cache: nothing to save."""
+
+Factors = list[tuple[Tensor, Tensor]]
+
+
+class LinearAdam(TorchFunctionMode):
+    """Runs the large fully connected layers of a network, as a context of its forward pass, and updates them.
+
+    Args:
+        network: In it the layers are looked for.
+        optimizer: `Adam` or `AdamW`, fused. A weight that it has not updated yet it updates first itself.
+
+    Example:
+        >>> network = nn.Linear(512, 512)
+        >>> optimizer = Adam(network.parameters(), fused=True)
+        >>> with LinearAdam(network, optimizer) as linear_adam, torch.autocast("cpu", torch.bfloat16):
+        ...     loss = network(torch.ones(2, 512)).float().sum()
+        >>> loss.backward()
+        >>> linear_adam.update()
+        >>> optimizer.step()
+    """
+
+    def __init__(self, network: nn.Module, optimizer: Optimizer) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        groups = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
+        self._groups = {
+            id(layer.weight): groups[id(layer.weight)] for layer in network.modules() if _is_large_linear(layer)
+        }
+        self._factors: dict[Tensor, Factors] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is functional.linear and len(args) == 3 and id(args[1]) in self._groups:
+            inputs, weight, bias = args
+            if inputs.ndim == 2 and "exp_avg" in self.optimizer.state.get(weight, {}):
+                factors = self._factors.setdefault(weight, [])
+                short = None if bias is None else bias.to(torch.bfloat16)
+                return _Linear.apply(inputs.to(torch.bfloat16), weight, short, factors)
+        return func(*args, **(kwargs or {}))
+
+    def update(self) -> None:
+        """Apply the gradients gathered since the last update; before the optimizer's own step."""
+        for weight, factors in self._factors.items():
+            if not factors:
+                continue  # the layer took no part in the loss
+            gradients, inputs = (
+                torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*factors, strict=True)
+            )
+            if weight.grad is not None:  # it was used otherwise too: the optimizer takes the sum
+                weight.grad += (gradients.t() @ inputs).float()
+            else:
+                state = self.optimizer.state[weight]
+                state["step"] += 1
+                decoupled = type(self.optimizer) is AdamW
+                group = self._groups[id(weight)]
+                _run_kernel(weight, gradients, inputs, state=state, group=group, decoupled=decoupled)
+        self._factors.clear()
+
+
+def find_linear_adam(network: nn.Module, optimizer: Optimizer, *, device: Device) -> LinearAdam | None:
+    """Return what trains the large fully connected layers of a network; None where it would not give the same result.
+
+    It is for a CPU that computes bf16 natively, and for `Adam` and `AdamW` as `Trainer` makes them, without the
+    variants that few use.
+    """
+    if device.torch_device.type != "cpu" or device.precision != "bf16" or load_kernel() is None:
+        return None
+    if (
+        type(optimizer) not in (Adam, AdamW)
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+    ):
+        return None
+    for group in optimizer.param_groups:
+        if not group["fused"] or any(group[name] for name in ("amsgrad", "maximize", "capturable", "differentiable")):
+            return None
+        if isinstance(group["lr"], Tensor):
+            return None
+    return LinearAdam(network, optimizer)
+
+
+@functools.cache
+def load_kernel() -> Callable[..., int] | None:
+    """Return the compiled function; None if it was not compiled or this processor does not have the instructions."""
+    path = Path(__file__).with_name("adam_linear.so")
+    if not path.exists() or not torch.cpu._is_avx512_bf16_supported():
+        return None
+    kernel: Any = ctypes.CDLL(str(path)).adam_linear
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    kernel.argtypes = [pointer] * 4 + [size, pointer] + [size] * 4 + [pointer, ctypes.c_int]
+    kernel.restype = ctypes.c_int
+    return kernel  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer in bf16 that leaves its weight's gradient as two factors."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
+        short = weight.to(torch.bfloat16)
+        ctx.save_for_backward(inputs, short)
+        ctx.factors = factors
+        return functional.linear(inputs, short, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, short = ctx.saved_tensors
+        ctx.factors.append((gradient, inputs))
+        of_inputs = gradient @ short if ctx.needs_input_grad[0] else None
+        of_bias = gradient.sum(0) if ctx.needs_input_grad[2] else None
+        return of_inputs, None, of_bias, None
+
+
+def _is_large_linear(layer: nn.Module) -> bool:
+    if type(layer) is not nn.Linear:
+        return False
+    weight = layer.weight
+    plain = weight.dtype == torch.float32 and weight.is_contiguous() and weight.requires_grad
+    hooked = weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None)
+    return plain and not hooked and weight.numel() >= LARGE
+
+
+def _run_kernel(
+    weight: Tensor,
+    gradients: Tensor,
+    inputs: Tensor,
+    *,
+    state: dict[str, Tensor],
+    group: dict[str, Any],
+    decoupled: bool,
+) -> None:
+    kernel = load_kernel()
+    assert kernel is not None  # noqa: S101 - find_linear_adam looked
+    step, lr, decay = state["step"].item(), group["lr"], group["weight_decay"]
+    beta1, beta2 = group["betas"]
+    coefficients = (ctypes.c_float * 8)(
+        lr / (1 - beta1**step),
+        math.sqrt(1 - beta2**step),
+        group["eps"],
+        beta2,
+        1 - beta1,
+        1 - beta2,
+        0.0 if decoupled else decay,
+        1 - lr * decay if decoupled else 1.0,
+    )
+    gradients, inputs = (part if part.stride(1) == 1 else part.contiguous() for part in (gradients, inputs))
+    failed = kernel(
+        weight.data_ptr(),
+        state["exp_avg"].data_ptr(),
+        state["exp_avg_sq"].data_ptr(),
+        gradients.data_ptr(),
+        gradients.stride(0),
+        inputs.data_ptr(),
+        inputs.stride(0),
+        len(inputs),
+        *weight.shape,
+        coefficients,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"the update of a weight of shape {tuple(weight.shape)} had no memory to work in")
+    torch.autograd.graph.increment_version(weight)
