@@ -23,9 +23,15 @@ test-gpu:        ## the ones that need CUDA
 examples:        ## run the quickstart
 	$(PYTHON) examples/quickstart.py
 
-bench:           ## measure a training step on this machine
+bench:           ## install the other libraries and measure all (an hour; two cores, nothing else running)
+	$(PYTHON) -m pip install -e ".[bench]"
+	$(PYTHON) benchmarks/limits.py
+	$(PYTHON) benchmarks/compare.py --job head64 --json head64.json
+	$(PYTHON) benchmarks/compare.py --job head224 --peer-epochs 2 --json head224.json
+	$(PYTHON) benchmarks/compare.py --job full64 --repetitions 3 --json full64.json
+	$(PYTHON) benchmarks/scaling.py --plot scaling.png
+	$(PYTHON) benchmarks/peak_memory.py
 	$(PYTHON) benchmarks/host_memory.py
-	$(PYTHON) benchmarks/frozen_depth.py
 
 build:           ## wheel and source archive
 	$(PYTHON) -m build

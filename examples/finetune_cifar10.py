@@ -46,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of the images (downloaded to ./data)")
     parser.add_argument("--device", default="auto", help="auto, cuda, cpu (auto)")
     parser.add_argument("--precision", default="auto", help="auto, bf16, fp16, fp32 (auto)")
+    parser.add_argument("--cache-dir", type=Path, help="keep the features of frozen layers here for later runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, help="write a checkpoint here")
     parser.add_argument("--json", type=Path, help="write settings, history and test scores here")
@@ -82,6 +83,7 @@ def main() -> None:
         warmup_steps=options.warmup_steps,
         device=options.device,
         precision=options.precision,
+        cache_dir=options.cache_dir,
         seed=options.seed,
     )
     started = time.perf_counter()

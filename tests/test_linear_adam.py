@@ -35,7 +35,7 @@ def train(network, optimizer, *, steps, batch_size, inputs, with_kernel):
         torch.manual_seed(step)
         images = torch.randn(batch_size, inputs, generator=generator)
         targets = torch.randint(0, 5, (batch_size,), generator=generator)
-        special = LinearAdam(network, optimizer) if with_kernel else None
+        special = LinearAdam(network, optimizer, load_kernel()) if with_kernel else None
         with torch.autocast("cpu", torch.bfloat16):
             if special is None:
                 logits = network(images)
@@ -120,7 +120,7 @@ def test_a_weight_used_otherwise_too_gets_the_sum_of_both_gradients():
         copied = copy.deepcopy(network)
         optimizer = torch.optim.Adam(copied.parameters(), lr=1e-2, fused=True)
         for _ in range(3):
-            special = LinearAdam(copied, optimizer)
+            special = LinearAdam(copied, optimizer, load_kernel())
             with torch.autocast("cpu", torch.bfloat16):
                 if with_kernel:
                     with special:
@@ -147,7 +147,7 @@ def test_infinite_and_undefined_gradients_come_through_as_with_adam():
         train(copied, optimizer, steps=1, batch_size=4, inputs=40, with_kernel=False)
         images = torch.ones(4, 40)
         images[0, 3] = float("nan")
-        special = LinearAdam(copied, optimizer)
+        special = LinearAdam(copied, optimizer, load_kernel())
         with torch.autocast("cpu", torch.bfloat16):
             if with_kernel:
                 with special:
@@ -220,7 +220,7 @@ def test_it_is_not_used_with_hooks_that_look_at_gradients(model):
     optimizer.register_step_pre_hook(lambda *_: None)
     assert find_linear_adam(model, optimizer, device=device) is None
     model.head.fc1.weight.register_hook(lambda gradient: gradient)
-    assert id(model.head.fc1.weight) not in LinearAdam(model, torch.optim.Adam(model.parameters()))._groups
+    assert id(model.head.fc1.weight) not in LinearAdam(model, torch.optim.Adam(model.parameters()), None)._groups
 
 
 @pytest.mark.skipif(

@@ -11,13 +11,15 @@
 #include <stdlib.h>
 
 #define ROWS 4              /* rows and 16-column vectors of a register tile */
-#define VECS 4
+#define VECS 2
 #define CHUNK 16            /* rows a thread takes at a time */
-#define PANEL (1 << 18)     /* bytes of packed X, half of a small L2 or less */
-#define MAXTHREADS 64
+#define PANEL (1 << 21)     /* most bytes of packed X; 2**21 holds 32 samples of 32,768 features */
 #define COLS (16 * VECS)
 #define HOT __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 #define INLINE HOT static inline __attribute__((always_inline))
+#define MAXTHREADS 64
+
+_Static_assert(CHUNK % ROWS == 0, "a chunk holds whole tiles");
 
 struct adam {
     float step_size, bias2_sqrt, eps, beta2, one_minus_beta1, one_minus_beta2, weight_decay, shrink;
@@ -35,7 +37,7 @@ struct job {
 /* The operations of torch's fused CPU Adam, in its order and with its roundings.
  * last: the lanes that torch's vector loop leaves over, whose second moment
  * its compiler fuses the other way round. */
-INLINE void adam16(const struct job *j, int64_t at, __m512 sum, int full, __mmask16 k, __mmask16 last)
+INLINE void adam16(const struct job *j, int64_t at, __m512 sum, int plain, int full, __mmask16 k, __mmask16 last)
 {
     const struct adam *a = &j->a;
     __m512 g = _mm512_castsi512_ps(_mm512_slli_epi32(
@@ -43,11 +45,11 @@ INLINE void adam16(const struct job *j, int64_t at, __m512 sum, int full, __mmas
 #define LOAD(p) (full ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(k, p))
     __m512 w = LOAD(j->w + at), m = LOAD(j->m + at), v = LOAD(j->v + at);
     __m512 c1 = _mm512_set1_ps(a->one_minus_beta1), b2 = _mm512_set1_ps(a->beta2);
-    if (a->weight_decay != 0)
+    if (!plain && a->weight_decay != 0)
         g = _mm512_fmadd_ps(w, _mm512_set1_ps(a->weight_decay), g);
-    if (a->shrink != 1)
+    if (!plain && a->shrink != 1)
         w = _mm512_mul_ps(w, _mm512_set1_ps(a->shrink));
-    if (a->one_minus_beta1 < 0.5f)
+    if (plain || a->one_minus_beta1 < 0.5f)
         m = _mm512_fmadd_ps(c1, _mm512_sub_ps(g, m), m);
     else
         m = _mm512_fmadd_ps(_mm512_sub_ps(c1, _mm512_set1_ps(1)), _mm512_sub_ps(g, m), g);
@@ -67,36 +69,74 @@ INLINE void adam16(const struct job *j, int64_t at, __m512 sum, int full, __mmas
     }
 }
 
-/* rows: how many of the ROWS rows of packed G are real ones */
-INLINE void tile(const struct job *j, const uint32_t *x, const uint32_t *g, int64_t row, int64_t col,
-                 int rows, int full)
+/* One register tile of sums: samples 2*from .. 2*to of the product. */
+INLINE void product(__m512 sum[ROWS][VECS], const uint32_t *x, const uint32_t *g, int64_t pairs,
+                    int64_t from, int64_t to)
 {
-    __m512 sum[ROWS][VECS];
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < VECS; c++)
-            sum[r][c] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < j->pairs; p++, x += COLS) {
+    for (int64_t p = from; p < to; p++) {
         __m512i b[VECS];
         for (int c = 0; c < VECS; c++)
-            b[c] = _mm512_loadu_si512(x + 16 * c);
+            b[c] = _mm512_loadu_si512(x + p * COLS + 16 * c);
         for (int r = 0; r < ROWS; r++) {
-            __m512i s = _mm512_set1_epi32((int)g[r * j->pairs + p]);
+            __m512i s = _mm512_set1_epi32((int)g[r * pairs + p]);
             for (int c = 0; c < VECS; c++)
                 sum[r][c] = _mm512_dpbf16_ps(sum[r][c], (__m512bh)s, (__m512bh)b[c]);
         }
     }
-    if (full) {
-        for (int r = 0; r < ROWS; r++)
-            for (int c = 0; c < VECS; c++)
-                adam16(j, (row + r) * j->k + col + 16 * c, sum[r][c], 1, 0xffff, 0);
-        return;
+}
+
+#define TILE(s) \
+    __m512 s[ROWS][VECS]; \
+    for (int r = 0; r < ROWS; r++) \
+        for (int c = 0; c < VECS; c++) \
+            s[r][c] = _mm512_setzero_ps()
+
+/* Whole tiles of ROWS rows.  The product of a tile is interleaved with Adam for the tile before
+ * it: one keeps the multipliers busy, the other the divider and the memory. */
+INLINE void strip(const struct job *shared, const uint32_t *x, const uint32_t *g, int64_t row,
+                  int64_t col, int64_t tiles, int64_t pairs, int plain)
+{
+    enum { STEPS = ROWS * VECS };
+    const struct job own = *shared, *j = &own;      /* a copy that no store can alias */
+    __m512 held[STEPS] = {0};
+    for (int64_t t = 0; t <= tiles; t++, x += COLS * pairs, col += COLS) {
+        TILE(sum);
+#pragma GCC unroll 32
+        for (int i = 0; i < STEPS; i++) {
+            int64_t at = (row + i / VECS) * j->k + col + 16 * (i % VECS);
+            if (t < tiles)
+                product(sum, x, g, pairs, i * pairs / STEPS, (i + 1) * pairs / STEPS);
+            if (t)
+                adam16(j, at - COLS, held[i], plain, 1, 0xffff, 0);
+        }
+#pragma GCC unroll 32
+        for (int i = 0; i < STEPS; i++)
+            held[i] = sum[i / VECS][i % VECS];
     }
+}
+
+HOT static void strips(const struct job *j, const uint32_t *x, const uint32_t *g, int64_t row,
+                       int64_t col, int64_t tiles)
+{
+    int plain = j->a.weight_decay == 0 && j->a.shrink == 1 && j->a.one_minus_beta1 < 0.5f;
+    if (j->pairs == 16 && plain)    /* the usual case, with everything known */
+        strip(j, x, g, row, col, tiles, 16, 1);
+    else
+        strip(j, x, g, row, col, tiles, j->pairs, 0);
+}
+
+/* A tile at the right or lower edge; rows: how many of the packed rows of G are real ones. */
+HOT static void edge(const struct job *j, const uint32_t *x, const uint32_t *g, int64_t row,
+                     int64_t col, int64_t rows)
+{
+    TILE(sum);
+    product(sum, x, g, j->pairs, 0, j->pairs);
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < VECS && col + 16 * c < j->k; c++) {
             int64_t here = col + 16 * c, at = (row + r) * j->k + here, rest = j->k - here;
             int64_t even = j->o * j->k / 8 * 8 - at;
             __mmask16 k = rest < 16 ? (1u << rest) - 1 : 0xffff;
-            adam16(j, at, sum[r][c], 0, k, even < 0 ? 0xffff : even < 16 ? 0xffffu << even : 0);
+            adam16(j, at, sum[r][c], 0, 0, k, even < 0 ? 0xffff : even < 16 ? 0xffffu << even : 0);
         }
 }
 
@@ -138,21 +178,23 @@ HOT static void *work(void *arg)
         if (panel != packed)
             pack_x(j, px, from, to), packed = panel;
         pack_g(j, pg, row, rows);
-        for (int64_t r = 0; r < rows; r += ROWS)
-            for (int64_t col = from; col < to; col += COLS) {
-                const uint32_t *x = px + (col - from) * j->pairs, *g = pg + r * j->pairs;
-                if (rows - r >= ROWS && to - col >= COLS && !(row + r + ROWS >= j->o && j->o * j->k % 8))
-                    tile(j, x, g, row + r, col, ROWS, 1);
-                else
-                    tile(j, x, g, row + r, col, rows - r < ROWS ? (int)(rows - r) : ROWS, 0);
-            }
+        for (int64_t r = 0; r < rows; r += ROWS) {
+            const uint32_t *g = pg + r * j->pairs;
+            int64_t real = rows - r < ROWS ? rows - r : ROWS, tiles = (to - from) / COLS;
+            if (real < ROWS || (row + r + ROWS >= j->o && j->o * j->k % 8))
+                tiles = 0;
+            else
+                strips(j, px, g, row + r, from, tiles);
+            for (int64_t col = from + tiles * COLS; col < to; col += COLS)
+                edge(j, px + (col - from) * j->pairs, g, row + r, col, real);
+        }
     }
+    _mm_sfence();
     return 0;
 }
 
-/* w, m, v: o x k, contiguous fp32, updated in place;
- * g: n x o and x: n x k bf16, with row strides ldg and ldx.  Returns 0 or an errno value, with
- * nothing changed. */
+/* w, m, v: o x k, contiguous fp32, updated in place; g: n x o and x: n x k bf16, with row strides
+ * ldg and ldx.  Returns 0 or an errno value, with nothing changed. */
 int adam_linear(float *w, float *m, float *v, const uint16_t *g, int64_t ldg,
                 const uint16_t *x, int64_t ldx, int64_t n, int64_t o, int64_t k, const float *coefficients,
                 int threads)

@@ -185,11 +185,12 @@ class FeatureCache:
 
     def _choose_memory(self, num_bytes: int) -> tuple[torch.device, str]:
         cpu = torch.device("cpu")
-        if num_bytes <= self._room(self.device.torch_device):
-            return self.device.torch_device, f"memory of {self.device.torch_device}"
-        if self.device.torch_device != cpu and num_bytes <= self._room(cpu):
-            return cpu, "pinned memory" if self.device.torch_device.type == "cuda" else "memory"
-        self._kept.clear()  # what earlier runs left; what this run uses stays with it
+        for _ in range(2):
+            if num_bytes <= self._room(self.device.torch_device):
+                return self.device.torch_device, f"memory of {self.device.torch_device}"
+            if self.device.torch_device != cpu and num_bytes <= self._room(cpu):
+                return cpu, "pinned memory" if self.device.torch_device.type == "cuda" else "memory"
+            self._kept.clear()  # what earlier runs left; what this run uses stays with it
         raise CacheError(
             f"they take {num_bytes / 1e6:,.0f} MB, and may take {self._room(cpu) / 1e6:,.0f} MB "
             f"({MEMORY_SHARE:.0%} of what is free). Name a folder for them: Trainer(cache_dir=...)"

@@ -35,20 +35,21 @@ class LinearAdam(TorchFunctionMode):
     Args:
         network: In it the layers are looked for.
         optimizer: `Adam` or `AdamW`, fused. A weight that it has not updated yet it updates first itself.
+        kernel: From `load_kernel`.
 
     Example:
-        >>> network = nn.Linear(512, 512)
-        >>> optimizer = Adam(network.parameters(), fused=True)
-        >>> with LinearAdam(network, optimizer) as linear_adam, torch.autocast("cpu", torch.bfloat16):
-        ...     loss = network(torch.ones(2, 512)).float().sum()
-        >>> loss.backward()
-        >>> linear_adam.update()
-        >>> optimizer.step()
+        >>> linear_adam = LinearAdam(network, optimizer, kernel)  # doctest: +SKIP
+        >>> with linear_adam, torch.autocast("cpu", torch.bfloat16):  # doctest: +SKIP
+        ...     loss = network(inputs).float().sum()
+        >>> loss.backward()  # doctest: +SKIP
+        >>> linear_adam.update()  # doctest: +SKIP
+        >>> optimizer.step()  # doctest: +SKIP
     """
 
-    def __init__(self, network: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, network: nn.Module, optimizer: Optimizer, kernel: Callable[..., int]) -> None:
         super().__init__()
         self.optimizer = optimizer
+        self._kernel = kernel
         groups = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
         self._groups = {
             id(layer.weight): groups[id(layer.weight)] for layer in network.modules() if _is_large_linear(layer)
@@ -81,7 +82,9 @@ class LinearAdam(TorchFunctionMode):
                 state["step"] += 1
                 decoupled = type(self.optimizer) is AdamW
                 group = self._groups[id(weight)]
-                _run_kernel(weight, gradients, inputs, state=state, group=group, decoupled=decoupled)
+                _run_kernel(
+                    weight, gradients, inputs, state=state, group=group, decoupled=decoupled, kernel=self._kernel
+                )
         self._factors.clear()
 
 
@@ -91,7 +94,8 @@ def find_linear_adam(network: nn.Module, optimizer: Optimizer, *, device: Device
     It is for a CPU that computes bf16 natively, and for `Adam` and `AdamW` as `Trainer` makes them, without the
     variants that few use.
     """
-    if device.torch_device.type != "cpu" or device.precision != "bf16" or load_kernel() is None:
+    kernel = load_kernel() if (device.torch_device.type, device.precision) == ("cpu", "bf16") else None
+    if kernel is None:
         return None
     if (
         type(optimizer) not in (Adam, AdamW)
@@ -104,12 +108,16 @@ def find_linear_adam(network: nn.Module, optimizer: Optimizer, *, device: Device
             return None
         if isinstance(group["lr"], Tensor):
             return None
-    return LinearAdam(network, optimizer)
+    return LinearAdam(network, optimizer, kernel)
 
 
 @functools.cache
 def load_kernel() -> Callable[..., int] | None:
-    """Return the compiled function; None if it was not compiled or this processor does not have the instructions."""
+    """Return the compiled function; None where it cannot be used.
+
+    That is where it was not compiled, where the processor lacks the instructions, and where this version of torch
+    gives other bits, which one small step tells.
+    """
     path = Path(__file__).with_name("adam_linear.so")
     if not path.exists() or not torch.cpu._is_avx512_bf16_supported():
         return None
@@ -117,7 +125,26 @@ def load_kernel() -> Callable[..., int] | None:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     kernel.argtypes = [pointer] * 4 + [size, pointer] + [size] * 4 + [pointer, ctypes.c_int]
     kernel.restype = ctypes.c_int
-    return kernel  # type: ignore[no-any-return]
+    return kernel if _agrees_with_torch(kernel) else None
+
+
+def _agrees_with_torch(kernel: Callable[..., int]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    weight, *moments = (torch.rand(24, 40, generator=generator) for _ in range(3))
+    gradients, inputs = (torch.randn(5, size, generator=generator).bfloat16() for size in weight.shape)
+    parameter = nn.Parameter(weight.clone())
+    optimizer = Adam([parameter], fused=True)
+    group = optimizer.param_groups[0]
+    state = dict(zip(("step", "exp_avg", "exp_avg_sq"), (torch.tensor(3.0), *moments), strict=True))
+    optimizer.state[parameter] = {name: value.clone() for name, value in state.items()}
+    parameter.grad = (gradients.t() @ inputs).float()
+    optimizer.step()
+    state["step"] += 1
+    _run_kernel(weight, gradients, inputs, state=state, group=group, decoupled=False, kernel=kernel)
+    return all(
+        torch.equal(*pair)
+        for pair in ((weight, parameter), *((state[n], optimizer.state[parameter][n]) for n in state))
+    )
 
 
 class _Linear(torch.autograd.Function):
@@ -157,9 +184,8 @@ def _run_kernel(
     state: dict[str, Tensor],
     group: dict[str, Any],
     decoupled: bool,
+    kernel: Callable[..., int],
 ) -> None:
-    kernel = load_kernel()
-    assert kernel is not None  # noqa: S101 - find_linear_adam looked
     step, lr, decay = state["step"].item(), group["lr"], group["weight_decay"]
     beta1, beta2 = group["betas"]
     coefficients = (ctypes.c_float * 8)(

@@ -134,8 +134,8 @@ def _chain(layers: nn.Sequential, start: str) -> tuple[str, ...]:
 
 def _settings(layer: nn.Module) -> str:
     """Return all that a layer's output depends on besides tensors; its `repr` leaves some of that out."""
-    plain = (bool, int, float, str, tuple, type(None))
-    settings = {name: value for name, value in vars(layer).items() if isinstance(value, plain)}
+    plain = (bool, int, float, str, tuple, list, type(None))
+    settings = {name: value for name, value in vars(layer).items() if isinstance(value, plain) and name != "training"}
     return f"{type(layer).__name__} {sorted(settings.items())}"
 
 

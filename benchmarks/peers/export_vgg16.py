@@ -1,0 +1,25 @@
+"""Write the pretrained convolutions, and their features of given images, as numpy arrays for the Keras peer.
+
+In a process of its own, so that PyTorch is not in the memory that is measured:
+python benchmarks/peers/export_vgg16.py weights.pt images.npy output.npz (images float `(N, 3, H, W)`, preprocessed)
+"""
+
+import sys
+
+import numpy as np
+import torch
+from torchvision.models.vgg import cfgs, make_layers
+
+
+def main() -> None:
+    weights_path, images_path, output_path = sys.argv[1:]
+    state = {name: value.float() for name, value in torch.load(weights_path, weights_only=True).items()}
+    body = make_layers(cfgs["D"], batch_norm=False)
+    body.load_state_dict({name.removeprefix("features."): value for name, value in state.items()})
+    with torch.no_grad():
+        features = body(torch.from_numpy(np.load(images_path)))
+    np.savez(output_path, features=features.numpy(), **{name: value.numpy() for name, value in state.items()})
+
+
+if __name__ == "__main__":
+    main()
