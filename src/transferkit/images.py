@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from transferkit.arrays import tensor_from_array
 from transferkit.errors import ImageError
@@ -81,6 +80,8 @@ def as_image(image: object, index: int) -> Tensor:
                 f"image {index} has mode {image.mode!r}: expected eight bits a channel ({', '.join(_RGB_MODES)}). "
                 "Scale it to 0..255 and convert it to RGB in the data set's transform."
             )
+        from torchvision.transforms.v2 import functional as transforms  # takes 0.2 s: not at import
+
         pixels: Tensor = transforms.pil_to_tensor(image.convert("RGB"))
         return pixels
     try:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from transferkit.errors import ArgumentError, ImageError
 
@@ -78,6 +77,8 @@ class Preprocessing:
         height, width = images.shape[2:]
         if (height, width) == (size, size):
             return images
+        from torchvision.transforms.v2 import functional as transforms  # takes 0.2 s: not at import
+
         shorter = min(height, width)
         new_height, new_width = round(height * size / shorter), round(width * size / shorter)
         resized = transforms.resize(images, [new_height, new_width], antialias=True)

@@ -245,7 +245,8 @@ class Trainer:
     ) -> Iterator[Step]:
         """Return an iterator that makes one training step each time it is asked for the next.
 
-        Your code runs between the steps. The arguments are those of `fit`, and they are checked at once.
+        Your code runs between the steps. The arguments are those of `fit`, and they are checked at once. What is frozen
+        is looked at when an epoch begins.
 
         Example:
             >>> for step in trainer.steps(train, epochs=3):  # doctest: +SKIP
