@@ -48,7 +48,7 @@ def test_readme_code_runs(model: tk.TransferModel, data: tuple[torch.Tensor, tor
     logger = type("Logger", (), {"log": staticmethod(lambda loss, lr: logged.append(lr))})
     names = {
         "tk": tk,
-        "trainer": tk.Trainer(model, device="cpu"),
+        "trainer": tk.Trainer(tk.freeze_until(model, "head"), device="cpu"),
         "train": data,
         "my_logger": logger,
         "net": net,
