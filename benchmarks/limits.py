@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -69,6 +70,17 @@ def training(device: tk.Device, image_size: int, frozen_until: str | None) -> tu
     return lambda: next(steps), BATCH_SIZE * flop, BYTES_PER_PARAMETER * trainable
 
 
+def without_kernel(device: tk.Device, image_size: int) -> tuple[Callable[[], object], float, float]:
+    """Return the head's step as every machine without the compiled kernel makes it: fused Adam, gradients in memory."""
+    run, flop, num_bytes = training(device, image_size, "head")
+
+    def step() -> None:
+        with mock.patch("transferkit.trainer.find_linear_adam", return_value=None):
+            run()
+
+    return step, flop, num_bytes
+
+
 def prefix(device: tk.Device, image_size: int, frozen_until: str) -> tuple[Callable[[], object], float, float]:
     """Return one batch of features, its operations and no bytes."""
     model = device.prepare(make_model(image_size, frozen_until))
@@ -97,12 +109,13 @@ def main() -> None:
     source, target = (torch.ones(COPY_BYTES // 4, device=place) for _ in range(2))
     rows = []
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, images of {size} px")
-    print("stage                        ms   GFLOP/s  product's     copy's GB/s   floor ms   time / floor")
+    print("stage                           ms   GFLOP/s  product's     copy's GB/s   floor ms   time / floor")
     with tempfile.TemporaryDirectory() as folder:
         stages = {
             "prefix, all blocks": lambda: prefix(device, size, "head"),
             "prefix, blocks 1 to 4": lambda: prefix(device, size, "block5"),
             "step, head": lambda: training(device, size, "head"),
+            "step, head, without kernel": lambda: without_kernel(device, size),
             "step, block5 and head": lambda: training(device, size, "block5"),
             "step, everything": lambda: training(device, size, None),
             "open a file of features": lambda: file_of_features(Path(folder)),
@@ -126,7 +139,7 @@ def main() -> None:
             row |= {"floor_ms": 1e3 * floor, "memory_floor_ms": 1e3 * num_bytes / bandwidth, "ratio": stage / floor}
             rows.append(row)
             print(
-                f"{name:24} {row['ms']:7.1f} {row['gflops']:9.0f} {row['product_gflops']:9.0f}"
+                f"{name:27} {row['ms']:7.1f} {row['gflops']:9.0f} {row['product_gflops']:9.0f}"
                 f" {row['copy_gb_s']:16.1f} {row['floor_ms']:10.1f} {row['ratio']:14.2f}"
             )
             del run

@@ -50,7 +50,7 @@ def measure(image_size: int, frozen_until: str | None, **arguments: object) -> d
     data = (images, torch.arange(IMAGES) % 10)
     before = resident_bytes("VmRSS")
     model = tk.attach_head(tk.load_backbone(weights=None, image_size=image_size), 10, hidden=(4096, 4096))
-    trainer = tk.Trainer(tk.freeze_until(model, frozen_until), lr=1e-4, device="cpu", **arguments)  # type: ignore[arg-type]
+    trainer = tk.Trainer(tk.freeze_until(model, frozen_until), lr=1e-4, device="cpu", **arguments)
     trainer.fit(data, validation_data=data, epochs=2, batch_size=BATCH_SIZE, verbose=0)
     peak = resident_bytes("VmHWM") - before
     frozen = len(model.split()[0])
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
-        print(json.dumps(measure(options.image_size, **ROWS[options.row])))  # type: ignore[arg-type]
+        print(json.dumps(measure(options.image_size, **ROWS[options.row])))
         return
     results = {}
     print(f"{'trains':36} peak MB   must be held MB   of it activations of a batch   ratio")

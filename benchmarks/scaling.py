@@ -65,7 +65,7 @@ def main() -> None:
         for name, values in VALUES.items():
             for value in values:
                 for mode, cache in MODES.items():
-                    seconds = fit_seconds(**{**BASE, name: value}, cache=cache)  # type: ignore[arg-type]
+                    seconds = fit_seconds(**{**BASE, name: value}, cache=cache)
                     results[name][mode].append(seconds)
                 kept, recomputed = (results[name][mode][-1] for mode in MODES)
                 print(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.models.vgg import make_layers
 
 import transferkit as tk
+from transferkit.prefix import Prefix
 from transferkit.preprocessing import CONVENTIONS
 
 ASSETS = Path(__file__).parent.parent / "examples" / "assets"
@@ -85,3 +86,18 @@ def every_warning() -> Iterator[None]:
     torch.set_warn_always(True)
     yield
     torch.set_warn_always(False)
+
+
+@pytest.fixture
+def images_seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """How many images went through a prefix's layers `first` and on, as pairs (count, first)."""
+    seen: list[tuple[int, int]] = []
+    call = Prefix.__call__
+
+    def counted(self: Prefix, inputs: Tensor, *, first: int = 0) -> Tensor:
+        if bool(inputs.any()):  # the one image of zeros that tells the shape does not count
+            seen.append((len(inputs), first))
+        return call(self, inputs, first=first)
+
+    monkeypatch.setattr(Prefix, "__call__", counted)
+    return seen

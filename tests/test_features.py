@@ -56,21 +56,6 @@ def setup(backbone):
     return Setup(backbone)
 
 
-@pytest.fixture
-def images_seen(monkeypatch):
-    """How many images went through layers `first` and on, as pairs (count, first)."""
-    seen = []
-    call = Prefix.__call__
-
-    def counted(self, inputs, *, first=0):
-        if bool(inputs.any()):  # the one image of zeros that tells the shape does not count
-            seen.append((len(inputs), first))
-        return call(self, inputs, first=first)
-
-    monkeypatch.setattr(Prefix, "__call__", counted)
-    return seen
-
-
 # ---- what is kept
 
 

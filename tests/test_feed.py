@@ -23,7 +23,6 @@ import transferkit as tk
 from transferkit import features as features_module
 from transferkit.errors import CacheError
 from transferkit.feature_file import FeatureFile
-from transferkit.prefix import Prefix
 from transferkit.preprocessing import CONVENTIONS
 
 CLASSES = ["cat", "dog", "owl"]
@@ -72,21 +71,6 @@ def assert_same_run(cached, uncached, data, **arguments):
     assert changed(weights_of(cached.model), uncached.model) == set()
     images = data[0] if isinstance(data, tuple) else data
     assert (cached.predict_proba(images) == uncached.predict_proba(images)).all()
-
-
-@pytest.fixture
-def images_seen(monkeypatch):
-    """How many images went through a prefix's layers `first` and on, as pairs (count, first)."""
-    seen = []
-    call = Prefix.__call__
-
-    def counted(self, inputs, *, first=0):
-        if bool(inputs.any()):  # the one image of zeros that tells the shape does not count
-            seen.append((len(inputs), first))
-        return call(self, inputs, first=first)
-
-    monkeypatch.setattr(Prefix, "__call__", counted)
-    return seen
 
 
 def total(images_seen):

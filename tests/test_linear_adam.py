@@ -4,6 +4,7 @@ import copy
 import ctypes
 import platform
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -36,12 +37,8 @@ def train(network, optimizer, *, steps, batch_size, inputs, with_kernel):
         images = torch.randn(batch_size, inputs, generator=generator)
         targets = torch.randint(0, 5, (batch_size,), generator=generator)
         special = LinearAdam(network, optimizer, load_kernel()) if with_kernel else None
-        with torch.autocast("cpu", torch.bfloat16):
-            if special is None:
-                logits = network(images)
-            else:
-                with special:
-                    logits = network(images)
+        with torch.autocast("cpu", torch.bfloat16), special or nullcontext():
+            logits = network(images)
         functional.cross_entropy(logits.float(), targets).backward()
         if special is not None:
             special.update()
@@ -121,12 +118,8 @@ def test_a_weight_used_otherwise_too_gets_the_sum_of_both_gradients():
         optimizer = torch.optim.Adam(copied.parameters(), lr=1e-2, fused=True)
         for _ in range(3):
             special = LinearAdam(copied, optimizer, load_kernel())
-            with torch.autocast("cpu", torch.bfloat16):
-                if with_kernel:
-                    with special:
-                        logits = copied(torch.ones(4, 64))
-                else:
-                    logits = copied(torch.ones(4, 64))
+            with torch.autocast("cpu", torch.bfloat16), special if with_kernel else nullcontext():
+                logits = copied(torch.ones(4, 64))
             (logits.float().square().mean() + copied[0].weight.square().sum()).backward()
             special.update()
             optimizer.step()
@@ -148,12 +141,8 @@ def test_infinite_and_undefined_gradients_come_through_as_with_adam():
         images = torch.ones(4, 40)
         images[0, 3] = float("nan")
         special = LinearAdam(copied, optimizer, load_kernel())
-        with torch.autocast("cpu", torch.bfloat16):
-            if with_kernel:
-                with special:
-                    logits = copied(images)
-            else:
-                logits = copied(images)
+        with torch.autocast("cpu", torch.bfloat16), special if with_kernel else nullcontext():
+            logits = copied(images)
         logits.float().sum().backward()
         special.update()
         optimizer.step()

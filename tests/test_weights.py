@@ -25,6 +25,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.missing_bytes = 0
         self.stall = False
         self.released = threading.Event()
+        self.daemon_threads = False  # so that closing it waits for the answers under way
         self.requests = 0
 
     def url(self, name: str) -> str:
@@ -60,7 +61,7 @@ def server() -> Iterator[Server]:
         yield server
         server.released.set()
         server.shutdown()
-        thread.join()
+        thread.join()  # leaving the block joins the threads that answer
 
 
 @pytest.fixture

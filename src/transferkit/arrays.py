@@ -1,12 +1,20 @@
 """numpy arrays as tensors, without copies where that can be."""
 
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+
+class Digest(Protocol):
+    """What `hashlib` makes."""
+
+    def update(self, data: bytes | memoryview, /) -> None:
+        """Take in more bytes."""
 
 
 def tensor_from_array(array: npt.NDArray[Any]) -> Tensor:
@@ -35,3 +43,10 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     """
     array: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def digest_tensors(digest: Digest, tensors: Mapping[str, Tensor]) -> None:
+    """Take names, shapes, number types and values of tensors, such as a state dict, into a digest."""
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(raw_bytes(tensor))

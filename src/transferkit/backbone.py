@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 
-from transferkit.arrays import raw_bytes
+from transferkit.arrays import digest_tensors
 from transferkit.errors import ArgumentError, ImageError, PreprocessingError, close_matches
 from transferkit.preprocessing import CONVENTIONS, Preprocessing, find_convention
 from transferkit.weights import (
@@ -83,9 +83,7 @@ class Backbone(nn.Module):
         Two backbones with the same fingerprint give the same features. Every use reads every weight: 0.1 s for VGG16.
         """
         digest = hashlib.sha256(f"{self.name} {self.preprocess}".encode())
-        for key, tensor in self.state_dict().items():
-            digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(raw_bytes(tensor))
+        digest_tensors(digest, self.state_dict())
         return digest.hexdigest()
 
 

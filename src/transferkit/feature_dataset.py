@@ -13,7 +13,7 @@ from transferkit.augmentation import Augment, build_augmentation
 from transferkit.data import open_data
 from transferkit.device import Device
 from transferkit.errors import ArgumentError
-from transferkit.features import FeatureCache, KeptFeatures, open_folder
+from transferkit.features import FeatureCache, KeptFeatures, open_folder, say_nothing
 from transferkit.feed import Feed, Frozen
 from transferkit.head import TransferModel
 from transferkit.inputs import Inputs
@@ -103,6 +103,6 @@ def cache_features(
         mode=True,
         num_views=None if n_views is None else whole_number("n_views", n_views),
         what="given",
-        say=lambda _line: None,
+        say=say_nothing,
     )
     return FeatureDataset(feed.keep())

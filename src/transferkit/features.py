@@ -31,6 +31,10 @@ ROOM_IF_UNKNOWN = 2 * 10**9
 Say = Callable[[str], None]
 
 
+def say_nothing(line: str) -> None:
+    """Take a line of text for the user and keep it back."""
+
+
 def open_folder(path: str | PathLike[str] | None) -> Path | None:
     """Return the folder for files of features, made if its parent is there; None as it is.
 
@@ -126,10 +130,10 @@ class FeatureCache:
         start = None
         if self.folder is not None or any(kept.features.shape[:2] == shape[:2] for kept in self._kept):
             scan.read()  # the pixels must be known before it can be told whether their features are
-            start = self._find(scan.pixels, prefix, say)
+            start = self._find(scan, prefix, say)
         if start is not None and start.layers == prefix.digests[-1]:
             say(f"features of {scan.num_images:,} images: known already")
-            return self._remember(replace(start, targets=scan.targets))
+            return self._remember(start)
 
         def compute() -> Iterator[Tensor]:
             computed = (prefix(batch) for batch in scan) if start is None else _derive(start, prefix)
@@ -142,20 +146,20 @@ class FeatureCache:
         say(f"features of {scan.num_images:,} images: {how}, kept in {where} ({size:,.0f} MB)")
         return self._remember(KeptFeatures(features, scan.targets, scan.pixels, prefix.digests[-1], self.device))
 
-    def _find(self, pixels: str, prefix: Prefix, say: Say) -> KeptFeatures | None:
-        """Return what is known of these pixels behind the largest number of the prefix's layers."""
+    def _find(self, scan: "_Scan", prefix: Prefix, say: Say) -> KeptFeatures | None:
+        """Return what is known of these images behind the largest number of the prefix's layers."""
         for layers in reversed(prefix.digests[1:]):
             for kept in self._kept:
-                if (kept.pixels, kept.layers) == (pixels, layers):
-                    return kept
-            file = self._file(pixels, layers)
+                if (kept.pixels, kept.layers) == (scan.pixels, layers):
+                    return replace(kept, targets=scan.targets)
+            file = self._file(scan.pixels, layers)
             if file is not None and file.path.exists():
                 try:
                     features = self._on_device(file.read())
                 except CacheError as error:
                     say(f"a file of features is passed over: {error}")
                     continue
-                return KeptFeatures(features, torch.empty(0), pixels, layers, self.device)
+                return KeptFeatures(features, scan.targets, scan.pixels, layers, self.device)
         return None
 
     def _store(
@@ -272,8 +276,7 @@ def _depth(kept: KeptFeatures, prefix: Prefix) -> int:
 
 
 def _derive(start: KeptFeatures, prefix: Prefix) -> Iterator[Tensor]:
+    first = _depth(start, prefix)
     for view in range(len(start.features)):
-        for batch, _ in replace(start, targets=torch.empty(start.features.shape[1], 0)).batches(
-            prefix.batch_size, view=view
-        ):
-            yield prefix(batch, first=_depth(start, prefix))
+        for batch, _ in start.batches(prefix.batch_size, view=view):
+            yield prefix(batch, first=first)

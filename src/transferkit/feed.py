@@ -1,6 +1,7 @@
 """What a network is trained or evaluated on, epoch by epoch: kept features where that is safe, else images."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from transferkit.inputs import Inputs
 from transferkit.prefix import Prefix, is_intercepted, why_impure
 
 Batches = Iterator[tuple[Tensor, Tensor]]
+
+NOTHING_FROZEN = "nothing is frozen: freeze_until(model, 'head') freezes the backbone"
 
 
 class Frozen:
@@ -41,7 +44,7 @@ class Frozen:
             if type(part) not in (TransferModel, Backbone, nn.Sequential) or is_intercepted(part):
                 reason = f"the {type(part).__name__} has hooks or a forward of its own, which would not be called"
         if len(layers) == 0:
-            reason = "nothing is frozen: freeze_until(model, 'head') freezes the backbone"
+            reason = NOTHING_FROZEN
         if reason is not None:
             return None, self._compile_once(self.model, [self.model]), reason
         preprocess = self.model.backbone.preprocess
@@ -52,7 +55,7 @@ class Frozen:
     def _compile_once(self, network: nn.Module, layers: list[nn.Module]) -> nn.Module:
         if layers != self._layers:
             self._layers = layers
-            self._network = torch.compile(network) if self.compiled else network  # type: ignore[assignment]
+            self._network = cast("nn.Module", torch.compile(network)) if self.compiled else network
         return self._network
 
 
@@ -128,9 +131,10 @@ class Feed:
         Raises:
             CacheError: Features cannot be kept, and `mode` is True.
         """
-        prefix, _, reason = self.frozen.split()
-        if self.mode is True and (reason := reason if prefix is None else self._why_not() or ""):
-            self._refuse(reason)
+        if self.mode is True:
+            prefix, _, reason = self.frozen.split()
+            if found := reason if prefix is None else self._why_not():
+                self._refuse(found)
 
     def keep(self) -> KeptFeatures:
         """Return the features of every image.
@@ -162,6 +166,6 @@ class Feed:
         message = f"features of the {self.what} images are not kept: {reason}."
         if self.mode is True:
             raise CacheError(f'{message} cache="auto" goes on without.')
-        if self.mode == "auto" and not reason.startswith("nothing is frozen") and message not in self._said:
+        if self.mode == "auto" and reason != NOTHING_FROZEN and message not in self._said:
             self._said.add(message)
             self.say(message)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transferkit.arrays import raw_bytes
+from transferkit.arrays import digest_tensors, raw_bytes
 from transferkit.device import Device
 from transferkit.preprocessing import Preprocessing
 
@@ -125,9 +125,7 @@ def _chain(layers: nn.Sequential, start: str) -> tuple[str, ...]:
     digests = [digest.hexdigest()]
     for layer in layers:
         digest.update(_settings(layer).encode())
-        for name, tensor in layer.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(raw_bytes(tensor))
+        digest_tensors(digest, layer.state_dict())
         digests.append(digest.hexdigest())
     return tuple(digests)
 

@@ -20,7 +20,7 @@ from transferkit.data import epoch_order, open_data
 from transferkit.device import Device
 from transferkit.errors import ArgumentError
 from transferkit.evaluation import evaluate, in_eval_mode
-from transferkit.features import FeatureCache, Say, open_folder
+from transferkit.features import FeatureCache, Say, open_folder, say_nothing
 from transferkit.feed import Feed, Frozen
 from transferkit.freezing import describe_frozen
 from transferkit.head import TransferModel
@@ -206,7 +206,7 @@ class Trainer:
             set_lr(self.optimizer, lr)
         if verbose:
             _print(f"{describe_frozen(self.model)}; on {self.device.torch_device} in {self.device.precision}")
-        train, validation = self._feeds(run, say=_print if verbose else _say_nothing)
+        train, validation = self._feeds(run, say=_print if verbose else say_nothing)
         history, best, first_step = History(), BestWeights(self.model), self.global_step
         try:
             for epoch in range(epochs):
@@ -264,7 +264,7 @@ class Trainer:
         check_schedule(self.schedule, run.num_steps)
         if lr is not None:
             set_lr(self.optimizer, lr)
-        train, _ = self._feeds(run, say=_say_nothing)
+        train, _ = self._feeds(run, say=say_nothing)
         first_step = self.global_step
         return (step for _ in range(epochs) for step in self._train_epoch(run, train, first_step))
 
@@ -410,7 +410,3 @@ class Trainer:
 
 def _print(line: str) -> None:
     print(line)  # noqa: T201
-
-
-def _say_nothing(line: str) -> None:
-    pass
