@@ -75,7 +75,7 @@ def test_features_of_every_image_in_order(backbone, data, precision, boundary):
 def test_features_do_not_depend_on_the_batches_they_are_computed_in(setup, data, size, monkeypatch):
     """The batch size of the computation changes nothing, a ragged last batch neither: not one bit and not the key."""
     kept, _ = setup.keep(data)
-    monkeypatch.setattr(features_module, "_Scan", lambda inputs, _, num_views: scan(inputs, size, num_views))
+    monkeypatch.setattr(features_module, "_Scan", lambda inputs, _, *rest: scan(inputs, size, *rest))
     again = Setup(setup.backbone).keep(data)[0]
     assert torch.equal(again.features, kept.features)
     assert (again.pixels, again.layers) == (kept.pixels, kept.layers)

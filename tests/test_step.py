@@ -25,13 +25,14 @@ WEIGHTS = torch.tensor([1.0, 2.0, 5.0])
 def one_step(model, images, targets, *, micro_batch_size=None, cross_entropy=None, clip_grad_norm=None):
     """Loss, hits and weights after one step of SGD on a copy of the model."""
     model = copy.deepcopy(model).train()
-    loss, correct = training_step(
+    loss, correct, *_ = training_step(
         model,
         model.backbone.preprocess(images),
         targets,
         device=tk.Device("cpu", "fp32"),
         optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
         cross_entropy=cross_entropy or CrossEntropy(),
+        seed=0,
         micro_batch_size=micro_batch_size or len(targets),
         clip_grad_norm=clip_grad_norm,
     )
@@ -195,13 +196,14 @@ def test_a_step_reads_nothing_back_to_the_host(model, data, optimizer, weights):
     images = model.backbone.preprocess(data[0])
     with HostReads() as reads:
         for _ in range(2):
-            loss, correct = training_step(
+            loss, correct, *_ = training_step(
                 model,
                 images,
                 data[1],
                 device=device,
                 optimizer=built,
                 cross_entropy=CrossEntropy(0.1, weights),
+                seed=0,
                 micro_batch_size=10,
                 clip_grad_norm=1.0,
             )

@@ -13,13 +13,14 @@ from transferkit.installation import check_torchvision
 check_torchvision()  # before anything imports it, so that the user sees a sentence and not a missing operator
 
 from transferkit.backbone import Backbone, load_backbone
-from transferkit.checkpoint import load_model
+from transferkit.checkpoint import Checkpoint
 from transferkit.device import Device
 from transferkit.errors import TransferKitError
 from transferkit.feature_dataset import FeatureDataset, cache_features
 from transferkit.freezing import freeze_until
 from transferkit.head import TransferModel, attach_head
 from transferkit.history import EpochReport, History
+from transferkit.model_state import load_model, save_model
 from transferkit.preprocessing import Preprocessing
 from transferkit.step import Step
 from transferkit.trainer import Trainer
@@ -28,6 +29,7 @@ __version__ = version("transferkit")
 
 __all__ = [
     "Backbone",
+    "Checkpoint",
     "Device",
     "EpochReport",
     "FeatureDataset",
@@ -42,4 +44,5 @@ __all__ = [
     "freeze_until",
     "load_backbone",
     "load_model",
+    "save_model",
 ]

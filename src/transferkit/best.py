@@ -1,9 +1,11 @@
 """The weights of the best epoch so far."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from transferkit.freezing import stays_in_eval
+from transferkit.freezing import trainable_state
 
 
 class BestWeights:
@@ -28,7 +30,7 @@ class BestWeights:
 
     def take(self) -> None:
         """Copy the weights as they are now, in place of those copied before."""
-        live = self._changing()
+        live = trainable_state(self.model)
         copies = {} if self._copies is None else self._copies
         self._copies = {
             name: copies[name].copy_(value) if name in copies else value.clone() for name, value in live.items()
@@ -37,9 +39,18 @@ class BestWeights:
     def before_training(self) -> None:
         """Copy what was frozen when the weights were taken and is no longer."""
         if self._copies is not None:
-            for name, value in self._changing().items():
+            for name, value in trainable_state(self.model).items():
                 if name not in self._copies:
                     self._copies[name] = value.clone()
+
+    def state(self) -> dict[str, Tensor] | None:
+        """Return the weights that were taken, which are not copies; None if none were."""
+        return self._copies
+
+    def load(self, copies: Mapping[str, Tensor] | None) -> None:
+        """Take over what `state` returned in another process."""
+        live = self.model.state_dict()
+        self._copies = None if copies is None else {name: copy.to(live[name].device) for name, copy in copies.items()}
 
     def restore(self) -> None:
         """Put the weights back, if any were taken."""
@@ -48,10 +59,3 @@ class BestWeights:
             with torch.no_grad():
                 for name, copy in self._copies.items():
                     live[name].copy_(copy)
-
-    def _changing(self) -> dict[str, Tensor]:
-        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
-        for name, module in self.model.named_modules():
-            if stays_in_eval(module):
-                frozen.update(f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False))
-        return {name: value for name, value in self.model.state_dict().items() if name not in frozen}

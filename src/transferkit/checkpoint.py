@@ -1,212 +1,175 @@
-"""Checkpoints: a trained model and the state of its training, in one file of plain types and tensors."""
+"""`Checkpoint` keeps the last states of a run in a folder."""
 
 import os
-import zipfile
-from collections.abc import Mapping
-from dataclasses import asdict
-from importlib.metadata import version
+import re
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-from torch import nn
-from torch.optim import Optimizer
+from transferkit.archive import read_checkpoint, write_checkpoint
+from transferkit.arguments import whole_number
+from transferkit.errors import ArgumentError, CheckpointError, CheckpointWriteError
+from transferkit.files import DAMAGE, check_archive
+from transferkit.head import TransferModel
+from transferkit.history import EpochReport
+from transferkit.model_state import frozen_path, leave_out_frozen
 
-from transferkit.backbone import load_backbone
-from transferkit.errors import CheckpointError, HeadMismatchError
-from transferkit.files import DAMAGE, written_whole
-from transferkit.freezing import find_boundary, first_trainable, freeze_until
-from transferkit.head import TransferModel, attach_head
-from transferkit.preprocessing import Preprocessing
-from transferkit.weights import differences
-
-FORMAT = 1
-
-PARTS = {
-    "model": ("backbone", "preprocessing", "classes", "head", "first_trainable", "frozen", "weights"),
-    "optimizer": ("class", "groups", "state"),
-    "scaler": (),
-    "progress": ("epoch", "global_step", "seed"),
-}
+_NAME = re.compile(r"step-(\d+)\.pt")
 
 
-def check_parts(state: Mapping[str, Any], *parts: str, origin: str = "the checkpoint") -> None:
-    """Refuse a checkpoint that lacks one of the parts asked for, or something in it.
+class Resumable(Protocol):
+    """What can be saved: a `Trainer`."""
 
-    Raises:
-        CheckpointError: So it is.
-    """
-    lacking = [part for part in parts if not isinstance(state.get(part), Mapping)]
-    lacking += [
-        f"{part}/{key}" for part in parts if part not in lacking for key in PARTS[part] if key not in state[part]
-    ]
-    if lacking:
-        raise CheckpointError(
-            f"{origin} lacks {', '.join(lacking)}: expected a file that Trainer.save wrote, or what "
-            "Trainer.state_dict returned."
-        )
+    model: TransferModel
+    global_step: int
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
 
 
-def model_state(model: TransferModel) -> dict[str, Any]:
-    """Return all that is needed to build a model again, as plain types and tensors that are not copies."""
-    return {
-        "backbone": model.backbone.name,
-        "preprocessing": asdict(model.backbone.preprocess),
-        "classes": list(model.classes),
-        "head": model.head_arguments,
-        "first_trainable": first_trainable(model),
-        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
-        "weights": model.state_dict(),
-    }
+class Checkpoint:
+    """A callback of `Trainer.fit` that saves the run after epochs, after steps, and when something ends it early.
 
-
-def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
-    """Compare a saved model with a live one before anything is assigned.
-
-    Raises:
-        HeadMismatchError: Other classes.
-        UnknownLayerError: It is frozen until a layer that the model does not have.
-        CheckpointError: Another backbone, preprocessing, or other names or shapes of weights.
-    """
-    find_boundary(model, state["first_trainable"])
-    if list(model.classes) != state["classes"]:
-        raise HeadMismatchError(
-            f"the checkpoint has {len(state['classes'])} classes ({', '.join(state['classes'][:5])}...), the model "
-            f"{len(model.classes)} ({', '.join(model.classes[:5])}...): expected the same. transferkit.load_model "
-            "builds the model that the checkpoint was made of."
-        )
-    live = {"backbone": model.backbone.name, "preprocessing": asdict(model.backbone.preprocess)}
-    for name, value in live.items():
-        if value != state[name]:
-            raise CheckpointError(f"the checkpoint has {name} {state[name]}, the model {value}: expected the same.")
-    if faults := differences(model.state_dict(), state["weights"]):
-        raise CheckpointError(f"the checkpoint's weights do not fit the model: {faults}. Was its head built otherwise?")
-
-
-def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
-    """Assign a saved model, already compared, to a live one: its weights and what is frozen."""
-    model.load_state_dict(state["weights"])
-    freeze_until(model, state["first_trainable"] or "head")
-    frozen = set(state["frozen"])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-
-
-def load_model(path: str | os.PathLike[str], *, head: nn.Module | None = None) -> TransferModel:
-    """Build the model that `Trainer.save` wrote, from the file alone: no download, no other information.
+    `fit(resume_from=folder)` goes on from there with the same result as if it had never stopped. What is frozen is
+    written once, to a file of its own. Files appear whole or not at all, and an old one is removed once the new one has
+    been read back and verified. A save that fails is a warning, and an error at the end of `fit` unless a later one
+    succeeds.
 
     Args:
-        path: The checkpoint.
-        head: If the model had a head of your own, one built the same way.
+        folder: Made if its parent is there.
+        every_epochs: 1 saves after each epoch.
+        every_steps: Saves after so many steps as well; None does not.
+        keep_last: How many states stay in the folder, 1 or more.
 
-    Returns:
-        The model on the CPU, in eval mode.
+    Attributes:
+        folder: The folder.
+        failure: What the last save failed with; None if it did not.
 
     Raises:
-        CheckpointError: Not a whole checkpoint, or one with a head of your own and no `head` given.
+        CheckpointWriteError: There is no such folder and none can be made.
+        ArgumentError: A number out of range.
 
     Example:
-        >>> model = load_model("flowers.pt")  # doctest: +SKIP
-        >>> logits = model(model.backbone.preprocess(images))  # doctest: +SKIP
+        >>> trainer.fit(train, epochs=10, callbacks=[Checkpoint("runs/a")], resume_from="runs/a")  # doctest: +SKIP
     """
-    whole = read_checkpoint(path)
-    check_parts(whole, "model", origin=str(path))
-    state = whole["model"]
-    if head is None and state["head"] is None:
-        raise CheckpointError(
-            f"{path} has a head of the user's own, whose code is not in the file: pass head= like it."
-        )
-    backbone = load_backbone(
-        state["backbone"],
-        weights=None,
-        image_size=state["preprocessing"]["image_size"],
-        preprocessing=Preprocessing(**state["preprocessing"]),
-    )
-    model = attach_head(backbone, state["classes"], **(state["head"] if head is None else {"head": head}))
-    check_model_state(model, state)
-    load_model_state(model, state)
-    return model.eval()
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        every_epochs: int = 1,
+        every_steps: int | None = None,
+        keep_last: int = 2,
+    ) -> None:
+        self.folder = Path(folder)
+        self.every_epochs = whole_number("every_epochs", every_epochs)
+        self.every_steps = None if every_steps is None else whole_number("every_steps", every_steps)
+        self.keep_last = whole_number("keep_last", keep_last)
+        self.failure: CheckpointWriteError | None = None
+        self._frozen_written: set[Path] = set()
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise CheckpointWriteError(
+                f"checkpoints cannot be kept in {folder}: {error}. Expected a folder, or where to make one."
+            ) from error
+
+    def __call__(self, trainer: Resumable, report: EpochReport) -> None:
+        """Save after an epoch, if it is its turn."""
+        if (report.epoch + 1) % self.every_epochs == 0:
+            self.try_to_save(trainer)
+
+    def after_step(self, trainer: Resumable) -> None:
+        """Save after a step, if it is its turn."""
+        if self.every_steps is not None and trainer.global_step % self.every_steps == 0:
+            self.try_to_save(trainer)
+
+    def try_to_save(self, trainer: Resumable) -> Path | None:
+        """Save; a failure becomes a warning and stays in `failure`. Return the file's path, None if it failed."""
+        try:
+            path = self.save(trainer)
+        except CheckpointWriteError as error:
+            self.failure = error
+            warnings.warn(f"the run goes on unsaved: {error}", stacklevel=2)
+            return None
+        self.failure = None
+        return path
+
+    def save(self, trainer: Resumable) -> Path:
+        """Write the state of a trainer, verify it, remove what is older than the last ones, and return its path.
+
+        Raises:
+            CheckpointWriteError: The folder is read-only or full; what was there before still is.
+        """
+        state = trainer.state_dict()
+        model, frozen = leave_out_frozen(state["model"], trainer.model)
+        if frozen:
+            path = frozen_path(self.folder, model["sha256"])
+            if path not in self._frozen_written:
+                _write_verified(path, {"frozen": frozen})
+                self._frozen_written.add(path)
+        path = self.folder / f"step-{trainer.global_step:08d}.pt"
+        _write_verified(path, {**state, "model": model})
+        for old in steps_in(self.folder)[: -self.keep_last]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def check_new_run(self, global_step: int) -> None:
+        """Refuse a folder with states of a longer run: they would be taken for this one's.
+
+        Raises:
+            ArgumentError: So it is.
+        """
+        if any(_step(path) > global_step for path in steps_in(self.folder)):
+            raise ArgumentError(
+                f"{self.folder} holds the checkpoints of another run, up to {steps_in(self.folder)[-1].name}: go on "
+                f"with it, fit(resume_from={str(self.folder)!r}), or name another folder."
+            )
 
 
-def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """Return an optimizer's state by parameter name."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    state = {names[id(parameter)]: dict(values) for parameter, values in optimizer.state.items()}
-    return {"class": type(optimizer).__name__, "groups": groups, "state": state}
+def steps_in(folder: Path) -> list[Path]:
+    """Return the states in a folder, the newest last."""
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_step)
 
 
-def check_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Compare a saved optimizer with a live one before anything is assigned.
+def read_newest(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
+    """Read a checkpoint, or the newest in a folder; None if the folder has none yet.
 
     Raises:
-        CheckpointError: Another class, other groups, unknown parameters or other shapes.
-    """
-    if (name := type(optimizer).__name__) != state["class"] or len(optimizer.param_groups) != len(state["groups"]):
-        raise CheckpointError(
-            f"the checkpoint's optimizer is {state['class']} with {len(state['groups'])} groups, the live one {name} "
-            f"with {len(optimizer.param_groups)}: expected the same. Build the Trainer with that optimizer."
-        )
-    parameters = dict(model.named_parameters())
-    for name, values in state["state"].items():
-        if name not in parameters:
-            raise CheckpointError(f"the checkpoint's optimizer has state for {name!r}, which the model does not have.")
-        for key, value in values.items():
-            if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameters[name].shape:
-                raise CheckpointError(
-                    f"the checkpoint's optimizer has {key} of shape {tuple(value.shape)} for {name}, whose shape is "
-                    f"{tuple(parameters[name].shape)}: expected the same."
-                )
-
-
-def load_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Assign a saved optimizer, already compared, to a live one."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    live = optimizer.state_dict()["param_groups"]
-    numbered = {
-        number: state["state"][names[id(parameter)]]
-        for group, live_group in zip(optimizer.param_groups, live, strict=True)
-        for parameter, number in zip(group["params"], live_group["params"], strict=True)
-        if names[id(parameter)] in state["state"]
-    }
-    groups = [{**saved, "params": group["params"]} for saved, group in zip(state["groups"], live, strict=True)]
-    optimizer.load_state_dict({"state": numbered, "param_groups": groups})
-
-
-def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint whole or not at all: beside the target, flushed to the disk, then renamed.
-
-    Raises:
-        OSError: The folder is missing, read-only or full; what was at `path` before is still there.
-    """
-    versions = {package: version(package) for package in ("transferkit", "torch", "torchvision")}
-    with written_whole(Path(path)) as file:
-        torch.save({"format": FORMAT, "versions": versions, **state}, file)
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint after verifying the checksum of every part of it. No code in the file is run.
-
-    Raises:
-        CheckpointError: No such file, a damaged one, or not a checkpoint of a format this version knows.
+        CheckpointError: No such file or folder, or the newest is damaged; then the message names the newest good one.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: expected a file that Trainer.save wrote.")
+    if not path.is_dir():
+        return path, read_checkpoint(path)
+    states = steps_in(path)
+    if not states:
+        return None
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch does not look at the checksums
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        return states[-1], read_checkpoint(states[-1])
+    except CheckpointError as error:
+        good = next((str(older) for older in reversed(states[:-1]) if _is_good(older)), None)
+        remedy = "There is no other." if good is None else f"The newest good one is {good}: pass resume_from={good!r}."
+        raise CheckpointError(f"{error} {remedy}") from error
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        read_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _step(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    return int(found[1]) if found else -1
+
+
+def _write_verified(path: Path, state: dict[str, Any]) -> None:
+    write_checkpoint(path, state)
+    try:
+        check_archive(path)
     except DAMAGE as error:
-        raise CheckpointError(
-            f"cannot read {path} ({path.stat().st_size} bytes) as a checkpoint: {error}. Expected a file that "
-            "Trainer.save wrote, whole. For a file of weights alone use load_backbone(weights=path)."
+        raise CheckpointWriteError(
+            f"{path} was written and does not verify: {error}. Nothing older was removed; is the disk sound?"
         ) from error
-    if damaged:
-        raise CheckpointError(f"{path} is damaged in its part {damaged!r}: delete it and use an earlier checkpoint.")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format", "none") if isinstance(state, dict) else "none"
-        raise CheckpointError(
-            f"{path} has checkpoint format {found}: this version of transferkit reads format {FORMAT}."
-        )
-    return state

@@ -1,5 +1,6 @@
 """Whatever `Trainer` accepts as data, as batches in an order that depends on (seed, epoch) alone."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Protocol
@@ -7,18 +8,28 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from transferkit.arguments import whole_number
-from transferkit.errors import ArgumentError, EmptyDataError, HeadMismatchError, ImageError, TargetError
-from transferkit.images import as_image, as_images
-from transferkit.randomness import derive_seed, generator_states, seeded, shuffled
+from transferkit.arrays import digest_tensors
+from transferkit.errors import (
+    ArgumentError,
+    EmptyDataError,
+    HeadMismatchError,
+    ImageError,
+    TargetError,
+    TransferKitError,
+)
+from transferkit.images import as_images
+from transferkit.randomness import derive_seed, shuffled
+from transferkit.samples import Sample, Samples, probes
 from transferkit.targets import as_targets
+from transferkit.workers import read_in_workers
 
 Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]
 """Images, targets (none at all, `(0,)`, where they are not wanted) and places in the data set."""
 
-_PROBES = 16  # samples that are read twice to see whether a data set is random
+_SCANNED = 32  # images that are looked at between two chances to stop
 _NO_TARGETS = torch.empty(0, dtype=torch.int64)
 
 
@@ -38,8 +49,18 @@ class Source(Protocol):
     def why_not_repeatable(self) -> str | None:
         """Say why an image may come out differently when it is read again; None if nothing was found."""
 
+    def digest(self) -> str:
+        """Return a digest of the targets, where they are listed, and of some images, by which other data is noticed."""
 
-def open_data(data: object, classes: Sequence[str], *, num_workers: int = 0, with_targets: bool = True) -> Source:
+
+def open_data(
+    data: object,
+    classes: Sequence[str],
+    *,
+    num_workers: int = 0,
+    with_targets: bool = True,
+    on_bad_image: str = "raise",
+) -> Source:
     """Look at what a user passed as data, refuse what cannot be used, and return it as a `Source`.
 
     Args:
@@ -48,6 +69,7 @@ def open_data(data: object, classes: Sequence[str], *, num_workers: int = 0, wit
         classes: The model's class names; what the data says of its own is compared with them.
         num_workers: Processes that read a `Dataset`.
         with_targets: Whether targets are needed.
+        on_bad_image: `"raise"` reads the first sample of a data set now; `"skip"` leaves that for later.
 
     Raises:
         EmptyDataError: There are no images.
@@ -78,7 +100,10 @@ def open_data(data: object, classes: Sequence[str], *, num_workers: int = 0, wit
             "each class is opened with torchvision.datasets.ImageFolder(path), without a transform."
         )
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):  # a Dataset, a list
-        return DatasetSource(data, classes, num_workers=num_workers, with_targets=with_targets)
+        source = DatasetSource(data, classes, num_workers=num_workers, with_targets=with_targets)
+        if on_bad_image == "raise":
+            source.check_first()
+        return source
     forms = (
         "a pair (images, targets)" if with_targets else "images in one tensor or array, or in a list ([image] for one)"
     )
@@ -134,6 +159,10 @@ class ArraySource:
     def why_not_repeatable(self) -> str | None:
         return None
 
+    def digest(self) -> str:
+        places = probes(self.num_images)
+        return _digest(targets=self.targets, images=torch.stack([self.images[place] for place in places]))
+
 
 class DatasetSource:
     """A map-style `Dataset`, read by a `DataLoader`; its own random transforms are seeded image by image."""
@@ -142,17 +171,21 @@ class DatasetSource:
         self.num_images = len(dataset)
         if self.num_images == 0:
             raise EmptyDataError(f"data is an empty {type(dataset).__name__}: expected 1 image or more.")
-        self.samples = _Samples(dataset, with_targets=with_targets)
+        self.samples = Samples(dataset, with_targets=with_targets)
         self.num_classes = len(classes)
         self.num_workers = num_workers
         listed = getattr(dataset, "targets", None)
-        if (
+        self.targets_listed = (
             with_targets
             and isinstance(listed, list | Tensor | np.ndarray)
             and getattr(dataset, "target_transform", None) is None
-        ):
+        )
+        if self.targets_listed:
             as_targets(listed, self.num_classes)  # all at once, before anything runs
-        _collate([self.samples[0, 0]], self.num_classes, with_targets=with_targets)
+
+    def check_first(self) -> None:
+        """Read one sample, so that data of a form that cannot be used is refused at once."""
+        _collate([self.samples.read(0, 0)], self.num_classes, with_targets=self.samples.with_targets)
 
     def num_batches(self, batch_size: int) -> int:
         return count_batches(self.num_images, batch_size)
@@ -160,18 +193,27 @@ class DatasetSource:
     def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
         parts = _in_batches(order, self.num_images, batch_size)
         keys = [[(place, derive_seed(seed, place)) for place in part.tolist()] for part in parts]
-        loader = DataLoader(
-            self.samples,
-            batch_sampler=keys,
-            num_workers=self.num_workers,
-            collate_fn=_identity,
-            generator=torch.Generator().manual_seed(seed),  # or the loader would draw from the global one
-        )
-        for samples in loader:
+        for samples in read_in_workers(self.samples, keys, num_workers=self.num_workers, seed=seed):
             yield _collate(samples, self.num_classes, with_targets=self.samples.with_targets)
 
     def why_not_repeatable(self) -> str | None:
         return self.samples.why_not_repeatable()
+
+    def digest(self) -> str:
+        listed = self.samples.dataset.targets if self.targets_listed else []
+        tensors = {"targets": torch.as_tensor(listed)}
+        if self.why_not_repeatable() is None:
+            tensors |= {str(place): self.samples.read(place, 0)[0] for place in probes(self.num_images)}
+        return _digest(**tensors)
+
+    def failures(self) -> Iterator[tuple[int, dict[int, str]]]:
+        """Read every sample; yield after each batch how many were read, and what is wrong with which of them."""
+        read = 0
+        keys = [[(place, 0) for place in part.tolist()] for part in _in_batches(None, self.num_images, _SCANNED)]
+        for batch in read_in_workers(self.samples, keys, num_workers=self.num_workers, seed=0):
+            bad = {read + row: str(sample) for row, sample in enumerate(batch) if isinstance(sample, TransferKitError)}
+            read += len(batch)
+            yield read, bad
 
 
 class LoaderSource:
@@ -213,46 +255,14 @@ class LoaderSource:
     def why_not_repeatable(self) -> str | None:
         return "a DataLoader makes batches of its own, in an order of its own; pass its Dataset instead"
 
-
-Sample = tuple[Tensor, Any, int]  # image, target, place in the data set
-
-
-class _Samples(Dataset[Sample]):
-    """Reads one sample of a data set in the worker process, under a seed of its own."""
-
-    def __init__(self, dataset: Any, *, with_targets: bool) -> None:
-        self.dataset = dataset
-        self.with_targets = with_targets
-
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        index, seed = key
-        with seeded(seed):
-            sample = self.dataset[index]
-        parts = sample if isinstance(sample, tuple | list) else (sample,)
-        if self.with_targets and len(parts) != 2:
-            raise TargetError(f"sample {index} is a {type(sample).__name__}: expected a pair (image, target).")
-        return as_image(parts[0], index), parts[1] if self.with_targets else None, index
-
-    def why_not_repeatable(self) -> str | None:
-        """Read some samples, spread over the data set, under two seeds each, and watch the random generators."""
-        count = len(self.dataset)
-        for index in sorted({round(part * (count - 1) / (_PROBES - 1)) for part in range(_PROBES)}):
-            first, second = self[index, 0][0], self[index, 1][0]
-            if first.shape != second.shape or not torch.equal(first, second):
-                return f"image {index} of the data set came out differently when it was read twice"
-            with seeded(0):
-                before = generator_states()
-                self.dataset[index]
-                if generator_states() != before:
-                    return f"the data set drew random numbers for image {index}, so its transform is random"
-        return None
+    def digest(self) -> str:
+        return _digest(length=torch.tensor(-1 if self.length is None else self.length))
 
 
-def _identity(samples: list[Sample]) -> list[Sample]:
-    return samples
-
-
-def _collate(samples: list[Sample], num_classes: int, *, with_targets: bool) -> Batch:
+def _collate(samples: Sequence[Sample | TransferKitError], num_classes: int, *, with_targets: bool) -> Batch:
+    for sample in samples:
+        if isinstance(sample, TransferKitError):
+            raise sample
     images, targets, places = map(list, zip(*samples, strict=True))
     if len({image.dtype for image in images}) > 1:
         raise ImageError(
@@ -274,16 +284,28 @@ def _collate(samples: list[Sample], num_classes: int, *, with_targets: bool) -> 
     return torch.stack(images) if same_size else images, labels, places
 
 
-def _check_classes(data: object, expected: Sequence[str]) -> None:
-    while not hasattr(data, "classes") and hasattr(data, "dataset"):  # a DataLoader, a Subset
+def class_names(data: object) -> list[str] | None:
+    """Return the class names that a data set has, through `Subset` and `DataLoader`; None if it has none."""
+    while not hasattr(data, "classes") and hasattr(data, "dataset"):
         data = data.dataset
     found = getattr(data, "classes", None)
+    return None if found is None else list(map(str, found))
+
+
+def _digest(**tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    digest_tensors(digest, tensors)
+    return digest.hexdigest()
+
+
+def _check_classes(data: object, expected: Sequence[str]) -> None:
+    found = class_names(data)
     if found is None:
         return
     numbered = list(expected) == [str(index) for index in range(len(expected))]
-    if len(found) != len(expected) or (not numbered and list(map(str, found)) != list(expected)):
+    if len(found) != len(expected) or (not numbered and found != list(expected)):
         raise HeadMismatchError(
-            f"the data has {len(found)} classes ({', '.join(map(str, found[:8]))}), the model {len(expected)} "
+            f"the data has {len(found)} classes ({', '.join(found[:8])}), the model {len(expected)} "
             f"({', '.join(expected[:8])}), at most 8 listed: expected the same in the same order. Build the head from "
             "the data: attach_head(backbone, data.classes)."
         )

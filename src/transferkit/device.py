@@ -113,7 +113,9 @@ class Device:
         with self._tf32():
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
-    def update(self, optimizer: Optimizer, *, clip_grad_norm: float | None = None) -> None:
+    def update(
+        self, optimizer: Optimizer, *, clip_grad_norm: float | None = None, finite: Tensor | None = None
+    ) -> None:
         """Unscale, clip and apply the gradients, then clear them.
 
         In fp16 an update whose gradients overflowed is skipped, and the scale shrinks.
@@ -121,13 +123,20 @@ class Device:
         Args:
             optimizer: Its gradients are used up.
             clip_grad_norm: Largest allowed Euclidean norm of all gradients together, or None.
+            finite: bool `()`, on the device: where false, no weight is changed. With a fused optimizer nobody waits
+                for it. None is true.
         """
         if clip_grad_norm is not None:
             self.scaler.unscale_(optimizer)  # first, or the limit would apply to scaled gradients
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
-        self.scaler.step(optimizer)
-        self.scaler.update()
+        if finite is None or self.scaler.is_enabled():  # the scaler sees for itself
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):  # fused
+            step_where(finite, optimizer)
+        elif bool(finite):  # host sync on an accelerator
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     def step(self, loss: Tensor, optimizer: Optimizer, *, clip_grad_norm: float | None = None) -> None:
@@ -166,6 +175,19 @@ class Device:
     def _tf32(self) -> AbstractContextManager[None]:
         tensor_cores = self.precision == "fp32" and self.torch_device.type == "cuda"
         return _float32_products("high") if tensor_cores else nullcontext()
+
+
+def step_where(finite: Tensor, optimizer: Any) -> None:
+    """Make an optimizer's step where `finite`, bool `()`, is true, and change nothing where it is not.
+
+    The host does not wait: fused kernels of torch look at these two attributes, through which GradScaler tells them of
+    overflows.
+    """
+    optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
 
 
 @contextmanager

@@ -25,6 +25,18 @@ class CheckpointError(TransferKitError, ValueError):
     """A checkpoint cannot be read, or does not fit the live objects."""
 
 
+class CheckpointTypeError(CheckpointError, TypeError):
+    """A checkpoint would hold something else than plain types and tensors."""
+
+
+class CheckpointWriteError(TransferKitError, OSError):
+    """A checkpoint could not be written; what was there before still is."""
+
+
+class DataChangedError(TransferKitError, ValueError):
+    """The data is not what the run began with."""
+
+
 class DeviceError(TransferKitError, RuntimeError):
     """The device or number format asked for is not to be had on this machine."""
 
@@ -41,8 +53,16 @@ class ImageError(TransferKitError, ValueError):
     """An image has a shape, number type, channel count or size that cannot be used."""
 
 
+class NonFiniteError(TransferKitError, ArithmeticError):
+    """A loss or a gradient is infinite or not a number."""
+
+
 class NothingToTrainError(TransferKitError, ValueError):
     """Every parameter is frozen."""
+
+
+class OutOfMemoryError(TransferKitError, RuntimeError):
+    """One image at a time is more than the memory holds."""
 
 
 class PreprocessingError(TransferKitError, ValueError):
@@ -67,6 +87,10 @@ class WeightsError(TransferKitError, ValueError):
 
 class WeightsDownloadError(TransferKitError, OSError):
     """A weight file could not be downloaded whole."""
+
+
+class WorkerError(TransferKitError, RuntimeError):
+    """A process that reads images died or hangs."""
 
 
 def close_matches(name: object, known: Iterable[str]) -> str:

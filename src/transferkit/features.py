@@ -105,11 +105,13 @@ class FeatureCache:
     Args:
         device: Where features are used.
         folder: Where they are kept for later runs and other processes; None keeps them in memory alone.
+        check: Called after each batch, to stop.
     """
 
-    def __init__(self, device: Device, folder: Path | None = None) -> None:
+    def __init__(self, device: Device, folder: Path | None = None, *, check: Callable[[], None] = lambda: None) -> None:
         self.device = device
         self.folder = folder
+        self.check = check
         self._kept: list[KeptFeatures] = []
 
     def keep(self, inputs: Inputs, prefix: Prefix, *, num_views: int, say: Say) -> KeptFeatures:
@@ -124,7 +126,7 @@ class FeatureCache:
         Raises:
             CacheError: They would take too much memory.
         """
-        scan = _Scan(inputs, prefix.batch_size, num_views)
+        scan = _Scan(inputs, prefix.batch_size, num_views, self.check)
         example = _example(inputs, prefix)
         shape = (num_views, scan.num_images, *example.shape[1:])
         start = None
@@ -137,7 +139,9 @@ class FeatureCache:
 
         def compute() -> Iterator[Tensor]:
             computed = (prefix(batch) for batch in scan) if start is None else _derive(start, prefix)
-            return (part.permute(0, 2, 3, 1) for part in computed)
+            for part in computed:
+                yield part.permute(0, 2, 3, 1)
+                self.check()
 
         file = self._file(scan.pixels, prefix.digests[-1])
         features, where = self._store(compute, shape, example.dtype, file=file, say=say)
@@ -232,7 +236,8 @@ class _Scan:
     how they are divided into batches.
     """
 
-    def __init__(self, inputs: Inputs, batch_size: int, num_views: int) -> None:
+    def __init__(self, inputs: Inputs, batch_size: int, num_views: int, check: Callable[[], None]) -> None:
+        self.check = check
         self.inputs = inputs
         self.batch_size = batch_size
         self.num_views = num_views
@@ -262,7 +267,7 @@ class _Scan:
     def read(self) -> None:
         """Read all without computing anything."""
         for _ in self:
-            pass
+            self.check()
 
 
 def _example(inputs: Inputs, prefix: Prefix) -> Tensor:

@@ -1,4 +1,4 @@
-"""Write a file whole or not at all, and know what reading a damaged one raises."""
+"""Write a file whole or not at all, and know what a damaged or malicious one looks like before it is read."""
 
 import os
 import pickle
@@ -7,9 +7,14 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: files that a killed writer left behind stay there
+    fcntl = None  # type: ignore[assignment]
 
 DAMAGE = (
     zipfile.BadZipFile,
@@ -28,12 +33,19 @@ DAMAGE = (
 )
 """What zipfile and torch.load raise on files that are damaged or of another kind, seen by flipping bits."""
 
+MAX_MEMBERS = 20_000
+"""Parts of an archive; VGG19 with batch norm and Adam has some 500."""
+
+MAX_PICKLE_BYTES = 64 * 2**20
+"""Size of the part that is not tensors; VGG16 with Adam has 20 kB."""
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """Open a new file beside `path`; when the block ends well it takes the place of `path`, else it is removed.
 
-    The content is on the disk before it takes its place, so that a crash leaves the old file or the new one.
+    The content is on the disk before it takes its place, so that a crash leaves the old file or the new one. What a
+    killed writer of the same path left behind is removed by the next one: its lock tells that nobody writes it.
 
     Raises:
         OSError: The folder is missing, read-only or full.
@@ -46,18 +58,66 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         >>> path.read_bytes()
         b'whole'
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    _remove_abandoned(path)
+    part = Path(os.devnull)
     try:
-        with part.open("xb") as file:
+        part, file = _open_locked(path)
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+            part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        if part.name.startswith("."):
+            part.unlink(missing_ok=True)
     if os.name == "posix":  # a folder can be opened nowhere else
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # or a power failure could undo the renaming
         finally:
             os.close(folder)
+
+
+def check_archive(path: Path) -> None:
+    """Verify the checksum of every part of a file that torch.save wrote, having looked at how much there is.
+
+    torch itself looks at no checksum, and inflates whatever is compressed.
+
+    Raises:
+        ValueError: A checksum is wrong, or no torch.save writes such an archive: compressed parts, more parts or
+            larger ones than the file can hold.
+        zipfile.BadZipFile: No archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if len(members) > MAX_MEMBERS:
+            raise ValueError(f"it has {len(members):,} parts, expected at most {MAX_MEMBERS:,}")
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("it has compressed parts, which torch.save does not write")
+        declared = sum(member.file_size for member in members)
+        if declared > path.stat().st_size:
+            raise ValueError(f"its parts declare {declared:,} bytes, more than the file has")
+        pickled = sum(member.file_size for member in members if member.filename.endswith(".pkl"))
+        if pickled > MAX_PICKLE_BYTES:
+            raise ValueError(f"{pickled:,} bytes of it are not tensors, expected at most {MAX_PICKLE_BYTES:,}")
+        if damaged := archive.testzip():
+            raise ValueError(f"it is damaged in its part {damaged!r}")
+
+
+def _open_locked(path: Path) -> tuple[Path, BinaryIO]:
+    while True:
+        part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        file = part.open("x+b")
+        if fcntl is None:
+            return part, file
+        fcntl.flock(file, fcntl.LOCK_EX)  # goes when the process does, however it ends
+        if os.fstat(file.fileno()).st_nlink:  # nobody took it for abandoned before it was locked
+            return part, file
+        file.close()
+
+
+def _remove_abandoned(path: Path) -> None:
+    for part in path.parent.glob(f".{path.name}.*.*") if fcntl is not None else ():
+        with suppress(OSError), part.open("rb") as file:  # somebody writes it, or has just finished
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()

@@ -2,7 +2,7 @@
 
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from transferkit.backbone import Backbone
 from transferkit.errors import UnknownLayerError, close_matches
@@ -84,6 +84,20 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
 def stays_in_eval(module: nn.Module) -> bool:
     """Say whether `freeze_until` froze a module."""
     return isinstance(module.__dict__.get("train"), _StayInEval)
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights and buffers that training changes, by name; they are not copies.
+
+    Example:
+        >>> list(trainable_state(freeze_until(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "1")))
+        ['1.weight', '1.bias']
+    """
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for name, module in model.named_modules():
+        if stays_in_eval(module):
+            frozen.update(f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False))
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
 def first_trainable(model: nn.Module) -> str | None:

@@ -106,7 +106,7 @@ def attach_head(
     names = _class_names(classes)
     arguments = None
     if head is None:
-        head = _build_head(backbone.feature_shape, len(names), hidden, dropout, pooling)
+        head = build_head(backbone.feature_shape, len(names), hidden, dropout, pooling)
         arguments = {"hidden": list(hidden), "dropout": dropout, "pooling": pooling}
     elif hidden or dropout or pooling != "flatten":
         raise ArgumentError(
@@ -119,27 +119,14 @@ def attach_head(
     return TransferModel(backbone, head.to(parameter.device), names, arguments)
 
 
-def _class_names(classes: int | Sequence[str]) -> tuple[str, ...]:
-    if isinstance(classes, str):
-        raise ArgumentError(f"classes={classes!r} is one string: expected a list of class names, or their number.")
-    if isinstance(classes, Integral):  # numpy's too: targets.max() + 1
-        classes = [str(index) for index in range(int(classes))]
-    if not isinstance(classes, Iterable):
-        raise ArgumentError(f"classes={classes!r} cannot be used: expected a list of class names, or their number.")
-    names = tuple(str(name) for name in classes)
-    if len(names) < 2:
-        raise ArgumentError(
-            f"classes={classes!r} makes {len(names)} classes: expected 2 or more. For a yes-or-no question pass two, "
-            'such as ["no", "yes"].'
-        )
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ArgumentError(f"class names repeat: {', '.join(repeated)}. Expected each of the {len(names)} once.")
-    return names
-
-
-def _build_head(
+def build_head(
     feature_shape: tuple[int, int, int], num_classes: int, hidden: Sequence[int], dropout: float, pooling: str
 ) -> nn.Sequential:
+    """Build the head that `attach_head` describes, for features of a shape `(C, h, w)`.
+
+    Raises:
+        ArgumentError: A value out of range.
+    """
     if pooling not in POOLINGS:
         raise ArgumentError(f"pooling={pooling!r} is not known. {close_matches(pooling, POOLINGS)}")
     share("dropout", dropout)
@@ -163,6 +150,24 @@ def _build_head(
         inputs = outputs
     layers["logits"] = nn.Linear(inputs, num_classes)
     return nn.Sequential(layers)
+
+
+def _class_names(classes: int | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(classes, str):
+        raise ArgumentError(f"classes={classes!r} is one string: expected a list of class names, or their number.")
+    if isinstance(classes, Integral):  # numpy's too: targets.max() + 1
+        classes = [str(index) for index in range(int(classes))]
+    if not isinstance(classes, Iterable):
+        raise ArgumentError(f"classes={classes!r} cannot be used: expected a list of class names, or their number.")
+    names = tuple(str(name) for name in classes)
+    if len(names) < 2:
+        raise ArgumentError(
+            f"classes={classes!r} makes {len(names)} classes: expected 2 or more. For a yes-or-no question pass two, "
+            'such as ["no", "yes"].'
+        )
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ArgumentError(f"class names repeat: {', '.join(repeated)}. Expected each of the {len(names)} once.")
+    return names
 
 
 def _check_head(head: nn.Module, feature_shape: tuple[int, int, int], num_classes: int) -> None:

@@ -16,6 +16,7 @@ class EpochReport:
         epoch_s: Seconds, validation included.
         val_loss: Plain cross-entropy on the validation data; None without.
         val_accuracy: 0 to 1; None without.
+        skipped: Steps that were left out because a number was not finite.
     """
 
     epoch: int
@@ -25,14 +26,16 @@ class EpochReport:
     epoch_s: float
     val_loss: float | None = None
     val_accuracy: float | None = None
+    skipped: int = 0
 
     def __str__(self) -> str:
         validation = (
             "" if self.val_loss is None else f"  val_loss {self.val_loss:.4f}  val_accuracy {self.val_accuracy:.4f}"
         )
+        skipped = f"  {self.skipped} steps not finite, left out" if self.skipped else ""
         return (
             f"epoch {self.epoch + 1}  loss {self.loss:.4f}  accuracy {self.accuracy:.4f}{validation}  "
-            f"lr {self.lr:.2g}  {self.epoch_s:.1f} s"
+            f"lr {self.lr:.2g}  {self.epoch_s:.1f} s{skipped}"
         )
 
 
@@ -57,7 +60,9 @@ class History:
     def history(self) -> dict[str, list[float]]:
         """Each figure's values, one for each epoch; figures that were not taken are left out."""
         rows = [asdict(report) for report in self.reports]
-        names = [name for name in rows[0] if name != "epoch" and rows[0][name] is not None] if rows else []
+        names = (
+            [name for name in rows[0] if name not in ("epoch", "skipped") and rows[0][name] is not None] if rows else []
+        )
         return {name: [row[name] for row in rows] for name in names}
 
     @property

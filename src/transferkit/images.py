@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from transferkit.arrays import tensor_from_array
@@ -67,7 +67,7 @@ def as_image(image: object, index: int) -> Tensor:
     """Return one sample's image as `as_images` would: uint8 or float32 `(3, H, W)`.
 
     Args:
-        image: A PIL image of eight bits a channel (converted to RGB), or a tensor or array as in `as_images`,
+        image: A PIL image of eight bits a channel (see `upright_rgb`), or a tensor or array as in `as_images`,
             without the batch dimension.
         index: Its place in the data set, for the message.
 
@@ -75,20 +75,38 @@ def as_image(image: object, index: int) -> Tensor:
         ImageError: Another shape, number type, channel count or PIL mode.
     """
     if isinstance(image, Image.Image):
-        if image.mode not in _RGB_MODES:
-            raise ImageError(
-                f"image {index} has mode {image.mode!r}: expected eight bits a channel ({', '.join(_RGB_MODES)}). "
-                "Scale it to 0..255 and convert it to RGB in the data set's transform."
-            )
         from torchvision.transforms.v2 import functional as transforms  # takes 0.2 s: not at import
 
-        pixels: Tensor = transforms.pil_to_tensor(image.convert("RGB"))
+        pixels: Tensor = transforms.pil_to_tensor(upright_rgb(image, index))
         return pixels
     try:
         batch: Any = image
         return as_images(batch[None] if isinstance(image, Tensor | np.ndarray) else image)[0]
     except ImageError as error:
         raise ImageError(f"image {index}: {error} (here without N, or a PIL image)") from None
+
+
+def upright_rgb(image: Image.Image, index: int) -> Image.Image:
+    """Return a PIL image in RGB, turned as its EXIF orientation says.
+
+    Args:
+        image: Of eight bits a channel: gray, palette, RGBA (alpha is dropped), CMYK and YCbCr are converted.
+        index: Its place in the data set, for the message.
+
+    Raises:
+        ImageError: It has more bits a channel, or more pixels than Pillow allows (`PIL.Image.MAX_IMAGE_PIXELS`).
+    """
+    if image.mode not in _RGB_MODES:
+        raise ImageError(
+            f"image {index} has mode {image.mode!r}: expected eight bits a channel ({', '.join(_RGB_MODES)}). "
+            "Scale it to 0..255 and convert it to RGB in the data set's transform."
+        )
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ImageError(
+            f"image {index} has {image.width}x{image.height} pixels: expected at most {Image.MAX_IMAGE_PIXELS:,}, more "
+            "may be meant to fill the memory. If it is sound, raise PIL.Image.MAX_IMAGE_PIXELS."
+        )
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def check_image_size(images: Tensor, image_size: int) -> None:

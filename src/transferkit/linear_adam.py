@@ -67,6 +67,22 @@ class LinearAdam(TorchFunctionMode):
                 return _Linear.apply(inputs.to(torch.bfloat16), weight, short, factors)
         return func(*args, **(kwargs or {}))
 
+    def gradient_bounds(self) -> list[Tensor]:
+        """Return a number for each weight used, float32 `()`, that is finite only if its whole gradient is.
+
+        A gradient is a sum over images of products of two factors, so no entry exceeds the number of images times the
+        largest of each.
+        """
+        return [
+            len(gradient) * gradient.float().abs().amax() * inputs.float().abs().amax()
+            for factors in self._factors.values()
+            for gradient, inputs in factors
+        ]
+
+    def clear(self) -> None:
+        """Forget the gradients gathered since the last update."""
+        self._factors.clear()
+
     def update(self) -> None:
         """Apply the gradients gathered since the last update; before the optimizer's own step."""
         for weight, factors in self._factors.items():

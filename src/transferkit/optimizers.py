@@ -82,19 +82,29 @@ def build_optimizer(
     return built
 
 
-def set_lr(optimizer: Optimizer, lr: LearningRate) -> None:
-    """Give every group its base learning rate, from which schedules start.
+def find_lr(optimizer: Optimizer, lr: LearningRate | None) -> dict[str, float]:
+    """Return the base learning rate of each group: what `lr` says or, if that is None, what it has.
 
     Raises:
         ArgumentError: Not positive and finite, or a mapping with other names than the groups'.
     """
     names = [group.get("name", str(index)) for index, group in enumerate(optimizer.param_groups)]
+    if lr is None:
+        return {name: group["initial_lr"] for name, group in zip(names, optimizer.param_groups, strict=True)}
     rates = dict(lr) if isinstance(lr, Mapping) else dict.fromkeys(names, lr)
     if set(rates) != set(names):
         raise ArgumentError(f"lr names the groups {sorted(rates)}: expected exactly {names}, or one number for all.")
-    checked = {name: positive(f"lr of {name}" if isinstance(lr, Mapping) else "lr", rates[name]) for name in names}
-    for name, group in zip(names, optimizer.param_groups, strict=True):
-        group["initial_lr"] = group["lr"] = checked[name]
+    return {name: positive(f"lr of {name}" if isinstance(lr, Mapping) else "lr", rates[name]) for name in names}
+
+
+def set_lr(optimizer: Optimizer, lr: LearningRate) -> None:
+    """Give every group its base learning rate, from which schedules start.
+
+    Raises:
+        ArgumentError: As `find_lr`.
+    """
+    for rate, group in zip(find_lr(optimizer, lr).values(), optimizer.param_groups, strict=True):
+        group["initial_lr"] = group["lr"] = rate
 
 
 def scale_lr(optimizer: Optimizer, factor: float) -> None:

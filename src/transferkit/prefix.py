@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from transferkit.arrays import digest_tensors, raw_bytes
 from transferkit.device import Device
+from transferkit.out_of_memory import within_memory
 from transferkit.preprocessing import Preprocessing
 
 _PURE = (
@@ -76,8 +77,16 @@ class Prefix:
         convolution = isinstance(self._layers[first], nn.Conv2d)
         dtype = self.device.dtype if convolution else inputs.dtype  # as autocast would cast it
         inputs = inputs.to(dtype, memory_format=torch.channels_last, copy=not convolution)  # a ReLU works in place
+        if not convolution:
+            return self._compute(run, inputs, self.batch_size)  # the ReLU has already changed what a retry would need
+        output, self.batch_size = within_memory(
+            lambda size: self._compute(run, inputs, size), self.batch_size, device=self.device, what="frozen layers"
+        )
+        return output
+
+    def _compute(self, run: Callable[[Tensor], Tensor], inputs: Tensor, size: int) -> Tensor:
         with torch.no_grad(), self.device.autocast():
-            parts = [run(part) for part in torch.split(inputs, self.batch_size)]
+            parts = [run(part) for part in torch.split(inputs, size)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def is_current(self, layers: nn.Sequential, preprocess: Preprocessing) -> bool:

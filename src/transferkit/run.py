@@ -1,14 +1,18 @@
 """What one call of `fit` or `steps` works with, checked before its first step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, default_collate
 
 from transferkit.arguments import whole_number
 from transferkit.augmentation import Augment, Transform, build_augmentation
-from transferkit.data import Source, open_data
-from transferkit.errors import ArgumentError, NothingToTrainError
+from transferkit.bad_images import check_policy, without_bad_images
+from transferkit.data import Source, class_names, open_data
+from transferkit.errors import ArgumentError, DeviceError, HeadMismatchError, NothingToTrainError
+from transferkit.features import Say, say_nothing
 from transferkit.head import TransferModel
 from transferkit.validation import split_validation
 
@@ -48,34 +52,55 @@ def open_run(
     validation_data: object = None,
     validation_split: float | None = None,
     seed: int = 0,
+    on_bad_image: str = "raise",
+    say: Say = say_nothing,
+    check: Callable[[], None] = lambda: None,
 ) -> Run:
     """Check the arguments of a call and open its data.
 
+    The arguments are those of `Trainer.fit`; `say` takes a line of text for the user, and `check` is called while data
+    is looked through, to stop.
+
+    Raises:
+        TransferKitError: An argument, or the data, cannot be used.
+    """
+    _check_alone()
+    whole_number("epochs", epochs)
+    check_policy(on_bad_image)
+    if validation_data is not None and validation_split is not None:
+        raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
+    open_ = partial(open_data, classes=model.classes, on_bad_image=on_bad_image)
+    source = open_(data, num_workers=num_workers)
+    validation = None
+    if validation_data is not None:
+        _check_same_classes(data, validation_data)
+        validation_data, num_workers = _without_loader(validation_data, num_workers)
+        validation = open_(validation_data, num_workers=num_workers)
+    if on_bad_image == "skip":
+        source = without_bad_images(source, say=say, check=check)
+        validation = None if validation is None else without_bad_images(validation, say=say, check=check)
+    if validation_split is not None:
+        source, validation = split_validation(source, validation_split, seed)
+    size = choose_batch_size(source, batch_size)
+    num_batches = source.num_batches(size)
+    transform = None if augment is None else build_augmentation(augment, model.backbone.image_size)
+    num_views = None if n_views is None else whole_number("n_views", n_views)
+    num_steps = None if num_batches is None else epochs * num_batches
+    return Run(source, validation, size, transform, num_views, num_steps)
+
+
+def check_trains(model: TransferModel, run: Run) -> None:
+    """Refuse a model that cannot train on this data.
+
     Raises:
         NothingToTrainError: Everything is frozen.
-        TransferKitError: Another argument, or the data, cannot be used.
+        ArgumentError: A last batch of one image meets batch norm over vectors.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise NothingToTrainError(
             "nothing to train: every parameter is frozen. freeze_until(model, 'head') trains the head alone."
         )
-    whole_number("epochs", epochs)
-    if validation_data is not None and validation_split is not None:
-        raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
-    source = open_data(data, model.classes, num_workers=num_workers)
-    validation = None
-    if validation_data is not None:
-        validation_data, num_workers = _without_loader(validation_data, num_workers)
-        validation = open_data(validation_data, model.classes, num_workers=num_workers)
-    if validation_split is not None:
-        source, validation = split_validation(source, validation_split, seed)
-    size = choose_batch_size(source, batch_size)
-    num_batches = source.num_batches(size)
-    _check_last_batch(model, source.num_images, size)
-    transform = None if augment is None else build_augmentation(augment, model.backbone.image_size)
-    num_views = None if n_views is None else whole_number("n_views", n_views)
-    num_steps = None if num_batches is None else epochs * num_batches
-    return Run(source, validation, size, transform, num_views, num_steps)
+    _check_last_batch(model, run.source.num_images, run.batch_size)
 
 
 def choose_batch_size(source: Source, batch_size: int | None) -> int:
@@ -89,6 +114,26 @@ def choose_batch_size(source: Source, batch_size: int | None) -> int:
             f"batch_size={batch_size} does not reach a DataLoader, which makes its own batches: leave it out."
         )
     return BATCH_SIZE if batch_size is None else whole_number("batch_size", batch_size)
+
+
+def _check_alone() -> None:
+    """Refuse several ranks: each would train a model of its own on all of the data."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise DeviceError(
+            f"this process is rank {distributed.get_rank()} of {distributed.get_world_size()}, and Trainer trains in "
+            "one process: each rank would train a model of its own. Use the model with DistributedDataParallel in your "
+            "own loop, with transferkit.Device, or start one process."
+        )
+
+
+def _check_same_classes(data: object, validation_data: object) -> None:
+    names, others = class_names(data), class_names(validation_data)
+    if names is not None and others is not None and names != others:
+        raise HeadMismatchError(
+            f"the data to train on has {len(names)} classes ({', '.join(names[:8])}), the data to validate on "
+            f"{len(others)} ({', '.join(others[:8])}), at most 8 listed: class indices would not mean the same. "
+            "Expected the same folders in both; an empty one serves."
+        )
 
 
 def _without_loader(data: object, num_workers: int) -> tuple[object, int]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,10 @@ from torch.optim import Optimizer
 
 from transferkit.device import Device
 from transferkit.errors import ArgumentError
+from transferkit.finite import BufferCopies, gradients_are_finite
 from transferkit.linear_adam import LinearAdam
+from transferkit.out_of_memory import reserve_state, within_memory
+from transferkit.randomness import seeded
 from transferkit.targets import class_indices
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -81,9 +85,16 @@ class Sums:
         self.correct += correct
         self.count += count
 
+    def clear(self) -> None:
+        """Begin anew."""
+        self.loss.zero_()
+        self.correct.zero_()
+        self.count = 0
+
     def means(self) -> tuple[float, float]:
         """Return mean loss and accuracy (0 to 1)."""
-        return self.loss.item() / self.count, self.correct.item() / self.count  # host sync: once an epoch
+        count = max(1, self.count)  # every step may have been left out
+        return self.loss.item() / count, self.correct.item() / count  # host sync: once an epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +118,22 @@ class Step:
     lr: float
 
 
+class Update(NamedTuple):
+    """What one training step came to.
+
+    Attributes:
+        loss: Mean loss, float32 `()`, on the device.
+        correct: Number of hits, int64 `()`, on the device.
+        finite: Whether loss and gradients were finite, bool `()`, on the device; where not, nothing was changed.
+        micro_batch_size: Images that went through at once, fewer than asked for where memory did not suffice.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    finite: Tensor
+    micro_batch_size: int
+
+
 def training_step(
     model: nn.Module,
     images: Tensor,
@@ -115,44 +142,84 @@ def training_step(
     device: Device,
     optimizer: Optimizer,
     cross_entropy: CrossEntropy,
+    seed: int,
     micro_batch_size: int,
     clip_grad_norm: float | None,
     linear_adam: LinearAdam | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Make one update of the weights from one batch.
+    go_on: Tensor | None = None,
+) -> Update:
+    """Make one update of the weights from one batch, unless a number in it is not finite.
 
     The batch goes through in parts of `micro_batch_size`, whose gradients add up: the result is that of the whole
-    batch (but for batch norm's statistics), the memory that of a part.
+    batch (but for batch norm's statistics), the memory that of a part. Where memory does not suffice the parts are
+    halved, and the pass begins again from the same random numbers.
 
     Args:
         model: In training mode, on the device.
-        images: Preprocessed, float `(N, 3, H, W)`, on the device.
+        images: Preprocessed, float `(N, 3, H, W)`, or features, on the device.
         targets: int64 `(N,)` or float `(N, K)`, on the device.
         device: Number format and gradient scaling.
         optimizer: Its gradients are clear before and after.
         cross_entropy: The loss.
+        seed: Of dropout.
         micro_batch_size: 1 or more.
         clip_grad_norm: Largest Euclidean norm of all gradients together, or None.
         linear_adam: Runs and updates the large fully connected layers; None leaves them to the optimizer.
+        go_on: bool `()`, on the device; where false, nothing is changed either. None is true.
 
-    Returns:
-        Mean loss, float32 `()`, and number of hits, int64 `()`, both on the device.
+    Raises:
+        OutOfMemoryError: One image is too much, or there is no room for the optimizer's state; nothing was changed.
     """
+    buffers = BufferCopies(model)
+    whole = linear_adam if micro_batch_size >= len(targets) else None
+
+    def accumulate(size: int) -> tuple[Tensor, Tensor]:
+        special = whole if size >= len(targets) else None
+        with seeded(seed, device.torch_device):
+            return _accumulate_gradients(
+                model, images, targets, size, device=device, cross_entropy=cross_entropy, linear_adam=special
+            )
+
+    def undo() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        buffers.restore()
+        if whole is not None:
+            whole.clear()
+
+    (loss, correct), size = within_memory(
+        accumulate, min(micro_batch_size, len(targets)), device=device, what="a training step", undo=undo
+    )
+    reserve_state(optimizer, device)
+    finite = loss.isfinite() if device.scaler.is_enabled() else gradients_are_finite(loss, optimizer, whole)
+    if go_on is not None:
+        finite = finite & go_on
+    buffers.restore_unless(finite)
+    if whole is not None:
+        whole.update() if bool(finite) else whole.clear()  # on the CPU: no sync
+    device.update(optimizer, clip_grad_norm=clip_grad_norm, finite=finite)
+    return Update(loss, correct, finite, size)
+
+
+def _accumulate_gradients(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    size: int,
+    *,
+    device: Device,
+    cross_entropy: CrossEntropy,
+    linear_adam: LinearAdam | None,
+) -> tuple[Tensor, Tensor]:
     total_weight = cross_entropy.total_weight(targets)
     batch_loss = torch.zeros((), device=images.device)
     batch_correct = torch.zeros((), dtype=torch.int64, device=images.device)
-    for part, part_targets in zip(
-        torch.split(images, micro_batch_size), torch.split(targets, micro_batch_size), strict=True
-    ):
+    for part, part_targets in zip(torch.split(images, size), torch.split(targets, size), strict=True):
         with device.autocast(), linear_adam or nullcontext():
             logits = model(part)
         loss = cross_entropy.sum(logits, part_targets) / total_weight
         device.backward(loss)
         batch_loss += loss.detach()
         batch_correct += count_correct(logits, part_targets)
-    if linear_adam is not None:
-        linear_adam.update()
-    device.update(optimizer, clip_grad_norm=clip_grad_norm)
     return batch_loss, batch_correct
 
 

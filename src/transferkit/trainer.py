@@ -1,41 +1,59 @@
 """`Trainer` composes the other parts; `fit` is a short loop over the steps of an epoch."""
 
+import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transferkit import checkpoint
+from transferkit import archive, model_state, optimizer_state
 from transferkit.arguments import positive, share, whole_number
 from transferkit.augmentation import Augment
 from transferkit.best import BestWeights
+from transferkit.checkpoint import Checkpoint, read_newest
 from transferkit.data import epoch_order, open_data
 from transferkit.device import Device
-from transferkit.errors import ArgumentError
+from transferkit.errors import ArgumentError, NonFiniteError
 from transferkit.evaluation import evaluate, in_eval_mode
 from transferkit.features import FeatureCache, Say, open_folder, say_nothing
-from transferkit.feed import Feed, Frozen
+from transferkit.feed import Batches, Feed, Frozen
+from transferkit.finite import FiniteFlag, check_policy, check_scale, find_nonfinite
 from transferkit.freezing import describe_frozen
 from transferkit.head import TransferModel
 from transferkit.history import EpochReport, History
 from transferkit.inputs import Inputs
+from transferkit.interrupts import Interruption, Interrupts
 from transferkit.linear_adam import find_linear_adam
-from transferkit.optimizers import LearningRate, OptimizerClass, build_optimizer, scale_lr, set_lr
+from transferkit.model_state import check_parts
+from transferkit.optimizers import LearningRate, OptimizerClass, build_optimizer, find_lr, scale_lr, set_lr
+from transferkit.progress import Progress, check_progress
 from transferkit.randomness import derive_seed, seeded
 from transferkit.recompute import Recomputed, check_recomputable
-from transferkit.run import Run, choose_batch_size, open_run
-from transferkit.schedules import Schedule, check_schedule, find_schedule, lr_factor
+from transferkit.run import Run, check_trains, choose_batch_size, open_run
+from transferkit.schedules import SCHEDULES, Schedule, check_schedule, find_schedule, lr_factor
 from transferkit.step import CrossEntropy, Step, Sums, check_class_weights, evaluation_step, training_step
 
 KEPT_BATCH_SIZE = 256
 """Images validated at once where their features are kept: there are no convolutions to take memory."""
+
+SCALE_CHECKED_EVERY = 50
+"""Steps between two looks at the gradient scale of fp16, each of which waits for the device."""
+
+PARTS = {
+    "model": model_state.PARTS,
+    "optimizer": ("class", "groups", "state"),
+    "scaler": (),
+    "progress": ("epoch", "global_step", "seed", "micro_batch_size", "precision", "device"),
+}
 
 Callback = Callable[["Trainer", EpochReport], object]
 
@@ -63,6 +81,9 @@ class Trainer:
         class_weights: One number for each class: how much its images count in the training loss.
         device: `"auto"`, `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, a `torch.device` or a `Device`.
         precision: `"auto"`, `"bf16"`, `"fp16"` or `"fp32"`; see `Device`.
+        on_nonfinite: What is done with a step whose loss or gradients are infinite or NaN, which changes no weight:
+            `"raise"`, or `"skip"` it. In fp16 overflowing gradients are the scaler's business.
+        max_skipped: Steps that may be skipped in one run.
         seed: Order of images, augmentation, dropout and validation split depend on it and on nothing else; the
             head's initial weights are drawn earlier, in `attach_head`, after your `torch.manual_seed`.
         recompute_activations: Keep the activations at block boundaries alone and compute the others a second time in
@@ -109,6 +130,8 @@ class Trainer:
         precision: str = "auto",
         cache: bool | str = "auto",
         cache_dir: str | os.PathLike[str] | None = None,
+        on_nonfinite: str = "raise",
+        max_skipped: int = 10,
         seed: int = 0,
         recompute_activations: bool = False,
         torch_compile: bool = False,
@@ -130,13 +153,17 @@ class Trainer:
         weights = check_class_weights(class_weights, len(model.classes))
         self.cross_entropy = CrossEntropy(share("label_smoothing", label_smoothing), self.device.move(weights))
         self.seed = whole_number("seed", seed, at_least=0)
+        self.on_nonfinite = check_policy(on_nonfinite)
+        self.max_skipped = whole_number("max_skipped", max_skipped, at_least=0)
         if cache != "auto" and not isinstance(cache, bool):
             raise ArgumentError(f'cache={cache!r} is not known: expected "auto", True or False.')
         self.cache = cache
         self.recompute_activations = recompute_activations
         self.torch_compile = torch_compile
-        self._features = FeatureCache(self.device, open_folder(cache_dir))
+        self._interrupts = Interrupts()
+        self._features = FeatureCache(self.device, open_folder(cache_dir), check=self._interrupts.check)
         self._frozen = Frozen(model, self.device, compiled=torch_compile)
+        self._progress: Progress | None = None
         self.epoch = 0
         self.global_step = 0
 
@@ -152,11 +179,17 @@ class Trainer:
         augment: Augment | None = None,
         n_views: int | None = None,
         callbacks: Sequence[Callback] = (),
+        resume_from: str | os.PathLike[str] | None = None,
         restore_best: bool = True,
+        on_bad_image: str = "raise",
         num_workers: int = 0,
         verbose: int = 1,
     ) -> History:
         """Train for some epochs, validate after each, and leave the model as it was after the best of them.
+
+        Ctrl-C (SIGINT) and SIGTERM end the run after the step or batch under way, and are then raised again as
+        `KeyboardInterrupt` or exit status 143; a second one ends it at once. Whatever ends a run between two steps, a
+        `Checkpoint` among the callbacks first saves where it stood.
 
         Args:
             data: `(images, targets)`, a `Dataset` of such pairs (PIL images of any sizes are fine), or a
@@ -173,64 +206,70 @@ class Trainer:
                 image and go through them in turn, an epoch each, so that their features can be kept. None makes new
                 ones in every epoch, and keeps no features of training images.
             callbacks: Called after each epoch with the trainer and the `EpochReport`; one that returns True ends
-                the run.
+                the run. A `Checkpoint` is one.
+            resume_from: A checkpoint saved during a run, or the folder of a `Checkpoint`: the run is resumed with the
+                same result as if it had never stopped, and the history is that of all of it. In a folder that has none
+                yet it begins. `epochs` counts those that were done; data and other arguments must be those of the
+                run. A `DataLoader` that shuffles draws another order.
             restore_best: Put the weights of the epoch with the highest validation accuracy back at the end, whatever
                 ended the run (the optimizer's state stays the last). Without validation data the last weights stay.
+            on_bad_image: `"skip"` reads a `Dataset` once before the run and leaves out, with a line for each, the
+                images that cannot be used: at most 1 % of them, or one. `"raise"` ends the run at the first.
             num_workers: Processes that read a `Dataset`.
             verbose: 1 prints a line at the start and one for each epoch, 0 nothing.
 
         Raises:
             NothingToTrainError: Everything is frozen.
+            NonFiniteError: A loss or gradient is infinite or NaN; the weights are those of the step before.
+            OutOfMemoryError: Memory does not suffice for one image at a time.
+            WorkerError: A process that reads images died or hangs.
+            CheckpointError: `resume_from` cannot be used; nothing was changed.
+            DataChangedError: It began with other data.
+            CheckpointWriteError: At the end, if the last save of a `Checkpoint` failed.
             TransferKitError: Arguments or data that cannot be used, all seen before the first step but for what a
                 `Dataset` or `DataLoader` hides until it is read.
         """
-        run = open_run(
-            self.model,
-            data,
-            validation_data=validation_data,
-            validation_split=validation_split,
-            epochs=epochs,
-            batch_size=batch_size,
-            augment=augment,
-            n_views=n_views,
-            num_workers=num_workers,
-            seed=self.seed,
-        )
-        check_schedule(self.schedule, run.num_steps)
-        self._check_validation(run)
         if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
             raise ArgumentError(
                 f"callbacks={callbacks!r} cannot be used: expected a list of functions of (trainer, report)."
             )
-        if lr is not None:
-            set_lr(self.optimizer, lr)
-        if verbose:
-            _print(f"{describe_frozen(self.model)}; on {self.device.torch_device} in {self.device.precision}")
-        train, validation = self._feeds(run, say=_print if verbose else say_nothing)
-        history, best, first_step = History(), BestWeights(self.model), self.global_step
-        try:
-            for epoch in range(epochs):
-                started = time.perf_counter()
-                best.before_training()
-                sums = Sums(self.device.torch_device)
-                for step in self._train_epoch(run, train, first_step):
-                    sums.add(step.loss, step.correct, step.count)
-                loss, accuracy = sums.means()
-                val_loss, val_accuracy = (None, None)
-                if validation is not None:
-                    val_loss, val_accuracy = self._validate(validation, run.batch_size)
-                epoch_s = time.perf_counter() - started
-                report = EpochReport(self.epoch - 1, loss, accuracy, step.lr, epoch_s, val_loss, val_accuracy)
-                history.reports.append(report)
-                if restore_best and history.best_epoch == epoch:
-                    best.take()
-                if verbose:
-                    _print(str(report))
-                if any([callback(self, report) is True for callback in callbacks]):  # noqa: C419 - call them all
-                    break
-        finally:
-            best.restore()
-        return history
+        say = _print if verbose else say_nothing
+        checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
+        with self._interrupts:
+            run = open_run(
+                self.model,
+                data,
+                validation_data=validation_data,
+                validation_split=validation_split,
+                epochs=epochs,
+                batch_size=batch_size,
+                augment=augment,
+                n_views=n_views,
+                num_workers=num_workers,
+                seed=self.seed,
+                on_bad_image=on_bad_image,
+                say=say,
+                check=self._interrupts.check,
+            )
+            check_schedule(self.schedule, run.num_steps)
+            self._check_validation(run)
+            facts = self._facts(run, lr, epochs) if checkpoints or resume_from is not None else {}
+            saved = None if resume_from is None else self._read_run(resume_from, facts, say)
+            if saved is None:
+                self._begin_run(run, lr, checkpoints)
+            else:
+                self._assign(saved)  # nothing was changed before
+            say(f"{describe_frozen(self.model)}; on {self.device.torch_device} in {self.device.precision}")
+            train, validation = self._feeds(run, say=say)
+            progress = self._begin(run, facts)
+            if saved is not None:
+                progress.load(saved["run"])
+                self.epoch, self.micro_batch_size = progress.epoch, saved["progress"]["micro_batch_size"]
+            fit_epoch = partial(self._fit_epoch, run, train, validation, progress, checkpoints)
+            self._run_epochs(fit_epoch, progress, epochs, callbacks, restore_best=restore_best, say=say)
+        for failure in [checkpoint.failure for checkpoint in checkpoints if checkpoint.failure is not None]:
+            raise failure
+        return progress.history
 
     def steps(
         self,
@@ -262,11 +301,12 @@ class Trainer:
             num_workers=num_workers,
         )
         check_schedule(self.schedule, run.num_steps)
+        check_trains(self.model, run)
         if lr is not None:
             set_lr(self.optimizer, lr)
         train, _ = self._feeds(run, say=say_nothing)
-        first_step = self.global_step
-        return (step for _ in range(epochs) for step in self._train_epoch(run, train, first_step))
+        progress = self._begin(run, {})
+        return (step for _ in range(epochs) for step in self._train_epoch(run, train, progress, first=0))
 
     def evaluate(self, data: object, *, batch_size: int | None = None, num_workers: int = 0) -> dict[str, float]:
         """Return `{"loss": ..., "accuracy": ...}`: mean cross-entropy, unsmoothed and unweighted, and accuracy, 0 to 1.
@@ -312,46 +352,131 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Return model, optimizer and progress as plain types and tensors, which are not copies."""
         return {
-            "model": checkpoint.model_state(self.model),
-            "optimizer": checkpoint.optimizer_state(self.optimizer, self.model),
+            "model": model_state.model_state(self.model),
+            "optimizer": optimizer_state.optimizer_state(self.optimizer, self.model),
             "scaler": self.device.scaler.state_dict(),
-            "progress": {"epoch": self.epoch, "global_step": self.global_step, "seed": self.seed},
+            "progress": {
+                "epoch": self.epoch,
+                "global_step": self.global_step,
+                "seed": self.seed,
+                "micro_batch_size": self.micro_batch_size,
+                "precision": self.device.precision,
+                "device": self.device.torch_device.type,
+            },
+            "run": None if self._progress is None else self._progress.state(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned, what is frozen included; on any difference nothing is changed.
 
         Raises:
             HeadMismatchError: Other classes.
             CheckpointError: Another backbone, head, preprocessing or optimizer.
         """
-        checkpoint.check_parts(state, *checkpoint.PARTS)
-        checkpoint.check_model_state(self.model, state["model"])
-        checkpoint.check_optimizer_state(self.optimizer, self.model, state["optimizer"])
-        checkpoint.load_model_state(self.model, state["model"])
-        checkpoint.load_optimizer_state(self.optimizer, self.model, state["optimizer"])
-        if state["scaler"] and self.device.scaler.is_enabled():  # empty unless it was saved from fp16
-            self.device.scaler.load_state_dict(state["scaler"])
-        self.epoch = state["progress"]["epoch"]
-        self.global_step = state["progress"]["global_step"]
-        self.seed = state["progress"]["seed"]
+        self._check(state, origin="the checkpoint")
+        self._assign(state)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, frozen: bool = True) -> None:
         """Write a checkpoint, whole or not at all; `load` and `transferkit.load_model` read it.
 
+        Args:
+            path: Of the file.
+            frozen: False leaves out the weights that are frozen; whoever reads it must have them, and is told by their
+                SHA-256 whether they are the same.
+
         Raises:
-            OSError: The folder is missing, read-only or full.
+            CheckpointWriteError: The folder is missing, read-only or full; what was there before still is.
         """
-        checkpoint.write_checkpoint(path, self.state_dict())
+        state = self.state_dict()
+        model = state["model"] if frozen else model_state.leave_out_frozen(state["model"], self.model)[0]
+        archive.write_checkpoint(path, {**state, "model": model})
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Take over a checkpoint that `save` wrote; see `load_state_dict`.
+        """Take over a checkpoint that `save` or a `Checkpoint` wrote; see `load_state_dict`.
 
         Raises:
             CheckpointError: No such file, a damaged one, or one that does not fit.
             HeadMismatchError: It has other classes.
         """
-        self.load_state_dict(checkpoint.read_checkpoint(path))
+        self._assign(self._complete(archive.read_checkpoint(path), Path(path)))
+
+    def _complete(self, state: dict[str, Any], path: Path) -> dict[str, Any]:
+        """Return a state read from a file, with the frozen weights it left out, once it is known to fit."""
+        check_parts(state, PARTS, origin=str(path))
+        state = {**state, "model": model_state.put_back(state["model"], path, self.model.state_dict())}
+        self._check(state, origin=str(path))
+        return state
+
+    def _check(self, state: Mapping[str, Any], *, origin: str) -> None:
+        check_parts(state, PARTS, origin=origin)
+        model_state.check_model_state(self.model, state["model"])
+        optimizer_state.check_optimizer_state(self.optimizer, self.model, state["optimizer"])
+
+    def _assign(self, state: Mapping[str, Any]) -> None:
+        """Take over a state that is known to fit."""
+        position = state["progress"]
+        here = {"precision": self.device.precision, "device": self.device.torch_device.type}
+        there = {name: position[name] for name in here}
+        if here != there:
+            warnings.warn(
+                f"the checkpoint is from {there['device']} in {there['precision']}, and goes on on {here['device']} in "
+                f"{here['precision']}: numbers will differ from those of a run that stayed there"
+                + (", and its gradient scale is dropped." if state["scaler"] and here["precision"] != "fp16" else "."),
+                stacklevel=3,
+            )
+        model_state.load_model_state(self.model, state["model"])
+        optimizer_state.load_optimizer_state(self.optimizer, self.model, state["optimizer"])
+        if state["scaler"] and self.device.scaler.is_enabled():  # empty unless it was saved from fp16
+            self.device.scaler.load_state_dict(state["scaler"])
+        self.epoch = position["epoch"]
+        self.global_step = position["global_step"]
+        self.seed = position["seed"]
+
+    def _read_run(self, path: str | os.PathLike[str], facts: dict[str, Any], say: Say) -> dict[str, Any] | None:
+        """Return the state to resume from, known to fit; None if the folder has none yet."""
+        found = read_newest(path)
+        if found is None:
+            say(f"{path} has no checkpoint yet: the run begins")
+            return None
+        file, state = found
+        state = self._complete(state, file)
+        check_progress(state.get("run"), facts, self.model.state_dict(), origin=str(file))
+        say(f"resumed from {file}")
+        return state
+
+    def _facts(self, run: Run, lr: LearningRate | None, epochs: int) -> dict[str, Any]:
+        """Return what a call must have in common with the one it resumes."""
+        constant = self.schedule is SCHEDULES["constant"]
+        weights = self.cross_entropy.class_weights
+        return {
+            "training data": [run.source.num_images, run.source.digest()],
+            "validation data": None if run.validation is None else [run.validation.num_images, run.validation.digest()],
+            "batch_size": run.batch_size,
+            "augment": run.transform is not None,
+            "n_views": run.num_views,
+            "lr": find_lr(self.optimizer, lr),
+            "schedule": next((name for name, known in SCHEDULES.items() if known is self.schedule), "a function"),
+            "epochs": None if constant else epochs,  # a schedule runs over all of them
+            "warmup_steps": self.warmup_steps,
+            "clip_grad_norm": self.clip_grad_norm,
+            "label_smoothing": self.cross_entropy.label_smoothing,
+            "class_weights": None if weights is None else weights.tolist(),
+            "seed": self.seed,
+        }
+
+    def _begin(self, run: Run, facts: dict[str, Any]) -> Progress:
+        sums = Sums(self.device.torch_device)
+        return Progress(facts, self.global_step, self.epoch, run.num_steps, BestWeights(self.model), sums)
+
+    def _save_where_it_stands(self, checkpoints: Sequence[Checkpoint]) -> str:
+        """Save a run that ends early, if a step is not half made, and say so."""
+        stop = f"stopped after step {self.global_step}"
+        if not checkpoints:
+            return f"{stop}; nothing was saved: there is no Checkpoint among the callbacks"
+        if self._progress is None or not self._progress.between_steps:
+            return f"{stop}; a step was under way, so the last checkpoint is the one before"
+        paths = [str(path) for checkpoint in checkpoints if (path := checkpoint.try_to_save(self))]
+        return f"{stop}; saved to {', '.join(paths)}" if paths else f"{stop}; it could not be saved"
 
     def _check_validation(self, run: Run) -> None:
         """Read one image to validate on now: a whole epoch would be lost on data that cannot be used."""
@@ -373,39 +498,149 @@ class Trainer:
         validation.check()
         return train, validation
 
-    def _train_epoch(self, run: Run, feed: Feed, first_step: int) -> Iterator[Step]:
-        """Make the steps of one epoch of a run that began with `first_step`."""
+    def _begin_run(self, run: Run, lr: LearningRate | None, checkpoints: Sequence[Checkpoint]) -> None:
+        check_trains(self.model, run)
+        for checkpoint in checkpoints:
+            checkpoint.check_new_run(self.global_step)
+        if lr is not None:
+            set_lr(self.optimizer, lr)
+
+    def _run_epochs(
+        self,
+        fit_epoch: Callable[[], EpochReport],
+        progress: Progress,
+        epochs: int,
+        callbacks: Sequence[Callback],
+        *,
+        restore_best: bool,
+        say: Say,
+    ) -> None:
+        """Make what is left of the epochs, and leave the best weights in the model, whatever ends it."""
+        self._progress = progress
+        try:
+            while len(progress.history.reports) < epochs:
+                report = fit_epoch()
+                progress.finish_epoch(report)
+                if restore_best and progress.history.best_epoch == len(progress.history.reports) - 1:
+                    progress.best.take()
+                say(str(report))
+                if any([callback(self, report) is True for callback in callbacks]):  # noqa: C419 - call them all
+                    break
+                self._interrupts.check()
+        except BaseException as error:
+            stop = self._save_where_it_stands([c for c in callbacks if isinstance(c, Checkpoint)])
+            if isinstance(error, Interruption) or self._interrupts.received is not None:
+                say(stop)
+                raise Interruption(stop) from error
+            raise
+        finally:
+            progress.best.restore()
+            self._progress = None
+
+    def _fit_epoch(
+        self, run: Run, train: Feed, validation: Feed | None, progress: Progress, checkpoints: Sequence[Checkpoint]
+    ) -> EpochReport:
+        """Train for what is left of an epoch, validate, and return its report."""
+        started = time.perf_counter()
+        progress.best.before_training()
+        for step in self._train_epoch(run, train, progress, first=progress.batches):
+            progress.add(step)
+            for checkpoint in checkpoints:
+                checkpoint.after_step(self)
+            self._interrupts.check()
+        loss, accuracy = progress.sums.means()
+        val_loss, val_accuracy = (None, None)
+        if validation is not None:
+            val_loss, val_accuracy = self._validate(validation, run.batch_size)
+        epoch_s = time.perf_counter() - started
+        skipped = progress.skipped - progress.skipped_before
+        lr = self.optimizer.param_groups[-1]["lr"]
+        return EpochReport(progress.epoch, loss, accuracy, lr, epoch_s, val_loss, val_accuracy, skipped)
+
+    def _train_epoch(self, run: Run, feed: Feed, progress: Progress, *, first: int) -> Iterator[Step]:
+        """Make the steps of one epoch, from batch `first` on."""
         self.model.train()
-        order = epoch_order(run.source.num_images, self.seed, self.epoch)
-        network, batches = feed.open(run.batch_size, order=order, epoch=self.epoch)
+        num_batches = run.source.num_batches(run.batch_size)
+        if first == 0 or num_batches is None or first < num_batches:
+            order = epoch_order(run.source.num_images, self.seed, self.epoch)
+            rest = None if order is None else order[first * run.batch_size :]
+            network, batches = feed.open(run.batch_size, order=rest, epoch=self.epoch)
+            if order is None:
+                batches = itertools.islice(batches, first, None)  # a DataLoader's own batches: read, and passed over
+            yield from self._train_batches(network, batches, feed, progress, first=first)
+        self.epoch += 1
+
+    def _train_batches(
+        self, network: nn.Module, batches: Batches, feed: Feed, progress: Progress, *, first: int
+    ) -> Iterator[Step]:
         if self.recompute_activations:
             network = Recomputed(network)
         whole = self.clip_grad_norm is None and self.micro_batch_size is None and not self.torch_compile
         linear_adam = find_linear_adam(network, self.optimizer, device=self.device) if whole else None
-        for index, (inputs, targets) in enumerate(batches):
-            made = self.global_step - first_step
-            scale_lr(self.optimizer, lr_factor(self.schedule, made, run.num_steps, self.warmup_steps))
-            with seeded(derive_seed(self.seed, "step", self.global_step), self.device.torch_device):  # for dropout
-                loss, correct = training_step(
-                    network,
-                    inputs,
-                    targets,
-                    device=self.device,
-                    optimizer=self.optimizer,
-                    cross_entropy=self.cross_entropy,
-                    micro_batch_size=self.micro_batch_size or len(targets),
-                    clip_grad_norm=self.clip_grad_norm,
-                    linear_adam=linear_adam,
-                )
+        later = self.device.torch_device.type == "cuda" and self.on_nonfinite == "raise"
+        before: tuple[FiniteFlag, Callable[[], NonFiniteError]] | None = (
+            None  # the step before, where flags are read later
+        )
+        go_on: Tensor | None = None
+        for index, (inputs, targets) in enumerate(batches, start=first):
+            made = self.global_step - progress.first_step
+            scale_lr(self.optimizer, lr_factor(self.schedule, made, progress.num_steps, self.warmup_steps))
+            seed = derive_seed(self.seed, "step", self.global_step)  # for dropout
+            progress.between_steps = False
+            loss, correct, finite, size = training_step(
+                network,
+                inputs,
+                targets,
+                device=self.device,
+                optimizer=self.optimizer,
+                cross_entropy=self.cross_entropy,
+                seed=seed,
+                micro_batch_size=self.micro_batch_size or len(targets),
+                clip_grad_norm=self.clip_grad_norm,
+                linear_adam=linear_adam,
+                go_on=go_on,
+            )
+            if size < min(self.micro_batch_size or len(targets), len(targets)):
+                feed.say(f"memory did not suffice: batches go through in parts of {size} from here on, the same update")
+                self.micro_batch_size = size
+            flag = FiniteFlag(finite)
+            explain = partial(self._explain_nonfinite, network, inputs, targets, seed, index)
+            if later:
+                if before is not None and not before[0].read():
+                    raise before[1]()
+                before, go_on = (flag, explain), finite
+            elif not flag.read():
+                progress.skip(index)
+                if self.on_nonfinite == "raise" or progress.skipped > self.max_skipped:
+                    raise explain()
+                continue
             self.global_step += 1
+            if self.global_step % SCALE_CHECKED_EVERY == 0:
+                check_scale(self.device)
             yield Step(self.epoch, index, loss, correct, len(targets), self.optimizer.param_groups[-1]["lr"])
-        self.epoch += 1
+        if before is not None and not before[0].read():
+            raise before[1]()
+        check_scale(self.device)
+
+    def _explain_nonfinite(
+        self, network: nn.Module, inputs: Tensor, targets: Tensor, seed: int, index: int
+    ) -> NonFiniteError:
+        def loss_of(logits: Tensor) -> Tensor:
+            return self.cross_entropy.sum(logits, targets) / self.cross_entropy.total_weight(targets)
+
+        with seeded(seed, self.device.torch_device):
+            first = find_nonfinite(network, inputs, loss_of, device=self.device)
+        return NonFiniteError(
+            f"in step {self.global_step} (epoch {self.epoch}, batch {index}, all from 0) a number is infinite or NaN, "
+            f"first in {first}. No weight was changed by it. Look at that image, lower the learning rate, or clip "
+            f'gradients; on_nonfinite="skip" leaves out up to max_skipped={self.max_skipped} such steps.'
+        )
 
     def _validate(self, feed: Feed, batch_size: int) -> tuple[float, float]:
         """Return loss and accuracy on the images to validate on."""
         network, batches = feed.open(batch_size, kept_batch_size=max(batch_size, KEPT_BATCH_SIZE))
         with in_eval_mode(self.model):
-            return evaluate(network, batches, device=self.device)
+            return evaluate(network, self._interrupts.watched(batches), device=self.device)
 
 
 def _print(line: str) -> None:

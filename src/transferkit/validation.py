@@ -34,6 +34,9 @@ class Part:
     def why_not_repeatable(self) -> str | None:
         return self.source.why_not_repeatable()
 
+    def digest(self) -> str:
+        return self.source.digest()
+
 
 def split_validation(source: Source, validation_split: float, seed: int) -> tuple[Part, Part]:
     """Divide data into a part to train on and a part to validate on, at random by `seed`.

@@ -1,0 +1,132 @@
+"""The file of a checkpoint: written whole or not at all, verified before anything of it is used."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from transferkit.errors import CheckpointError, CheckpointTypeError, CheckpointWriteError
+from transferkit.files import DAMAGE, check_archive, written_whole
+
+FORMAT = 2
+
+_PLAIN = (bool, int, float, str, type(None))
+_PLAIN_BYTES = 2**20  # room for what is not tensors
+
+
+def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Write a checkpoint whole or not at all: beside the target, flushed to the disk, renamed.
+
+    Args:
+        path: Its folder is there.
+        state: Plain types and tensors, nested. They are not copied, and must not change meanwhile.
+
+    Raises:
+        CheckpointTypeError: Something else is among them; nothing was written.
+        CheckpointWriteError: The folder is missing, read-only or full, or a tensor was changed while it was written;
+            what was at `path` before is still there.
+    """
+    path = Path(path)
+    tensors = _check_plain(state, CheckpointTypeError)
+    versions = {package: version(package) for package in ("transferkit", "torch", "torchvision")}
+    counts = [tensor._version for tensor in tensors]
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder, expected the name of a file")
+        _check_room(path, sum(tensor.untyped_storage().nbytes() for tensor in tensors))
+        with written_whole(path) as file:
+            torch.save({"format": FORMAT, "versions": versions, **state}, file)
+            _check_unchanged(tensors, counts)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
+        raise CheckpointWriteError(
+            f"cannot write a checkpoint to {path}: {error}. What was there before still is. Expected a folder "
+            "that can be written and has room."
+        ) from error
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint after verifying the checksum of every part of it. No code in the file is run.
+
+    Raises:
+        CheckpointError: No such file, a damaged one, or not a checkpoint of a format this version knows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: expected a file that Trainer.save wrote.")
+    try:
+        check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, *DAMAGE) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"cannot read {path} ({path.stat().st_size} bytes) as a checkpoint: {reason}. Expected a file that "
+            "Trainer.save wrote, whole: delete it and use an earlier one. For a file of weights alone use "
+            "load_backbone(weights=path)."
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} {_other_format(state)}")
+    _check_plain(state, CheckpointError)
+    return state
+
+
+def _other_format(state: object) -> str:
+    found = state.get("format", "none") if isinstance(state, dict) else "none"
+    versions = state.get("versions") if isinstance(state, dict) else None
+    writer = versions.get("transferkit") if isinstance(versions, Mapping) else None
+    newer = isinstance(found, int) and found > FORMAT
+    return (
+        f"has checkpoint format {found}{f', written by transferkit {writer}' if writer else ''}: this is transferkit "
+        f"{version('transferkit')}, which reads format {FORMAT}."
+        + (" Install a newer transferkit." if newer else " Expected a file that Trainer.save wrote.")
+    )
+
+
+def _check_plain(state: object, error: type[CheckpointError]) -> list[Tensor]:
+    """Return the tensors in `state`, refusing whatever is not a plain type or a dense tensor with memory of its own."""
+    tensors: list[Tensor] = []
+    seen: set[int] = set()  # a list that holds one list many times, nested, would take forever
+    waiting: list[tuple[str, object]] = [("", state)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, Tensor):
+            if not _is_ordinary(value):
+                raise error(
+                    f"{place} is not an ordinary dense tensor: a checkpoint holds plain types and tensors only."
+                )
+            tensors.append(value)
+        elif id(value) in seen or type(value) in _PLAIN:
+            continue
+        elif isinstance(value, dict):
+            if wrong := [key for key in value if not isinstance(key, str)]:
+                raise error(f"{place or 'the state'} has the key {wrong[0]!r}: expected text.")
+            waiting += [(f"{place}/{key}" if place else key, part) for key, part in value.items()]
+        elif type(value) in (list, tuple):
+            waiting += [(f"{place}/{number}", part) for number, part in enumerate(cast("list[object]", value))]
+        else:
+            raise error(
+                f"{place or 'the state'} is a {type(value).__name__}: a checkpoint holds plain types and tensors only."
+            )
+        seen.add(id(value))
+    return tensors
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return not tensor.is_quantized and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _check_unchanged(tensors: list[Tensor], counts: list[int]) -> None:
+    if counts != [tensor._version for tensor in tensors]:
+        raise OSError("its tensors were changed meanwhile, by another thread; save between two steps")
+
+
+def _check_room(path: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < num_bytes + _PLAIN_BYTES:
+        raise OSError(f"it needs {num_bytes / 1e6:,.0f} MB and {path.parent} has {free / 1e6:,.0f} MB free")

@@ -1,0 +1,67 @@
+"""Leave out the images of a data set that cannot be read, before a run begins."""
+
+from collections.abc import Callable
+
+import torch
+
+from transferkit.data import DatasetSource, Source
+from transferkit.errors import ArgumentError, EmptyDataError, ImageError
+from transferkit.validation import Part
+
+POLICIES = ("raise", "skip")
+
+LIMIT = 0.01
+"""Share of the images that may be bad; one may always be."""
+
+
+def without_bad_images(source: Source, *, say: Callable[[str], None], check: Callable[[], None]) -> Source:
+    """Read every image of a data set once, and return the data set without those that cannot be used.
+
+    Which images a run uses, and how many steps an epoch has, is therefore known before the first step and does not
+    change. The price is one more reading.
+
+    Args:
+        source: A `Dataset`; images in memory cannot be bad in this way.
+        say: Takes a line of text for the user for each bad image.
+        check: Called after each batch, to stop.
+
+    Raises:
+        ImageError: More than 1 % of the images are bad, and more than one.
+        ArgumentError: The data is a `DataLoader`.
+        EmptyDataError: Every image is bad.
+    """
+    if not isinstance(source, DatasetSource):
+        if source.num_images is None:
+            raise ArgumentError(
+                'on_bad_image="skip" does not reach a DataLoader, which reads images itself: pass its Dataset instead.'
+            )
+        return source
+    bad: dict[int, str] = {}
+    for places, failures in source.failures():
+        bad.update(failures)
+        check()
+        if len(bad) > max(1, LIMIT * source.num_images):
+            raise ImageError(
+                f"{len(bad)} of the first {places} images cannot be used, more than {LIMIT:.0%} of all "
+                f"{source.num_images}: this is no accident. The first: {next(iter(bad.values()))}"
+            )
+    if len(bad) == source.num_images:
+        raise EmptyDataError(f"none of the {source.num_images} images can be used: {next(iter(bad.values()))}")
+    for reason in bad.values():
+        say(f"left out: {reason}")
+    if not bad:
+        return source
+    good = torch.ones(source.num_images, dtype=torch.bool)
+    good[list(bad)] = False
+    return Part(source, good.nonzero().flatten())
+
+
+def check_policy(on_bad_image: str) -> str:
+    """Return `on_bad_image` if it is known.
+
+    Raises:
+        ArgumentError: It is not.
+    """
+    if on_bad_image not in POLICIES:
+        raise ArgumentError(f'on_bad_image={on_bad_image!r} is not known: expected "raise" or "skip".')
+    return on_bad_image

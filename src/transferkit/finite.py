@@ -1,0 +1,142 @@
+"""No infinite number and no NaN reaches the weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from transferkit.device import Device
+from transferkit.errors import ArgumentError, NonFiniteError
+from transferkit.linear_adam import LinearAdam
+
+POLICIES = ("raise", "skip")
+
+MIN_SCALE = 1.0
+"""A gradient scale of fp16 under this has left no gradient that is finite: it began at 65,536."""
+
+
+def gradients_are_finite(loss: Tensor, optimizer: Optimizer, linear_adam: LinearAdam | None = None) -> Tensor:
+    """Return whether a loss and all gradients are finite, bool `()`, on the device.
+
+    Reads every gradient once, at memory speed. Those that `LinearAdam` holds as factors are judged by their factors.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    largest = [loss.detach()]
+    if gradients:
+        largest += torch._foreach_norm(gradients, float("inf"))  # the largest entry; NaN if there is one
+    if linear_adam is not None:
+        largest += linear_adam.gradient_bounds()
+    return torch.stack([value.float() for value in largest]).isfinite().all()
+
+
+class FiniteFlag:
+    """A flag on the device, bool `()`, that can be read later without waiting for what was queued behind it."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self._flag, self._event = flag, None
+        if flag.device.type == "cuda":
+            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def read(self) -> bool:
+        """Return the flag. Host sync with the point at which it was made."""
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._flag)
+
+
+class BufferCopies:
+    """The buffers that a forward pass in training mode changes (batch norm's statistics), to undo it.
+
+    Args:
+        network: Where they are looked for.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._live = [
+            buffer for module in network.modules() if module.training for buffer in module.buffers(recurse=False)
+        ]
+        self._copies = [buffer.clone() for buffer in self._live]
+
+    def restore(self) -> None:
+        """Put them back as they were."""
+        with torch.no_grad():
+            for buffer, copy in zip(self._live, self._copies, strict=True):
+                buffer.copy_(copy)
+
+    def restore_unless(self, finite: Tensor) -> None:
+        """Put them back where `finite`, bool `()`, is false, without waiting for it."""
+        with torch.no_grad():
+            for buffer, copy in zip(self._live, self._copies, strict=True):
+                buffer.copy_(torch.where(finite, buffer, copy))
+
+
+def find_nonfinite(network: nn.Module, inputs: Tensor, loss_of: Callable[[Tensor], Tensor], *, device: Device) -> str:
+    """Name the first tensor of a step that is not finite, by making its forward and backward pass once more.
+
+    Args:
+        network: As it was in that step.
+        inputs: What it was given.
+        loss_of: Logits to loss.
+        device: Number format.
+    """
+    rows = ~inputs.flatten(1).isfinite().all(dim=1)
+    if bool(rows.any()):
+        row = int(rows.nonzero()[0])
+        return f"what the network is given for image {row} of the batch"
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, Tensor) and not found and not bool(output.isfinite().all()):
+                found.append(f"the output of {name} ({type(module).__name__})")
+
+        return hook
+
+    buffers = BufferCopies(network)
+    hooks = [m.register_forward_hook(look(name)) for name, m in network.named_modules() if not list(m.children())]
+    try:
+        with device.autocast():
+            logits = network(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        buffers.restore()
+    if found:
+        return found[0]
+    loss = loss_of(logits)
+    if not bool(loss.isfinite()):
+        return "the loss"
+    named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
+    for (name, _), gradient in zip(named, gradients, strict=True):
+        if gradient is not None and not bool(gradient.isfinite().all()):
+            return f"the gradient of {name}"
+    return "a gradient (it came out finite when the step was made once more)"
+
+
+def check_scale(device: Device) -> None:
+    """Refuse a gradient scale that has collapsed. Host sync; nothing unless in fp16.
+
+    Raises:
+        NonFiniteError: So it has.
+    """
+    if device.scaler.is_enabled() and device.scaler.get_scale() < MIN_SCALE:
+        raise NonFiniteError(
+            f"the gradient scale of fp16 fell to {device.scaler.get_scale():.3g}: gradients overflow in every step, "
+            'and nothing is learnt. Use precision="bf16" or "fp32", or a smaller learning rate.'
+        )
+
+
+def check_policy(on_nonfinite: str) -> str:
+    """Return `on_nonfinite` if it is known.
+
+    Raises:
+        ArgumentError: It is not.
+    """
+    if on_nonfinite not in POLICIES:
+        raise ArgumentError(f'on_nonfinite={on_nonfinite!r} is not known: expected "raise" or "skip".')
+    return on_nonfinite

@@ -1,0 +1,140 @@
+"""How far a call of `fit` has come: what a checkpoint holds so that the run can go on as if it had never stopped."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from transferkit.best import BestWeights
+from transferkit.errors import CheckpointError, DataChangedError
+from transferkit.history import EpochReport, History
+from transferkit.step import Step, Sums
+
+PARTS = ("facts", "first_step", "first_epoch", "batches", "skipped", "skipped_before", "sums", "reports", "best")
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        facts: What must be the same when it is resumed, by name.
+        first_step: Steps the trainer had made before it.
+        first_epoch: Epochs it had finished before it.
+        num_steps: Steps in all of it; None where a `DataLoader` does not tell.
+        best: The weights of the best epoch so far.
+        sums: Loss and hits of the epoch under way.
+        history: The epochs that were finished.
+        batches: Batches of the epoch under way that were gone through.
+        skipped: Steps of the run that were left out because a number was not finite.
+        skipped_before: Those of finished epochs.
+        between_steps: Whether weights, optimizer and the figures above belong together.
+    """
+
+    facts: dict[str, Any]
+    first_step: int
+    first_epoch: int
+    num_steps: int | None
+    best: BestWeights
+    sums: Sums
+    history: History = field(default_factory=History)
+    batches: int = 0
+    skipped: int = 0
+    skipped_before: int = 0
+    between_steps: bool = True
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch under way, in the life of the trainer."""
+        return self.first_epoch + len(self.history.reports)
+
+    def add(self, step: Step) -> None:
+        """Count a step that was made."""
+        self.sums.add(step.loss, step.correct, step.count)
+        self.batches = step.index + 1
+        self.between_steps = True
+
+    def skip(self, index: int) -> None:
+        """Count a step that was left out."""
+        self.skipped += 1
+        self.batches = index + 1
+        self.between_steps = True
+
+    def finish_epoch(self, report: EpochReport) -> None:
+        """Count an epoch that was trained and validated."""
+        self.history.reports.append(report)
+        self.sums.clear()
+        self.batches, self.skipped_before = 0, self.skipped
+
+    def state(self) -> dict[str, Any]:
+        """Return all this as plain types and tensors that are not copies."""
+        return {
+            "facts": self.facts,
+            "first_step": self.first_step,
+            "first_epoch": self.first_epoch,
+            "batches": self.batches,
+            "skipped": self.skipped,
+            "skipped_before": self.skipped_before,
+            "sums": {"loss": self.sums.loss, "correct": self.sums.correct, "count": self.sums.count},
+            "reports": [asdict(report) for report in self.history.reports],
+            "best": self.best.state(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned in another process; compared before with `check_progress`."""
+        self.first_step, self.first_epoch = state["first_step"], state["first_epoch"]
+        self.batches, self.skipped, self.skipped_before = (
+            state["batches"],
+            state["skipped"],
+            state["skipped_before"],
+        )
+        self.sums.loss.copy_(state["sums"]["loss"])
+        self.sums.correct.copy_(state["sums"]["correct"])
+        self.sums.count = state["sums"]["count"]
+        self.history.reports[:] = [EpochReport(**report) for report in state["reports"]]
+        self.best.load(state["best"])
+
+
+def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, Tensor], *, origin: str) -> None:
+    """Compare the run of a checkpoint with the call that is to resume it, before anything is assigned.
+
+    Args:
+        state: The checkpoint's part "run".
+        facts: Of the call.
+        live: The model's weights.
+        origin: The checkpoint, for the message.
+
+    Raises:
+        CheckpointError: It holds no run, or that of a call with other arguments.
+        DataChangedError: The run began with other data.
+    """
+    if not isinstance(state, Mapping) or any(part not in state for part in PARTS):
+        raise CheckpointError(
+            f"{origin} was not saved during a run, so there is none to resume: trainer.load({origin!r}) takes its "
+            "weights over, and fit begins a new run with them."
+        )
+    for name, value in facts.items():
+        saved = state["facts"].get(name)
+        if saved == value:
+            continue
+        if name.endswith("data"):
+            raise DataChangedError(
+                f"{name}: the run of {origin} began with {_describe(saved)}, now there are {_describe(value)}. "
+                f"Expected the same images in the same order. To train on other data from its weights: "
+                f"trainer.load({origin!r}), then fit without resume_from."
+            )
+        raise CheckpointError(
+            f"the run of {origin} has {name}={saved!r}, this call {name}={value!r}: expected the same. To begin a new "
+            f"run with its weights: trainer.load({origin!r}), then fit without resume_from."
+        )
+    best = state["best"] or {}
+    if wrong := [name for name in best if name not in live or best[name].shape != live[name].shape]:
+        raise CheckpointError(f"{origin} holds best weights that do not fit the model: {', '.join(wrong[:5])}.")
+
+
+def _describe(data: object) -> str:
+    if not isinstance(data, list | tuple):
+        return "none"
+    number, digest = data
+    return f"{number} images (digest {digest[:8]})"

@@ -1,0 +1,99 @@
+"""Worker processes that read samples: what becomes of them when a signal comes, when they die and when they hang."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from transferkit.errors import TransferKitError, WorkerError
+from transferkit.samples import Sample, Samples, path_of
+
+TIMEOUT_S = 300.0
+"""Seconds without a batch after which workers count as hanging."""
+
+
+def read_in_workers(
+    samples: Samples, keys: Sequence[list[tuple[int, int]]], *, num_workers: int, seed: int
+) -> Iterator[list["Sample | TransferKitError"]]:
+    """Yield the samples of each batch, read by worker processes if there are to be any.
+
+    Args:
+        samples: What to read from.
+        keys: For each batch the index and seed of each sample.
+        num_workers: Processes; 0 reads in this one.
+        seed: The workers' own.
+
+    Raises:
+        WorkerError: A worker died or hangs; the message has the sample it was at. None is left behind.
+    """
+    samples.reading = torch.full((num_workers,), -1).share_memory_() if num_workers else None  # type: ignore[no-untyped-call]
+    loader = DataLoader(
+        samples,
+        batch_sampler=keys,
+        num_workers=num_workers,
+        collate_fn=_identity,
+        generator=torch.Generator().manual_seed(seed),  # or the loader would draw from the global one
+        timeout=TIMEOUT_S if num_workers else 0,
+        worker_init_fn=_begin if num_workers else None,
+    )
+    if num_workers == 0:
+        yield from loader
+        return
+    batches = iter(loader)
+    finished = False
+    try:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                finished = True
+                return
+            except Exception as error:  # samples' own failures come as values: this is the loader's
+                raise WorkerError(_describe(error, samples)) from error
+            yield batch
+    finally:
+        if not finished:
+            _kill(batches)
+
+
+def _identity(samples: list["Sample | TransferKitError"]) -> list["Sample | TransferKitError"]:
+    return samples
+
+
+def _begin(_worker: int) -> None:
+    """Leave signals to the main process, which gets them too and ends the workers when it has saved its state."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _kill(batches: Any) -> None:
+    """End the workers of a loader that was left in the middle; they ignore SIGTERM, and may hang."""
+    workers = getattr(batches, "_workers", [])
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+
+
+def _describe(error: Exception, samples: Samples) -> str:
+    reading = [] if samples.reading is None else samples.reading.tolist()
+    at = [
+        f"worker {number} was reading image {index}{_file(samples, index)}"
+        for number, index in enumerate(reading)
+        if index >= 0
+    ]
+    first = str(error).splitlines()[0] if str(error) else "it gave no reason"
+    hangs = "timed out" in first
+    what = f"hang (no batch for {TIMEOUT_S:g} s)" if hangs else f"died ({type(error).__name__}: {first})"
+    return (
+        f"the processes that read images {what}; {'; '.join(at) if at else 'none was at an image'}. All were ended. "
+        "Expected workers that live and read each image in time. num_workers=0 reads in this process and shows what "
+        "happens; too little memory, or shared memory (/dev/shm), kills workers as well."
+    )
+
+
+def _file(samples: Samples, index: int) -> str:
+    path = path_of(samples.dataset, index)
+    return f" ({path})" if path else ""
