@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from transferkit.errors import CheckpointError, CheckpointTypeError, CheckpointWriteError
-from transferkit.files import DAMAGE, check_archive, written_whole
+from transferkit.files import DAMAGE, check_archive, is_ordinary, written_whole
 
 FORMAT = 2
 
@@ -94,7 +94,7 @@ def _check_plain(state: object, error: type[CheckpointError]) -> list[Tensor]:
     while waiting:
         place, value = waiting.pop()
         if isinstance(value, Tensor):
-            if not _is_ordinary(value):
+            if not is_ordinary(value):
                 raise error(
                     f"{place} is not an ordinary dense tensor: a checkpoint holds plain types and tensors only."
                 )
@@ -113,12 +113,6 @@ def _check_plain(state: object, error: type[CheckpointError]) -> list[Tensor]:
             )
         seen.add(id(value))
     return tensors
-
-
-def _is_ordinary(tensor: Tensor) -> bool:
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
-        return False
-    return not tensor.is_quantized and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _check_unchanged(tensors: list[Tensor], counts: list[int]) -> None:

@@ -11,6 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+from torch import Tensor, nn
+
 try:
     import fcntl
 except ImportError:  # Windows: files that a killed writer left behind stay there
@@ -102,6 +105,18 @@ def check_archive(path: Path) -> None:
             raise ValueError(f"{pickled:,} bytes of it are not tensors, expected at most {MAX_PICKLE_BYTES:,}")
         if damaged := archive.testzip():
             raise ValueError(f"it is damaged in its part {damaged!r}")
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Say whether a tensor is dense and has memory for all that it says it holds.
+
+    Example:
+        >>> is_ordinary(torch.zeros(3)), is_ordinary(torch.zeros(1).expand(10**12))
+        (True, False)
+    """
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return not tensor.is_quantized and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _open_locked(path: Path) -> tuple[Path, BinaryIO]:

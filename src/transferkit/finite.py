@@ -23,12 +23,14 @@ def gradients_are_finite(loss: Tensor, optimizer: Optimizer, linear_adam: Linear
     Reads every gradient once, at memory speed. Those that `LinearAdam` holds as factors are judged by their factors.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    largest = [loss.detach()]
-    if gradients:
-        largest += torch._foreach_norm(gradients, float("inf"))  # the largest entry; NaN if there is one
+    bounds = [loss.detach()]
+    if loss.device.type == "cpu":  # 50 GB/s; torch's norms run at 3 there
+        bounds += [bound for gradient in gradients for bound in torch.aminmax(gradient)]
+    elif gradients:
+        bounds += torch._foreach_norm(gradients, float("inf"))  # the largest entries, in one kernel
     if linear_adam is not None:
-        largest += linear_adam.gradient_bounds()
-    return torch.stack([value.float() for value in largest]).isfinite().all()
+        bounds += linear_adam.gradient_bounds()
+    return torch.stack([bound.float() for bound in bounds]).isfinite().all()  # all of these are NaN where one entry is
 
 
 class FiniteFlag:

@@ -74,7 +74,7 @@ class LinearAdam(TorchFunctionMode):
         largest of each.
         """
         return [
-            len(gradient) * gradient.float().abs().amax() * inputs.float().abs().amax()
+            len(gradient) * _largest(gradient) * _largest(inputs)
             for factors in self._factors.values()
             for gradient, inputs in factors
         ]
@@ -181,6 +181,12 @@ class _Linear(torch.autograd.Function):
         of_inputs = gradient @ short if ctx.needs_input_grad[0] else None
         of_bias = gradient.sum(0) if ctx.needs_input_grad[2] else None
         return of_inputs, None, of_bias, None
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    """Return the largest magnitude, float32 `()`; NaN if there is one."""
+    low, high = torch.aminmax(tensor)
+    return torch.maximum(-low, high).float()
 
 
 def _is_large_linear(layer: nn.Module) -> bool:

@@ -1,17 +1,21 @@
 """Worker processes that read samples: what becomes of them when a signal comes, when they die and when they hang."""
 
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from transferkit.errors import TransferKitError, WorkerError
 from transferkit.samples import Sample, Samples, path_of
 
 TIMEOUT_S = 300.0
 """Seconds without a batch after which workers count as hanging."""
+
+_HANDLER: dict[str, Any] = {}  # torch sets it once in a process, with its first loader
 
 
 def read_in_workers(
@@ -26,7 +30,8 @@ def read_in_workers(
         seed: The workers' own.
 
     Raises:
-        WorkerError: A worker died or hangs; the message has the sample it was at. None is left behind.
+        WorkerError: A worker died or, in the main thread, hangs; the message has the sample it was at. None is left
+            behind.
     """
     samples.reading = torch.full((num_workers,), -1).share_memory_() if num_workers else None  # type: ignore[no-untyped-call]
     loader = DataLoader(
@@ -35,18 +40,20 @@ def read_in_workers(
         num_workers=num_workers,
         collate_fn=_identity,
         generator=torch.Generator().manual_seed(seed),  # or the loader would draw from the global one
-        timeout=TIMEOUT_S if num_workers else 0,
+        timeout=TIMEOUT_S if num_workers and _in_main_thread() else 0,  # elsewhere it would hide deaths for as long
         worker_init_fn=_begin if num_workers else None,
     )
     if num_workers == 0:
         yield from loader
         return
     batches = iter(loader)
+    before = signal.getsignal(signal.SIGCHLD) if _in_main_thread() else None
+    handler = None if before is None else _HANDLER.setdefault("torch's", before)
     finished = False
     try:
         while True:
             try:
-                batch = next(batches)
+                batch = _next(batches, handler)
             except StopIteration:
                 finished = True
                 return
@@ -56,6 +63,8 @@ def read_in_workers(
     finally:
         if not finished:
             _kill(batches)
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, before)
 
 
 def _identity(samples: list["Sample | TransferKitError"]) -> list["Sample | TransferKitError"]:
@@ -68,12 +77,37 @@ def _begin(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _next(batches: Any, handler: Any) -> list["Sample | TransferKitError"]:
+    """Return the next batch; the death of a worker is an error here and nowhere else.
+
+    torch raises it from its handler of SIGCHLD wherever the main thread is, in the middle of a step, say. So the
+    handler is set aside between batches, and whoever died meanwhile is looked for.
+    """
+    if handler is None:
+        return next(batches)
+    signal.signal(signal.SIGCHLD, handler)
+    try:
+        for worker in batches._workers:
+            if worker.exitcode:  # 0 has finished, None goes on
+                raise RuntimeError(f"worker with pid {worker.pid} ended with exit code {worker.exitcode}")
+        return next(batches)
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _in_main_thread() -> bool:
+    """Say whether torch's handler of SIGCHLD works here; Windows has no such signal."""
+    return hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+
+
 def _kill(batches: Any) -> None:
     """End the workers of a loader that was left in the middle; they ignore SIGTERM, and may hang."""
-    workers = getattr(batches, "_workers", [])
-    for worker in workers:
+    if batches._worker_pids_set:  # or torch would take their end for a death
+        signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]
+        batches._worker_pids_set = False
+    for worker in batches._workers:
         worker.kill()
-    for worker in workers:
+    for worker in batches._workers:
         worker.join()
 
 
