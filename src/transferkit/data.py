@@ -46,10 +46,10 @@ class Source(Protocol):
     def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
         """Yield the images once each, in the given order or as they lie; `seed` is for the data's own randomness."""
 
-    def why_not_repeatable(self) -> str | None:
-        """Say why an image may come out differently when it is read again; None if nothing was found."""
+    def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
+        """Say why one of the images at `places` may come out differently when read again; None if nothing was found."""
 
-    def digest(self) -> str:
+    def digest(self, places: Tensor | None = None) -> str:
         """Return a digest of the targets, where they are listed, and of some images, by which other data is noticed."""
 
 
@@ -156,12 +156,12 @@ class ArraySource:
         for places in _in_batches(order, self.num_images, batch_size):
             yield self.images[places], self.targets[places] if len(self.targets) else _NO_TARGETS, places.tolist()
 
-    def why_not_repeatable(self) -> str | None:
+    def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
         return None
 
-    def digest(self) -> str:
-        places = probes(self.num_images)
-        return _digest(targets=self.targets, images=torch.stack([self.images[place] for place in places]))
+    def digest(self, places: Tensor | None = None) -> str:
+        images = torch.stack([self.images[place] for place in probes(self.num_images, places)])
+        return _digest(targets=self.targets, places=_NO_TARGETS if places is None else places, images=images)
 
 
 class DatasetSource:
@@ -196,14 +196,14 @@ class DatasetSource:
         for samples in read_in_workers(self.samples, keys, num_workers=self.num_workers, seed=seed):
             yield _collate(samples, self.num_classes, with_targets=self.samples.with_targets)
 
-    def why_not_repeatable(self) -> str | None:
-        return self.samples.why_not_repeatable()
+    def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
+        return self.samples.why_not_repeatable(probes(self.num_images, places))
 
-    def digest(self) -> str:
+    def digest(self, places: Tensor | None = None) -> str:
         listed = self.samples.dataset.targets if self.targets_listed else []
-        tensors = {"targets": torch.as_tensor(listed)}
-        if self.why_not_repeatable() is None:
-            tensors |= {str(place): self.samples.read(place, 0)[0] for place in probes(self.num_images)}
+        tensors = {"targets": torch.as_tensor(listed), "places": _NO_TARGETS if places is None else places}
+        if self.why_not_repeatable(places) is None:
+            tensors |= {str(place): self.samples.read(place, 0)[0] for place in probes(self.num_images, places)}
         return _digest(**tensors)
 
     def failures(self) -> Iterator[tuple[int, dict[int, str]]]:
@@ -252,10 +252,10 @@ class LoaderSource:
         if first == 0:
             raise EmptyDataError("the DataLoader made no batch this time: expected 1 or more in every epoch.")
 
-    def why_not_repeatable(self) -> str | None:
+    def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
         return "a DataLoader makes batches of its own, in an order of its own; pass its Dataset instead"
 
-    def digest(self) -> str:
+    def digest(self, places: Tensor | None = None) -> str:
         return _digest(length=torch.tensor(-1 if self.length is None else self.length))
 
 

@@ -77,9 +77,9 @@ class Samples(Dataset["Sample | TransferKitError"]):
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = truncated_pass
 
-    def why_not_repeatable(self) -> str | None:
-        """Read some samples, spread over the data set, under two seeds each, and watch the random generators."""
-        for index in probes(len(self.dataset)):
+    def why_not_repeatable(self, places: Sequence[int]) -> str | None:
+        """Read samples under two seeds each, and watch the random generators."""
+        for index in places:
             first, second = self.read(index, 0)[0], self.read(index, 1)[0]
             if first.shape != second.shape or not torch.equal(first, second):
                 return f"image {index} of the data set came out differently when it was read twice"
@@ -101,14 +101,16 @@ def _image_of(sample: Any) -> Any:
     return sample[0] if isinstance(sample, tuple | list) else sample
 
 
-def probes(count: int) -> list[int]:
-    """Return the places of some samples, spread over all.
+def probes(count: int, places: Tensor | None = None) -> list[int]:
+    """Return some of `places`, spread over all of them; None is 0 to `count - 1`.
 
     Example:
-        >>> probes(3), len(probes(1000))
-        ([0, 1, 2], 16)
+        >>> probes(3), len(probes(1000)), probes(1000, torch.tensor([7, 8]))
+        ([0, 1, 2], 16, [7, 8])
     """
-    return sorted({round(part * (count - 1) / (PROBES - 1)) for part in range(PROBES)})
+    count = count if places is None else len(places)
+    rows = sorted({round(part * (count - 1) / (PROBES - 1)) for part in range(PROBES)})
+    return rows if places is None else [int(places[row]) for row in rows]
 
 
 def path_of(dataset: Any, index: int) -> str | None:

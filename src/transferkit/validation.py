@@ -31,11 +31,11 @@ class Part:
         places = self.places if order is None else self.places[order]
         return self.source.batches(batch_size, seed=seed, order=places)
 
-    def why_not_repeatable(self) -> str | None:
-        return self.source.why_not_repeatable()
+    def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
+        return self.source.why_not_repeatable(self.places if places is None else self.places[places])
 
-    def digest(self) -> str:
-        return self.source.digest()
+    def digest(self, places: Tensor | None = None) -> str:
+        return self.source.digest(self.places if places is None else self.places[places])
 
 
 def split_validation(source: Source, validation_split: float, seed: int) -> tuple[Part, Part]:
