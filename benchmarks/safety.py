@@ -3,9 +3,9 @@
     python benchmarks/safety.py [--image-size 64] [--precision bf16] [--repetitions 40] [--json safety.json]
 
 Taken out for comparison: looking at every gradient for NaN and infinity before the update, copies of batch norm's
-statistics, room for the optimizer's state, and the flag that is read after each step. What remains is measured as a
-share: the difference of pairs of neighbouring steps over the time of the bare step, median and quartiles. A checkpoint's
-cost is measured beside it: one save, with fsync and verification, against one epoch of 63 steps.
+statistics, and room for the optimizer's state. What they cost is measured as a share: the difference of pairs of
+neighbouring steps over the time of the bare step, median and quartiles. A checkpoint's cost is measured beside it: one
+save, with fsync and verification, against one epoch of 63 steps.
 """
 
 import argparse
@@ -37,16 +37,6 @@ class NoCopies:
         pass
 
 
-class AlwaysFinite:
-    """Stands in for `FiniteFlag`."""
-
-    def __init__(self, flag: object) -> None:
-        pass
-
-    def read(self) -> bool:
-        return True
-
-
 def bare(run: Callable[[], object]) -> Callable[[], object]:
     """Return the same step without its checks."""
     finite = torch.ones((), dtype=torch.bool)
@@ -54,7 +44,6 @@ def bare(run: Callable[[], object]) -> Callable[[], object]:
         "transferkit.step.gradients_are_finite": lambda *_: finite,
         "transferkit.step.BufferCopies": NoCopies,
         "transferkit.step.reserve_state": lambda *_: None,
-        "transferkit.trainer.FiniteFlag": AlwaysFinite,
         "transferkit.device.step_where": lambda _, optimizer: optimizer.step(),
     }
 

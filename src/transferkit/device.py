@@ -124,7 +124,7 @@ class Device:
             optimizer: Its gradients are used up.
             clip_grad_norm: Largest allowed Euclidean norm of all gradients together, or None.
             finite: bool `()`, on the device: where false, no weight is changed. With a fused optimizer nobody waits
-                for it. None is true.
+                for it, but in the first step. None is true.
         """
         if clip_grad_norm is not None:
             self.scaler.unscale_(optimizer)  # first, or the limit would apply to scaled gradients
@@ -133,7 +133,7 @@ class Device:
         if finite is None or self.scaler.is_enabled():  # the scaler sees for itself
             self.scaler.step(optimizer)
             self.scaler.update()
-        elif getattr(optimizer, "_step_supports_amp_scaling", False):  # fused
+        elif getattr(optimizer, "_step_supports_amp_scaling", False) and _has_state(optimizer):  # fused
             step_where(finite, optimizer)
         elif bool(finite):  # host sync on an accelerator
             optimizer.step()
@@ -177,11 +177,17 @@ class Device:
         return _float32_products("high") if tensor_cores else nullcontext()
 
 
+def _has_state(optimizer: Optimizer) -> bool:
+    """Say whether no parameter makes its first step: torch's fused SGD would leave its momentum unwritten memory."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return all(p in optimizer.state for p in parameters if p.grad is not None)
+
+
 def step_where(finite: Tensor, optimizer: Any) -> None:
     """Make an optimizer's step where `finite`, bool `()`, is true, and change nothing where it is not.
 
     The host does not wait: fused kernels of torch look at these two attributes, through which GradScaler tells them of
-    overflows.
+    overflows. No parameter makes its first step.
     """
     optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
     try:

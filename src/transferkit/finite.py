@@ -33,21 +33,47 @@ def gradients_are_finite(loss: Tensor, optimizer: Optimizer, linear_adam: Linear
     return torch.stack([bound.float() for bound in bounds]).isfinite().all()  # all of these are NaN where one entry is
 
 
-class FiniteFlag:
-    """A flag on the device, bool `()`, that can be read later without waiting for what was queued behind it."""
+Explain = Callable[[], NonFiniteError]
 
-    def __init__(self, flag: Tensor) -> None:
-        self._flag, self._event = flag, None
-        if flag.device.type == "cuda":
-            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
 
-    def read(self) -> bool:
-        """Return the flag. Host sync with the point at which it was made."""
-        if self._event is not None:
-            self._event.synchronize()
-        return bool(self._flag)
+class FiniteFlags:
+    """Tells which step was not finite: that very step, or on CUDA the one before it, so that the host need not wait.
+
+    Args:
+        late: Read each flag one step late. No step that is queued behind a bad one changes anything (`go_on`).
+
+    Attributes:
+        go_on: bool `()`, on the device, for the next step: whether all so far were finite; None is true.
+    """
+
+    def __init__(self, *, late: bool) -> None:
+        self.late = late
+        self.go_on: Tensor | None = None
+        self._before: tuple[Tensor, Any, Explain] | None = None
+
+    def add(self, finite: Tensor, explain: Explain) -> Explain | None:
+        """Take the flag of a step, and return what explains one that was not finite.
+
+        Args:
+            finite: bool `()`, on the device.
+            explain: Called if it is false.
+        """
+        if not self.late:
+            return None if bool(finite) else explain
+        bad = self.last()
+        copied = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self.go_on, self._before = finite, (copied, event, explain)
+        return bad
+
+    def last(self) -> Explain | None:
+        """Return what explains the last step, if it was not finite. Host sync with that step's end."""
+        if self._before is None:
+            return None
+        copied, event, explain = self._before
+        event.synchronize()
+        return None if bool(copied) else explain
 
 
 class BufferCopies:
@@ -76,19 +102,21 @@ class BufferCopies:
                 buffer.copy_(torch.where(finite, buffer, copy))
 
 
-def find_nonfinite(network: nn.Module, inputs: Tensor, loss_of: Callable[[Tensor], Tensor], *, device: Device) -> str:
+def find_nonfinite(
+    network: nn.Module, inputs: Tensor, loss_of: Callable[[Tensor], Tensor], *, model: nn.Module, device: Device
+) -> str:
     """Name the first tensor of a step that is not finite, by making its forward and backward pass once more.
 
     Args:
         network: As it was in that step.
         inputs: What it was given.
         loss_of: Logits to loss.
+        model: What `network` is a part of, by whose names tensors are called.
         device: Number format.
     """
     rows = ~inputs.flatten(1).isfinite().all(dim=1)
     if bool(rows.any()):
-        row = int(rows.nonzero()[0])
-        return f"what the network is given for image {row} of the batch"
+        return f"what the network is given for image {int(rows.nonzero()[0])} of the batch"
     found: list[str] = []
 
     def look(name: str) -> Any:
@@ -98,21 +126,24 @@ def find_nonfinite(network: nn.Module, inputs: Tensor, loss_of: Callable[[Tensor
 
         return hook
 
+    own = set(network.modules())
+    leaves = [(n, m) for n, m in model.named_modules() if m in own and not list(m.children())]
     buffers = BufferCopies(network)
-    hooks = [m.register_forward_hook(look(name)) for name, m in network.named_modules() if not list(m.children())]
+    hooks = [module.register_forward_hook(look(name)) for name, module in leaves]
     try:
         with device.autocast():
-            logits = network(inputs)
+            loss = loss_of(network(inputs))
+        if not found and not bool(loss.isfinite()):
+            found.append("the loss")
+        return found[0] if found else _first_gradient(loss, model)
     finally:
         for hook in hooks:
             hook.remove()
         buffers.restore()
-    if found:
-        return found[0]
-    loss = loss_of(logits)
-    if not bool(loss.isfinite()):
-        return "the loss"
-    named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+
+
+def _first_gradient(loss: Tensor, model: nn.Module) -> str:
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
     for (name, _), gradient in zip(named, gradients, strict=True):
         if gradient is not None and not bool(gradient.isfinite().all()):

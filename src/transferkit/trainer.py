@@ -26,7 +26,7 @@ from transferkit.errors import ArgumentError, NonFiniteError
 from transferkit.evaluation import evaluate, in_eval_mode
 from transferkit.features import FeatureCache, Say, open_folder, say_nothing
 from transferkit.feed import Batches, Feed, Frozen
-from transferkit.finite import FiniteFlag, check_policy, check_scale, find_nonfinite
+from transferkit.finite import FiniteFlags, check_policy, check_scale, find_nonfinite
 from transferkit.freezing import describe_frozen
 from transferkit.head import TransferModel
 from transferkit.history import EpochReport, History
@@ -577,11 +577,7 @@ class Trainer:
             network = Recomputed(network)
         whole = self.clip_grad_norm is None and self.micro_batch_size is None and not self.torch_compile
         linear_adam = find_linear_adam(network, self.optimizer, device=self.device) if whole else None
-        later = self.device.torch_device.type == "cuda" and self.on_nonfinite == "raise"
-        before: tuple[FiniteFlag, Callable[[], NonFiniteError]] | None = (
-            None  # the step before, where flags are read later
-        )
-        go_on: Tensor | None = None
+        flags = FiniteFlags(late=self.device.torch_device.type == "cuda" and self.on_nonfinite == "raise")
         for index, (inputs, targets) in enumerate(batches, start=first):
             made = self.global_step - progress.first_step
             scale_lr(self.optimizer, lr_factor(self.schedule, made, progress.num_steps, self.warmup_steps))
@@ -598,28 +594,24 @@ class Trainer:
                 micro_batch_size=self.micro_batch_size or len(targets),
                 clip_grad_norm=self.clip_grad_norm,
                 linear_adam=linear_adam,
-                go_on=go_on,
+                go_on=flags.go_on,
             )
             if size < min(self.micro_batch_size or len(targets), len(targets)):
                 feed.say(f"memory did not suffice: batches go through in parts of {size} from here on, the same update")
                 self.micro_batch_size = size
-            flag = FiniteFlag(finite)
-            explain = partial(self._explain_nonfinite, network, inputs, targets, seed, index)
-            if later:
-                if before is not None and not before[0].read():
-                    raise before[1]()
-                before, go_on = (flag, explain), finite
-            elif not flag.read():
+            bad = flags.add(finite, partial(self._explain_nonfinite, network, inputs, targets, seed, index))
+            if bad is not None:
+                if self.on_nonfinite == "raise" or progress.skipped == self.max_skipped:
+                    progress.between_steps = not flags.late
+                    raise bad()
                 progress.skip(index)
-                if self.on_nonfinite == "raise" or progress.skipped > self.max_skipped:
-                    raise explain()
                 continue
             self.global_step += 1
             if self.global_step % SCALE_CHECKED_EVERY == 0:
                 check_scale(self.device)
             yield Step(self.epoch, index, loss, correct, len(targets), self.optimizer.param_groups[-1]["lr"])
-        if before is not None and not before[0].read():
-            raise before[1]()
+        if (bad := flags.last()) is not None:
+            raise bad()
         check_scale(self.device)
 
     def _explain_nonfinite(
@@ -629,7 +621,7 @@ class Trainer:
             return self.cross_entropy.sum(logits, targets) / self.cross_entropy.total_weight(targets)
 
         with seeded(seed, self.device.torch_device):
-            first = find_nonfinite(network, inputs, loss_of, device=self.device)
+            first = find_nonfinite(network, inputs, loss_of, model=self.model, device=self.device)
         return NonFiniteError(
             f"in step {self.global_step} (epoch {self.epoch}, batch {index}, all from 0) a number is infinite or NaN, "
             f"first in {first}. No weight was changed by it. Look at that image, lower the learning rate, or clip "
