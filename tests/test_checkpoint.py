@@ -419,7 +419,7 @@ def edited(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
         (lambda s: s["optimizer"]["state"].update(other={}), r"state for 'other', which the model does not have"),
         (
             lambda s: s["optimizer"]["state"]["head.fc1.bias"].update(exp_avg=torch.zeros(5)),
-            r"exp_avg of shape \(5,\) for head\.fc1\.bias, whose shape is \(16,\): expected the same",
+            r"exp_avg of shape \(5,\), torch\.float32, for head\.fc1\.bias: expected shape \(16,\)",
         ),
         (lambda s: s["model"]["weights"].pop("head.fc1.bias"), r"do not fit the model: missing head\.fc1\.bias"),
         (lambda s: s.pop("optimizer"), r"optimizer"),

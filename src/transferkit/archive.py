@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +32,7 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> 
             what was at `path` before is still there.
     """
     path = Path(path)
-    tensors = _check_plain(state, CheckpointTypeError)
+    tensors = check_plain(state, CheckpointTypeError)
     versions = {package: version(package) for package in ("transferkit", "torch", "torchvision")}
     counts = [tensor._version for tensor in tensors]
     try:
@@ -70,7 +70,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} {_other_format(state)}")
-    _check_plain(state, CheckpointError)
+    check_plain(state, CheckpointError)
     return state
 
 
@@ -86,8 +86,12 @@ def _other_format(state: object) -> str:
     )
 
 
-def _check_plain(state: object, error: type[CheckpointError]) -> list[Tensor]:
-    """Return the tensors in `state`, refusing whatever is not a plain type or a dense tensor with memory of its own."""
+def check_plain(state: object, error: type[CheckpointError]) -> list[Tensor]:
+    """Return the tensors in `state`, refusing whatever is not a plain type or a dense tensor with memory of its own.
+
+    Raises:
+        CheckpointError: The given class of it, with the place.
+    """
     tensors: list[Tensor] = []
     seen: set[int] = set()  # a list that holds one list many times, nested, would take forever
     waiting: list[tuple[str, object]] = [("", state)]
@@ -113,6 +117,40 @@ def _check_plain(state: object, error: type[CheckpointError]) -> list[Tensor]:
             )
         seen.add(id(value))
     return tensors
+
+
+def check_parts(state: Mapping[str, Any], parts: Mapping[str, Mapping[str, tuple[type, ...]]], *, origin: str) -> None:
+    """Refuse a checkpoint that lacks one of the parts asked for, or something in it, or has it of another type.
+
+    Raises:
+        CheckpointError: So it is.
+    """
+    lacking = [part for part in parts if not isinstance(state.get(part), Mapping)]
+    lacking += [
+        f"{part}/{key}" for part, keys in parts.items() if part not in lacking for key in keys if key not in state[part]
+    ]
+    if lacking:
+        raise CheckpointError(
+            f"{origin} lacks {', '.join(lacking)}: expected a file that Trainer.save wrote, or what "
+            "Trainer.state_dict returned."
+        )
+    for part, keys in parts.items():
+        for key, kinds in keys.items():
+            if type(state[part][key]) not in kinds:
+                raise CheckpointError(
+                    f"{origin} has a {type(state[part][key]).__name__} as {part}/{key}: expected "
+                    f"{' or '.join(kind.__name__ for kind in kinds)}."
+                )
+
+
+def check_items(values: Iterable[object], kind: type, place: str) -> None:
+    """Refuse a list or the values of a mapping in a checkpoint that are not all of one type.
+
+    Raises:
+        CheckpointError: So they are.
+    """
+    if wrong := [value for value in values if not isinstance(value, kind)]:
+        raise CheckpointError(f"{place} of the checkpoint holds a {type(wrong[0]).__name__}: expected {kind.__name__}.")
 
 
 def _check_unchanged(tensors: list[Tensor], counts: list[int]) -> None:

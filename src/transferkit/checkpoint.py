@@ -6,9 +6,9 @@ import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
-from transferkit.archive import read_checkpoint, write_checkpoint
+from transferkit.archive import check_plain, read_checkpoint, write_checkpoint
 from transferkit.arguments import whole_number
-from transferkit.errors import ArgumentError, CheckpointError, CheckpointWriteError
+from transferkit.errors import ArgumentError, CheckpointError, CheckpointTypeError, CheckpointWriteError
 from transferkit.files import DAMAGE, check_archive
 from transferkit.head import TransferModel
 from transferkit.history import EpochReport
@@ -102,16 +102,19 @@ class Checkpoint:
             CheckpointWriteError: The folder is read-only or full; what was there before still is.
         """
         state = trainer.state_dict()
+        check_plain(state, CheckpointTypeError)
         model, frozen = leave_out_frozen(state["model"], trainer.model)
         if frozen:
             path = frozen_path(self.folder, model["sha256"])
-            if path not in self._frozen_written:
+            if path not in self._frozen_written or not path.exists():
                 _write_verified(path, {"frozen": frozen})
                 self._frozen_written.add(path)
         path = self.folder / f"step-{trainer.global_step:08d}.pt"
         _write_verified(path, {**state, "model": model})
-        for old in steps_in(self.folder)[: -self.keep_last]:
-            old.unlink(missing_ok=True)
+        states = steps_in(self.folder)
+        place = states.index(path)  # what lies behind was left by a run that was resumed from an earlier state
+        for other in states[: max(0, place + 1 - self.keep_last)] + states[place + 1 :]:
+            other.unlink(missing_ok=True)
         return path
 
     def check_new_run(self, global_step: int) -> None:

@@ -130,13 +130,13 @@ class Device:
             self.scaler.unscale_(optimizer)  # first, or the limit would apply to scaled gradients
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
-        if finite is None or self.scaler.is_enabled():  # the scaler sees for itself
+        if finite is None or self.scaler.is_enabled():
+            if finite is not None:
+                _spoil_unless(finite, optimizer)
             self.scaler.step(optimizer)
             self.scaler.update()
-        elif getattr(optimizer, "_step_supports_amp_scaling", False) and _has_state(optimizer):  # fused
+        else:
             step_where(finite, optimizer)
-        elif bool(finite):  # host sync on an accelerator
-            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     def step(self, loss: Tensor, optimizer: Optimizer, *, clip_grad_norm: float | None = None) -> None:
@@ -186,14 +186,24 @@ def _has_state(optimizer: Optimizer) -> bool:
 def step_where(finite: Tensor, optimizer: Any) -> None:
     """Make an optimizer's step where `finite`, bool `()`, is true, and change nothing where it is not.
 
-    The host does not wait: fused kernels of torch look at these two attributes, through which GradScaler tells them of
-    overflows. No parameter makes its first step.
+    With a fused optimizer the host does not wait: its kernels look at two attributes, through which GradScaler tells
+    them of overflows. In the first step it does, since torch's fused SGD would leave its momentum unwritten memory.
     """
-    optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
-    try:
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and _has_state(optimizer):
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf
+    elif bool(finite):  # host sync on an accelerator
         optimizer.step()
-    finally:
-        del optimizer.grad_scale, optimizer.found_inf
+
+
+def _spoil_unless(finite: Tensor, optimizer: Optimizer) -> None:
+    """Make a gradient NaN where `finite` is false, so that the gradient scaler skips the step; without a host sync."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    smallest = min(gradients, key=Tensor.numel)
+    smallest += torch.where(finite, 0.0, float("nan"))
 
 
 @contextmanager

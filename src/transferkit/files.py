@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import secrets
 import struct
 import zipfile
@@ -73,7 +74,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     finally:
         if part.name.startswith("."):
             part.unlink(missing_ok=True)
-    if os.name == "posix":  # a folder can be opened nowhere else
+    with suppress(PermissionError):  # it may be written but not listed; Windows opens no folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # or a power failure could undo the renaming
@@ -123,16 +124,20 @@ def _open_locked(path: Path) -> tuple[Path, BinaryIO]:
     while True:
         part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
         file = part.open("x+b")
-        if fcntl is None:
-            return part, file
-        fcntl.flock(file, fcntl.LOCK_EX)  # goes when the process does, however it ends
+        with suppress(OSError):  # some network file systems have no locks: what is abandoned there stays
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)  # goes when the process does, however it ends
         if os.fstat(file.fileno()).st_nlink:  # nobody took it for abandoned before it was locked
             return part, file
         file.close()
 
 
 def _remove_abandoned(path: Path) -> None:
-    for part in path.parent.glob(f".{path.name}.*.*") if fcntl is not None else ():
+    form = re.compile(rf"\.{re.escape(path.name)}\.\d+\.[0-9a-f]{{8}}")
+    parts: list[Path] = []
+    with suppress(OSError):  # a folder that may be written but not listed
+        parts = [other for other in path.parent.iterdir() if form.fullmatch(other.name)]
+    for part in parts if fcntl is not None else ():
         with suppress(OSError), part.open("rb") as file:  # somebody writes it, or has just finished
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             part.unlink()

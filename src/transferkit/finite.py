@@ -84,22 +84,25 @@ class BufferCopies:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._live = [
-            buffer for module in network.modules() if module.training for buffer in module.buffers(recurse=False)
+        self._copies = [
+            (module, name, buffer.clone())
+            for module in network.modules()
+            if module.training
+            for name, buffer in module.named_buffers(recurse=False)
         ]
-        self._copies = [buffer.clone() for buffer in self._live]
 
     def restore(self) -> None:
         """Put them back as they were."""
         with torch.no_grad():
-            for buffer, copy in zip(self._live, self._copies, strict=True):
-                buffer.copy_(copy)
+            for module, name, copy in self._copies:
+                module.get_buffer(name).copy_(copy)
 
     def restore_unless(self, finite: Tensor) -> None:
         """Put them back where `finite`, bool `()`, is false, without waiting for it."""
         with torch.no_grad():
-            for buffer, copy in zip(self._live, self._copies, strict=True):
-                buffer.copy_(torch.where(finite, buffer, copy))
+            for module, name, copy in self._copies:
+                live = module.get_buffer(name)  # not the one from before, if the module assigned another
+                live.copy_(torch.where(finite, live, copy))
 
 
 def find_nonfinite(

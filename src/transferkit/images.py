@@ -134,10 +134,13 @@ def check_normalized(images: Tensor, convention: str) -> None:
         convention: Name of the preprocessing, for the message.
 
     Raises:
-        ImageError: No value is negative, or one is not a number.
+        ImageError: No value is negative. Infinite values and NaN are not looked at here.
     """
-    low, high = (value.item() for value in torch.aminmax(images))
-    if not low < 0:
+    values = images[images.isfinite()]
+    if values.numel() == 0:
+        return
+    low, high = (value.item() for value in torch.aminmax(values))
+    if low >= 0:
         raise ImageError(
             f"float images have values from {low:.3g} to {high:.3g}, so they are not preprocessed: {convention} "
             "subtracts the mean and gives negative values too. Pass raw uint8 images (drop ToTensor or the division "

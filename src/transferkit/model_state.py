@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transferkit.archive import read_checkpoint, write_checkpoint
+from transferkit.archive import check_items, check_parts, read_checkpoint, write_checkpoint
 from transferkit.arrays import digest_tensors
 from transferkit.backbone import Backbone, load_backbone
 from transferkit.errors import ArgumentError, CheckpointError, HeadMismatchError
@@ -19,24 +19,17 @@ from transferkit.head import TransferModel, attach_head, build_head
 from transferkit.preprocessing import Preprocessing
 from transferkit.weights import differences
 
-PARTS = ("backbone", "preprocessing", "classes", "head", "first_trainable", "frozen", "weights", "left_out", "sha256")
-
-
-def check_parts(state: Mapping[str, Any], parts: Mapping[str, tuple[str, ...]], *, origin: str) -> None:
-    """Refuse a checkpoint that lacks one of the parts asked for, or something in it.
-
-    Raises:
-        CheckpointError: So it is.
-    """
-    lacking = [part for part in parts if not isinstance(state.get(part), Mapping)]
-    lacking += [
-        f"{part}/{key}" for part, keys in parts.items() if part not in lacking for key in keys if key not in state[part]
-    ]
-    if lacking:
-        raise CheckpointError(
-            f"{origin} lacks {', '.join(lacking)}: expected a file that Trainer.save wrote, or what "
-            "Trainer.state_dict returned."
-        )
+PARTS: dict[str, tuple[type, ...]] = {
+    "backbone": (str,),
+    "preprocessing": (dict,),
+    "classes": (list,),
+    "head": (dict, type(None)),
+    "first_trainable": (str, type(None)),
+    "frozen": (list,),
+    "weights": (dict,),
+    "left_out": (list,),
+    "sha256": (str,),
+}
 
 
 def model_state(model: TransferModel) -> dict[str, Any]:
@@ -62,6 +55,7 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
         UnknownLayerError: It is frozen until a layer that the model does not have.
         CheckpointError: Another backbone, preprocessing, or other names or shapes of weights.
     """
+    _check_content(state)
     find_boundary(model, state["first_trainable"])
     if list(model.classes) != state["classes"]:
         raise HeadMismatchError(
@@ -73,10 +67,16 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
     for name, value in live.items():
         if value != state[name]:
             raise CheckpointError(f"the checkpoint has {name} {state[name]}, the model {value}: expected the same.")
-    if faults := differences(model.state_dict(), state["weights"]):
+    if faults := differences(model.state_dict(), state["weights"], same_width=True):
         wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in state["weights"])
         cause = "A wrapper put a prefix before its names: remove it." if wrapped else "Was its head built otherwise?"
         raise CheckpointError(f"the checkpoint's weights do not fit the model: {faults}. {cause}")
+
+
+def _check_content(state: Mapping[str, Any]) -> None:
+    for name, kind in (("classes", str), ("frozen", str), ("left_out", str)):
+        check_items(state[name], kind, f"model/{name}")
+    check_items(state["weights"].values(), Tensor, "model/weights")
 
 
 def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
@@ -107,6 +107,7 @@ def put_back(state: dict[str, Any], path: Path, *others: Mapping[str, Tensor]) -
     Raises:
         CheckpointError: None has the digest of those left out.
     """
+    _check_content(state)
     if not state["left_out"]:
         return state
     beside = frozen_path(path.parent, state["sha256"])
@@ -116,7 +117,8 @@ def put_back(state: dict[str, Any], path: Path, *others: Mapping[str, Tensor]) -
             return {**state, "weights": {**state["weights"], **found}}
     if beside.exists():
         found = read_checkpoint(beside).get("frozen", {})
-        if isinstance(found, dict) and _sha256(found) == state["sha256"]:
+        tensors = isinstance(found, dict) and all(isinstance(weight, Tensor) for weight in found.values())
+        if tensors and _sha256(found) == state["sha256"]:
             return {**state, "weights": {**state["weights"], **found}}
         raise CheckpointError(f"{beside} does not hold the frozen weights it is named after: delete it.")
     raise CheckpointError(

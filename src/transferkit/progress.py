@@ -6,12 +6,24 @@ from typing import Any
 
 from torch import Tensor
 
+from transferkit.archive import check_items, check_parts
 from transferkit.best import BestWeights
 from transferkit.errors import CheckpointError, DataChangedError
 from transferkit.history import EpochReport, History
 from transferkit.step import Step, Sums
+from transferkit.weights import differences
 
-PARTS = ("facts", "first_step", "first_epoch", "batches", "skipped", "skipped_before", "sums", "reports", "best")
+PARTS: dict[str, tuple[type, ...]] = {
+    "facts": (dict,),
+    "first_step": (int,),
+    "first_epoch": (int,),
+    "batches": (int,),
+    "skipped": (int,),
+    "skipped_before": (int,),
+    "sums": (dict,),
+    "reports": (list,),
+    "best": (dict, type(None)),
+}
 
 
 @dataclass(slots=True)
@@ -109,13 +121,15 @@ def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, T
         CheckpointError: It holds no run, or that of a call with other arguments.
         DataChangedError: The run began with other data.
     """
-    if not isinstance(state, Mapping) or any(part not in state for part in PARTS):
+    if state is None:
         raise CheckpointError(
             f"{origin} was not saved during a run, so there is none to resume: trainer.load({origin!r}) takes its "
             "weights over, and fit begins a new run with them."
         )
+    check_parts({"run": state}, {"run": PARTS}, origin=origin)
+    run: Mapping[str, Any] = state  # type: ignore[assignment]
     for name, value in facts.items():
-        saved = state["facts"].get(name)
+        saved = run["facts"].get(name)
         if saved == value:
             continue
         if name.endswith("data"):
@@ -128,9 +142,15 @@ def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, T
             f"the run of {origin} has {name}={saved!r}, this call {name}={value!r}: expected the same. To begin a new "
             f"run with its weights: trainer.load({origin!r}), then fit without resume_from."
         )
-    best = state["best"] or {}
-    if wrong := [name for name in best if name not in live or best[name].shape != live[name].shape]:
-        raise CheckpointError(f"{origin} holds best weights that do not fit the model: {', '.join(wrong[:5])}.")
+    best = run["best"] or {}
+    check_items(best.values(), Tensor, "run/best")
+    if faults := differences({name: live[name] for name in best if name in live}, best, same_width=True):
+        raise CheckpointError(f"{origin} holds best weights that do not fit the model: {faults}.")
+    check_parts(run, {"sums": {"loss": (Tensor,), "correct": (Tensor,), "count": (int,)}}, origin=f"run of {origin}")
+    check_items(run["reports"], dict, "run/reports")
+    names = set(EpochReport.__dataclass_fields__)
+    if any(set(report) != names for report in run["reports"]) or any(run["sums"][n].ndim for n in ("loss", "correct")):
+        raise CheckpointError(f"{origin} holds reports or sums of another form: expected those that fit writes.")
 
 
 def _describe(data: object) -> str:

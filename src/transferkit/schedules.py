@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 from transferkit.errors import ArgumentError, close_matches
 
@@ -42,6 +43,9 @@ def lr_factor(schedule: Schedule, step: int, num_steps: int | None, warmup_steps
         num_steps: Steps in the whole run; None if that is not known, which the constant schedule alone can do without.
         warmup_steps: How many of these are warm-up.
 
+    Raises:
+        ArgumentError: The schedule gives no number, a negative one, infinity or NaN.
+
     Example:
         >>> [lr_factor(SCHEDULES["linear"], step, num_steps=6, warmup_steps=2) for step in range(6)]
         [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
@@ -50,7 +54,13 @@ def lr_factor(schedule: Schedule, step: int, num_steps: int | None, warmup_steps
         return (step + 1) / warmup_steps
     if num_steps is None:
         return 1.0
-    return schedule((step - warmup_steps) / max(1, num_steps - warmup_steps))
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    factor = schedule(progress)
+    if not (isinstance(factor, Real) and 0 <= factor < math.inf):
+        raise ArgumentError(
+            f"schedule gave {factor!r} at progress {progress:.4g}: expected a factor of 0 or more: 1 - progress, say."
+        )
+    return float(factor)
 
 
 def check_schedule(schedule: Schedule, num_steps: int | None) -> None:

@@ -1,5 +1,6 @@
 """The hot path: one training step, one evaluation step. No I/O, no logging, no host sync."""
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -92,9 +93,10 @@ class Sums:
         self.count = 0
 
     def means(self) -> tuple[float, float]:
-        """Return mean loss and accuracy (0 to 1)."""
-        count = max(1, self.count)  # every step may have been left out
-        return self.loss.item() / count, self.correct.item() / count  # host sync: once an epoch
+        """Return mean loss and accuracy (0 to 1); NaN if nothing was added."""
+        if self.count == 0:  # every step was left out
+            return math.nan, math.nan
+        return self.loss.item() / self.count, self.correct.item() / self.count  # host sync: once an epoch
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from transferkit.best import BestWeights
 from transferkit.checkpoint import Checkpoint, read_newest
 from transferkit.data import epoch_order, open_data
 from transferkit.device import Device
-from transferkit.errors import ArgumentError, NonFiniteError
+from transferkit.errors import ArgumentError, CheckpointError, NonFiniteError
 from transferkit.evaluation import evaluate, in_eval_mode
 from transferkit.features import FeatureCache, Say, open_folder, say_nothing
 from transferkit.feed import Batches, Feed, Frozen
@@ -33,7 +33,6 @@ from transferkit.history import EpochReport, History
 from transferkit.inputs import Inputs
 from transferkit.interrupts import Interruption, Interrupts
 from transferkit.linear_adam import find_linear_adam
-from transferkit.model_state import check_parts
 from transferkit.optimizers import LearningRate, OptimizerClass, build_optimizer, find_lr, scale_lr, set_lr
 from transferkit.progress import Progress, check_progress
 from transferkit.randomness import derive_seed, seeded
@@ -48,11 +47,18 @@ KEPT_BATCH_SIZE = 256
 SCALE_CHECKED_EVERY = 50
 """Steps between two looks at the gradient scale of fp16, each of which waits for the device."""
 
-PARTS = {
+PARTS: dict[str, dict[str, tuple[type, ...]]] = {
     "model": model_state.PARTS,
-    "optimizer": ("class", "groups", "state"),
-    "scaler": (),
-    "progress": ("epoch", "global_step", "seed", "micro_batch_size", "precision", "device"),
+    "optimizer": {"class": (str,), "groups": (list,), "state": (dict,)},
+    "scaler": {},
+    "progress": {
+        "epoch": (int,),
+        "global_step": (int,),
+        "seed": (int,),
+        "micro_batch_size": (int, type(None)),
+        "precision": (str,),
+        "device": (str,),
+    },
 }
 
 Callback = Callable[["Trainer", EpochReport], object]
@@ -254,7 +260,7 @@ class Trainer:
             check_schedule(self.schedule, run.num_steps)
             self._check_validation(run)
             facts = self._facts(run, lr, epochs) if checkpoints or resume_from is not None else {}
-            saved = None if resume_from is None else self._read_run(resume_from, facts, say)
+            saved = None if resume_from is None else self._read_run(resume_from, facts, checkpoints, say)
             if saved is None:
                 self._begin_run(run, lr, checkpoints)
             else:
@@ -332,13 +338,22 @@ class Trainer:
             images: As in `fit`, with targets (which are not looked at) or without.
             batch_size: 32 if None.
             num_workers: Processes that read a `Dataset`.
+
+        Raises:
+            NonFiniteError: The model makes infinity or NaN of an image.
         """
         source = open_data(images, self.model.classes, num_workers=num_workers, with_targets=False)
         inputs = Inputs(source, self.model.backbone.preprocess, self.device)
         with in_eval_mode(self.model):
             batches = inputs.batches(choose_batch_size(source, batch_size))
             logits = [evaluation_step(self.model, images, device=self.device) for images, _ in batches]
-        return torch.cat([part.softmax(dim=1).cpu() for part in logits]).numpy()
+        probabilities = torch.cat([part.softmax(dim=1).cpu() for part in logits])
+        if bool((wrong := probabilities.isnan().any(dim=1)).any()):
+            raise NonFiniteError(
+                f"the logits of image {int(wrong.nonzero()[0])} are infinite or NaN: expected finite images and "
+                "weights. Look at that image and at the weights."
+            )
+        return probabilities.numpy()
 
     def predict(self, images: object, *, batch_size: int | None = None, num_workers: int = 0) -> npt.NDArray[np.int64]:
         """Return the most probable class index of each image, int64 `(N,)`; `model.classes` has their names.
@@ -402,15 +417,22 @@ class Trainer:
 
     def _complete(self, state: dict[str, Any], path: Path) -> dict[str, Any]:
         """Return a state read from a file, with the frozen weights it left out, once it is known to fit."""
-        check_parts(state, PARTS, origin=str(path))
+        archive.check_parts(state, PARTS, origin=str(path))
         state = {**state, "model": model_state.put_back(state["model"], path, self.model.state_dict())}
         self._check(state, origin=str(path))
         return state
 
     def _check(self, state: Mapping[str, Any], *, origin: str) -> None:
-        check_parts(state, PARTS, origin=origin)
+        archive.check_parts(state, PARTS, origin=origin)
         model_state.check_model_state(self.model, state["model"])
         optimizer_state.check_optimizer_state(self.optimizer, self.model, state["optimizer"])
+        live, saved = self.device.scaler.state_dict(), state["scaler"]
+        if (
+            live
+            and saved
+            and (set(live) != set(saved) or any(type(saved[name]) is not type(live[name]) for name in live))
+        ):
+            raise CheckpointError(f"{origin} has a gradient scaler of {saved}: expected numbers for {', '.join(live)}.")
 
     def _assign(self, state: Mapping[str, Any]) -> None:
         """Take over a state that is known to fit."""
@@ -432,7 +454,9 @@ class Trainer:
         self.global_step = position["global_step"]
         self.seed = position["seed"]
 
-    def _read_run(self, path: str | os.PathLike[str], facts: dict[str, Any], say: Say) -> dict[str, Any] | None:
+    def _read_run(
+        self, path: str | os.PathLike[str], facts: dict[str, Any], checkpoints: Sequence[Checkpoint], say: Say
+    ) -> dict[str, Any] | None:
         """Return the state to resume from, known to fit; None if the folder has none yet."""
         found = read_newest(path)
         if found is None:
@@ -441,6 +465,9 @@ class Trainer:
         file, state = found
         state = self._complete(state, file)
         check_progress(state.get("run"), facts, self.model.state_dict(), origin=str(file))
+        for checkpoint in checkpoints:
+            if checkpoint.folder.resolve() != file.parent.resolve():
+                checkpoint.check_new_run(state["progress"]["global_step"])
         say(f"resumed from {file}")
         return state
 

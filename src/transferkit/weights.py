@@ -146,8 +146,10 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
     module.load_state_dict(dict(state))
 
 
-def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, same_width: bool = False) -> str:
     """Say in which names, shapes and kinds of numbers `state` differs from `own`; nothing if in none.
+
+    With `same_width` floating-point numbers of another width are a difference too.
 
     Example:
         >>> differences({"a": torch.zeros(2)}, {"a": torch.zeros(3), "b": torch.zeros(1)})
@@ -168,7 +170,9 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     kinds = [
         f"{key} {state[key].dtype} instead of {own[key].dtype}"
         for key in own
-        if key in state and state[key].is_floating_point() != own[key].is_floating_point()
+        if key in state
+        and state[key].dtype != own[key].dtype
+        and (same_width or not (state[key].is_floating_point() and own[key].is_floating_point()))
     ]
     if kinds:
         faults.append(f"other number types: {_some(kinds)}")
