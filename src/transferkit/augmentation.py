@@ -52,6 +52,17 @@ def build_augmentation(augment: Augment, image_size: int) -> Transform:
     return partial(_apply, chain)
 
 
+def describe_augmentation(augment: Augment) -> list[str]:
+    """Return the names of augmentations; of the user's own what can be told of them.
+
+    Example:
+        >>> describe_augmentation(["flip", torch.nn.Identity()])
+        ['flip', 'Identity']
+    """
+    parts = augment if isinstance(augment, list | tuple) else [augment]
+    return [part if isinstance(part, str) else getattr(part, "__qualname__", type(part).__name__) for part in parts]
+
+
 def augment_batch(transform: Transform, images: Tensor, places: Sequence[int], *, seed: int, epoch: int) -> Tensor:
     """Return a batch with each image transformed under its own seed.
 

@@ -1,6 +1,7 @@
 """Leave out the images of a data set that cannot be read, before a run begins."""
 
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 
@@ -37,14 +38,15 @@ def without_bad_images(source: Source, *, say: Callable[[str], None], check: Cal
             )
         return source
     bad: dict[int, str] = {}
-    for places, failures in source.failures():
-        bad.update(failures)
-        check()
-        if len(bad) > max(1, LIMIT * source.num_images):
-            raise ImageError(
-                f"{len(bad)} of the first {places} images cannot be used, more than {LIMIT:.0%} of all "
-                f"{source.num_images}: this is no accident. The first: {next(iter(bad.values()))}"
-            )
+    with closing(source.failures()) as found:
+        for places, failures in found:
+            bad.update(failures)
+            check()
+            if len(bad) > max(1, LIMIT * source.num_images):
+                raise ImageError(
+                    f"{len(bad)} of the first {places} images cannot be used, more than {LIMIT:.0%} of all "
+                    f"{source.num_images}: this is no accident. The first: {next(iter(bad.values()))}"
+                )
     if len(bad) == source.num_images:
         raise EmptyDataError(f"none of the {source.num_images} images can be used: {next(iter(bad.values()))}")
     for reason in bad.values():

@@ -8,7 +8,13 @@ from typing import Any, Protocol
 
 from transferkit.archive import check_plain, read_checkpoint, write_checkpoint
 from transferkit.arguments import whole_number
-from transferkit.errors import ArgumentError, CheckpointError, CheckpointTypeError, CheckpointWriteError
+from transferkit.errors import (
+    ArgumentError,
+    CheckpointError,
+    CheckpointTypeError,
+    CheckpointWriteError,
+    TransferKitError,
+)
 from transferkit.files import DAMAGE, check_archive
 from transferkit.head import TransferModel
 from transferkit.history import EpochReport
@@ -65,7 +71,7 @@ class Checkpoint:
         self.every_epochs = whole_number("every_epochs", every_epochs)
         self.every_steps = None if every_steps is None else whole_number("every_steps", every_steps)
         self.keep_last = whole_number("keep_last", keep_last)
-        self.failure: CheckpointWriteError | None = None
+        self.failure: TransferKitError | None = None
         self._frozen_written: set[Path] = set()
         try:
             self.folder.mkdir(exist_ok=True)
@@ -88,7 +94,7 @@ class Checkpoint:
         """Save; a failure becomes a warning and stays in `failure`. Return the file's path, None if it failed."""
         try:
             path = self.save(trainer)
-        except CheckpointWriteError as error:
+        except (CheckpointTypeError, CheckpointWriteError) as error:
             self.failure = error
             warnings.warn(f"the run goes on unsaved: {error}", stacklevel=2)
             return None

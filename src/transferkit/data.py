@@ -1,14 +1,14 @@
 """Whatever `Trainer` accepts as data, as batches in an order that depends on (seed, epoch) alone."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 
 from transferkit.arguments import whole_number
 from transferkit.arrays import digest_tensors
@@ -22,7 +22,7 @@ from transferkit.errors import (
 )
 from transferkit.images import as_images
 from transferkit.randomness import derive_seed, shuffled
-from transferkit.samples import Sample, Samples, probes
+from transferkit.samples import SKIP_HINT, Sample, Samples, probes
 from transferkit.targets import as_targets
 from transferkit.workers import read_in_workers
 
@@ -206,12 +206,16 @@ class DatasetSource:
             tensors |= {str(place): self.samples.read(place, 0)[0] for place in probes(self.num_images, places)}
         return _digest(**tensors)
 
-    def failures(self) -> Iterator[tuple[int, dict[int, str]]]:
+    def failures(self) -> Generator[tuple[int, dict[int, str]], None, None]:
         """Read every sample; yield after each batch how many were read, and what is wrong with which of them."""
         read = 0
         keys = [[(place, 0) for place in part.tolist()] for part in _in_batches(None, self.num_images, _SCANNED)]
         for batch in read_in_workers(self.samples, keys, num_workers=self.num_workers, seed=0):
-            bad = {read + row: str(sample) for row, sample in enumerate(batch) if isinstance(sample, TransferKitError)}
+            bad = {
+                read + row: str(sample).removesuffix(SKIP_HINT)
+                for row, sample in enumerate(batch)
+                if isinstance(sample, TransferKitError)
+            }
             read += len(batch)
             yield read, bad
 
@@ -285,9 +289,22 @@ def _collate(samples: Sequence[Sample | TransferKitError], num_classes: int, *, 
 
 
 def class_names(data: object) -> list[str] | None:
-    """Return the class names that a data set has, through `Subset` and `DataLoader`; None if it has none."""
+    """Return the class names of a data set, also in a `Subset`, `ConcatDataset` or `DataLoader`; None if it has none.
+
+    Raises:
+        HeadMismatchError: The parts of a `ConcatDataset` have different ones.
+    """
     while not hasattr(data, "classes") and hasattr(data, "dataset"):
         data = data.dataset
+    if isinstance(data, ConcatDataset):
+        parts = [names for part in data.datasets if (names := class_names(part)) is not None]
+        if different := [names for names in parts if names != parts[0]]:
+            raise HeadMismatchError(
+                f"the parts of a ConcatDataset have the classes {', '.join(parts[0][:8])} and "
+                f"{', '.join(different[0][:8])}, at most 8 listed: class indices would not mean the same. Expected the "
+                "same in all."
+            )
+        return parts[0] if parts else None
     found = getattr(data, "classes", None)
     return None if found is None else list(map(str, found))
 

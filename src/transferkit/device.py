@@ -126,13 +126,13 @@ class Device:
             finite: bool `()`, on the device: where false, no weight is changed. With a fused optimizer nobody waits
                 for it, but in the first step. None is true.
         """
+        if finite is not None and self.scaler.is_enabled():
+            _spoil_unless(finite, optimizer)
         if clip_grad_norm is not None:
             self.scaler.unscale_(optimizer)  # first, or the limit would apply to scaled gradients
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
         if finite is None or self.scaler.is_enabled():
-            if finite is not None:
-                _spoil_unless(finite, optimizer)
             self.scaler.step(optimizer)
             self.scaler.update()
         else:
@@ -201,7 +201,8 @@ def step_where(finite: Tensor, optimizer: Any) -> None:
 
 def _spoil_unless(finite: Tensor, optimizer: Optimizer) -> None:
     """Make a gradient NaN where `finite` is false, so that the gradient scaler skips the step; without a host sync."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None and p.numel()]
     smallest = min(gradients, key=Tensor.numel)
     smallest += torch.where(finite, 0.0, float("nan"))
 

@@ -107,15 +107,17 @@ class FeatureFile:
             found = {"format": content["format"], "key": content["key"], "size": self.path.stat().st_size}
             if found != expected:
                 raise CacheError(f"{self.path} holds {found}: expected {expected}. Delete it.")
+            expected_digest = content["sha256"]
             mapped: Any = np.memmap(self.path, np.uint8, mode="r", offset=_HEADER_BYTES, shape=(num_bytes,))
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            features = tensor_from_array(mapped).view(dtype).view(shape)
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
             raise CacheError(f"{self.path} is no whole file of features ({error}): delete it.") from error
         digest = hashlib.sha256()
         for start in range(0, num_bytes, _CHUNK_BYTES):
             digest.update(memoryview(mapped[start : start + _CHUNK_BYTES]))
-        if digest.hexdigest() != content["sha256"]:
+        if digest.hexdigest() != expected_digest:
             raise CacheError(f"{self.path} is damaged: its features do not match their SHA-256. Delete it.")
-        return tensor_from_array(mapped).view(dtype).view(shape)
+        return features
 
 
 def _header(content: dict[str, Any]) -> bytes:

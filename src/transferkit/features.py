@@ -6,7 +6,8 @@ key, so they cannot disagree with the model or the data.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -74,7 +75,7 @@ class KeptFeatures:
 
     def batches(
         self, batch_size: int, *, order: Tensor | None = None, view: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield features `(N, C, h, w)`, channels-last, and targets of each batch, on the device.
 
         Each batch is a copy: a head that works in place cannot change what is kept.
@@ -138,10 +139,11 @@ class FeatureCache:
             return self._remember(start)
 
         def compute() -> Iterator[Tensor]:
-            computed = (prefix(batch) for batch in scan) if start is None else _derive(start, prefix)
-            for part in computed:
-                yield part.permute(0, 2, 3, 1)
-                self.check()
+            computed = scan.compute(prefix) if start is None else _derive(start, prefix)
+            with closing(computed):  # or a kept traceback would keep worker processes
+                for part in computed:
+                    yield part.permute(0, 2, 3, 1)
+                    self.check()
 
         file = self._file(scan.pixels, prefix.digests[-1])
         features, where = self._store(compute, shape, example.dtype, file=file, say=say)
@@ -245,7 +247,7 @@ class _Scan:
         self.pixels = ""
         self.targets = torch.empty(0)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Generator[Tensor, None, None]:
         """Yield the model input of each batch."""
         digest, targets = hashlib.sha256(f"{self.num_views} views".encode()), []
         form = ""
@@ -266,8 +268,15 @@ class _Scan:
 
     def read(self) -> None:
         """Read all without computing anything."""
-        for _ in self:
-            self.check()
+        with closing(iter(self)) as batches:
+            for _ in batches:
+                self.check()
+
+    def compute(self, prefix: Prefix) -> Generator[Tensor, None, None]:
+        """Yield the features of each batch."""
+        with closing(iter(self)) as batches:
+            for batch in batches:
+                yield prefix(batch)
 
 
 def _example(inputs: Inputs, prefix: Prefix) -> Tensor:
@@ -280,7 +289,7 @@ def _depth(kept: KeptFeatures, prefix: Prefix) -> int:
     return prefix.digests.index(kept.layers)
 
 
-def _derive(start: KeptFeatures, prefix: Prefix) -> Iterator[Tensor]:
+def _derive(start: KeptFeatures, prefix: Prefix) -> Generator[Tensor, None, None]:
     first = _depth(start, prefix)
     for view in range(len(start.features)):
         for batch, _ in start.batches(prefix.batch_size, view=view):

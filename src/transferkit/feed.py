@@ -1,6 +1,6 @@
 """What a network is trained or evaluated on, epoch by epoch: kept features where that is safe, else images."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import cast
 
 import torch
@@ -14,7 +14,7 @@ from transferkit.head import TransferModel
 from transferkit.inputs import Inputs
 from transferkit.prefix import Prefix, is_intercepted, why_impure
 
-Batches = Iterator[tuple[Tensor, Tensor]]
+Batches = Generator[tuple[Tensor, Tensor], None, None]
 
 NOTHING_FROZEN = "nothing is frozen: freeze_until(model, 'head') freezes the backbone"
 

@@ -1,6 +1,6 @@
 """No infinite number and no NaN reaches the weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ def gradients_are_finite(loss: Tensor, optimizer: Optimizer, linear_adam: Linear
 
     Reads every gradient once, at memory speed. Those that `LinearAdam` holds as factors are judged by their factors.
     """
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None and p.numel()]
     bounds = [loss.detach()]
     if loss.device.type == "cpu":  # 50 GB/s; torch's norms run at 3 there
         bounds += [bound for gradient in gradients for bound in torch.aminmax(gradient)]
@@ -106,18 +107,23 @@ class BufferCopies:
 
 
 def find_nonfinite(
-    network: nn.Module, inputs: Tensor, loss_of: Callable[[Tensor], Tensor], *, model: nn.Module, device: Device
+    network: nn.Module,
+    parts: Sequence[tuple[Tensor, Tensor]],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    *,
+    model: nn.Module,
+    device: Device,
 ) -> str:
-    """Name the first tensor of a step that is not finite, by making its forward and backward pass once more.
+    """Name the first tensor of a step that is not finite, by making its forward and backward passes once more.
 
     Args:
         network: As it was in that step.
-        inputs: What it was given.
-        loss_of: Logits to loss.
+        parts: What it was given, and targets, in the micro-batches of that step.
+        loss_of: Logits and targets to loss.
         model: What `network` is a part of, by whose names tensors are called.
         device: Number format.
     """
-    rows = ~inputs.flatten(1).isfinite().all(dim=1)
+    rows = torch.cat([~inputs.flatten(1).isfinite().all(dim=1) for inputs, _ in parts])
     if bool(rows.any()):
         return f"what the network is given for image {int(rows.nonzero()[0])} of the batch"
     found: list[str] = []
@@ -134,24 +140,27 @@ def find_nonfinite(
     buffers = BufferCopies(network)
     hooks = [module.register_forward_hook(look(name)) for name, module in leaves]
     try:
-        with device.autocast():
-            loss = loss_of(network(inputs))
-        if not found and not bool(loss.isfinite()):
-            found.append("the loss")
-        return found[0] if found else _first_gradient(loss, model)
+        for inputs, targets in parts:
+            with device.autocast():
+                loss = loss_of(network(inputs), targets)
+            if not found and not bool(loss.isfinite()):
+                found.append("the loss")
+            if found or (first := _first_gradient(loss, model)):
+                return found[0] if found else str(first)
     finally:
         for hook in hooks:
             hook.remove()
         buffers.restore()
+    return "the sum of a gradient over the batch"
 
 
-def _first_gradient(loss: Tensor, model: nn.Module) -> str:
+def _first_gradient(loss: Tensor, model: nn.Module) -> str | None:
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
     for (name, _), gradient in zip(named, gradients, strict=True):
         if gradient is not None and not bool(gradient.isfinite().all()):
             return f"the gradient of {name}"
-    return "a gradient (it came out finite when the step was made once more)"
+    return None
 
 
 def check_scale(device: Device) -> None:

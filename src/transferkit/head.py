@@ -1,6 +1,6 @@
 """A new head on a backbone."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
@@ -165,7 +165,7 @@ def _class_names(classes: int | Sequence[str]) -> tuple[str, ...]:
             f"classes={classes!r} makes {len(names)} classes: expected 2 or more. For a yes-or-no question pass two, "
             'such as ["no", "yes"].'
         )
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ArgumentError(f"class names repeat: {', '.join(repeated)}. Expected each of the {len(names)} once.")
     return names
 

@@ -1,6 +1,6 @@
 """Batches as they lie in the data, to model input on the device: the one path of training, validation, prediction."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,7 +38,7 @@ class Inputs:
 
     def batches(
         self, batch_size: int, *, order: Tensor | None = None, view: int = 0, watch: Watch | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield model input, float `(N, 3, S, S)`, and targets of each batch, on the device.
 
         Args:

@@ -22,6 +22,10 @@ class Interrupts:
     of its own, which is then called first. The handlers that were there are back by then. Outside the main thread,
     which alone gets signals, and for signals that were ignored, nothing is changed.
 
+    Attributes:
+        received: The signal that was held back, or None.
+        twice: Whether another one came.
+
     Example:
         >>> interrupts = Interrupts()
         >>> with interrupts:
@@ -31,10 +35,11 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.twice = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
-        self.received = None
+        self.received, self.twice = None, False
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 before = signal.getsignal(number)
@@ -64,7 +69,8 @@ class Interrupts:
             self.check()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:  # the second time
+        if self.received is not None:
+            self.twice = True
             self._put_back()
             _raise_again(number, "interrupted twice: stopped at once, without another checkpoint")
         self.received = number

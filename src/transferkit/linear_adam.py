@@ -98,9 +98,11 @@ class LinearAdam(TorchFunctionMode):
                 state["step"] += 1
                 decoupled = type(self.optimizer) is AdamW
                 group = self._groups[id(weight)]
-                _run_kernel(
+                if not _run_kernel(
                     weight, gradients, inputs, state=state, group=group, decoupled=decoupled, kernel=self._kernel
-                )
+                ):
+                    state["step"] -= 1
+                    weight.grad = (gradients.t() @ inputs).float()  # the optimizer has its own ways with memory
         self._factors.clear()
 
 
@@ -207,7 +209,8 @@ def _run_kernel(
     group: dict[str, Any],
     decoupled: bool,
     kernel: Callable[..., int],
-) -> None:
+) -> bool:
+    """Update a weight and its moments; return whether there was memory to work in. If not, nothing was changed."""
     step, lr, decay = state["step"].item(), group["lr"], group["weight_decay"]
     beta1, beta2 = group["betas"]
     coefficients = (ctypes.c_float * 8)(
@@ -235,5 +238,6 @@ def _run_kernel(
         torch.get_num_threads(),
     )
     if failed:
-        raise MemoryError(f"the update of a weight of shape {tuple(weight.shape)} had no memory to work in")
-    torch.autograd.graph.increment_version(weight)
+        return False
+    torch.autograd.graph.increment_version((weight, state["exp_avg"], state["exp_avg_sq"]))
+    return True

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transferkit.archive import check_items, check_parts, read_checkpoint, write_checkpoint
+from transferkit.archive import check_items, check_parts, read_checkpoint, shown, write_checkpoint
 from transferkit.arrays import digest_tensors
 from transferkit.backbone import Backbone, load_backbone
-from transferkit.errors import ArgumentError, CheckpointError, HeadMismatchError
+from transferkit.errors import ArgumentError, CheckpointError, HeadMismatchError, TransferKitError
 from transferkit.freezing import find_boundary, first_trainable, freeze_until, trainable_state
 from transferkit.head import TransferModel, attach_head, build_head
 from transferkit.preprocessing import Preprocessing
@@ -65,8 +65,10 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
         )
     live = {"backbone": model.backbone.name, "preprocessing": asdict(model.backbone.preprocess)}
     for name, value in live.items():
-        if value != state[name]:
-            raise CheckpointError(f"the checkpoint has {name} {state[name]}, the model {value}: expected the same.")
+        if type(value) is not type(state[name]) or value != state[name]:
+            raise CheckpointError(
+                f"the checkpoint has {name} {shown(state[name])}, the model {shown(value)}: expected the same."
+            )
     if faults := differences(model.state_dict(), state["weights"], same_width=True):
         wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in state["weights"])
         cause = "A wrapper put a prefix before its names: remove it." if wrapped else "Was its head built otherwise?"
@@ -189,8 +191,10 @@ def load_model(
         )
     try:
         model = _build(state, head, backbone)
-    except (ArgumentError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{path} describes a model that cannot be built: {error}.") from error
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, TransferKitError) and not isinstance(error, ArgumentError):
+            raise
+        raise CheckpointError(f"{path} describes a model that cannot be built: {shown(str(error))}.") from error
     check_model_state(model, state)
     load_model_state(model, state)
     return model.eval()
@@ -211,6 +215,10 @@ def _build(state: Mapping[str, Any], head: nn.Module | None, backbone: Backbone 
 
 def _check_head_size(backbone: Backbone, state: Mapping[str, Any]) -> None:
     """Refuse a head that is larger than its weights in the file, before there is memory taken for it."""
+    if len(state["head"].get("hidden", ())) > len(state["weights"]):
+        raise CheckpointError(
+            f"the checkpoint describes a head of more layers than its {len(state['weights'])} weights."
+        )
     with torch.device("meta"):
         head = build_head(backbone.feature_shape, len(state["classes"]), **state["head"])
     weights = {name.removeprefix("head."): w for name, w in state["weights"].items() if name.startswith("head.")}

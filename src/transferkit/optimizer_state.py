@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transferkit.archive import check_items
+from transferkit.archive import check_items, shown
 from transferkit.errors import CheckpointError
 
 
@@ -62,7 +62,7 @@ def _check_group(number: int, group: Mapping[str, Any], saved: Mapping[str, Any]
     for key, value in live.items():
         if _kind(value) != _kind(saved[key]):
             raise CheckpointError(
-                f"the checkpoint's optimizer has {key}={saved[key]!r} in group {number}, the live one {value!r}: "
+                f"the checkpoint's optimizer has {key}={shown(saved[key])} in group {number}, the live one {value!r}: "
                 "expected the same kind of value."
             )
 

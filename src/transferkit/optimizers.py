@@ -55,6 +55,7 @@ def build_optimizer(
             )
         _check_parameters(optimizer, model)
         for group in optimizer.param_groups:
+            positive("lr of the optimizer", float(group["lr"]), or_zero=True)
             group.setdefault("initial_lr", group["lr"])
         return optimizer
     if isinstance(optimizer, str):

@@ -9,11 +9,18 @@ from torch.optim import Optimizer
 from transferkit.device import Device
 from transferkit.errors import DeviceError, OutOfMemoryError
 
-_COPIES = 2  # of each parameter, as Adam keeps them
-
 _Result = TypeVar("_Result")
 
-_PHRASES = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad alloc", "failed to allocate")
+_PHRASES = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate",
+    "bad alloc",
+    "bad_alloc",
+    "status_alloc_failed",  # cuBLAS's and cuDNN's
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -74,18 +81,25 @@ def reserve_state(optimizer: Optimizer, device: Device) -> None:
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     fresh = [p for p in parameters if p.grad is not None and p not in optimizer.state]
+    copies = _count_copies(optimizer)
     try:
-        [torch.empty_like(p) for p in fresh for _ in range(_COPIES)]  # all at once, and given back at once
+        [torch.empty_like(p) for p in fresh for _ in range(copies)]  # all at once, and given back at once
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        optimizer.zero_grad(set_to_none=True)
-        needed = _COPIES * sum(p.numel() * p.element_size() for p in fresh)
+        needed = copies * sum(p.numel() * p.element_size() for p in fresh)
         raise OutOfMemoryError(
             f"memory does not suffice for the optimizer's state, {needed / 2**30:.2f} GiB, on {device.torch_device} "
             f"({_memory(device)}). No weight was changed. Freeze more layers, take a smaller head, or "
             'optimizer="sgd", which keeps half of that.'
         ) from error
+
+
+def _count_copies(optimizer: Optimizer) -> int:
+    """Return how many tensors of a parameter's size an optimizer keeps; of one that is not known, as many as Adam."""
+    if type(optimizer) is torch.optim.SGD:
+        return int(any(group["momentum"] for group in optimizer.param_groups))
+    return 2
 
 
 def _memory(device: Device) -> str:

@@ -76,17 +76,18 @@ class Prefix:
         run = self._runs[first]
         convolution = isinstance(self._layers[first], nn.Conv2d)
         dtype = self.device.dtype if convolution else inputs.dtype  # as autocast would cast it
-        inputs = inputs.to(dtype, memory_format=torch.channels_last, copy=not convolution)  # a ReLU works in place
-        if not convolution:
-            return self._compute(run, inputs, self.batch_size)  # the ReLU has already changed what a retry would need
+        inputs = inputs.to(dtype, memory_format=torch.channels_last)
         output, self.batch_size = within_memory(
-            lambda size: self._compute(run, inputs, size), self.batch_size, device=self.device, what="frozen layers"
+            lambda size: self._compute(run, inputs, size, in_place=not convolution),
+            self.batch_size,
+            device=self.device,
+            what="frozen layers",
         )
         return output
 
-    def _compute(self, run: Callable[[Tensor], Tensor], inputs: Tensor, size: int) -> Tensor:
+    def _compute(self, run: Callable[[Tensor], Tensor], inputs: Tensor, size: int, *, in_place: bool) -> Tensor:
         with torch.no_grad(), self.device.autocast():
-            parts = [run(part) for part in torch.split(inputs, size)]
+            parts = [run(part.clone() if in_place else part) for part in torch.split(inputs, size)]  # a ReLU writes
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def is_current(self, layers: nn.Sequential, preprocess: Preprocessing) -> bool:

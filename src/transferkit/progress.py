@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from transferkit.archive import check_items, check_parts
+from transferkit.archive import check_items, check_parts, shown
 from transferkit.best import BestWeights
 from transferkit.errors import CheckpointError, DataChangedError
 from transferkit.history import EpochReport, History
@@ -23,6 +23,7 @@ PARTS: dict[str, tuple[type, ...]] = {
     "sums": (dict,),
     "reports": (list,),
     "best": (dict, type(None)),
+    "ended": (bool,),
 }
 
 
@@ -41,6 +42,7 @@ class Progress:
         batches: Batches of the epoch under way that were gone through.
         skipped: Steps of the run that were left out because a number was not finite.
         skipped_before: Those of finished epochs.
+        ended: Whether a callback ended it.
         between_steps: Whether weights, optimizer and the figures above belong together.
     """
 
@@ -54,6 +56,7 @@ class Progress:
     batches: int = 0
     skipped: int = 0
     skipped_before: int = 0
+    ended: bool = False
     between_steps: bool = True
 
     @property
@@ -91,6 +94,7 @@ class Progress:
             "sums": {"loss": self.sums.loss, "correct": self.sums.correct, "count": self.sums.count},
             "reports": [asdict(report) for report in self.history.reports],
             "best": self.best.state(),
+            "ended": self.ended,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -106,6 +110,7 @@ class Progress:
         self.sums.count = state["sums"]["count"]
         self.history.reports[:] = [EpochReport(**report) for report in state["reports"]]
         self.best.load(state["best"])
+        self.ended = state["ended"]
 
 
 def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, Tensor], *, origin: str) -> None:
@@ -139,8 +144,8 @@ def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, T
                 f"trainer.load({origin!r}), then fit without resume_from."
             )
         raise CheckpointError(
-            f"the run of {origin} has {name}={saved!r}, this call {name}={value!r}: expected the same. To begin a new "
-            f"run with its weights: trainer.load({origin!r}), then fit without resume_from."
+            f"the run of {origin} has {name}={shown(saved)}, this call {name}={value!r}: expected the same. To begin a "
+            f"new run with its weights: trainer.load({origin!r}), then fit without resume_from."
         )
     best = run["best"] or {}
     check_items(best.values(), Tensor, "run/best")
@@ -154,7 +159,6 @@ def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, T
 
 
 def _describe(data: object) -> str:
-    if not isinstance(data, list | tuple):
+    if not isinstance(data, list) or len(data) != 2:
         return "none"
-    number, digest = data
-    return f"{number} images (digest {digest[:8]})"
+    return f"{shown(data[0])} images (digest {shown(data[1])[:8]})"

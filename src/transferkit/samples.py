@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageFile
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import default_loader
 
@@ -20,6 +20,8 @@ Sample = tuple[Tensor, Any, int]
 
 PROBES = 16
 """Samples that are looked at where all would take too long."""
+
+SKIP_HINT = ' fit(on_bad_image="skip") leaves it out.'
 
 
 class Samples(Dataset["Sample | TransferKitError"]):
@@ -43,13 +45,14 @@ class Samples(Dataset["Sample | TransferKitError"]):
         worker = torch.utils.data.get_worker_info()
         if worker is not None and self.reading is not None:
             self.reading[worker.id] = index
+        sample: Sample | TransferKitError
         try:
-            return self.read(index, seed)
+            sample = self.read(index, seed)
         except TransferKitError as error:
-            return error
-        finally:
-            if worker is not None and self.reading is not None:
-                self.reading[worker.id] = -1
+            sample = error
+        if worker is not None and self.reading is not None:
+            self.reading[worker.id] = -1  # not where the worker ends in between
+        return sample
 
     def read(self, index: int, seed: int) -> Sample:
         """Read a sample.
@@ -71,8 +74,7 @@ class Samples(Dataset["Sample | TransferKitError"]):
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
             raise ImageError(
                 f"cannot read image {index}{_at(self.dataset, index)}: {reason}. Expected a whole image file, and a "
-                "data set and transform that return (image, target). Replace or remove it, or pass "
-                'on_bad_image="skip" to fit.'
+                f"data set and transform that return (image, target). Replace or remove it.{SKIP_HINT}"
             ) from error
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = truncated_pass
@@ -115,20 +117,23 @@ def probes(count: int, places: Tensor | None = None) -> list[int]:
 
 def path_of(dataset: Any, index: int) -> str | None:
     """Return the file of a sample where the data set tells: an `ImageFolder`, also in a `Subset` or `ConcatDataset`."""
-    while True:
-        indices, starts = getattr(dataset, "indices", None), getattr(dataset, "cumulative_sizes", None)
-        if indices is not None and hasattr(dataset, "dataset"):
-            dataset, index = dataset.dataset, int(indices[index])
-        elif starts is not None and hasattr(dataset, "datasets"):
-            part = next(number for number, end in enumerate(starts) if index < end)
-            dataset, index = dataset.datasets[part], index - (starts[part - 1] if part else 0)
-        else:
-            break
+    dataset, index = inner(dataset, index)
     listed = getattr(dataset, "samples", getattr(dataset, "imgs", None))
-    if not isinstance(listed, Sequence) or not 0 <= index < len(listed):
+    if not isinstance(listed, list | tuple) or not 0 <= index < len(listed):
         return None
-    entry = listed[index][0] if isinstance(listed[index], tuple | list) else listed[index]
-    return str(entry) if isinstance(entry, str | Path) else None
+    entry = listed[index][:1] if isinstance(listed[index], tuple | list) else (listed[index],)
+    return str(entry[0]) if entry and isinstance(entry[0], str | Path) else None
+
+
+def inner(dataset: Any, index: int) -> tuple[Any, int]:
+    """Return the data set inside torch's `Subset` and `ConcatDataset` that a sample comes from, and its place there."""
+    while type(dataset) in (Subset, ConcatDataset):
+        if type(dataset) is Subset:
+            dataset, index = dataset.dataset, int(dataset.indices[index])
+        else:
+            part = next(number for number, end in enumerate(dataset.cumulative_sizes) if index < end)
+            dataset, index = dataset.datasets[part], index - (dataset.cumulative_sizes[part - 1] if part else 0)
+    return dataset, index
 
 
 def _at(dataset: Any, index: int) -> str:
@@ -141,10 +146,11 @@ def _from_folder(dataset: Any, index: int) -> tuple[Any, Any] | None:
 
     Its own loader cuts 16-bit values off at 255 without a word and leaves rotated photographs lying on their side.
     """
+    dataset, index_there = inner(dataset, index)
     own = isinstance(dataset, DatasetFolder) and type(dataset).__getitem__ is DatasetFolder.__getitem__
     if not own or dataset.loader is not default_loader:
         return None
-    path, target = dataset.samples[index]
+    path, target = dataset.samples[index_there]
     with Image.open(path) as file:
         image = upright_rgb(file, index)
     image = image if dataset.transform is None else dataset.transform(image)

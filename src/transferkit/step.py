@@ -188,10 +188,14 @@ def training_step(
         if whole is not None:
             whole.clear()
 
-    (loss, correct), size = within_memory(
-        accumulate, min(micro_batch_size, len(targets)), device=device, what="a training step", undo=undo
-    )
-    reserve_state(optimizer, device)
+    try:
+        (loss, correct), size = within_memory(
+            accumulate, min(micro_batch_size, len(targets)), device=device, what="a training step", undo=undo
+        )
+        reserve_state(optimizer, device)
+    except BaseException:
+        undo()  # nothing of a step that failed reaches the next
+        raise
     finite = loss.isfinite() if device.scaler.is_enabled() else gradients_are_finite(loss, optimizer, whole)
     if go_on is not None:
         finite = finite & go_on

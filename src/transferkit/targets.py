@@ -43,6 +43,9 @@ def as_targets(targets: object, num_classes: int, *, places: Sequence[int] | Non
     got = f"targets have shape {tuple(values.shape)} and type {values.dtype}"
     if values.ndim == 2 and values.shape[1] == num_classes:
         return _checked_rows(values.float(), places)
+    if values.ndim == 1 and values.is_floating_point() and bool((broken := values != values.round()).any()):
+        row = int(broken.nonzero()[0])
+        got += f", such as {values[row].item():g} at index {places[row] if places else row}"
     if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
         raise TargetError(
             f"{got}: expected class indices, integers (N,), or rows (N, {num_classes}) that sum to one. If these are "

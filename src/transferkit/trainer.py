@@ -1,10 +1,10 @@
 """`Trainer` composes the other parts; `fit` is a short loop over the steps of an epoch."""
 
-import itertools
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from transferkit import archive, model_state, optimizer_state
 from transferkit.arguments import positive, share, whole_number
-from transferkit.augmentation import Augment
+from transferkit.augmentation import Augment, describe_augmentation
 from transferkit.best import BestWeights
 from transferkit.checkpoint import Checkpoint, read_newest
 from transferkit.data import epoch_order, open_data
@@ -239,6 +239,7 @@ class Trainer:
             raise ArgumentError(
                 f"callbacks={callbacks!r} cannot be used: expected a list of functions of (trainer, report)."
             )
+        epochs = whole_number("epochs", epochs)
         say = _print if verbose else say_nothing
         checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
         with self._interrupts:
@@ -259,7 +260,7 @@ class Trainer:
             )
             check_schedule(self.schedule, run.num_steps)
             self._check_validation(run)
-            facts = self._facts(run, lr, epochs) if checkpoints or resume_from is not None else {}
+            facts = self._facts(run, lr, epochs, augment) if callbacks or resume_from is not None else {}
             saved = None if resume_from is None else self._read_run(resume_from, facts, checkpoints, say)
             if saved is None:
                 self._begin_run(run, lr, checkpoints)
@@ -269,7 +270,7 @@ class Trainer:
             train, validation = self._feeds(run, say=say)
             progress = self._begin(run, facts)
             if saved is not None:
-                progress.load(saved["run"])
+                progress.load({**saved["run"], "best": saved["run"]["best"] if restore_best else None})
                 self.epoch, self.micro_batch_size = progress.epoch, saved["progress"]["micro_batch_size"]
             fit_epoch = partial(self._fit_epoch, run, train, validation, progress, checkpoints)
             self._run_epochs(fit_epoch, progress, epochs, callbacks, restore_best=restore_best, say=say)
@@ -471,7 +472,7 @@ class Trainer:
         say(f"resumed from {file}")
         return state
 
-    def _facts(self, run: Run, lr: LearningRate | None, epochs: int) -> dict[str, Any]:
+    def _facts(self, run: Run, lr: LearningRate | None, epochs: int, augment: Augment | None) -> dict[str, Any]:
         """Return what a call must have in common with the one it resumes."""
         constant = self.schedule is SCHEDULES["constant"]
         weights = self.cross_entropy.class_weights
@@ -479,11 +480,13 @@ class Trainer:
             "training data": [run.source.num_images, run.source.digest()],
             "validation data": None if run.validation is None else [run.validation.num_images, run.validation.digest()],
             "batch_size": run.batch_size,
-            "augment": run.transform is not None,
+            "augment": None if augment is None else describe_augmentation(augment),
             "n_views": run.num_views,
             "lr": find_lr(self.optimizer, lr),
             "schedule": next((name for name, known in SCHEDULES.items() if known is self.schedule), "a function"),
             "epochs": None if constant else epochs,  # a schedule runs over all of them
+            "weight_decay": [group.get("weight_decay") for group in self.optimizer.param_groups],
+            "micro_batch_size": self.micro_batch_size,
             "warmup_steps": self.warmup_steps,
             "clip_grad_norm": self.clip_grad_norm,
             "label_smoothing": self.cross_entropy.label_smoothing,
@@ -495,8 +498,9 @@ class Trainer:
         sums = Sums(self.device.torch_device)
         return Progress(facts, self.global_step, self.epoch, run.num_steps, BestWeights(self.model), sums)
 
-    def _save_where_it_stands(self, checkpoints: Sequence[Checkpoint]) -> str:
+    def _save_where_it_stands(self, callbacks: Sequence[Callback]) -> str:
         """Save a run that ends early, if a step is not half made, and say so."""
+        checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
         stop = f"stopped after step {self.global_step}"
         if not checkpoints:
             return f"{stop}; nothing was saved: there is no Checkpoint among the callbacks"
@@ -545,17 +549,20 @@ class Trainer:
         """Make what is left of the epochs, and leave the best weights in the model, whatever ends it."""
         self._progress = progress
         try:
-            while len(progress.history.reports) < epochs:
+            while len(progress.history.reports) < epochs and not progress.ended:
                 report = fit_epoch()
                 progress.finish_epoch(report)
                 if restore_best and progress.history.best_epoch == len(progress.history.reports) - 1:
                     progress.best.take()
                 say(str(report))
-                if any([callback(self, report) is True for callback in callbacks]):  # noqa: C419 - call them all
-                    break
+                progress.ended = any([callback(self, report) is True for callback in callbacks])  # noqa: C419 - call all
+                if progress.ended:
+                    self._save_where_it_stands(callbacks)
                 self._interrupts.check()
         except BaseException as error:
-            stop = self._save_where_it_stands([c for c in callbacks if isinstance(c, Checkpoint)])
+            if self._interrupts.twice:
+                raise
+            stop = self._save_where_it_stands(callbacks)
             if isinstance(error, Interruption) or self._interrupts.received is not None:
                 say(stop)
                 raise Interruption(stop) from error
@@ -592,9 +599,10 @@ class Trainer:
             order = epoch_order(run.source.num_images, self.seed, self.epoch)
             rest = None if order is None else order[first * run.batch_size :]
             network, batches = feed.open(run.batch_size, order=rest, epoch=self.epoch)
-            if order is None:
-                batches = itertools.islice(batches, first, None)  # a DataLoader's own batches: read, and passed over
-            yield from self._train_batches(network, batches, feed, progress, first=first)
+            with closing(batches):  # or a kept traceback would keep worker processes
+                for _ in range(0 if order is not None else first):
+                    next(batches, None)  # a DataLoader's own batches: read, and passed over
+                yield from self._train_batches(network, batches, feed, progress, first=first)
         self.epoch += 1
 
     def _train_batches(
@@ -626,7 +634,10 @@ class Trainer:
             if size < min(self.micro_batch_size or len(targets), len(targets)):
                 feed.say(f"memory did not suffice: batches go through in parts of {size} from here on, the same update")
                 self.micro_batch_size = size
-            bad = flags.add(finite, partial(self._explain_nonfinite, network, inputs, targets, seed, index))
+            bad = flags.add(
+                finite,
+                partial(self._explain_nonfinite, network, inputs, targets, size, step=self.global_step, index=index),
+            )
             if bad is not None:
                 if self.on_nonfinite == "raise" or progress.skipped == self.max_skipped:
                     progress.between_steps = not flags.late
@@ -642,15 +653,16 @@ class Trainer:
         check_scale(self.device)
 
     def _explain_nonfinite(
-        self, network: nn.Module, inputs: Tensor, targets: Tensor, seed: int, index: int
+        self, network: nn.Module, inputs: Tensor, targets: Tensor, size: int, *, step: int, index: int
     ) -> NonFiniteError:
-        def loss_of(logits: Tensor) -> Tensor:
-            return self.cross_entropy.sum(logits, targets) / self.cross_entropy.total_weight(targets)
+        def loss_of(logits: Tensor, part_targets: Tensor) -> Tensor:
+            return self.cross_entropy.sum(logits, part_targets) / self.cross_entropy.total_weight(targets)
 
-        with seeded(seed, self.device.torch_device):
-            first = find_nonfinite(network, inputs, loss_of, model=self.model, device=self.device)
+        parts = list(zip(torch.split(inputs, size), torch.split(targets, size), strict=True))
+        with seeded(derive_seed(self.seed, "step", step), self.device.torch_device):
+            first = find_nonfinite(network, parts, loss_of, model=self.model, device=self.device)
         return NonFiniteError(
-            f"in step {self.global_step} (epoch {self.epoch}, batch {index}, all from 0) a number is infinite or NaN, "
+            f"in step {step} (epoch {self.epoch}, batch {index}, all from 0) a number is infinite or NaN, "
             f"first in {first}. No weight was changed by it. Look at that image, lower the learning rate, or clip "
             f'gradients; on_nonfinite="skip" leaves out up to max_skipped={self.max_skipped} such steps.'
         )
@@ -658,7 +670,7 @@ class Trainer:
     def _validate(self, feed: Feed, batch_size: int) -> tuple[float, float]:
         """Return loss and accuracy on the images to validate on."""
         network, batches = feed.open(batch_size, kept_batch_size=max(batch_size, KEPT_BATCH_SIZE))
-        with in_eval_mode(self.model):
+        with in_eval_mode(self.model), closing(batches):
             return evaluate(network, self._interrupts.watched(batches), device=self.device)
 
 

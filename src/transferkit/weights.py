@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import os
 import re
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +46,13 @@ def download(url: str, folder: Path | None = None) -> Path:
         raise WeightsError(f"{url} has no SHA-256 in its name: expected a name such as vgg16-397923af.pth.")
     if not path.exists():
         _fetch(url, path, expected)
-    got = _sha256(path)
+    try:
+        got = _sha256(path)
+    except OSError as error:
+        raise WeightsError(
+            f"{path} is there and cannot be read: {error}. Expected the file published at {url}: mend its permissions, "
+            "or delete it and run again."
+        ) from error
     if not got.startswith(expected):
         raise WeightsError(
             f"{path} is not the file published at {url}: got SHA-256 {got}, expected {expected}. It is damaged or was "
@@ -57,7 +64,10 @@ def download(url: str, folder: Path | None = None) -> Path:
 def is_published(path: Path) -> bool:
     """Return whether a file has the name of a published weight file and the content that name promises."""
     expected = _expected_sha256(path.name)
-    return expected is not None and path.is_file() and _sha256(path).startswith(expected)
+    try:
+        return expected is not None and path.is_file() and _sha256(path).startswith(expected)
+    except OSError:  # who reads it next says why
+        return False
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -219,6 +229,8 @@ def _fetch(url: str, path: Path, expected: str) -> None:
         ):
             _copy_verified(response, file, url, expected)
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
         raise WeightsDownloadError(
             f"could not download {url} to {path}: {error}. Nothing was kept. Without a network, download the file "
             "elsewhere, put it there, or pass its path as weights=."
@@ -231,7 +243,7 @@ def _copy_verified(response: http.client.HTTPResponse, file: BinaryIO, url: str,
         digest.update(chunk)
         received += file.write(chunk)
     announced = response.headers.get("Content-Length")
-    if announced is not None and received < int(announced):
+    if announced is not None and announced.isdigit() and received < int(announced):
         raise ConnectionError(f"the connection ended after {received} of {announced} bytes")
     if not digest.hexdigest().startswith(expected):
         raise WeightsError(

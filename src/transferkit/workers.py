@@ -1,5 +1,6 @@
 """Worker processes that read samples: what becomes of them when a signal comes, when they die and when they hang."""
 
+import atexit
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,15 @@ TIMEOUT_S = 300.0
 """Seconds without a batch after which workers count as hanging."""
 
 _HANDLER: dict[str, Any] = {}  # torch sets it once in a process, with its first loader
+
+_LIVE: set[Any] = set()  # workers of loaders under way
+
+
+@atexit.register
+def _kill_at_exit() -> None:
+    """End what a kept traceback kept from ending; multiprocessing would wait for it forever."""
+    for worker in _LIVE:
+        worker.kill()
 
 
 def read_in_workers(
@@ -46,9 +56,18 @@ def read_in_workers(
     if num_workers == 0:
         yield from loader
         return
-    batches = iter(loader)
+    try:
+        batches: Any = iter(loader)
+    except OSError as error:
+        raise WorkerError(
+            f"{num_workers} processes that read images could not be started: {error}. Expected room for them: pass a "
+            "smaller num_workers; 0 reads in this process."
+        ) from error
     before = signal.getsignal(signal.SIGCHLD) if _in_main_thread() else None
-    handler = None if before is None else _HANDLER.setdefault("torch's", before)
+    if getattr(before, "__module__", None) == signal_handling.__name__:
+        _HANDLER["torch's"] = before
+    handler = None if before is None else _HANDLER.get("torch's")
+    _LIVE.update(batches._workers)
     finished = False
     try:
         while True:
@@ -63,7 +82,8 @@ def read_in_workers(
     finally:
         if not finished:
             _kill(batches)
-        if handler is not None:
+        _LIVE.difference_update(batches._workers)
+        if handler is not None and _in_main_thread():
             signal.signal(signal.SIGCHLD, before)
 
 
@@ -109,6 +129,10 @@ def _kill(batches: Any) -> None:
         worker.kill()
     for worker in batches._workers:
         worker.join()
+    batches._shutdown_workers()  # closes what is left
+    for queue in batches._index_queues:
+        if queue._thread is not None:  # it fills the queue, and ends a moment later
+            queue._thread.join(timeout=1)
 
 
 def _describe(error: Exception, samples: Samples) -> str:

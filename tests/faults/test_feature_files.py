@@ -1,0 +1,450 @@
+"""Files of kept features under flipped bits, kills, full disks and company: whole and right, or not used."""
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+import transferkit as tk
+from transferkit.errors import CacheError
+from transferkit.feature_file import FeatureFile
+
+KEY = hashlib.sha256(b"one").hexdigest()
+CLASSES = ["cat", "dog", "owl"]
+
+
+def write(folder, features, key=KEY, parts=None):
+    file = FeatureFile(folder, key)
+    file.write(parts or torch.split(features.flatten(0, 1), 4), tuple(features.shape), features.dtype)
+    return file
+
+
+@pytest.fixture
+def features():
+    return torch.rand(1, 40, 2, 2, 32).bfloat16()
+
+
+@pytest.fixture
+def train(make_backbone, data, capsys):
+    """Train a head on kept features; return its weights, the lines printed and the trainer."""
+
+    def train(folder, data=data, **arguments):
+        torch.manual_seed(3)
+        model = tk.attach_head(tk.freeze_until(make_backbone(), "head"), CLASSES)
+        trainer = tk.Trainer(
+            model, device="cpu", precision="fp32", lr=1e-2, seed=1, cache_dir=folder, **arguments.pop("trainer", {})
+        )
+        trainer.fit(data, epochs=2, batch_size=8, **arguments)
+        return model.state_dict(), capsys.readouterr().out.splitlines(), trainer
+
+    return train
+
+
+def assert_same(one, other):
+    assert list(one) == list(other)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def the_file(folder):
+    (path,) = folder.glob("*.features")
+    return path
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real disk of 256 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("only the superuser can mount a small disk")
+    yield folder
+    gc.collect()
+    subprocess.run(["umount", folder], check=True)
+
+
+# ---- damage
+
+
+def test_no_flipped_bit_is_read_in_silence(tmp_path, features):
+    """Of 1,000 files with 1 to 8 random bits flipped not one is read: the whole page and every number are covered."""
+    file = write(tmp_path, features)
+    content = bytearray(file.path.read_bytes())
+    generator = torch.Generator().manual_seed(5)
+    silent = 0
+    for number in range(1000):
+        damaged = bytearray(content)
+        area = len(content) if number % 2 else 400  # half of them in the text of the first page
+        for place in set(torch.randint(area, (1 + number % 8,), generator=generator).tolist()):
+            damaged[place] ^= 1 << int(torch.randint(8, (1,), generator=generator))
+        file.path.write_bytes(damaged)
+        try:
+            file.read()
+        except CacheError:
+            continue
+        silent += 1
+    assert silent == 0
+
+
+@pytest.mark.parametrize("kind", ["swapped blocks", "duplicated block", "zeroed block", "another file's numbers"])
+def test_blocks_of_a_disk_gone_astray_are_noticed(tmp_path, features, kind):
+    """Blocks that a disk mixed up, doubled or lost, and numbers of another file of the same shape, are refused."""
+    file = write(tmp_path, features)
+    content = file.path.read_bytes()
+    first, second = content[4096:8192], content[8192:12288]
+    head, rest = content[:4096], content[12288:]
+    other = write(tmp_path, -features, key=hashlib.sha256(b"two").hexdigest()).path.read_bytes()
+    damaged = {
+        "swapped blocks": head + second + first + rest,
+        "duplicated block": head + first + first + rest,
+        "zeroed block": head + first + bytes(4096) + rest,
+        "another file's numbers": head + other[4096:],
+    }[kind]
+    assert damaged != content
+    file.path.write_bytes(damaged)
+    with pytest.raises(CacheError, match=r"damaged: its features do not match their SHA-256\. Delete it"):
+        file.read()
+
+
+@pytest.mark.parametrize("key", ["format", "key", "shape", "dtype", "sha256"])
+@pytest.mark.parametrize("value", ["missing", None, [], -1, "x", 10**400])
+def test_a_first_page_that_somebody_else_wrote_is_refused(tmp_path, features, key, value):
+    """A page with a right SHA-256 that lacks an entry, or has another kind of value there, is refused."""
+    file = write(tmp_path, features)
+    content = file.path.read_bytes()
+    page = json.loads(content[65:4096])
+    if value == "missing":
+        del page[key]
+    else:
+        page[key] = value
+    text = json.dumps(page).encode()
+    page = b"\n".join((hashlib.sha256(text).hexdigest().encode(), text)).ljust(4096)
+    file.path.write_bytes(page + content[4096:])
+    with pytest.raises(CacheError, match=r"elete it"):
+        file.read()
+
+
+DAMAGES = {
+    "flipped bit": lambda content: content[:4100] + bytes([content[4100] ^ 16]) + content[4101:],
+    "first page lost": lambda content: bytes(4096) + content[4096:],
+    "empty": lambda content: b"",
+    "one page": lambda content: content[:4096],
+    "too long": lambda content: content + b"\0",
+    "text": lambda content: b"hello" * 3000,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_passes_over_a_damaged_file_and_mends_it(tmp_path, train, damage):
+    """A run says what is wrong with the file, computes the features anew, replaces it, and trains the same weights."""
+    expected, _, _ = train(tmp_path)
+    path = the_file(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](content))
+    weights, lines, _ = train(tmp_path)
+    assert_same(weights, expected)
+    assert [str(path) in line for line in lines if "passed over" in line] == [True]
+    assert path.read_bytes() == content
+    weights, lines, _ = train(tmp_path)
+    assert_same(weights, expected)
+    assert any("known already" in line for line in lines)
+    assert names(tmp_path) == [path.name]
+
+
+def test_a_file_cut_at_every_4_kib_is_refused_and_a_run_goes_on(tmp_path, train, features):
+    """Wherever a page ends the file may have been cut: each is refused."""
+    file = write(tmp_path, features)
+    content = file.path.read_bytes()
+    assert len(content) > 3 * 4096
+    for size in range(0, len(content), 4096):
+        file.path.write_bytes(content[:size])
+        with pytest.raises(CacheError, match=r"elete it"):
+            file.read()
+    file.path.write_bytes(content)
+    assert torch.equal(file.read(), features)
+
+
+def test_a_renamed_file_is_not_taken_for_another(tmp_path, train, data):
+    """Features of other images under the name of these ones are passed over, and the weights are the right ones."""
+    expected, _, _ = train(None)
+    others = tmp_path / "others"
+    train(others, data=(255 - data[0], data[1]))
+    train(tmp_path / "these")
+    name = the_file(tmp_path / "these").name
+    shutil.move(the_file(others), tmp_path / "these" / name)
+    weights, lines, _ = train(tmp_path / "these")
+    assert_same(weights, expected)
+    assert any("passed over" in line and "expected" in line for line in lines)
+
+
+def test_a_directory_under_the_files_name_keeps_features_in_memory(tmp_path, train):
+    """What cannot be replaced is said, and the run goes on in memory."""
+    expected, _, _ = train(tmp_path)
+    path = the_file(tmp_path)
+    path.unlink()
+    path.mkdir()
+    weights, lines, _ = train(tmp_path)
+    assert_same(weights, expected)
+    assert any("features are not kept in a file" in line for line in lines)
+    assert names(tmp_path) == [path.name]
+
+
+def test_a_file_whose_folder_is_gone_in_mid_run_does_no_harm(tmp_path, train):
+    """What is mapped stays readable when the folder is deleted; a later fit of the same trainer goes on."""
+    expected, _, _ = train(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+
+    def delete(trainer, report):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+    weights, _, trainer = train(tmp_path / "cache", callbacks=[delete])
+    assert_same(weights, expected)
+    trainer.fit((torch.randint(0, 255, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 3), verbose=0)
+
+
+# ---- full disks
+
+
+def test_a_disk_without_room_keeps_features_in_memory(small_disk, train, data):
+    """A disk that is full from the start: a line with both sizes, nothing written, the same weights."""
+    expected, _, _ = train(None)
+    (small_disk / "other").write_bytes(bytes(256 * 1024 - 4096))
+    weights, lines, _ = train(small_disk)
+    assert_same(weights, expected)
+    said = [line for line in lines if "features are not kept in a file" in line]
+    assert len(said) == 1
+    assert str(small_disk) in said[0]
+    assert names(small_disk) == ["other"]
+
+
+class FillsTheDisk(Dataset):
+    """Another program fills the disk while this data set is being read."""
+
+    def __init__(self, data, folder):
+        self.data = data
+        self.folder = folder
+        self.full = False
+
+    def __len__(self):
+        return len(self.data[0])
+
+    def __getitem__(self, index):
+        if index == len(self) - 1 and any(self.folder.glob(".*")) and not self.full:
+            self.full = True
+            try:
+                (self.folder / "other").write_bytes(bytes(2**20))
+            except OSError:
+                assert (self.folder / "other").exists()
+        return self.data[0][index], self.data[1][index]
+
+
+def test_a_disk_that_fills_up_in_mid_write_keeps_features_in_memory(small_disk, make_backbone, capsys):
+    """Another program takes the room while features are written: a line, no file left, the features are right."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (150, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    trained = []
+    for folder in (None, small_disk):
+        torch.manual_seed(3)
+        model = tk.attach_head(tk.freeze_until(make_backbone(), "block3"), CLASSES)
+        dataset = FillsTheDisk((images, torch.arange(150) % 3), small_disk)
+        trainer = tk.Trainer(model, device="cpu", precision="fp32", seed=1, cache_dir=folder)
+        trainer.fit(dataset, batch_size=64)
+        trained.append(model.state_dict())
+        assert dataset.full is (folder is not None)
+    assert_same(*trained)
+    said = [line for line in capsys.readouterr().out.splitlines() if "features are not kept in a file" in line]
+    assert len(said) == 1
+    assert "No space left on device" in said[0]
+    assert names(small_disk) == ["other"]
+
+
+def test_a_file_size_limit_keeps_features_in_memory(tmp_path, make_backbone):
+    """Where a quota or ulimit stops the writing the run goes on in memory with the same weights."""
+    import resource
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (100, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    trained = []
+    for folder in (None, tmp_path):
+        torch.manual_seed(3)
+        model = tk.attach_head(tk.freeze_until(make_backbone(), "block3"), CLASSES, pooling="avg")
+        trainer = tk.Trainer(model, device="cpu", precision="fp32", seed=1, cache_dir=folder)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        try:
+            trainer.fit((images, torch.arange(100) % 3), batch_size=50, verbose=0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+        trained.append(model.state_dict())
+    assert_same(*trained)
+    assert names(tmp_path) == []
+
+
+# ---- processes
+
+
+def in_child(action):
+    """Run in a forked process of its own and return its number."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            action()
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
+def slow_parts(features, pause):
+    for part in features.flatten(0, 1).split(1):
+        yield part
+        time.sleep(pause)
+
+
+@pytest.mark.slow
+def test_a_writer_killed_at_any_moment_leaves_the_whole_file_or_none(tmp_path, features):
+    """50 kills at random moments: never half a file under the name, and the next writer removes what was hidden."""
+    generator = torch.Generator().manual_seed(7)
+    killed = whole = hidden = 0
+    for moment in torch.rand(50, generator=generator).tolist():
+        writer = in_child(lambda: write(tmp_path, features, parts=slow_parts(features, 0.0005)))
+        time.sleep(moment * 0.045)
+        os.kill(writer, signal.SIGKILL)
+        killed += os.waitpid(writer, 0)[1] == signal.SIGKILL
+        left = names(tmp_path)
+        if f"{KEY[:32]}.features" in left:
+            assert torch.equal(FeatureFile(tmp_path, KEY).read(), features)
+            whole += 1
+        hidden += any(name.startswith(".") for name in left)
+        assert len(left) <= 2
+        write(tmp_path, features)
+        assert names(tmp_path) == [f"{KEY[:32]}.features"]
+        the_file(tmp_path).unlink()
+    assert killed >= 20
+    assert hidden >= 10
+
+
+@pytest.mark.slow
+def test_a_run_after_a_killed_run_works_and_clears_up(tmp_path, train, data):
+    """A run killed while it writes features; the next one gives the weights of a run that was alone."""
+    expected, _, _ = train(None)
+
+    class Slow(Dataset):
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, index):
+            if index == 20 and any(tmp_path.glob(".*")):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return data[0][index], int(data[1][index])
+
+    run = in_child(lambda: train(tmp_path, data=Slow()))
+    assert os.waitpid(run, 0)[1] == signal.SIGKILL
+    assert [name[0] for name in names(tmp_path)] == ["."]
+    weights, _, _ = train(tmp_path, data=list(zip(data[0], data[1].tolist(), strict=True)))
+    assert_same(weights, expected)
+    assert names(tmp_path) == [the_file(tmp_path).name]
+
+
+def test_what_another_process_writes_is_not_taken_for_abandoned(tmp_path, features):
+    """A writer does not remove the hidden file of another that is alive, and both succeed."""
+    reader, release = os.pipe()
+
+    def parts():
+        yield features[0][:20]
+        os.read(reader, 1)  # until the other has finished
+        yield features[0][20:]
+
+    slow = in_child(lambda: write(tmp_path, features, parts=parts()))
+    ends = time.monotonic() + 20
+    while not names(tmp_path):
+        assert time.monotonic() < ends
+        time.sleep(0.005)
+    time.sleep(0.05)
+    write(tmp_path, features)
+    assert len(names(tmp_path)) == 2
+    os.write(release, b"x")
+    assert os.waitpid(slow, 0)[1] == 0
+    os.close(reader)
+    os.close(release)
+    assert names(tmp_path) == [f"{KEY[:32]}.features"]
+    assert torch.equal(FeatureFile(tmp_path, KEY).read(), features)
+
+
+@pytest.mark.slow
+def test_readers_see_a_whole_file_while_writers_replace_it(tmp_path, features):
+    """Two processes replace the file again and again; every reading meanwhile gives whole features, and keeps them."""
+    file = write(tmp_path, features)
+
+    def replace():
+        for _ in range(60):
+            write(tmp_path, features)
+
+    writers = [in_child(replace) for _ in range(2)]
+    first = file.read()
+    readings = 0
+    while any(os.waitpid(writer, os.WNOHANG) == (0, 0) for writer in writers[:1]):
+        assert torch.equal(file.read(), features)
+        readings += 1
+    os.waitpid(writers[1], 0)
+    assert readings > 5
+    assert torch.equal(first, features)
+    assert names(tmp_path) == [file.path.name]
+
+
+@pytest.mark.slow
+def test_runs_that_share_a_folder_at_once_train_the_same_weights(tmp_path, train):
+    """Three runs begin at once with an empty folder: each ends with the weights of a run alone, one file stays."""
+    expected, _, _ = train(None)
+    folder = tmp_path / "cache"
+
+    def run(number):
+        weights, _, _ = train(folder)
+        torch.save(weights, tmp_path / f"{number}.pt")
+
+    children = [in_child(lambda number=number: run(number)) for number in range(3)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    for number in range(3):
+        assert_same(torch.load(tmp_path / f"{number}.pt"), expected)
+    assert [name.endswith(".features") for name in names(folder)] == [True]
+
+
+def test_threads_that_write_at_once_end_with_one_whole_file(tmp_path, features):
+    """Nor do threads of one process get into each other's way."""
+    errors = []
+
+    def run():
+        try:
+            for _ in range(5):
+                write(tmp_path, features)
+        except CacheError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert names(tmp_path) == [f"{KEY[:32]}.features"]
+    assert torch.equal(FeatureFile(tmp_path, KEY).read(), features)
