@@ -260,7 +260,9 @@ class Trainer:
             )
             check_schedule(self.schedule, run.num_steps)
             self._check_validation(run)
-            facts = self._facts(run, lr, epochs, augment) if callbacks or resume_from is not None else {}
+            facts: dict[str, Any] = {}
+            if callbacks or resume_from is not None:
+                facts = {**self._facts(run, lr, epochs, augment), "restore_best": restore_best}
             saved = None if resume_from is None else self._read_run(resume_from, facts, checkpoints, say)
             if saved is None:
                 self._begin_run(run, lr, checkpoints)
@@ -270,7 +272,7 @@ class Trainer:
             train, validation = self._feeds(run, say=say)
             progress = self._begin(run, facts)
             if saved is not None:
-                progress.load({**saved["run"], "best": saved["run"]["best"] if restore_best else None})
+                progress.load(saved["run"])
                 self.epoch, self.micro_batch_size = progress.epoch, saved["progress"]["micro_batch_size"]
             fit_epoch = partial(self._fit_epoch, run, train, validation, progress, checkpoints)
             self._run_epochs(fit_epoch, progress, epochs, callbacks, restore_best=restore_best, say=say)

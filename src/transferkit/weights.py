@@ -46,13 +46,7 @@ def download(url: str, folder: Path | None = None) -> Path:
         raise WeightsError(f"{url} has no SHA-256 in its name: expected a name such as vgg16-397923af.pth.")
     if not path.exists():
         _fetch(url, path, expected)
-    try:
-        got = _sha256(path)
-    except OSError as error:
-        raise WeightsError(
-            f"{path} is there and cannot be read: {error}. Expected the file published at {url}: mend its permissions, "
-            "or delete it and run again."
-        ) from error
+    got = _read_sha256(path)
     if not got.startswith(expected):
         raise WeightsError(
             f"{path} is not the file published at {url}: got SHA-256 {got}, expected {expected}. It is damaged or was "
@@ -62,12 +56,13 @@ def download(url: str, folder: Path | None = None) -> Path:
 
 
 def is_published(path: Path) -> bool:
-    """Return whether a file has the name of a published weight file and the content that name promises."""
+    """Return whether a file has the name of a published weight file and the content that name promises.
+
+    Raises:
+        WeightsError: It is there and cannot be read.
+    """
     expected = _expected_sha256(path.name)
-    try:
-        return expected is not None and path.is_file() and _sha256(path).startswith(expected)
-    except OSError:  # who reads it next says why
-        return False
+    return expected is not None and path.is_file() and _read_sha256(path).startswith(expected)
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -212,6 +207,16 @@ def _expected_sha256(name: str) -> str | None:
     return _FULL_SHA256.get(name) or (in_name.group(1) if in_name else None)
 
 
+def _read_sha256(path: Path) -> str:
+    try:
+        return _sha256(path)
+    except OSError as error:
+        raise WeightsError(
+            f"{path} is there and cannot be read: {error}. Expected a weight file: mend its permissions, or delete it "
+            "and download it again."
+        ) from error
+
+
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -243,7 +248,9 @@ def _copy_verified(response: http.client.HTTPResponse, file: BinaryIO, url: str,
         digest.update(chunk)
         received += file.write(chunk)
     announced = response.headers.get("Content-Length")
-    if announced is not None and announced.isdigit() and received < int(announced):
+    if announced is not None and not announced.isdigit():
+        raise ConnectionError(f"the server announced a Content-Length of {announced!r}")
+    if announced is not None and received < int(announced):
         raise ConnectionError(f"the connection ended after {received} of {announced} bytes")
     if not digest.hexdigest().startswith(expected):
         raise WeightsError(

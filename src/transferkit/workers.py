@@ -83,6 +83,9 @@ def read_in_workers(
         if not finished:
             _kill(batches)
         _LIVE.difference_update(batches._workers)
+        for queue in batches._index_queues:
+            if queue._thread is not None:  # it filled the queue, and ends a moment later
+                queue._thread.join(timeout=1)
         if handler is not None and _in_main_thread():
             signal.signal(signal.SIGCHLD, before)
 
@@ -130,9 +133,6 @@ def _kill(batches: Any) -> None:
     for worker in batches._workers:
         worker.join()
     batches._shutdown_workers()  # closes what is left
-    for queue in batches._index_queues:
-        if queue._thread is not None:  # it fills the queue, and ends a moment later
-            queue._thread.join(timeout=1)
 
 
 def _describe(error: Exception, samples: Samples) -> str:
