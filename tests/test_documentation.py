@@ -15,7 +15,7 @@ def test_tests_that_the_documentation_names_exist() -> None:
     named = {match for page in PAGES for match in re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text())}
     there = {
         (path.name, node.name)
-        for path in (ROOT / "tests").glob("test_*.py")
+        for path in (ROOT / "tests").rglob("test_*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef)
     }

@@ -166,6 +166,16 @@ def check_items(values: Iterable[object], kind: type, place: str) -> None:
         raise CheckpointError(f"{place} of the checkpoint holds a {type(wrong[0]).__name__}: expected {kind.__name__}.")
 
 
+def check_no_tensors(value: object, place: str) -> None:
+    """Refuse a tensor where a checkpoint has numbers and text: comparing it would be no yes or no.
+
+    Raises:
+        CheckpointError: So it is.
+    """
+    if check_plain(value, CheckpointError):
+        raise CheckpointError(f"{place} of the checkpoint holds a tensor: expected numbers and text.")
+
+
 def _check_unchanged(tensors: list[Tensor], counts: list[int]) -> None:
     if counts != [tensor._version for tensor in tensors]:
         raise OSError("its tensors were changed meanwhile, by another thread; save between two steps")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transferkit.archive import check_items, check_parts, read_checkpoint, shown, write_checkpoint
+from transferkit.archive import check_items, check_no_tensors, check_parts, read_checkpoint, shown, write_checkpoint
 from transferkit.arrays import digest_tensors
 from transferkit.backbone import Backbone, load_backbone
 from transferkit.errors import ArgumentError, CheckpointError, HeadMismatchError, TransferKitError
@@ -79,6 +79,9 @@ def _check_content(state: Mapping[str, Any]) -> None:
     for name, kind in (("classes", str), ("frozen", str), ("left_out", str)):
         check_items(state[name], kind, f"model/{name}")
     check_items(state["weights"].values(), Tensor, "model/weights")
+    check_no_tensors([state["preprocessing"], state["head"]], "model/preprocessing or model/head")
+    if len(state["classes"]) < 2:
+        raise CheckpointError(f"the checkpoint has {len(state['classes'])} classes: expected 2 or more.")
 
 
 def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:

@@ -60,6 +60,8 @@ def _check_group(number: int, group: Mapping[str, Any], saved: Mapping[str, Any]
             f"{', '.join(sorted(live))}: expected the same. Is it another version of torch?"
         )
     for key, value in live.items():
+        if key in ("foreach", "fused") and all(isinstance(one, bool | None) for one in (value, saved[key])):
+            continue  # None lets torch choose
         if _kind(value) != _kind(saved[key]):
             raise CheckpointError(
                 f"the checkpoint's optimizer has {key}={shown(saved[key])} in group {number}, the live one {value!r}: "
@@ -68,7 +70,7 @@ def _check_group(number: int, group: Mapping[str, Any], saved: Mapping[str, Any]
 
 
 def _kind(value: object) -> object:
-    if value is None or isinstance(value, bool):
+    if isinstance(value, bool):
         return "a switch"
     if isinstance(value, tuple | list):
         return [_kind(part) for part in value]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from transferkit.archive import check_items, check_parts, shown
+from transferkit.archive import check_items, check_no_tensors, check_parts, shown
 from transferkit.best import BestWeights
 from transferkit.errors import CheckpointError, DataChangedError
 from transferkit.history import EpochReport, History
@@ -133,6 +133,7 @@ def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, T
         )
     check_parts({"run": state}, {"run": PARTS}, origin=origin)
     run: Mapping[str, Any] = state  # type: ignore[assignment]
+    check_no_tensors(run["facts"], "run/facts")
     for name, value in facts.items():
         saved = run["facts"].get(name)
         if saved == value:

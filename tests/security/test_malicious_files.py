@@ -208,11 +208,6 @@ def laughs():
     return nested
 
 
-def hashes():
-    """A tuple of tuples ... whose hash takes 2^60 steps."""
-    return b")q\x00" + b"".join(b"h" + bytes([n - 1]) + b"\x86q" + bytes([n]) for n in range(1, 60))
-
-
 def write(path, pickled, members=()):
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("a/data.pkl", b"\x80\x02" + pickled + b".")
@@ -234,7 +229,6 @@ PICKLES = {
     "laughs for a model": mapping(format=FORMAT, model=laughs()),
     "laughs for weights": mapping(format=FORMAT, model=mapping(weights=laughs())),
     "laughs for versions": mapping(format=number(99), versions=mapping(transferkit=laughs())),
-    "laughs for a key": mapping(format=FORMAT)[:-1] + hashes() + b"Nu",
     "a number for a format": mapping(format=number(1 << 1900)),
     "depth for a format": mapping(format=b"]" * 100_000 + b"a" * 99_999),
     "depth": mapping(format=FORMAT, w=b"]" * 100_000 + b"a" * 99_999),
