@@ -1,7 +1,7 @@
 # The commands a developer runs. PYTHON is the environment that `pip install -e ".[dev]"` went into.
 PYTHON ?= .venv/bin/python
 
-.PHONY: help check test test-all test-gpu examples bench build clean
+.PHONY: help check test test-all test-gpu examples bench mutations fuzz build clean
 
 help:            ## list these commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/:/'
@@ -32,6 +32,13 @@ bench:           ## install the other libraries and measure all (an hour; two co
 	$(PYTHON) benchmarks/scaling.py --plot scaling.png
 	$(PYTHON) benchmarks/peak_memory.py
 	$(PYTHON) benchmarks/host_memory.py
+	$(PYTHON) benchmarks/safety.py
+
+mutations:       ## break each line of tests/MUTATIONS.md and see its test fail (five minutes)
+	$(PYTHON) tests/run_mutations.py
+
+fuzz:            ## mutate checkpoint and feature files for three minutes
+	$(PYTHON) fuzz/fuzz_files.py --minutes 3
 
 build:           ## wheel and source archive
 	$(PYTHON) -m build
