@@ -37,7 +37,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=0, help="processes that read images (0)")
     parser.add_argument("--device", default="auto", help="auto, cuda, cpu (auto)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", type=Path, help="write a checkpoint here")
+    parser.add_argument("--save", type=Path, help="write the model here")
+    parser.add_argument("--run", type=Path, help="keep the run in this folder; the same command goes on with it")
     return parser.parse_args()
 
 
@@ -66,6 +67,8 @@ def train(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         augment=options.augment,
         num_workers=options.num_workers,
+        callbacks=[tk.Checkpoint(options.run)] if options.run else [],
+        resume_from=options.run,
     )
     if options.save:
         trainer.save(options.save)

@@ -74,15 +74,17 @@ def test_cifar10_example_says_offline_what_to_pass(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_folder_example_trains_and_predicts(tmp_path: Path) -> None:
-    """finetune_folder.py trains on folders of images, saves, and then names the classes of image files."""
+    """finetune_folder.py trains on folders of images, saves, goes on with the run, and names classes of image files."""
     with zipfile.ZipFile(ASSETS / "cifar10_subset.zip") as archive:
         names = [name for name in archive.namelist() if re.search(r"train/(cat|ship)/00[01]\d\.jpg", name)]
         archive.extractall(tmp_path, names)
     example = ROOT / "examples" / "finetune_folder.py"
     weights = ("--weights", ASSETS / "vgg16_imagenet_features_bf16.pt", "--preprocessing", "IMAGENET1K_FEATURES")
     flags = ("--image-size", "32", "--epochs", "3", "--batch-size", "8", "--save", "model.pt", "--augment", "flip")
-    trained = run(example, "train", *weights, *flags, folder=tmp_path)
-    assert trained.returncode == 0, trained.stderr
+    for line in ("has no checkpoint yet", "resumed from"):
+        trained = run(example, "train", *weights, *flags, "--run", "run", folder=tmp_path)
+        assert trained.returncode == 0, trained.stderr
+        assert line in trained.stdout
     predicted = run(example, "--predict", "model.pt", "train/ship/0000.jpg", folder=tmp_path)
     assert re.fullmatch(r"train/ship/0000\.jpg  (cat|ship)  [01]\.\d{3}\n", predicted.stdout), predicted.stderr
 
