@@ -26,7 +26,7 @@ def gradients_are_finite(loss: Tensor, optimizer: Optimizer, linear_adam: Linear
     gradients = [p.grad for p in parameters if p.grad is not None and p.numel()]
     bounds = [loss.detach()]
     if loss.device.type == "cpu":  # 50 GB/s; torch's norms run at 3 there
-        bounds += [bound for gradient in gradients for bound in torch.aminmax(gradient)]
+        bounds += [bound for gradient in gradients for bound in torch.aminmax(_as_it_lies(gradient))]
     elif gradients:
         bounds += torch._foreach_norm(gradients, float("inf"))  # the largest entries, in one kernel
     if linear_adam is not None:
@@ -35,6 +35,12 @@ def gradients_are_finite(loss: Tensor, optimizer: Optimizer, linear_adam: Linear
 
 
 Explain = Callable[[], NonFiniteError]
+
+
+def _as_it_lies(gradient: Tensor) -> Tensor:
+    """View a channels-last gradient in the order of its memory, in which it is read eight times as fast."""
+    channels_last = gradient.ndim == 4 and gradient.is_contiguous(memory_format=torch.channels_last)
+    return gradient.permute(0, 2, 3, 1) if channels_last else gradient
 
 
 class FiniteFlags:
