@@ -3,10 +3,10 @@
     python benchmarks/safety.py [--image-size 64] [--precision bf16] [--repetitions 40] [--json safety.json]
 
 Timed are the calls that a step makes for safety alone: looking at every gradient for NaN and infinity before the
-update, copies of batch norm's statistics and putting them back, asking for room for the optimizer's state, reading the flag.
-Their sum is given as a share of the step, median and quartiles. (Steps with and without them, in turns, differ by less
-than such a machine's noise.) A checkpoint's cost is measured beside it: one save, with fsync and verification, against
-one epoch of 63 steps.
+update, copies of batch norm's statistics and putting them back, asking for room for the optimizer's state, reading
+the flag. Their sum is given as a share of the step, median and quartiles. (Steps with and without them, in turns,
+differ by less than such a machine's noise.) A checkpoint's cost is measured beside it: one save, with fsync and
+verification, against one epoch of 63 steps.
 """
 
 import argparse
