@@ -21,6 +21,10 @@ ASSETS = Path(__file__).parent.parent / "examples" / "assets"
 
 torch.set_num_threads(1)  # the networks here are so small that a second thread costs more than it brings
 
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a process in the background may ignore it, as would its children
+
 BackboneMaker = Callable[..., tk.Backbone]
 
 

@@ -16,6 +16,8 @@ from transferkit.files import DAMAGE, check_archive, is_ordinary, written_whole
 
 FORMAT = 2
 
+VERSIONS = {package: version(package) for package in ("transferkit", "torch", "torchvision")}
+
 _PLAIN = (bool, int, float, str, type(None))
 _PLAIN_BYTES = 2**20  # room for what is not tensors
 
@@ -35,14 +37,13 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> 
     """
     path = Path(path)
     tensors = check_plain(state, CheckpointTypeError)
-    versions = {package: version(package) for package in ("transferkit", "torch", "torchvision")}
     counts = [tensor._version for tensor in tensors]
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder, expected the name of a file")
         _check_room(path, sum(tensor.untyped_storage().nbytes() for tensor in tensors))
         with written_whole(path) as file:
-            torch.save({"format": FORMAT, "versions": versions, **state}, file)
+            torch.save({"format": FORMAT, "versions": VERSIONS, **state}, file)
             _check_unchanged(tensors, counts)
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
         raise CheckpointWriteError(
@@ -94,7 +95,7 @@ def _other_format(state: object) -> str:
     by = f", written by transferkit {shown(writer)}" if writer else ""
     remedy = "Install a newer transferkit." if newer else "Expected a file that Trainer.save wrote."
     return (
-        f"has checkpoint format {shown(found)}{by}: this is transferkit {version('transferkit')}, which reads format "
+        f"has checkpoint format {shown(found)}{by}: this is transferkit {VERSIONS['transferkit']}, which reads format "
         f"{FORMAT}. {remedy}"
     )
 
