@@ -287,7 +287,7 @@ def test_optimizer_state_goes_by_name(make_backbone: Maker, data: Data) -> None:
 
     assert set(state["state"]) == trained
     assert state["class"] == "Adam"
-    assert [group["name"] for group in state["groups"]] == ["backbone", "head"]
+    assert [group["name"] for group in state["groups"]] == [*(f"block{n}" for n in range(1, 6)), "head"]
 
 
 def test_learning_rates_come_back(make_backbone: Maker, tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_learning_rates_come_back(make_backbone: Maker, tmp_path: Path) -> None:
     trainer.load(tmp_path / "run.pt")
 
     assert [(group["lr"], group["initial_lr"]) for group in trainer.optimizer.param_groups] == [
-        (1e-5,) * 2,
+        *[(1e-5,) * 2] * 5,
         (1e-3,) * 2,
     ]
 
@@ -390,7 +390,7 @@ def test_another_optimizer_is_refused(make_backbone: Maker, data: Data, run_file
         trainer,
         run_file,
         CheckpointError,
-        r"optimizer is Adam with 2 groups, the live one (SGD|AdamW).*Build the Trainer",
+        r"optimizer is Adam with 6 groups, the live one (SGD|AdamW).*Build the Trainer",
     )
 
 
@@ -401,7 +401,7 @@ def test_other_optimizer_groups_are_refused(make_backbone: Maker, data: Data, ru
     train(trainer, data)
 
     refused_unchanged(
-        trainer, run_file, CheckpointError, r"Adam with 2 groups, the live one Adam with 1: expected the s"
+        trainer, run_file, CheckpointError, r"Adam with 6 groups, the live one Adam with 1: expected the s"
     )
 
 

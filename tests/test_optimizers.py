@@ -8,7 +8,9 @@ import torch
 
 import transferkit as tk
 from transferkit.errors import ArgumentError
-from transferkit.optimizers import build_optimizer, scale_lr, set_lr
+from transferkit.optimizers import build_optimizer, parameter_groups, scale_lr, set_lr
+
+GROUPS = ["block1", "block2", "block3", "block4", "block5", "head"]
 
 
 def rates(optimizer: torch.optim.Optimizer) -> list[float]:
@@ -16,12 +18,19 @@ def rates(optimizer: torch.optim.Optimizer) -> list[float]:
 
 
 @pytest.mark.parametrize("boundary", [None, "block3", "head"])
-def test_there_are_two_groups_whatever_is_frozen(model, boundary):
-    """One group holds all of the backbone's parameters and one all of the head's, frozen ones included."""
+def test_the_groups_are_the_same_whatever_is_frozen(model, boundary):
+    """Each block's parameters make a group and the head's another, frozen ones included, in the model's order."""
     groups = build_optimizer("adam", tk.freeze_until(model, boundary), None, 0.0).param_groups
-    assert [group["name"] for group in groups] == ["backbone", "head"]
-    assert [id(p) for p in groups[0]["params"]] == [id(p) for p in model.backbone.parameters()]
-    assert [id(p) for p in groups[1]["params"]] == [id(p) for p in model.head.parameters()]
+    assert [group["name"] for group in groups] == GROUPS
+    assert [id(p) for group in groups for p in group["params"]] == [id(p) for p in model.parameters()]
+    assert [id(p) for p in groups[-1]["params"]] == [id(p) for p in model.head.parameters()]
+    assert [len(group["params"]) for group in groups] == [2, 2, 2, 2, 2, 4]
+
+
+def test_batch_norm_belongs_to_its_block(make_backbone):
+    """A block's group holds its batch norm's parameters too."""
+    model = tk.attach_head(make_backbone(batch_norm=True), 3)
+    assert [len(group) for group in parameter_groups(model).values()] == [4, 4, 4, 4, 4, 2]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +47,7 @@ def test_names_stand_for_torchs_optimizers(model, name, kind, options):
     optimizer = build_optimizer(name, model, None, 0.0)
     assert type(optimizer) is kind
     assert all(group[key] == value for group in optimizer.param_groups for key, value in options.items())
-    assert rates(optimizer) == [1e-3, 1e-3]
+    assert rates(optimizer) == [1e-3] * 6
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", torch.optim.Adam])
@@ -48,9 +57,9 @@ def test_optimizers_are_fused(model, optimizer):
 
 
 def test_weight_decay_reaches_every_group(model):
-    """`weight_decay` is given to both groups."""
+    """`weight_decay` is given to every group."""
     groups = build_optimizer("sgd", model, None, 1e-4).param_groups
-    assert [group["weight_decay"] for group in groups] == [1e-4, 1e-4]
+    assert [group["weight_decay"] for group in groups] == [1e-4] * 6
 
 
 def test_partial_keeps_its_options(model):
@@ -59,20 +68,20 @@ def test_partial_keeps_its_options(model):
     groups = build_optimizer(partial, model, 1e-2, 0.0).param_groups
     assert [(g["momentum"], g["weight_decay"], g["foreach"], g["fused"], g["lr"]) for g in groups] == [
         (0.5, 0.1, True, None, 1e-2)
-    ] * 2
+    ] * 6
 
 
 def test_learning_rate_of_a_partial_stands(model):
     """`partial(SGD, lr=0.1)` without another `lr` trains at 0.1."""
     optimizer = build_optimizer(functools.partial(torch.optim.SGD, lr=0.1), model, None, 0.0)
-    assert rates(optimizer) == [0.1, 0.1]
+    assert rates(optimizer) == [0.1] * 6
     scale_lr(optimizer, 0.5)
-    assert rates(optimizer) == [0.05, 0.05]
+    assert rates(optimizer) == [0.05] * 6
 
 
 def test_rates_may_differ_between_the_groups(model):
     """A mapping gives each group its own learning rate, in whatever order it names them."""
-    assert rates(build_optimizer("adam", model, {"head": 1e-2, "backbone": 1e-5}, 0.0)) == [1e-5, 1e-2]
+    assert rates(build_optimizer("adam", model, {"head": 1e-2, "backbone": 1e-5}, 0.0)) == [1e-5] * 5 + [1e-2]
 
 
 def test_scaling_starts_from_the_base_rate(model):
@@ -80,13 +89,13 @@ def test_scaling_starts_from_the_base_rate(model):
     optimizer = build_optimizer("adam", model, {"head": 1e-2, "backbone": 1e-4}, 0.0)
     scale_lr(optimizer, 0.5)
     scale_lr(optimizer, 0.1)
-    assert rates(optimizer) == pytest.approx([1e-5, 1e-3])
+    assert rates(optimizer) == pytest.approx([1e-5] * 5 + [1e-3])
 
 
 def test_numpy_rate_serves(model):
     """A rate out of a numpy grid is a number like any other."""
     for rate in np.array([0.25], np.float32), np.array([0.25], np.float64):
-        assert rates(build_optimizer("adam", model, rate[0], 0.0)) == [0.25, 0.25]
+        assert rates(build_optimizer("adam", model, rate[0], 0.0)) == [0.25] * 6
 
 
 @pytest.mark.parametrize("lr", [0, 0.0, -1, float("nan"), float("inf"), "x", True, [1e-3]])
@@ -96,13 +105,53 @@ def test_rate_that_cannot_be_used_is_refused(model, lr):
         build_optimizer("adam", model, lr, 0.0)
 
 
-@pytest.mark.parametrize("lr", [{"head": 1e-3}, {"backbone": 1e-3, "classifier": 1e-3}, {}])
+def test_a_block_may_have_a_rate_of_its_own(model):
+    """A block's own entry wins over the backbone's, which stands for the blocks that are not named."""
+    optimizer = build_optimizer("adam", model, {"head": 1e-2, "backbone": 1e-5, "block4": 1e-4}, 0.0)
+    assert rates(optimizer) == [1e-5, 1e-5, 1e-5, 1e-4, 1e-5, 1e-2]
+    set_lr(optimizer, dict(zip(GROUPS, [1, 2, 3, 4, 5, 6], strict=True)))
+    assert rates(optimizer) == [1, 2, 3, 4, 5, 6]
+
+
+def test_discriminative_rates_fall_by_a_factor_from_block_to_block(model):
+    """The head has the rate itself, and each earlier block that of the next times the factor."""
+    optimizer = build_optimizer("adam", model, tk.discriminative_lr(model, 1e-2, factor=0.5), 0.0)
+    assert rates(optimizer) == pytest.approx([1e-2 * 0.5**n for n in (5, 4, 3, 2, 1, 0)])
+
+
+@pytest.mark.parametrize(("lr", "factor", "name"), [(0, 0.3, "lr=0"), (1e-3, -1, "factor=-1"), (1e-3, True, "factor")])
+def test_discriminative_rates_out_of_range_are_refused(model, lr, factor, name):
+    """Rate and factor are finite numbers above 0."""
+    with pytest.raises(ArgumentError, match=f"{name}.*expected a finite number above 0"):
+        tk.discriminative_lr(model, lr, factor=factor)
+
+
+@pytest.mark.parametrize(
+    "lr",
+    [
+        {"head": 1e-3},
+        {"backbone": 1e-3, "classifier": 1e-3},
+        {},
+        {"head": 1e-3, "backbone": 1e-3, "block9": 1e-3},
+        {"head": 1e-3, "block5": 1e-3},
+    ],
+)
 def test_mapping_of_other_groups_is_refused(model, lr):
-    """A mapping names exactly the two groups."""
+    """A mapping has a rate for each group and for nothing else."""
     with pytest.raises(
-        ArgumentError, match=r"lr names the groups \[.*\]: expected exactly \['backbone', 'head'\], or one"
+        ArgumentError,
+        match=r"lr names the groups \[.*\]: expected a rate for each of \['block1', .*'head'\] \(\"backbone",
     ):
         build_optimizer("adam", model, lr, 0.0)
+
+
+def test_groups_of_an_optimizer_built_elsewhere_are_named_exactly(model):
+    """The backbone stands for blocks only where there are blocks."""
+    optimizer = build_optimizer(torch.optim.SGD(model.parameters(), lr=0.5), model, None, 0.0)
+    with pytest.raises(ArgumentError, match=r"lr names the groups \['backbone', 'head'\]: expected .* \['0'\], or one"):
+        set_lr(optimizer, {"backbone": 1e-5, "head": 1e-3})
+    set_lr(optimizer, {"0": 0.25})
+    assert rates(optimizer) == [0.25]
 
 
 def test_bad_rate_of_one_group_changes_nothing(model):
@@ -110,7 +159,7 @@ def test_bad_rate_of_one_group_changes_nothing(model):
     optimizer = build_optimizer("adam", model, 1e-3, 0.0)
     with pytest.raises(ArgumentError, match=r"lr of head=-1 cannot be used"):
         set_lr(optimizer, {"backbone": 1e-2, "head": -1})
-    assert rates(optimizer) == [1e-3, 1e-3]
+    assert rates(optimizer) == [1e-3] * 6
 
 
 @pytest.mark.parametrize("weight_decay", [-1e-4, float("nan"), float("inf")])

@@ -1,6 +1,7 @@
 """Learning-rate schedules."""
 
 import pytest
+import torch
 
 from transferkit.errors import ArgumentError
 from transferkit.schedules import SCHEDULES, check_schedule, find_schedule, lr_factor
@@ -21,6 +22,24 @@ def factors(name: str, num_steps: int, warmup_steps: int = 0) -> list[float]:
 def test_schedule_runs_over_its_steps(name, expected):
     """Each schedule begins at 1 and has the value of progress = steps made / steps in all."""
     assert factors(name, 4) == pytest.approx(expected)
+
+
+def test_one_cycle_is_torchs():
+    """`"one_cycle"` gives the factors of torch's `OneCycleLR` over the same number of steps."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=101, cycle_momentum=False)
+    expected = []
+    for _ in range(100):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    # torch's rise ends at step 0.3 * 101 - 1, its fall at step 100: the same points of progress
+    own = [
+        SCHEDULES["one_cycle"](0.3 * step / 29.3 if step < 29.3 else 0.3 + 0.7 * (step - 29.3) / 70.7)
+        for step in range(100)
+    ]
+    assert own == pytest.approx(expected, abs=1e-6)
+    assert max(factors("one_cycle", 100)) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])

@@ -21,6 +21,7 @@ from transferkit.freezing import freeze_until
 from transferkit.head import TransferModel, attach_head
 from transferkit.history import EpochReport, History
 from transferkit.model_state import load_model, save_model
+from transferkit.optimizers import discriminative_lr
 from transferkit.preprocessing import Preprocessing
 from transferkit.step import Step
 from transferkit.trainer import Trainer
@@ -41,6 +42,7 @@ __all__ = [
     "TransferModel",
     "attach_head",
     "cache_features",
+    "discriminative_lr",
     "freeze_until",
     "load_backbone",
     "load_model",

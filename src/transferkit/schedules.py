@@ -8,10 +8,24 @@ from transferkit.errors import ArgumentError, close_matches
 
 Schedule = Callable[[float], float]
 
+_RISES, _FIRST, _LAST = 0.3, 1 / 25, 1 / 250_000
+
+
+def _one_cycle(progress: float) -> float:
+    """Rise along a cosine from 1/25 to 1 over the first 30 %, then fall likewise to 1/250,000.
+
+    Smith and Topin, 2017, "Super-Convergence", arXiv:1708.07120, in the shape of torch's `OneCycleLR`. The momentum,
+    which some lower meanwhile, stays.
+    """
+    low, part = (_FIRST, 1.0 - progress / _RISES) if progress < _RISES else (_LAST, (progress - _RISES) / (1 - _RISES))
+    return low + (1.0 - low) * (1.0 + math.cos(math.pi * part)) / 2.0
+
+
 SCHEDULES: dict[str, Schedule] = {
     "constant": lambda _progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2.0,
+    "one_cycle": _one_cycle,
 }
 
 
