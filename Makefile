@@ -1,7 +1,7 @@
 # The commands a developer runs. PYTHON is the environment that `pip install -e ".[dev]"` went into.
 PYTHON ?= .venv/bin/python
 
-.PHONY: help check test test-all test-gpu examples bench mutations fuzz build clean
+.PHONY: help check test test-all test-gpu examples docs bench mutations fuzz build clean
 
 help:            ## list these commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/:/'
@@ -22,6 +22,9 @@ test-gpu:        ## the ones that need CUDA
 
 examples:        ## run the quickstart
 	$(PYTHON) examples/quickstart.py
+
+docs:            ## build the documentation into build/docs (needs `pip install -e ".[docs]"`)
+	$(PYTHON) -m sphinx -W --keep-going -n -b html docs build/docs
 
 bench:           ## install the other libraries and measure all (an hour; two cores, nothing else running)
 	$(PYTHON) -m pip install -e ".[bench]"

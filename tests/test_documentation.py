@@ -7,7 +7,7 @@ from pathlib import Path
 import transferkit
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_tests_that_the_documentation_names_exist() -> None:
@@ -27,6 +27,26 @@ def test_links_within_the_repository_lead_somewhere() -> None:
     """Every relative link on a page is a file."""
     links = [(page, target) for page in PAGES for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text())]
     assert [(page.name, target) for page, target in links if not (page.parent / target).exists()] == []
+
+
+def test_files_that_pages_name_are_there() -> None:
+    """Every file or folder of the repository that a page names, in a command or in the text, exists."""
+    pattern = r"(?<![\w./-])(?:\.ci|benchmarks|docs|examples|fuzz|src|tests)/[\w./-]*\w"
+    named = [(page, name) for page in PAGES for name in re.findall(pattern, page.read_text())]
+    assert len(named) > 30
+    assert [(page.name, name) for page, name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    """Each name that `import transferkit` gives is on one page of docs/reference, and no other name is."""
+    pages = [page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md")]
+    listed = [
+        name
+        for page in pages
+        for name in re.findall(r"^\.\. auto\w+:: transferkit\.(\w+)(?:\(\))?$", page, re.MULTILINE)
+    ]
+    assert sorted(set(listed) - {"errors"}) == sorted(transferkit.__all__)
+    assert len(listed) == len(set(listed))
 
 
 def test_design_lists_every_module() -> None:

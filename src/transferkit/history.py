@@ -72,9 +72,10 @@ class History:
 
     @property
     def best_epoch(self) -> int | None:
-        """Place in this history, from 0, of the best epoch: highest validation accuracy, then lowest loss, then first.
+        """Place of the best epoch in this history, from 0.
 
-        None without validation data, or if its loss was never a finite number.
+        The best has the highest validation accuracy, then the lowest loss, then comes first. None without validation
+        data, or if its loss was never a finite number.
         """
         ranked = [
             (report.val_accuracy, -report.val_loss, -place)

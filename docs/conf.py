@@ -1,0 +1,105 @@
+"""Sphinx's settings for `make docs`. Nothing here needs a network."""
+
+import builtins
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import transferkit
+from transferkit import errors
+
+project = "transferkit"
+project_copyright = "The transferkit developers"
+release = transferkit.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+nitpicky = True  # a reference to a name that is not on a page is a warning, and warnings are errors
+
+myst_heading_anchors = 3
+
+default_role = "py:obj"  # what docstrings put in backticks is code, and a link where it is a name of the library
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_use_ivar = True
+python_maximum_signature_line_length = 88
+add_module_names = False
+highlight_language = "text"
+
+html_theme = "furo"
+html_title = f"transferkit {release}"
+html_show_sourcelink = False
+html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["transferkit.css"]
+html_theme_options = {"navigation_with_keys": True}
+copybutton_exclude = ".go, .gp"  # of a doctest only what one types is copied, without prompts
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+nitpick_ignore = [
+    ("py:class", "transferkit.checkpoint.Resumable"),  # a protocol: what it asks for is said in words
+]
+nitpick_ignore_regex = [("py:class", r"transferkit\.\w+\._\w+")]  # variables of types
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+FOREIGN = ("collections", "functools", "matplotlib", "numpy", "os", "pathlib", "PIL", "torch", "torchvision", "typing")
+
+
+def link(app: Any, env: Any, node: Any, contnode: Any) -> Any:
+    """Link a public name written as its module has it; leave names of other libraries, and mere code, without a link.
+
+    What is left after that is a warning: a name of this library that is on no page.
+    """
+    target = node.get("reftarget", "")
+    name = target.rpartition(".")[2]
+    home = "transferkit" if name in transferkit.__all__ else "transferkit.errors" if hasattr(errors, name) else None
+    if home is not None and (target == name or target.startswith("transferkit.")):
+        python = env.get_domain("py")
+        place = node.get("refdoc", "")
+        found = python.resolve_xref(env, place, app.builder, "obj", f"{home}.{name}", {**node.attributes}, contnode)
+        if found is not None:
+            return found
+    foreign = target.partition(".")[0] in FOREIGN or hasattr(builtins, target)
+    return contnode if foreign or node.get("reftype") == "obj" else None
+
+
+OWN_PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "project/changelog.md",
+    "CONTRIBUTING.md": "project/contributing.md",
+    "SECURITY.md": "project/security.md",
+}
+
+
+def lead_out_of_docs(_app: Any, docname: str, source: list[str]) -> None:
+    """Lead relative links to files outside docs/, right where a repository is looked at, to pages or copies here."""
+
+    def lead(match: re.Match[str]) -> str:
+        place = DOCS / docname
+        target = Path(os.path.normpath(place.parent / match[1]))
+        if target.is_relative_to(DOCS):
+            return match[0]
+        name = target.relative_to(ROOT).as_posix()
+        if name in OWN_PAGES:
+            return f"]({os.path.relpath(DOCS / OWN_PAGES[name], place.parent)})"
+        return f"](path:{match[1]})"  # a copy of the file
+
+    source[0] = re.sub(r"\]\(((?:\.\./)+[^)#\s]+)\)", lead, source[0])
+
+
+def name_attributes(_app: Any, doctree: Any) -> None:
+    """Head the attributes of a class with the word that the docstrings have."""
+    for heading in doctree.findall(lambda node: node.tagname == "field_name" and node.astext() == "Variables"):
+        heading[0] = type(heading[0])("Attributes")
+
+
+def setup(app: Any) -> None:
+    """Register the above."""
+    app.connect("doctree-read", name_attributes)
+    app.connect("source-read", lead_out_of_docs)
+    app.connect("missing-reference", link)

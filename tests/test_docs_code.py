@@ -1,0 +1,58 @@
+"""The code on the pages of docs/ runs as it stands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody listens there
+
+
+def script(page: Path) -> str:
+    """Return a page's blocks of Python under their line numbers and nothing else; `>>>` blocks are doctests already."""
+
+    def blank_or_code(block: re.Match[str]) -> str:
+        code = block["code"] if block["language"] == "python" and not block["code"].startswith(">>>") else ""
+        return "\n" + (code or "\n" * block["code"].count("\n"))
+
+    fences = re.compile(r"^(?P<fence>```+)(?P<language>.*)\n(?P<code>(?:.*\n)*?)(?P=fence)$", re.MULTILINE)
+    text, end, lines = page.read_text(), 0, ""
+    for block in fences.finditer(text):
+        lines += "\n" * text.count("\n", end, block.start()) + blank_or_code(block)
+        end = block.end()
+    return lines
+
+
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if script(page).strip()]
+
+
+def test_blocks_of_code_keep_their_lines(tmp_path: Path) -> None:
+    """Only blocks marked `python` are code, and an error in one names the page's own line."""
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Text\n\n```python\nx = 1\n```\n```text\nno code\n```\n```python\n>>> 1\n```\n\n```python\nx / 0\n```\n"
+    )
+    assert script(page).splitlines() == ["", "", "", "x = 1", *[""] * 9, "x / 0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+    """A page's Python blocks run, one after the other, from the root of a clone, offline, without a warning."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    program = "import sys; exec(compile(sys.stdin.read(), sys.argv[1], 'exec'), {'__name__': '__main__'})"
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "2", **OFFLINE}
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, str(page)],
+        input=script(page),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
