@@ -20,9 +20,13 @@ ERRORS = [
 
 
 def imports_of(module: str) -> set[str]:
-    """The modules of the package that a module imports, wherever in the file."""
+    """The modules of the package that a module imports, wherever in the file but for annotations alone."""
     found = set()
-    for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text())):
+    tree = ast.parse((SOURCE / f"{module}.py").read_text())
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             found.add("a relative import")
         elif isinstance(node, ast.ImportFrom) and node.module == "transferkit":

@@ -20,6 +20,7 @@ from transferkit.errors import (
     TargetError,
     TransferKitError,
 )
+from transferkit.given_images import as_data
 from transferkit.images import as_images
 from transferkit.randomness import derive_seed, shuffled
 from transferkit.samples import SKIP_HINT, Sample, Samples, probes
@@ -65,7 +66,7 @@ def open_data(
 
     Args:
         data: `(images, targets)` arrays or tensors, a `Dataset` of `(image, target)`, or a `DataLoader` of batches
-            of them. Without targets, `images` alone and data sets of images alone serve as well.
+            of them. Without targets, `images` alone, data sets of images alone, and what `as_data` takes serve as well.
         classes: The model's class names; what the data says of its own is compared with them.
         num_workers: Processes that read a `Dataset`.
         with_targets: Whether targets are needed.
@@ -81,6 +82,8 @@ def open_data(
     whole_number("num_workers", num_workers, at_least=0)
     if with_targets:
         _check_classes(data, classes)
+    else:
+        data = as_data(data)
     if isinstance(data, DataLoader):
         return LoaderSource(data, classes, with_targets=with_targets)
     if isinstance(data, IterableDataset):

@@ -53,6 +53,10 @@ class ImageError(TransferKitError, ValueError):
     """An image has a shape, number type, channel count or size that cannot be used."""
 
 
+class MissingPackageError(TransferKitError, ImportError):
+    """An optional package that a part of the library needs is not installed."""
+
+
 class NonFiniteError(TransferKitError, ArithmeticError):
     """A loss or a gradient is infinite or not a number."""
 

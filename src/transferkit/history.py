@@ -1,7 +1,13 @@
 """What happened in each epoch."""
 
+import html
 import math
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +89,20 @@ class History:
             if report.val_loss is not None and report.val_accuracy is not None and math.isfinite(report.val_loss)
         ]
         return -max(ranked)[2] if ranked else None
+
+    def plot(self, ax: "Axes | None" = None) -> "Figure":
+        """Draw loss, accuracy and learning rate of each epoch, and mark the best one; see `plots.plot_history`."""
+        from transferkit.plots import plot_history
+
+        return plot_history(self, ax=ax)
+
+    def _repr_html_(self) -> str:
+        columns = ["epoch", *self.history]
+        best = self.best_epoch
+        rows = ""
+        for place, report in enumerate(self.reports):
+            cells = [str(report.epoch + 1), *(f"{getattr(report, name):.4g}" for name in columns[1:])]
+            tag = "b" if place == best else "span"
+            rows += f"<tr>{''.join(f'<td><{tag}>{cell}</{tag}></td>' for cell in cells)}</tr>"
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"

@@ -75,6 +75,8 @@ class Samples(Dataset["Sample | TransferKitError"]):
             raise ImageError(
                 f"cannot read image {index}{_at(self.dataset, index)}: {reason}. Expected a whole image file, and a "
                 f"data set and transform that return (image, target). Replace or remove it.{SKIP_HINT}"
+                if self.with_targets
+                else f"cannot read image {index}{_at(self.dataset, index)}: {reason}. Expected a whole image."
             ) from error
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = truncated_pass

@@ -1,0 +1,121 @@
+"""What long work shows of itself: lines of text, and a bar where somebody can watch it move."""
+
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from transferkit.errors import ArgumentError
+
+REDRAW_S = 0.5
+"""Seconds between two pictures of a bar: reading loss and accuracy for one waits for the device, drawing takes 1 ms."""
+
+
+class Bar:
+    """How far one piece of work has come, in images.
+
+    Args:
+        drawn: A `tqdm` bar, or None to draw nothing.
+    """
+
+    def __init__(self, drawn: Any = None) -> None:
+        self._drawn = drawn
+        self._due = time.perf_counter() + REDRAW_S
+
+    def advance(self, count: int, figures: Callable[[], str] = str) -> None:
+        """Count images; a few times a second, show them.
+
+        Args:
+            count: Images done since the last call.
+            figures: Gives what else to show; called only where it is shown, since it may wait for the device.
+        """
+        if self._drawn is None:
+            return
+        self._drawn.n += count
+        if time.perf_counter() >= self._due:
+            self._drawn.set_postfix_str(figures(), refresh=False)
+            self._drawn.refresh()
+            self._due = time.perf_counter() + REDRAW_S
+
+    def over(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Yield batches of inputs and targets as they are, and count their images."""
+        for batch in batches:
+            yield batch
+            self.advance(len(batch[1]))
+
+
+class Display:
+    """Lines of text on the standard output, and bars where it is a terminal or a notebook and `tqdm` is installed.
+
+    Args:
+        verbose: 0 shows nothing, 1 lines and bars, 2 lines alone.
+
+    Raises:
+        ArgumentError: Another `verbose`.
+
+    Example:
+        >>> display = Display(2)
+        >>> display.say("epoch 1")
+        epoch 1
+        >>> with display.bar("epoch 2", 100) as bar:  # draws nothing
+        ...     bar.advance(32)
+    """
+
+    def __init__(self, verbose: int) -> None:
+        if verbose not in (0, 1, 2):
+            raise ArgumentError(
+                f"verbose={verbose!r} is not known: expected 0 (nothing), 1 (a line for each epoch, and bars where "
+                "they can be seen) or 2 (the lines alone)."
+            )
+        self.verbose = int(verbose)
+        self._tqdm = _find_tqdm() if verbose == 1 else None
+
+    def say(self, line: str) -> None:
+        """Show a line of text; bars stay below it."""
+        if self.verbose == 0:
+            return
+        if self._tqdm is None:
+            print(line, flush=True)  # noqa: T201
+        else:
+            self._tqdm.write(line)
+
+    @contextmanager
+    def bar(self, what: str, total: int | None) -> Iterator[Bar]:
+        """Show how far a piece of work has come, until it ends.
+
+        Args:
+            what: The work, in a few words.
+            total: Images in it; None where that is not known.
+        """
+        if self._tqdm is None:
+            yield Bar()
+            return
+        drawn = self._tqdm(desc=what, total=total, unit=" images", leave=False, dynamic_ncols=True)
+        try:
+            yield Bar(drawn)
+        finally:
+            drawn.close()
+
+
+QUIET = Display(0)
+
+
+def _find_tqdm() -> Any:
+    """Return the class of bars, or None where there is none or nobody could see one move."""
+    notebook = type(_shell()).__name__ == "ZMQInteractiveShell"
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    if not (notebook or terminal) or importlib.util.find_spec("tqdm") is None:
+        return None
+    from tqdm.auto import tqdm  # takes 0.1 s: not at import
+
+    return type("Tqdm", (tqdm,), {"monitor_interval": 0})  # no thread of its own to watch slow bars
+
+
+def _shell() -> object:
+    """Return IPython's shell, if this is one."""
+    ipython = sys.modules.get("IPython")
+    return None if ipython is None else ipython.get_ipython()

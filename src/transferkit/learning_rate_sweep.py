@@ -1,0 +1,79 @@
+"""What a sweep over learning rates showed, and the rate that it suggests."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SMOOTHING = 0.9
+"""Share of the past in the smoothed loss: single batches are noisy."""
+
+DIVERGED = 4.0
+"""A smoothed loss this many times the lowest one has diverged: the sweep ends."""
+
+BELOW_LOWEST = 10.0
+"""The suggestion is the rate of the lowest smoothed loss, where training is about to fail, divided by this."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearningRateSweep:
+    """The loss of training steps at learning rates that rise from one to the next; from `Trainer.lr_find`.
+
+    Attributes:
+        lrs: Learning rate of each step, of the head's group.
+        losses: Training loss of each step's batch, before the step.
+
+    Example:
+        >>> sweep = LearningRateSweep([1e-4, 1e-3, 1e-2, 1e-1], [2.0, 1.9, 1.0, 9.0])
+        >>> sweep.suggestion
+        0.001
+
+    References:
+        Smith, 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186.
+    """
+
+    lrs: list[float]
+    losses: list[float]
+
+    @property
+    def smoothed(self) -> list[float]:
+        """The losses' exponential moving average, corrected for its start at 0."""
+        return _averages(self.losses)
+
+    @property
+    def suggestion(self) -> float | None:
+        """A tenth of the learning rate with the lowest smoothed loss; None if there is no finite loss."""
+        ranked = [(loss, lr) for loss, lr in zip(self.smoothed, self.lrs, strict=True) if math.isfinite(loss)]
+        return min(ranked)[1] / BELOW_LOWEST if ranked else None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the smoothed loss has risen so far that larger rates need not be tried."""
+        smoothed = self.smoothed
+        lowest = min((loss for loss in smoothed if math.isfinite(loss)), default=math.inf)
+        return bool(smoothed) and not smoothed[-1] <= DIVERGED * lowest
+
+    def plot(self, ax: "Axes | None" = None) -> "Figure":
+        """Draw the loss over the learning rate; see `plot_lr_find`."""
+        from transferkit.plots import plot_lr_find
+
+        return plot_lr_find(self, ax=ax)
+
+    def _repr_html_(self) -> str:
+        lowest = min(loss for loss in self.smoothed if math.isfinite(loss)) if self.suggestion else math.nan
+        rate = "none" if self.suggestion is None else f"{self.suggestion:.2g}"
+        return (
+            f"<p>{len(self.lrs)} steps from learning rate {self.lrs[0]:.1e} to {self.lrs[-1]:.1e}, lowest smoothed "
+            f"loss {lowest:.3f}: suggestion <b>{rate}</b></p>"
+        )
+
+
+def _averages(values: list[float]) -> list[float]:
+    averages, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = SMOOTHING * total + (1 - SMOOTHING) * value, SMOOTHING * weight + 1 - SMOOTHING
+        averages.append(total / weight)
+    return averages
