@@ -47,7 +47,20 @@ nitpick_ignore_regex = [("py:class", r"transferkit\.\w+\._\w+")]  # variables of
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-FOREIGN = ("collections", "functools", "matplotlib", "numpy", "os", "pathlib", "PIL", "torch", "torchvision", "typing")
+FOREIGN = (
+    "Axes",
+    "Figure",
+    "collections",
+    "functools",
+    "matplotlib",
+    "numpy",
+    "os",
+    "pathlib",
+    "PIL",
+    "torch",
+    "torchvision",
+    "typing",
+)
 
 
 def link(app: Any, env: Any, node: Any, contnode: Any) -> Any:
