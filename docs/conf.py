@@ -29,6 +29,7 @@ python_maximum_signature_line_length = 88
 add_module_names = False
 highlight_language = "text"
 
+pygments_dark_style = "github-dark"
 html_theme = "furo"
 html_title = f"transferkit {release}"
 html_show_sourcelink = False

@@ -37,6 +37,16 @@ def test_files_that_pages_name_are_there() -> None:
     assert [(page.name, name) for page, name in named if not (ROOT / name).exists()] == []
 
 
+def test_calls_that_pages_show_are_there() -> None:
+    """Every `tk.name` on a page is public, and every `trainer.name(` is a method of `Trainer`."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    public = set(re.findall(r"\btk\.(\w+)", text))
+    methods = set(re.findall(r"\btrainer\.(\w+)\(", text))
+    assert len(public) > 10
+    assert public - set(transferkit.__all__) == set()
+    assert {name for name in methods if not hasattr(transferkit.Trainer, name)} == set()
+
+
 def test_the_reference_has_every_public_name_once() -> None:
     """Each name that `import transferkit` gives is on one page of docs/reference, and no other name is."""
     pages = [page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md")]
