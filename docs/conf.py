@@ -3,15 +3,17 @@
 import builtins
 import os
 import re
+from importlib import metadata
 from pathlib import Path
+from types import GenericAlias
 from typing import Any
 
-import transferkit
-from transferkit import errors
+import numpy as np
+import numpy.typing as npt
 
 project = "transferkit"
 project_copyright = "The transferkit developers"
-release = transferkit.__version__
+release = metadata.version("transferkit")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 nitpicky = True  # a reference to a name that is not on a page is a warning, and warnings are errors
@@ -69,6 +71,9 @@ def link(app: Any, env: Any, node: Any, contnode: Any) -> Any:
 
     What is left after that is a warning: a name of this library that is on no page.
     """
+    import transferkit
+    from transferkit import errors
+
     target = node.get("reftarget", "")
     name = target.rpartition(".")[2]
     home = "transferkit" if name in transferkit.__all__ else "transferkit.errors" if hasattr(errors, name) else None
@@ -112,8 +117,17 @@ def name_attributes(_app: Any, doctree: Any) -> None:
         heading[0] = type(heading[0])("Attributes")
 
 
+class Array:
+    """Stands in for `numpy.typing.NDArray`, which is written out as `ndarray[tuple[Any, ...], dtype[float32]]`."""
+
+    def __class_getitem__(cls, kind: Any) -> GenericAlias:
+        return GenericAlias(np.ndarray, (kind,))
+
+
 def setup(app: Any) -> None:
-    """Register the above."""
+    """Register the above, before the library is imported."""
+    npt.NDArray = Array  # type: ignore[misc]
+    npt.ArrayLike = type("ArrayLike", (), {"__module__": "numpy.typing"})  # type: ignore[misc]
     app.connect("doctree-read", name_attributes)
     app.connect("source-read", lead_out_of_docs)
     app.connect("missing-reference", link)
