@@ -75,7 +75,7 @@ def without_kernel(device: tk.Device, image_size: int) -> tuple[Callable[[], obj
     run, flop, num_bytes = training(device, image_size, "head")
 
     def step() -> None:
-        with mock.patch("transferkit.trainer.find_linear_adam", return_value=None):
+        with mock.patch("transferkit.epochs.find_linear_adam", return_value=None):
             run()
 
     return step, flop, num_bytes

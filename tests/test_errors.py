@@ -153,9 +153,9 @@ def test_freezing_and_head_do_not_need_each_other():
     assert "freezing" not in reachable("head")
 
 
-def test_only_the_package_imports_the_trainer():
-    """Nothing but the list of public names imports the trainer."""
-    assert [module for module in MODULES if "trainer" in GRAPH[module]] == ["__init__"]
+def test_only_the_package_and_the_search_import_the_trainer():
+    """Nothing but the list of public names, and the search, imports the trainer."""
+    assert [module for module in MODULES if "trainer" in GRAPH[module]] == ["__init__", "hyperparameter_search"]
 
 
 @pytest.mark.parametrize("module", MODULES)

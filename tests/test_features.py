@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import transferkit as tk
 from transferkit import features as features_module
 from transferkit.augmentation import build_augmentation
 from transferkit.data import open_data
+from transferkit.display import QUIET
 from transferkit.errors import CacheError
 from transferkit.features import FeatureCache, open_folder
 from transferkit.host_memory import host_bytes
@@ -30,6 +32,7 @@ class Setup:
         self.backbone = self.device.prepare(backbone)
         self.cache = FeatureCache(self.device, folder)
         self.said = []
+        self.display = SimpleNamespace(say=self.said.append, bar=QUIET.bar)
 
     def prefix(self, boundary="head"):
         model = tk.freeze_until(tk.attach_head(self.backbone, CLASSES), boundary)
@@ -42,7 +45,7 @@ class Setup:
         """Return what is kept and one word for how it came about."""
         self.said.clear()
         kept = self.cache.keep(
-            self.inputs(data, **arguments), self.prefix(boundary), num_views=num_views, say=self.said.append
+            self.inputs(data, **arguments), self.prefix(boundary), num_views=num_views, display=self.display
         )
         return kept, next(word for word in ("known", "derived", "computed") if word in self.said[-1])
 

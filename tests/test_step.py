@@ -8,12 +8,12 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import transferkit as tk
+from transferkit.class_weights import check_class_weights
 from transferkit.errors import ArgumentError
 from transferkit.optimizers import build_optimizer
 from transferkit.step import (
     CrossEntropy,
     Sums,
-    check_class_weights,
     count_correct,
     evaluation_step,
     training_step,
@@ -161,7 +161,7 @@ def test_class_weights_that_cannot_be_used_are_refused(values):
         check_class_weights(values, 3)
 
 
-@pytest.mark.parametrize("values", [{0: 1.0, 1: 2.0, 2: 5.0}, "balanced", ["a", "b", "c"]])
+@pytest.mark.parametrize("values", [{0: 1.0, 1: 2.0, 2: 5.0}, "even", ["a", "b", "c"]])
 def test_class_weights_of_another_type_are_refused(values):
     """A dict, as Keras takes, or a word is refused by name, not with torch's own error."""
     with pytest.raises(ArgumentError, match=r"class_weights=.*expected 3 finite numbers of 0 or more"):

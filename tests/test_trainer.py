@@ -3,6 +3,7 @@
 import functools
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import transferkit as tk
 from transferkit.errors import ArgumentError, ImageError, NothingToTrainError, TargetError
+from transferkit.freezing import first_trainable
 
 CLASSES = ["cat", "dog", "owl"]
 
@@ -687,10 +689,59 @@ def test_prediction_uses_the_statistics_of_training(make_backbone, data):
     assert changed(before, model) == set()
 
 
-def test_single_image_needs_a_batch_dimension(model, data):
-    """One image without batch dimension is refused with the remedy."""
-    with pytest.raises(ImageError, match=r"shape \(3, 32, 32\).*One image needs a batch dimension: image\[None\]"):
-        make_trainer(model).predict(data[0][0])
+def test_one_image_is_predicted_like_a_batch_of_one(model, data):
+    """One image without batch dimension gives what it gives in a batch: an array of one prediction."""
+    trainer = make_trainer(model)
+    assert (trainer.predict_proba(data[0][0]) == trainer.predict_proba(data[0][:1])).all()
+    assert trainer.predict_classes(data[0][0]) == [model.classes[trainer.predict(data[0][:1])[0]]]
+
+
+def test_assessment_agrees_with_evaluation(model, data):
+    """`assess` gives the loss and accuracy of `evaluate`, and `predict_proba`'s probabilities, in order."""
+    trainer = make_trainer(model)
+    assessment, scores = trainer.assess(data, batch_size=5), trainer.evaluate(data, batch_size=5)
+    assert (assessment.loss, assessment.accuracy) == pytest.approx((scores["loss"], scores["accuracy"]))
+    assert (assessment.probabilities == trainer.predict_proba(data[0], batch_size=5)).all()
+    assert assessment.targets.tolist() == data[1].tolist()
+    assert assessment.classes == model.classes
+
+
+def test_history_is_that_of_the_run_under_way(model, data):
+    """Callbacks see the epochs so far, the one just reported included; afterwards it is what `fit` returned."""
+    trainer = make_trainer(tk.freeze_until(model, "head"))
+    assert trainer.history is None
+    seen = []
+
+    def callback(trainer, report):
+        seen.append((len(trainer.history.reports), trainer.history.reports[-1] is report))
+
+    history = trainer.fit(data, epochs=2, callbacks=[callback], verbose=0)
+    assert seen == [(1, True), (2, True)]
+    assert trainer.history is history
+    trainer.fit(data, epochs=1, callbacks=[callback], verbose=0)
+    assert seen[2:] == [(1, True)]
+
+
+def test_a_checkpoint_is_called_after_other_callbacks(model, data, tmp_path):
+    """What another callback does to the model after an epoch is in that epoch's checkpoint, whatever their order."""
+    trainer = make_trainer(tk.freeze_until(model, "head"))
+    callbacks = [tk.Checkpoint(tmp_path / "run"), tk.GradualUnfreezing({1: "block5"})]
+    trainer.fit(data, epochs=1, callbacks=callbacks, verbose=0)
+    fresh = make_trainer(tk.freeze_until(model, None))
+    fresh.load(tmp_path / "run" / f"step-{trainer.global_step:08d}.pt")
+    assert first_trainable(fresh.model) == "block5_conv1"
+
+
+def test_balanced_weights_let_every_class_count_alike(make_backbone, data):
+    """`"balanced"` trains as with the numbers that make the images of each class count the same in all."""
+    images, targets = data[0][:18], torch.tensor([0] * 12 + [1] * 4 + [2] * 2)
+    trained = []
+    for weights in ("balanced", [18 / (3 * 12), 18 / (3 * 4), 18 / (3 * 2)]):
+        torch.manual_seed(0)
+        model = tk.freeze_until(tk.attach_head(make_backbone(), 3), "head")
+        make_trainer(model, class_weights=weights).fit((images, targets), epochs=2, batch_size=6, verbose=0)
+        trained.append(weights_of(model))
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
 
 
 # ---- the update
@@ -739,7 +790,10 @@ def test_fit_prints_a_line_at_the_start_and_one_an_epoch(model, data, capsys):
     frozen, training = (f"{sum(p.numel() for p in part.parameters()):,}" for part in (model.backbone, model.head))
     assert len(lines) == 3
     assert lines[0] == f"frozen: {frozen} parameters before head.fc1; training: {training} parameters; on cpu in fp32"
-    assert lines[1:] == [str(report) for report in history.reports]
+    for line, report in zip(lines[1:], history.reports, strict=True):
+        assert line.startswith(f"{report}  ")
+    assert re.fullmatch(r"  [\d,]+ images/s  \d+ s left", lines[1].removeprefix(str(history.reports[0])))
+    assert re.fullmatch(r"  [\d,]+ images/s", lines[2].removeprefix(str(history.reports[1])))
     assert lines[1].startswith("epoch 1  loss ")
 
 

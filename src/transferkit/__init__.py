@@ -22,6 +22,7 @@ from transferkit.feature_dataset import FeatureDataset, cache_features
 from transferkit.freezing import freeze_until
 from transferkit.head import TransferModel, attach_head
 from transferkit.history import EpochReport, History
+from transferkit.hyperparameter_search import SearchResult, Trial, search
 from transferkit.learning_rate_sweep import LearningRateSweep
 from transferkit.loggers import CSVLogger, TensorBoardLogger
 from transferkit.model_state import load_model, save_model
@@ -47,12 +48,14 @@ __all__ = [
     "History",
     "LearningRateSweep",
     "Preprocessing",
+    "SearchResult",
     "Step",
     "Summary",
     "TensorBoardLogger",
     "Trainer",
     "TransferKitError",
     "TransferModel",
+    "Trial",
     "attach_head",
     "cache_features",
     "confusion_matrix",
@@ -64,5 +67,6 @@ __all__ = [
     "plot_lr_find",
     "plot_predictions",
     "save_model",
+    "search",
     "summary",
 ]

@@ -6,6 +6,7 @@ from contextlib import closing
 import torch
 
 from transferkit.data import DatasetSource, Source
+from transferkit.display import Display
 from transferkit.errors import ArgumentError, EmptyDataError, ImageError
 from transferkit.validation import Part
 
@@ -15,7 +16,7 @@ LIMIT = 0.01
 """Share of the images that may be bad; one may always be."""
 
 
-def without_bad_images(source: Source, *, say: Callable[[str], None], check: Callable[[], None]) -> Source:
+def without_bad_images(source: Source, *, display: Display, check: Callable[[], None]) -> Source:
     """Read every image of a data set once, and return the data set without those that cannot be used.
 
     Which images a run uses, and how many steps an epoch has, is therefore known before the first step and does not
@@ -23,7 +24,7 @@ def without_bad_images(source: Source, *, say: Callable[[str], None], check: Cal
 
     Args:
         source: A `Dataset`; images in memory cannot be bad in this way.
-        say: Takes a line of text for the user for each bad image.
+        display: Shows how far it is, and a line for each bad image.
         check: Called after each batch, to stop.
 
     Raises:
@@ -38,8 +39,11 @@ def without_bad_images(source: Source, *, say: Callable[[str], None], check: Cal
             )
         return source
     bad: dict[int, str] = {}
-    with closing(source.failures()) as found:
+    with closing(source.failures()) as found, display.bar("looking for bad images", source.num_images) as bar:
+        before = 0
         for places, failures in found:
+            bar.advance(places - before)
+            before = places
             bad.update(failures)
             check()
             if len(bad) > max(1, LIMIT * source.num_images):
@@ -50,7 +54,7 @@ def without_bad_images(source: Source, *, say: Callable[[str], None], check: Cal
     if len(bad) == source.num_images:
         raise EmptyDataError(f"none of the {source.num_images} images can be used: {next(iter(bad.values()))}")
     for reason in bad.values():
-        say(f"left out: {reason}")
+        display.say(f"left out: {reason}")
     if not bad:
         return source
     good = torch.ones(source.num_images, dtype=torch.bool)

@@ -50,6 +50,9 @@ class Source(Protocol):
     def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
         """Say why one of the images at `places` may come out differently when read again; None if nothing was found."""
 
+    def all_targets(self) -> Tensor:
+        """Return every target, int64 `(N,)` or float32 `(N, K)`; data that does not list them is read."""
+
     def digest(self, places: Tensor | None = None) -> str:
         """Return a digest of the targets, where they are listed, and of some images, by which other data is noticed."""
 
@@ -162,6 +165,9 @@ class ArraySource:
     def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
         return None
 
+    def all_targets(self) -> Tensor:
+        return self.targets
+
     def digest(self, places: Tensor | None = None) -> str:
         images = torch.stack([self.images[place] for place in probes(self.num_images, places)])
         return _digest(targets=self.targets, places=_NO_TARGETS if places is None else places, images=images)
@@ -201,6 +207,11 @@ class DatasetSource:
 
     def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
         return self.samples.why_not_repeatable(probes(self.num_images, places))
+
+    def all_targets(self) -> Tensor:
+        if self.targets_listed:
+            return as_targets(self.samples.dataset.targets, self.num_classes)
+        return torch.cat([targets for _, targets, _ in self.batches(_SCANNED, seed=0, order=None)])
 
     def digest(self, places: Tensor | None = None) -> str:
         listed = self.samples.dataset.targets if self.targets_listed else []
@@ -261,6 +272,12 @@ class LoaderSource:
 
     def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
         return "a DataLoader makes batches of its own, in an order of its own; pass its Dataset instead"
+
+    def all_targets(self) -> Tensor:
+        raise ArgumentError(
+            'class_weights="balanced" needs all targets before the first step, which a DataLoader does not tell: pass '
+            "its Dataset, or the weights as numbers."
+        )
 
     def digest(self, places: Tensor | None = None) -> str:
         return _digest(length=torch.tensor(-1 if self.length is None else self.length))

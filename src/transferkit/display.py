@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -19,12 +20,13 @@ class Bar:
     """How far one piece of work has come, in images.
 
     Args:
-        drawn: A `tqdm` bar, or None to draw nothing.
+        draw: Makes a `tqdm` bar, with the first image; None draws nothing.
     """
 
-    def __init__(self, drawn: Any = None) -> None:
-        self._drawn = drawn
-        self._due = time.perf_counter() + REDRAW_S
+    def __init__(self, draw: Callable[[], Any] | None = None) -> None:
+        self._draw = draw
+        self._drawn: Any = None
+        self._due = 0.0
 
     def advance(self, count: int, figures: Callable[[], str] = str) -> None:
         """Count images; a few times a second, show them.
@@ -33,13 +35,20 @@ class Bar:
             count: Images done since the last call.
             figures: Gives what else to show; called only where it is shown, since it may wait for the device.
         """
-        if self._drawn is None:
+        if self._draw is None:
             return
+        if self._drawn is None:
+            self._drawn = self._draw()
         self._drawn.n += count
         if time.perf_counter() >= self._due:
             self._drawn.set_postfix_str(figures(), refresh=False)
             self._drawn.refresh()
             self._due = time.perf_counter() + REDRAW_S
+
+    def close(self) -> None:
+        """Wipe the bar away."""
+        if self._drawn is not None:
+            self._drawn.close()
 
     def over(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield batches of inputs and targets as they are, and count their images."""
@@ -84,21 +93,20 @@ class Display:
             self._tqdm.write(line)
 
     @contextmanager
-    def bar(self, what: str, total: int | None) -> Iterator[Bar]:
+    def bar(self, what: str, total: int | None, *, unit: str = "images") -> Iterator[Bar]:
         """Show how far a piece of work has come, until it ends.
 
         Args:
             what: The work, in a few words.
             total: Images in it; None where that is not known.
+            unit: What is counted, if not images.
         """
-        if self._tqdm is None:
-            yield Bar()
-            return
-        drawn = self._tqdm(desc=what, total=total, unit=" images", leave=False, dynamic_ncols=True)
+        options = {"desc": what, "total": total, "unit": f" {unit}", "leave": False, "dynamic_ncols": True}
+        bar = Bar(None if self._tqdm is None else partial(self._tqdm, **options))
         try:
-            yield Bar(drawn)
+            yield bar
         finally:
-            drawn.close()
+            bar.close()
 
 
 QUIET = Display(0)

@@ -1,14 +1,19 @@
 """A network in eval mode over a whole source of data."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from transferkit.assessment import Assessment
 from transferkit.device import Device
+from transferkit.errors import NonFiniteError
 from transferkit.step import count_correct, evaluation_step
+from transferkit.targets import class_indices
 
 
 @contextmanager
@@ -37,3 +42,41 @@ def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, de
         correct += count_correct(logits, targets)
     every = torch.cat(losses).cpu().double()  # host sync: once an epoch
     return every.mean().item(), correct.item() / len(every)
+
+
+def predict_proba(
+    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: Device
+) -> npt.NDArray[np.float32]:
+    """Return the probability of each class for every image, float32 `(N, K)`.
+
+    Raises:
+        NonFiniteError: The network makes infinity or NaN of an image.
+    """
+    logits = [evaluation_step(network, inputs, device=device) for inputs, _ in batches]
+    return _probabilities(torch.cat(logits))
+
+
+def assess(
+    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: Sequence[str], *, device: Device
+) -> Assessment:
+    """Return what a network in eval mode makes of every image.
+
+    Raises:
+        NonFiniteError: The network makes infinity or NaN of an image.
+    """
+    pairs = [(evaluation_step(network, inputs, device=device), targets) for inputs, targets in batches]
+    logits, targets = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    losses = functional.cross_entropy(logits, targets, reduction="none")
+    indices = class_indices(targets).cpu().numpy()
+    return Assessment(_probabilities(logits), losses.cpu().numpy(), indices, tuple(classes))
+
+
+def _probabilities(logits: Tensor) -> npt.NDArray[np.float32]:
+    probabilities = logits.softmax(dim=1).cpu()
+    if bool((wrong := probabilities.isnan().any(dim=1)).any()):
+        raise NonFiniteError(
+            f"the logits of image {int(wrong.nonzero()[0])} are infinite or NaN: expected finite images and weights. "
+            "Look at that image and at the weights."
+        )
+    result: npt.NDArray[np.float32] = probabilities.numpy()
+    return result

@@ -12,8 +12,9 @@ from transferkit.arguments import whole_number
 from transferkit.augmentation import Augment, build_augmentation
 from transferkit.data import open_data
 from transferkit.device import Device
+from transferkit.display import Display
 from transferkit.errors import ArgumentError
-from transferkit.features import FeatureCache, KeptFeatures, open_folder, say_nothing
+from transferkit.features import FeatureCache, KeptFeatures, open_folder
 from transferkit.feed import Feed, Frozen
 from transferkit.head import TransferModel
 from transferkit.inputs import Inputs
@@ -62,6 +63,7 @@ def cache_features(
     device: str | torch.device | Device = "auto",
     precision: str = "auto",
     num_workers: int = 0,
+    verbose: int = 0,
 ) -> FeatureDataset:
     """Compute what the frozen layers of a model make of each image, and return it as a `Dataset`.
 
@@ -75,6 +77,7 @@ def cache_features(
         device: As in `Trainer`.
         precision: As in `Trainer`.
         num_workers: Processes that read a `Dataset`.
+        verbose: As in `Trainer.fit`.
 
     Raises:
         CacheError: Nothing is frozen, what is frozen is no pure function, the images are not the same each time they
@@ -103,6 +106,6 @@ def cache_features(
         mode=True,
         num_views=None if n_views is None else whole_number("n_views", n_views),
         what="given",
-        say=say_nothing,
+        display=Display(verbose),
     )
     return FeatureDataset(feed.keep())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from transferkit.arrays import raw_bytes
 from transferkit.device import Device
+from transferkit.display import Display
 from transferkit.errors import CacheError
 from transferkit.feature_file import FeatureFile
 from transferkit.host_memory import host_bytes
@@ -28,12 +29,6 @@ MEMORY_SHARE = 0.5
 
 ROOM_IF_UNKNOWN = 2 * 10**9
 """Bytes they may take where the system does not tell how much is free (Apple's MPS, CPUs elsewhere than on Linux)."""
-
-Say = Callable[[str], None]
-
-
-def say_nothing(line: str) -> None:
-    """Take a line of text for the user and keep it back."""
 
 
 def open_folder(path: str | PathLike[str] | None) -> Path | None:
@@ -115,14 +110,18 @@ class FeatureCache:
         self.check = check
         self._kept: list[KeptFeatures] = []
 
-    def keep(self, inputs: Inputs, prefix: Prefix, *, num_views: int, say: Say) -> KeptFeatures:
+    def share(self, other: "FeatureCache") -> None:
+        """Keep the features of another cache, one list for both."""
+        self._kept = other._kept
+
+    def keep(self, inputs: Inputs, prefix: Prefix, *, num_views: int, display: Display) -> KeptFeatures:
         """Return the features of every image: known ones, ones derived from those of fewer layers, or new ones.
 
         Args:
             inputs: The images; their source knows how many it has.
             prefix: What computes the features.
             num_views: Views of each image.
-            say: Takes a line of text for the user.
+            display: Shows what is done.
 
         Raises:
             CacheError: They would take too much memory.
@@ -132,27 +131,29 @@ class FeatureCache:
         shape = (num_views, scan.num_images, *example.shape[1:])
         start = None
         if self.folder is not None or any(kept.features.shape[:2] == shape[:2] for kept in self._kept):
-            scan.read()  # the pixels must be known before it can be told whether their features are
-            start = self._find(scan, prefix, say)
+            scan.read(display)  # the pixels must be known before it can be told whether their features are
+            start = self._find(scan, prefix, display)
         if start is not None and start.layers == prefix.digests[-1]:
-            say(f"features of {scan.num_images:,} images: known already")
+            display.say(f"features of {scan.num_images:,} images: known already")
             return self._remember(start)
 
         def compute() -> Iterator[Tensor]:
             computed = scan.compute(prefix) if start is None else _derive(start, prefix)
-            with closing(computed):  # or a kept traceback would keep worker processes
+            total = num_views * scan.num_images
+            with closing(computed), display.bar("features", total) as bar:  # or a kept traceback would keep workers
                 for part in computed:
                     yield part.permute(0, 2, 3, 1)
+                    bar.advance(len(part))
                     self.check()
 
         file = self._file(scan.pixels, prefix.digests[-1])
-        features, where = self._store(compute, shape, example.dtype, file=file, say=say)
+        features, where = self._store(compute, shape, example.dtype, file=file, display=display)
         how = "computed" if start is None else f"derived from those behind {_depth(start, prefix)} layers"
         size = features.numel() * features.element_size() / 1e6
-        say(f"features of {scan.num_images:,} images: {how}, kept in {where} ({size:,.0f} MB)")
+        display.say(f"features of {scan.num_images:,} images: {how}, kept in {where} ({size:,.0f} MB)")
         return self._remember(KeptFeatures(features, scan.targets, scan.pixels, prefix.digests[-1], self.device))
 
-    def _find(self, scan: "_Scan", prefix: Prefix, say: Say) -> KeptFeatures | None:
+    def _find(self, scan: "_Scan", prefix: Prefix, display: Display) -> KeptFeatures | None:
         """Return what is known of these images behind the largest number of the prefix's layers."""
         for layers in reversed(prefix.digests[1:]):
             for kept in self._kept:
@@ -163,7 +164,7 @@ class FeatureCache:
                 try:
                     features = self._on_device(file.read())
                 except CacheError as error:
-                    say(f"a file of features is passed over: {error}")
+                    display.say(f"a file of features is passed over: {error}")
                     continue
                 return KeptFeatures(features, scan.targets, scan.pixels, layers, self.device)
         return None
@@ -175,7 +176,7 @@ class FeatureCache:
         dtype: torch.dtype,
         *,
         file: FeatureFile | None,
-        say: Say,
+        display: Display,
     ) -> tuple[Tensor, str]:
         """Compute features into a file if there is a folder, else or if that fails into memory."""
         if file is not None:
@@ -183,7 +184,7 @@ class FeatureCache:
                 file.write(compute(), shape, dtype)
                 return self._on_device(file.read()), str(file.path)
             except CacheError as error:
-                say(f"features are not kept in a file: {error}")
+                display.say(f"features are not kept in a file: {error}")
         place, where = self._choose_memory(torch.Size(shape).numel() * dtype.itemsize)
         features = torch.empty(shape, dtype=dtype, device=place, pin_memory=where == "pinned memory")
         rows, filled = features.view(-1, *shape[2:]), 0
@@ -226,7 +227,7 @@ class FeatureCache:
         return None if self.folder is None else FeatureFile(self.folder, key)
 
     def _remember(self, kept: KeptFeatures) -> KeptFeatures:
-        self._kept = [other for other in self._kept if (other.pixels, other.layers) != (kept.pixels, kept.layers)]
+        self._kept[:] = [other for other in self._kept if (other.pixels, other.layers) != (kept.pixels, kept.layers)]
         self._kept.append(kept)
         return kept
 
@@ -266,10 +267,12 @@ class _Scan:
                 yield inputs
         self.pixels, self.targets = digest.hexdigest(), torch.cat(targets)
 
-    def read(self) -> None:
+    def read(self, display: Display) -> None:
         """Read all without computing anything."""
-        with closing(iter(self)) as batches:
-            for _ in batches:
+        total = self.num_views * self.num_images
+        with closing(iter(self)) as batches, display.bar("looking at the images", total) as bar:
+            for batch in batches:
+                bar.advance(len(batch))
                 self.check()
 
     def compute(self, prefix: Prefix) -> Generator[Tensor, None, None]:

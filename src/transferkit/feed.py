@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from transferkit.backbone import Backbone
 from transferkit.device import Device
+from transferkit.display import Display
 from transferkit.errors import CacheError
-from transferkit.features import FeatureCache, KeptFeatures, Say
+from transferkit.features import FeatureCache, KeptFeatures
 from transferkit.head import TransferModel
 from transferkit.inputs import Inputs
 from transferkit.prefix import Prefix, is_intercepted, why_impure
@@ -69,7 +70,7 @@ class Feed:
         mode: `"auto"` keeps features where it is safe and says so where it is not; True raises there; False does not.
         num_views: Fixed views of each image that epochs go through in turn; None draws each epoch anew.
         what: What the images are for: `"training"` or `"validation"`.
-        say: Takes a line of text for the user.
+        display: Shows what is done.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Feed:
         mode: bool | str,
         num_views: int | None,
         what: str,
-        say: Say,
+        display: Display,
     ) -> None:
         self.inputs = inputs
         self.frozen = frozen
@@ -89,7 +90,7 @@ class Feed:
         self.mode = mode
         self.num_views = num_views
         self.what = what
-        self.say = say
+        self.display = display
         self._prefix: Prefix | None = None
         self._kept: KeptFeatures | None = None
         self._said: set[str] = set()
@@ -150,7 +151,7 @@ class Feed:
     def _keep(self, prefix: Prefix) -> KeptFeatures:
         if reason := self._why_not():
             raise CacheError(reason)
-        return self.cache.keep(self.inputs, prefix, num_views=self.num_views or 1, say=self.say)
+        return self.cache.keep(self.inputs, prefix, num_views=self.num_views or 1, display=self.display)
 
     def _why_not(self) -> str | None:
         source = self.inputs.source
@@ -168,4 +169,4 @@ class Feed:
             raise CacheError(f'{message} cache="auto" goes on without.')
         if self.mode == "auto" and reason != NOTHING_FROZEN and message not in self._said:
             self._said.add(message)
-            self.say(message)
+            self.display.say(message)

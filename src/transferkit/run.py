@@ -11,8 +11,8 @@ from transferkit.arguments import whole_number
 from transferkit.augmentation import Augment, Transform, build_augmentation
 from transferkit.bad_images import check_policy, without_bad_images
 from transferkit.data import Source, class_names, open_data
+from transferkit.display import QUIET, Display
 from transferkit.errors import ArgumentError, DeviceError, HeadMismatchError, NothingToTrainError
-from transferkit.features import Say, say_nothing
 from transferkit.head import TransferModel
 from transferkit.validation import split_validation
 
@@ -53,12 +53,12 @@ def open_run(
     validation_split: float | None = None,
     seed: int = 0,
     on_bad_image: str = "raise",
-    say: Say = say_nothing,
+    display: Display = QUIET,
     check: Callable[[], None] = lambda: None,
 ) -> Run:
     """Check the arguments of a call and open its data.
 
-    The arguments are those of `Trainer.fit`; `say` takes a line of text for the user, and `check` is called while data
+    The arguments are those of `Trainer.fit`; `display` shows what is done, and `check` is called while data
     is looked through, to stop.
 
     Raises:
@@ -77,8 +77,8 @@ def open_run(
         validation_data, num_workers = _without_loader(validation_data, num_workers)
         validation = open_(validation_data, num_workers=num_workers)
     if on_bad_image == "skip":
-        source = without_bad_images(source, say=say, check=check)
-        validation = None if validation is None else without_bad_images(validation, say=say, check=check)
+        source = without_bad_images(source, display=display, check=check)
+        validation = None if validation is None else without_bad_images(validation, display=display, check=check)
     if validation_split is not None:
         source, validation = split_validation(source, validation_split, seed)
     size = choose_batch_size(source, batch_size)

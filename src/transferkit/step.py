@@ -1,7 +1,6 @@
 """The hot path: one training step, one evaluation step. No I/O, no logging, no host sync."""
 
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +11,6 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from transferkit.device import Device
-from transferkit.errors import ArgumentError
 from transferkit.finite import BufferCopies, gradients_are_finite
 from transferkit.linear_adam import LinearAdam
 from transferkit.out_of_memory import reserve_state, within_memory
@@ -45,31 +43,6 @@ class CrossEntropy:
         return functional.cross_entropy(
             logits.float(), targets, self.class_weights, label_smoothing=self.label_smoothing, reduction="sum"
         )
-
-
-def check_class_weights(values: Sequence[float] | Tensor | None, num_classes: int) -> Tensor | None:
-    """Return class weights as float32 `(num_classes,)`, None as it is.
-
-    Raises:
-        ArgumentError: Another number of them, or one that is negative or not finite.
-
-    Example:
-        >>> check_class_weights([1, 2], num_classes=2)
-        tensor([1., 2.])
-    """
-    if values is None:
-        return None
-    try:
-        weights = torch.as_tensor(values, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError):
-        weights = torch.empty(0)
-    usable = weights.shape == (num_classes,) and bool(((weights >= 0) & weights.isfinite()).all())
-    if not usable or not bool(weights.any()):
-        raise ArgumentError(
-            f"class_weights={values!r} cannot be used: expected {num_classes} finite numbers of 0 or more, one for "
-            "each class, and not 0 for all of them."
-        )
-    return weights
 
 
 class Sums:

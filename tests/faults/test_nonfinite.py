@@ -468,7 +468,7 @@ def test_a_flag_that_is_read_late_gives_the_same_error(make_trainer, monkeypatch
     """The step named is the bad one, not the one under way, and neither of them has changed anything."""
     stopped, reference = (make_trainer("one entry", optimizer=optimizer, batch_norm=True) for _ in range(2))
     reference.fit(make_batches(without=range(bad, 10)), verbose=0)
-    monkeypatch.setattr("transferkit.trainer.FiniteFlags", LateFlags)
+    monkeypatch.setattr("transferkit.epochs.FiniteFlags", LateFlags)
     with pytest.raises(NonFiniteError, match=rf"step {bad} \(epoch 0, batch {bad}, .*head\.fc1\.weight"):
         stopped.fit(make_batches("one entry", bad=(bad,)), verbose=0)
     assert_same_state(stopped, reference)
