@@ -18,6 +18,7 @@ from transferkit.callbacks import EarlyStopping, GradualUnfreezing
 from transferkit.checkpoint import Checkpoint
 from transferkit.device import Device
 from transferkit.errors import TransferKitError
+from transferkit.export import WithPreprocessing
 from transferkit.feature_dataset import FeatureDataset, cache_features
 from transferkit.freezing import freeze_until
 from transferkit.head import TransferModel, attach_head
@@ -56,6 +57,7 @@ __all__ = [
     "TransferKitError",
     "TransferModel",
     "Trial",
+    "WithPreprocessing",
     "attach_head",
     "cache_features",
     "confusion_matrix",

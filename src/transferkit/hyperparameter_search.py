@@ -22,11 +22,13 @@ from transferkit.freezing import find_boundary, freeze_until
 from transferkit.head import TransferModel
 from transferkit.history import History
 from transferkit.randomness import derive_seed, seeded
+from transferkit.resized_images import resized
 from transferkit.trainer import Trainer
 
 FREEZE = "freeze_until"
 FIT = ("epochs", "batch_size", "augment", "n_views")
 FIXED = ("model", "device", "precision", "cache_dir", "seed")
+TRAINER = tuple(name for name in inspect.signature(Trainer).parameters if name not in FIXED)
 
 Space = Mapping[str, Sequence[Any] | Callable[[random.Random], Any]]
 
@@ -141,7 +143,8 @@ def search(
         space: The values of each hyper-parameter: `lr`, `epochs`, `batch_size`, `freeze_until`, any other argument of
             `Trainer`, `augment` and `n_views` of `fit`, and whatever `build` takes. Lists; with `num_trials` also
             functions of a `random.Random` that draw a value.
-        train: As in `Trainer.fit`. It is read once for each trial, to see that it is still the same.
+        train: As in `Trainer.fit`. A `Dataset` without randomness is read once and its images, resized, kept in memory
+            if they take at most a quarter of what is free.
         validation_data: Likewise.
         validation_split: As in `Trainer.fit`; the same images in every trial.
         num_trials: How many sets to draw at random; None tries every combination.
@@ -178,44 +181,53 @@ def search(
     display = Display(verbose)
     sets = _choose(space, num_trials, seed)
     place = device if isinstance(device, Device) else Device(device, precision)
-    trained = inspect.signature(Trainer).parameters
-    trials: dict[int, Trial] = {}
-    best_model, shared = None, None
-    first = _build(build, sets[0], trained, seed)
+    first = _build(build, sets[0], seed)
     order = sorted(range(len(sets)), key=lambda number: _depth(first, sets[number].get(FREEZE, "head")))
+    data: dict[int, tuple[object, object]] = {}  # to train and to validate on, by image size
+    trials: dict[int, Trial] = {}
+    best, best_model, features = -1.0, None, None
     with display.bar("search", len(sets), unit="trials") as bar:
         for number in order:  # from shallow to deep: features of deeper boundaries are derived from those before
-            started = time.perf_counter()
             params = sets[number]
-            model = freeze_until(_build(build, params, trained, seed), params.get(FREEZE, "head"))
-            arguments = {name: value for name, value in params.items() if name in trained}
-            trainer = Trainer(model, device=place, cache_dir=cache_dir, seed=seed, **arguments)
-            if shared is not None:
-                trainer.share_features(shared)
-            shared = trainer
-            history, error = History(), ""
-            try:
-                history = trainer.fit(
-                    train,
-                    validation_data=validation_data,
-                    validation_split=validation_split,
-                    num_workers=num_workers,
-                    verbose=0,
-                    **{name: value for name, value in params.items() if name in FIT},
-                )
-            except (NonFiniteError, OutOfMemoryError) as failure:
-                error = str(failure)
-            trial = Trial(params, history, _score(history), time.perf_counter() - started, error)
-            best_so_far = max((other.score for other in trials.values() if not math.isnan(other.score)), default=-1.0)
-            if trial.score > best_so_far:
-                best_model = model
-            trials[number] = trial
-            left = (len(sets) - len(trials)) * sum(other.seconds for other in trials.values()) / len(trials)
-            display.say(
-                f"trial {len(trials)} of {len(sets)}  {_line(trial)}" + (f"  {left:.0f} s left" if left else "")
+            model = _build(build, params, seed)
+            if (size := model.backbone.image_size) not in data:
+                data[size] = (_read(train, model, num_workers), _read(validation_data, model, num_workers))
+            trainer = _trainer(model, params, features, device=place, cache_dir=cache_dir, seed=seed)
+            features = trainer
+            trials[number] = trial = _try(
+                trainer, params, *data[size], validation_split=validation_split, num_workers=num_workers
             )
-            bar.advance(1, lambda: f"best {max(best_so_far, trial.score):.4f}")  # noqa: B023 - called at once
+            if trial.score > best:
+                best, best_model = trial.score, model
+            left = (len(sets) - len(trials)) * sum(other.seconds for other in trials.values()) / len(trials)
+            display.say(f"trial {len(trials)} of {len(sets)}  {_line(trial)}  {left:.0f} s left")
+            bar.advance(1)
     return SearchResult([trials[number] for number in range(len(sets))], best_model)
+
+
+def _read(data: object, model: TransferModel, num_workers: int) -> object:
+    if data is None:
+        return None
+    return resized(data, model.classes, model.backbone.preprocess, num_workers=num_workers) or data
+
+
+def _trainer(model: TransferModel, params: Mapping[str, Any], features: Trainer | None, **fixed: Any) -> Trainer:
+    freeze_until(model, params.get(FREEZE, "head"))
+    trainer = Trainer(model, **fixed, **{name: value for name, value in params.items() if name in TRAINER})
+    if features is not None:
+        trainer.share_features(features)
+    return trainer
+
+
+def _try(trainer: Trainer, params: dict[str, Any], train: object, validation_data: object, **fixed: Any) -> Trial:
+    started = time.perf_counter()
+    history, error = History(), ""
+    own = {name: value for name, value in params.items() if name in FIT}
+    try:
+        history = trainer.fit(train, validation_data=validation_data, verbose=0, **fixed, **own)
+    except (NonFiniteError, OutOfMemoryError) as failure:
+        error = str(failure)
+    return Trial(params, history, _score(history), time.perf_counter() - started, error)
 
 
 def _choose(space: Space, num_trials: int | None, seed: int) -> list[dict[str, Any]]:
@@ -246,8 +258,8 @@ def _choose(space: Space, num_trials: int | None, seed: int) -> list[dict[str, A
     ]
 
 
-def _build(build: Callable[..., TransferModel], params: dict[str, Any], trained: Any, seed: int) -> TransferModel:
-    own = {name: value for name, value in params.items() if name not in (FREEZE, *FIT, *trained)}
+def _build(build: Callable[..., TransferModel], params: dict[str, Any], seed: int) -> TransferModel:
+    own = {name: value for name, value in params.items() if name not in (FREEZE, *FIT, *TRAINER)}
     try:
         inspect.signature(build).bind(**own)
     except TypeError as error:
