@@ -66,7 +66,7 @@ class ClassFigures(NamedTuple):
     support: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Assessment:
     """What a model made of each image of labelled data; from `Trainer.assess`.
 
@@ -156,6 +156,8 @@ class Assessment:
             for row in self.per_class()
         ]
         return "\n".join(lines)
+
+    __repr__ = __str__  # what an interpreter shows
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{name}</th>" for name in ("class", "precision", "recall", "F1", "images"))

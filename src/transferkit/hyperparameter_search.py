@@ -100,6 +100,8 @@ class SearchResult:
     def __str__(self) -> str:
         return "\n".join(_line(trial) for trial in self._ranked())
 
+    __repr__ = __str__  # what an interpreter shows
+
     def _repr_html_(self) -> str:
         names = [*self.trials[0].params, "validation accuracy", "seconds"]
         rows = ""

@@ -71,6 +71,8 @@ class Summary:
         ]
         return "\n".join([*(line.rstrip() for line in lines), self._last_line()])
 
+    __repr__ = __str__  # what an interpreter shows
+
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
         rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self._rows())

@@ -62,6 +62,9 @@ def plot_history(history: "History", *, ax: "Axes | None" = None) -> "Figure":
         part.locator_params(axis="x", integer=True)
         if name == "lr" and max(figures[name]) > 10 * min(figures[name]):
             part.set_yscale("log")
+        elif name == "lr":
+            part.set_ylim(0.0, 1.2 * max(figures[name]))
+            part.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
         if name == "loss":
             part.legend(fontsize="small")
     return figure
@@ -195,7 +198,7 @@ def _open(ax: "Axes | None", *, width: float, height: float) -> "tuple[Axes, Fig
 
         def _repr_png_(self) -> bytes:
             picture = io.BytesIO()
-            self.savefig(picture, format="png", bbox_inches="tight")
+            self.savefig(picture, format="png", bbox_inches="tight", dpi=80)
             return picture.getvalue()
 
     figure = ShownFigure(figsize=(width, height), layout="constrained")
