@@ -1,0 +1,142 @@
+"""What each choice of fine-tuning does: depth, learning rate, epochs, batch size, schedule, rates by block, unfreezing.
+
+Trains on the 2,000 CIFAR-10 images in examples/assets at 32 px and tests on the 500 beside them, or with --data on the
+images of a folder with test/<class>/*.jpg, at most 2,000. Each question writes its runs to one JSON file:
+
+    python benchmarks/choices.py depth --json choices_depth.json
+
+Accuracies, not seconds, are what these runs are for: every question's runs differ in what the question names alone.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.datasets import ImageFolder
+
+import transferkit as tk
+
+ASSETS = Path(__file__).parent.parent / "examples" / "assets"
+DEPTHS = ["head", "block5", "block4", "block3", None]
+RATES = [1e-5, 1e-4, 1e-3]
+WARM = {"schedule": "cosine", "warmup_steps": 30}
+SEEDS = [0, 1]
+
+Data = tuple[torch.Tensor, torch.Tensor]
+
+
+def questions() -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
+    """Return the settings of each question's runs."""
+    return {
+        "depth": lambda: ({"freeze_until": depth, "lr": lr, "epochs": 4, **WARM} for depth in DEPTHS for lr in RATES),
+        "epochs": lambda: (
+            {"freeze_until": depth, "lr": lr, "epochs": 16} for depth, lr in [("head", 1e-3), ("block5", 1e-4)]
+        ),
+        "batch_size": lambda: (
+            {"freeze_until": "head", "lr": lr, "batch_size": size, "epochs": 8, "seed": seed}
+            for size in (8, 32, 128, 512)
+            for lr in (1e-4, 1e-3, 1e-2)
+            for seed in SEEDS
+        ),
+        "schedule": lambda: (
+            {"freeze_until": "block5", "lr": lr, "epochs": 4, "seed": seed, **schedule}
+            for lr in (1e-4, 3e-4)
+            for schedule in ({}, {"schedule": "cosine"}, WARM, {"schedule": "one_cycle"})
+            for seed in SEEDS
+        ),
+        "rates_by_block": lambda: (
+            {"freeze_until": "block4", "lr": lr, "epochs": 4, "seed": seed, **WARM}
+            for lr in (1e-4, 3e-4, {"head": 1e-3, "factor": 0.3}, {"head": 1e-3, "factor": 0.1})
+            for seed in SEEDS
+        ),
+        "unfreezing": lambda: (
+            {"freeze_until": depth, "lr": {"head": 1e-3, "backbone": rate}, "epochs": 5, "seed": seed, **gradual}
+            for rate in (1e-4, 3e-4)
+            for depth, gradual in [("block4", {}), ("head", {"unfreezing": {"1": "block5", "2": "block4"}})]
+            for seed in SEEDS
+        ),
+        "lr_find": lambda: (
+            {"freeze_until": depth, "lr_find": True, "seed": seed}
+            for depth in ("head", "block5", "block3")
+            for seed in (0, 1, 2)
+        ),
+    }
+
+
+def train_once(train: Data, test: Data, classes: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """Make one run, and return its settings with what came of it."""
+    seed = settings.get("seed", 0)
+    torch.manual_seed(seed)
+    backbone = tk.load_backbone(
+        weights=ASSETS / "vgg16_imagenet_features_bf16.pt", preprocessing="IMAGENET1K_FEATURES", image_size=32
+    )
+    model = tk.freeze_until(tk.attach_head(backbone, classes, hidden=(256,)), settings["freeze_until"])
+    if settings.get("lr_find"):
+        found = tk.Trainer(model, seed=seed).lr_find(train, verbose=0)
+        return {**settings, "suggestion": found.suggestion, "lrs": found.lrs, "losses": found.losses}
+    lr = settings["lr"]
+    if isinstance(lr, dict) and "factor" in lr:
+        lr = tk.discriminative_lr(model, lr["head"], factor=lr["factor"])
+    options = {name: settings[name] for name in ("schedule", "warmup_steps") if name in settings}
+    trainer = tk.Trainer(model, lr=lr, seed=seed, **options)
+    layers = {int(epoch): layer for epoch, layer in settings.get("unfreezing", {}).items()}
+    history = trainer.fit(
+        train,
+        validation_data=test,
+        epochs=settings["epochs"],
+        batch_size=settings.get("batch_size", 32),
+        callbacks=[tk.GradualUnfreezing(layers)] if layers else [],
+        restore_best=False,
+        verbose=0,
+    )
+    figures = {
+        name: [round(value, 5) for value in values] for name, values in history.history.items() if name != "epoch_s"
+    }
+    return {**settings, "history": figures}
+
+
+def read_images(data: Path | None) -> tuple[Data, Data, list[str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        zipfile.ZipFile(ASSETS / "cifar10_subset.zip").extractall(folder)
+        train = ImageFolder(Path(folder) / "train")
+        test = ImageFolder((data or Path(folder)) / "test")
+        places = np.random.default_rng(0).permutation(len(test))[:2000]
+        return (
+            as_tensors(train, range(len(train))),
+            as_tensors(test, sorted(places.tolist())),
+            train.classes,
+        )
+
+
+def as_tensors(images: ImageFolder, places: Any) -> Data:
+    pairs = [images[place] for place in places]
+    return torch.stack([torch.from_numpy(np.array(image)) for image, _ in pairs]), torch.tensor([t for _, t in pairs])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", choices=list(questions()))
+    parser.add_argument("--data", type=Path, help="folder with test/<class>/*.jpg")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    train, test, classes = read_images(arguments.data)
+    runs = []
+    for settings in questions()[arguments.question]():
+        runs.append(train_once(train, test, classes, settings))
+        outcome = runs[-1].get("suggestion") or runs[-1]["history"]["val_accuracy"]
+        print({name: value for name, value in settings.items() if name not in WARM}, outcome, flush=True)
+    if arguments.json:
+        machine = {"torch": torch.__version__, "cpus": os.cpu_count(), "device": str(tk.Device("auto"))}
+        content = {"images": {"train": len(train[0]), "test": len(test[0])}, "machine": machine, "runs": runs}
+        arguments.json.write_text(json.dumps(content) + "\n")
+
+
+if __name__ == "__main__":
+    main()
