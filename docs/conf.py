@@ -59,6 +59,7 @@ FOREIGN = (
     "numpy",
     "os",
     "pathlib",
+    "random",
     "PIL",
     "torch",
     "torchvision",

@@ -66,7 +66,7 @@ class SearchResult:
 
     @property
     def best_index_(self) -> int:
-        """Place of the best trial: the highest score, the first of equal ones.
+        """Place of the trial with the highest score, the first of equal ones.
 
         Raises:
             NonFiniteError: Every trial failed.
@@ -88,7 +88,10 @@ class SearchResult:
 
     @property
     def cv_results_(self) -> dict[str, list[Any]]:
-        """A table, as lists of equal length: `params`, `param_...` of each name, `score`, `seconds`, `error`."""
+        """A table as lists of equal length.
+
+        They are `params`, `param_...` of each name, `score`, `seconds` and `error`.
+        """
         return {
             "params": [trial.params for trial in self.trials],
             **{f"param_{name}": [trial.params[name] for trial in self.trials] for name in self.trials[0].params},
