@@ -722,6 +722,23 @@ def test_history_is_that_of_the_run_under_way(model, data):
     assert seen[2:] == [(1, True)]
 
 
+def test_history_of_a_resumed_run_has_the_epochs_before(make_backbone, data, tmp_path):
+    """In another process's trainer, callbacks see the epochs that were made before it was resumed."""
+    seen = []
+
+    def fit(epochs):
+        trainer = make_trainer(tk.freeze_until(make_model(make_backbone), "head"))
+        count = lambda trainer, report: seen.append([one.epoch for one in trainer.history.reports])  # noqa: E731
+        callbacks = [count, tk.Checkpoint(tmp_path / "run")]
+        return trainer, trainer.fit(data, epochs=epochs, callbacks=callbacks, resume_from=tmp_path / "run", verbose=0)
+
+    _, before = fit(2)
+    resumed, history = fit(3)
+    assert seen == [[0], [0, 1], [0, 1, 2]]
+    assert resumed.history is history
+    assert history.reports[:2] == before.reports
+
+
 def test_a_checkpoint_is_called_after_other_callbacks(model, data, tmp_path):
     """What another callback does to the model after an epoch is in that epoch's checkpoint, whatever their order."""
     trainer = make_trainer(tk.freeze_until(model, "head"))
