@@ -18,6 +18,10 @@ BELOW_LOWEST = 10.0
 """The suggestion is the rate of the lowest smoothed loss, where training is about to fail, divided by this."""
 
 
+FELL = 0.8
+"""The smoothed loss must fall to this share of what it began with, or the sweep says nothing about learning rates."""
+
+
 @dataclass(frozen=True, slots=True)
 class LearningRateSweep:
     """The loss of training steps at learning rates that rise from one to the next; from `Trainer.lr_find`.
@@ -27,7 +31,7 @@ class LearningRateSweep:
         losses: Training loss of each step's batch, before the step.
 
     Example:
-        >>> sweep = LearningRateSweep([1e-4, 1e-3, 1e-2, 1e-1], [2.0, 1.9, 1.0, 9.0])
+        >>> sweep = LearningRateSweep([1e-4, 1e-3, 1e-2, 1e-1], [2.0, 1.9, 0.5, 9.0])
         >>> sweep.suggestion
         0.001
 
@@ -45,9 +49,17 @@ class LearningRateSweep:
 
     @property
     def suggestion(self) -> float | None:
-        """A tenth of the learning rate with the lowest smoothed loss; None if there is no finite loss."""
-        ranked = [(loss, lr) for loss, lr in zip(self.smoothed, self.lrs, strict=True) if math.isfinite(loss)]
-        return min(ranked)[1] / BELOW_LOWEST if ranked else None
+        """A tenth of the learning rate with the lowest smoothed loss.
+
+        None if the loss fell nowhere by a fifth of what it was in the first tenth of the steps: the model is trained
+        already, say, or `lr_max` is too small.
+        """
+        start = max(1, len(self.losses) // 10)
+        later = zip(self.smoothed[start:], self.lrs[start:], strict=True)
+        ranked = [(loss, lr) for loss, lr in later if math.isfinite(loss)]
+        if not ranked or min(ranked)[0] > FELL * sum(self.losses[:start]) / start:
+            return None
+        return min(ranked)[1] / BELOW_LOWEST
 
     @property
     def diverged(self) -> bool:

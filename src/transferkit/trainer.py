@@ -387,7 +387,10 @@ class Trainer:
         check_trains(self.model, run)
         self._weigh_classes(run)
         feed, _ = self._feeds(run, display)
-        return sweep(self, run, feed, rates, display)
+        found = sweep(self, run, feed, rates, display)
+        if found.suggestion is None:
+            display.say("lr_find suggests nothing: the loss fell nowhere. Is the model trained already?")
+        return found
 
     def evaluate(self, data: object, *, batch_size: int | None = None, num_workers: int = 0) -> dict[str, float]:
         """Return `{"loss": ..., "accuracy": ...}`: mean cross-entropy, unsmoothed and unweighted, and accuracy, 0 to 1.

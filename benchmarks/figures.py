@@ -1,0 +1,158 @@
+"""Draws the tutorial's figures from docs/results/choices_*.json; run python benchmarks/figures.py.
+
+The JSON files are what benchmarks/choices.py wrote. Two figures show a model, which is trained here on the images in
+examples/assets (half a minute).
+"""
+
+import json
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torchvision.datasets import ImageFolder
+
+import transferkit as tk
+
+DOCS = Path(__file__).parent.parent / "docs"
+ASSETS = DOCS.parent / "examples" / "assets"
+NAMES = {"head": "the head", "block5": "block 5 on", "block4": "block 4 on", "block3": "block 3 on", None: "everything"}
+
+
+def runs(question: str) -> list[dict[str, Any]]:
+    return json.loads((DOCS / "results" / f"choices_{question}.json").read_text())["runs"]
+
+
+def last(run: dict[str, Any]) -> float:
+    return run["history"]["val_accuracy"][-1]
+
+
+def save(figure: Figure, name: str) -> None:
+    (DOCS / "figures").mkdir(exist_ok=True)
+    figure.savefig(DOCS / "figures" / f"{name}.png", dpi=80)
+
+
+def axes(width: float = 5.5, height: float = 3.4) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def draw_depth() -> None:
+    """Accuracy over the learning rate, a line for each depth."""
+    figure, ax = axes()
+    for depth, name in NAMES.items():
+        own = [run for run in runs("depth") if run["freeze_until"] == depth]
+        ax.plot([run["lr"] for run in own], [last(run) for run in own], marker="o", label=name)
+    ax.set(xscale="log", xlabel="learning rate", ylabel="test accuracy after 4 epochs")
+    ax.legend(title="what trains", fontsize="small")
+    save(figure, "depth")
+
+
+def draw_epochs() -> None:
+    """What `History.plot` shows of two long runs."""
+    for run in runs("epochs"):
+        names = run["history"]
+        reports = [
+            tk.EpochReport(epoch=epoch, epoch_s=0.0, **{name: values[epoch] for name, values in names.items()})
+            for epoch in range(len(names["loss"]))
+        ]
+        save(tk.History(reports).plot(), f"epochs_{run['freeze_until']}")
+
+
+def draw_batch_size() -> None:
+    """Accuracy over the batch size, a line for each learning rate, a dot for each seed."""
+    figure, ax = axes()
+    every = runs("batch_size")
+    for lr in sorted({run["lr"] for run in every}):
+        own = [run for run in every if run["lr"] == lr]
+        sizes = sorted({run["batch_size"] for run in own})
+        means = [mean([last(run) for run in own if run["batch_size"] == size]) for size in sizes]
+        line = ax.plot(sizes, means, label=f"{lr:.0e}")[0]
+        ax.plot(
+            [run["batch_size"] for run in own], [last(run) for run in own], "o", markersize=4, color=line.get_color()
+        )
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sizes, sizes)
+    ax.set(xlabel="batch size", ylabel="test accuracy after 8 epochs")
+    ax.legend(title="learning rate", fontsize="small")
+    save(figure, "batch_size")
+
+
+def draw_groups(question: str, label: Any, name: str) -> None:
+    """A row for each setting: a dot for each seed, a bar for their mean."""
+    groups: dict[str, list[float]] = {}
+    for run in runs(question):
+        groups.setdefault(label(run), []).append(last(run))
+    figure, ax = axes(6.5, 0.6 + 0.34 * len(groups))
+    for row, values in enumerate(groups.values()):
+        ax.barh(row, mean(values), color="#c6dbef", height=0.7)
+        ax.plot(values, [row] * len(values), "o", markersize=4, color="#08519c")
+    low = min(min(values) for values in groups.values())
+    ax.set_xlim(low - 0.05, max(max(values) for values in groups.values()) + 0.01)
+    ax.set_yticks(range(len(groups)), list(groups))
+    ax.invert_yaxis()
+    ax.set(xlabel="test accuracy after the last epoch")
+    save(figure, name)
+
+
+def label_schedule(run: dict[str, Any]) -> str:
+    name = run.get("schedule", "constant") + (" after a warm-up" if "warmup_steps" in run else "")
+    return f"{run['lr']:.0e}  {name}"
+
+
+def label_rates(run: dict[str, Any]) -> str:
+    lr = run["lr"]
+    return f"{lr['head']:.0e}, times {lr['factor']} a block" if isinstance(lr, dict) else f"{lr:.0e} everywhere"
+
+
+def label_unfreezing(run: dict[str, Any]) -> str:
+    return f"backbone {run['lr']['backbone']:.0e}  " + ("step by step" if "unfreezing" in run else "all at once")
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def draw_sweeps() -> None:
+    """What `lr_find` saw, for the head alone and with block 5."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for ax, depth in zip(figure.subplots(1, 2), ("head", "block5"), strict=True):
+        run = next(run for run in runs("lr_find") if run["freeze_until"] == depth)
+        tk.plot_lr_find(tk.LearningRateSweep(run["lrs"], run["losses"]), ax=ax)
+        ax.set_title(f"training: {NAMES[depth]}")
+    save(figure, "lr_find")
+
+
+def draw_model() -> None:
+    """Confusion matrix and worst predictions of the tutorial's model."""
+    with tempfile.TemporaryDirectory() as folder:
+        zipfile.ZipFile(ASSETS / "cifar10_subset.zip").extractall(folder)
+        train, test = ImageFolder(Path(folder) / "train"), ImageFolder(Path(folder) / "test")
+        weights = ASSETS / "vgg16_imagenet_features_bf16.pt"
+        backbone = tk.load_backbone(weights=weights, preprocessing="IMAGENET1K_FEATURES", image_size=32)
+        torch.manual_seed(0)
+        model = tk.freeze_until(tk.attach_head(backbone, train.classes, hidden=(256,)), "block5")
+        trainer = tk.Trainer(model, lr=1e-4, schedule="cosine", warmup_steps=30)
+        trainer.fit(train, validation_data=test, epochs=4, verbose=0)
+        assessment = trainer.assess(test)
+        save(tk.plot_confusion_matrix(assessment), "confusion_matrix")
+        save(tk.plot_predictions(assessment, test), "predictions")
+        print(assessment)
+
+
+def main() -> None:
+    draw_depth()
+    draw_epochs()
+    draw_batch_size()
+    draw_groups("schedule", label_schedule, "schedule")
+    draw_groups("rates_by_block", label_rates, "rates_by_block")
+    draw_groups("unfreezing", label_unfreezing, "unfreezing")
+    draw_sweeps()
+    draw_model()
+
+
+if __name__ == "__main__":
+    main()
