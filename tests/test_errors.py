@@ -1,6 +1,7 @@
 """Errors, public names, docstrings, and who imports whom."""
 
 import ast
+import doctest
 import inspect
 from pathlib import Path
 
@@ -96,6 +97,13 @@ def test_public_name_exists_and_is_documented(name):
     docstring = vars(value)["__doc__"] if inspect.isclass(value) else value.__doc__
     assert docstring
     assert not docstring.startswith(f"{name}(")  # what a dataclass writes of itself
+
+
+@pytest.mark.parametrize("name", [name for name in tk.__all__ if inspect.isfunction(getattr(tk, name))])
+def test_every_public_function_has_an_example_that_runs(name):
+    """pytest runs the examples in docstrings; each public function has one that is not skipped."""
+    found = doctest.DocTestFinder(recurse=False).find(getattr(tk, name), name)
+    assert [example for test in found for example in test.examples if not any(example.options.values())]
 
 
 @pytest.mark.parametrize("name", [name for name in tk.__all__ if inspect.isclass(getattr(tk, name))])

@@ -80,6 +80,7 @@ def run_epochs(
                     validation=validation,
                     checkpoints=checkpoints,
                     interrupts=interrupts,
+                    display=display,
                     bar=bar,
                 )
             speed = (progress.sums.count - count) / report.epoch_s
@@ -113,6 +114,7 @@ def _train_and_validate(
     validation: Feed | None,
     checkpoints: Sequence[Checkpoint],
     interrupts: Interrupts,
+    display: Display,
     bar: Bar,
 ) -> EpochReport:
     """Train for what is left of an epoch, validate, and return its report."""
@@ -129,7 +131,8 @@ def _train_and_validate(
     loss, accuracy = progress.sums.means()
     val_loss, val_accuracy = (None, None)
     if validation is not None:
-        val_loss, val_accuracy = _validate(trainer, validation, run.batch_size, interrupts)
+        bar.close()
+        val_loss, val_accuracy = _validate(trainer, validation, run.batch_size, interrupts, display)
     epoch_s = time.perf_counter() - started
     skipped = progress.skipped - progress.skipped_before
     lr = trainer.optimizer.param_groups[-1]["lr"]
@@ -217,11 +220,14 @@ def _explain_nonfinite(
     )
 
 
-def _validate(trainer: "Trainer", feed: Feed, batch_size: int, interrupts: Interrupts) -> tuple[float, float]:
+def _validate(
+    trainer: "Trainer", feed: Feed, batch_size: int, interrupts: Interrupts, display: Display
+) -> tuple[float, float]:
     """Return loss and accuracy on the images to validate on."""
     network, batches = feed.open(batch_size, kept_batch_size=max(batch_size, KEPT_BATCH_SIZE))
-    with in_eval_mode(trainer.model), closing(batches):
-        return evaluate(network, interrupts.watched(batches), device=trainer.device)
+    total = feed.inputs.source.num_images
+    with in_eval_mode(trainer.model), closing(batches), display.bar("validation", total) as bar:
+        return evaluate(network, interrupts.watched(bar.over(batches)), device=trainer.device)
 
 
 def _save_where_it_stands(trainer: "Trainer", progress: Progress, checkpoints: Sequence[Checkpoint]) -> str:

@@ -180,8 +180,13 @@ def load_model(
             weights are not to be found.
 
     Example:
-        >>> model = load_model("flowers.pt")  # doctest: +SKIP
-        >>> logits = model(model.backbone.preprocess(images))  # doctest: +SKIP
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "animals.pt"
+        >>> save_model(attach_head(load_backbone("vgg11", weights=None, image_size=32), ["cat", "dog"]), path)
+        >>> model = load_model(path)
+        >>> raw = torch.zeros(1, 3, 48, 64, dtype=torch.uint8)
+        >>> model.classes, model(model.backbone.preprocess(raw)).shape
+        (('cat', 'dog'), torch.Size([1, 2]))
     """
     whole = read_checkpoint(path)
     check_parts(whole, {"model": PARTS}, origin=str(path))

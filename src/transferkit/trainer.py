@@ -108,6 +108,16 @@ class Trainer:
         >>> history = trainer.fit((images, targets), epochs=2, batch_size=4, verbose=0)
         >>> len(history.history["loss"]), trainer.predict(images).shape
         (2, (8,))
+        >>> sorted(trainer.evaluate((images, targets)))
+        ['accuracy', 'loss']
+        >>> trainer.assess((images, targets)).confusion_matrix().sum()
+        np.int64(8)
+        >>> trainer.predict_classes(images[0]) == [model.classes[trainer.predict(images)[0]]]
+        True
+        >>> [f"{lr:.0e}" for lr in trainer.lr_find((images, targets), num_steps=3, lr_max=1e-4, verbose=0).lrs]
+        ['1e-06', '1e-05', '1e-04']
+        >>> [step.index for step in trainer.steps((images, targets), batch_size=4)]
+        [0, 1]
     """
 
     def __init__(
