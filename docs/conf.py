@@ -43,8 +43,6 @@ copybutton_exclude = ".go, .gp"  # of a doctest only what one types is copied, w
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
-suppress_warnings = ["toc.empty_glob"]  # a page that is in no table of contents is still a warning
-
 nitpick_ignore = [
     ("py:class", "transferkit.checkpoint.Resumable"),  # a protocol: what it asks for is said in words
 ]
