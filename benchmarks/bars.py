@@ -1,4 +1,4 @@
-"""What a bar costs: microseconds of each step, and milliseconds of each picture, of which there are two a second.
+"""Measures what a bar costs: microseconds of each step, milliseconds of each picture, of which there are two a second.
 
 Drawn into a pseudo-terminal that somebody reads, and in a notebook (needs nbclient and ipykernel); loss and accuracy are
 read for each picture. The aim is 1 % of a training step:
@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pty
+import termios
 import threading
 import time
 from pathlib import Path
@@ -51,6 +52,7 @@ def measure(file: Any = None) -> dict[str, float]:
 
 def in_terminal() -> dict[str, float]:
     parent, child = pty.openpty()
+    termios.tcsetwinsize(child, (40, 120))  # or tqdm draws nothing
 
     def read() -> None:
         with contextlib.suppress(OSError):  # closed

@@ -38,7 +38,7 @@ class Bar:
         if self._draw is None:
             return
         if self._drawn is None:
-            self._drawn = self._draw()
+            self._drawn, self._due = self._draw(), time.perf_counter() + REDRAW_S
         self._drawn.n += count
         if time.perf_counter() >= self._due:
             self._drawn.set_postfix_str(figures(), refresh=False)
