@@ -1,7 +1,7 @@
 """Measures what a bar costs: microseconds of each step, milliseconds of each picture, of which there are two a second.
 
-Drawn into a pseudo-terminal that somebody reads, and in a notebook (needs nbclient and ipykernel); loss and accuracy are
-read for each picture. The aim is 1 % of a training step:
+Drawn into a pseudo-terminal that somebody reads, and in a notebook (needs nbclient and ipykernel); loss and accuracy
+are read for each picture. The aim is 1 % of a training step:
 
     python benchmarks/bars.py
 """
