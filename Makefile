@@ -36,6 +36,7 @@ bench:           ## install the other libraries and measure all (an hour; two co
 	$(PYTHON) benchmarks/peak_memory.py
 	$(PYTHON) benchmarks/host_memory.py
 	$(PYTHON) benchmarks/safety.py
+	$(PYTHON) benchmarks/bars.py
 
 mutations:       ## break each line of tests/MUTATIONS.md and see its test fail (five minutes)
 	$(PYTHON) tests/run_mutations.py
