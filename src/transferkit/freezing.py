@@ -86,6 +86,12 @@ def stays_in_eval(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("train"), _StayInEval)
 
 
+def stand_ins(model: nn.Module) -> list[_StayInEval]:
+    """Return what stands in for the `train` methods of frozen modules: each knows the mode asked for."""
+    found = [module.__dict__.get("train") for module in model.modules()]
+    return [stand_in for stand_in in found if isinstance(stand_in, _StayInEval)]
+
+
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights and buffers that training changes, by name; they are not copies.
 

@@ -20,10 +20,11 @@ class Interrupts:
 
     SIGINT becomes `KeyboardInterrupt` and SIGTERM the exit status 143 (`SystemExit`), unless the process had a handler
     of its own, which is then called first. The handlers that were there are back by then. Outside the main thread,
-    which alone gets signals, and for signals that were ignored, nothing is changed.
+    which alone gets signals, and for signals that were ignored, nothing is changed. Where one `with` stands inside
+    another of the same `Interrupts`, the outer one does all this.
 
     Attributes:
-        received: The signal that was held back, or None.
+        received: The signal that is held back, or None.
         twice: Whether another one came.
 
     Example:
@@ -37,8 +38,12 @@ class Interrupts:
         self.received: int | None = None
         self.twice = False
         self._before: dict[int, Any] = {}
+        self._depth = 0
 
     def __enter__(self) -> "Interrupts":
+        self._depth += 1
+        if self._depth > 1:
+            return self
         self.received, self.twice = None, False
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
@@ -49,9 +54,13 @@ class Interrupts:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
         self._put_back()
-        if self.received is not None and (error is None or isinstance(error, Interruption)):
-            _raise_again(self.received, str(error or ""))
+        received, self.received = self.received, None  # it must not end what is checked later, outside of `with`
+        if received is not None and (error is None or isinstance(error, Interruption)):
+            _raise_again(received, str(error or ""))
 
     def check(self) -> None:
         """Raise if a signal was received.

@@ -1,9 +1,10 @@
 """A sweep of training steps over learning rates, after which everything is as it was."""
 
+import copy
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ from transferkit.device import Device
 from transferkit.display import Display
 from transferkit.errors import ArgumentError
 from transferkit.feed import Feed
-from transferkit.freezing import trainable_state
+from transferkit.freezing import stand_ins, trainable_state
+from transferkit.interrupts import Interrupts
 from transferkit.learning_rate_sweep import LearningRateSweep
-from transferkit.randomness import derive_seed
+from transferkit.randomness import derive_seed, seeded
 from transferkit.recompute import Recomputed
 from transferkit.run import Run
 from transferkit.step import training_step
@@ -45,7 +47,9 @@ def spaced_rates(lr_min: float, lr_max: float, num_steps: int) -> list[float]:
     return [low * (high / low) ** (step / (num_steps - 1)) for step in range(num_steps)]
 
 
-def sweep(trainer: "Trainer", run: Run, feed: Feed, rates: list[float], display: Display) -> LearningRateSweep:
+def sweep(
+    trainer: "Trainer", run: Run, feed: Feed, rates: list[float], *, interrupts: Interrupts, display: Display
+) -> LearningRateSweep:
     """Make one training step at each rate, until the loss diverges, and leave nothing changed.
 
     Args:
@@ -53,12 +57,22 @@ def sweep(trainer: "Trainer", run: Run, feed: Feed, rates: list[float], display:
         run: The data.
         feed: Gives its batches; they begin again where there are fewer than rates.
         rates: Learning rates of the optimizer's last group, the head; the others keep their proportion to it.
+        interrupts: Tells of signals, between two steps.
         display: Shows a bar.
+
+    Raises:
+        ArgumentError: The last group's learning rate is 0.
     """
     model, optimizer, device = trainer.model, trainer.optimizer, trainer.device
     base = optimizer.param_groups[-1]["initial_lr"]
+    if base == 0:
+        raise ArgumentError(
+            "the learning rate of the optimizer's last group is 0, and the other groups keep their proportion to it: "
+            "expected one above 0. Build the optimizer with one; freeze_until freezes what is not to train."
+        )
     seen, losses = [], []
     with (
+        seeded(derive_seed(trainer.seed, "lr_find"), device.torch_device),  # a DataLoader draws random numbers
         unchanged(model, optimizer, device),
         closing(_batches(trainer, run, feed)) as batches,
         display.bar("lr_find", len(rates) * run.batch_size) as bar,
@@ -81,6 +95,7 @@ def sweep(trainer: "Trainer", run: Run, feed: Feed, rates: list[float], display:
             seen.append(rate)
             losses.append(update.loss.item())  # host sync: it must end where the loss diverges
             bar.advance(len(targets), lambda: f"lr {seen[-1]:.1e} loss {losses[-1]:.3f}")
+            interrupts.check()
             if not math.isfinite(losses[-1]) or LearningRateSweep(seen, losses).diverged:
                 break
     return LearningRateSweep(seen, losses)
@@ -101,6 +116,8 @@ def _batches(trainer: "Trainer", run: Run, feed: Feed) -> Generator[tuple[nn.Mod
 def unchanged(model: nn.Module, optimizer: Optimizer, device: Device) -> Iterator[None]:
     """Let a model be trained, and put every bit of it, of its optimizer and of the gradient scale back afterwards.
 
+    Inside, gradients are clear and the optimizer works on copies of its state.
+
     Example:
         >>> layer = nn.Linear(2, 1)
         >>> optimizer, before = torch.optim.Adam(layer.parameters()), layer.weight.detach().clone()
@@ -110,28 +127,42 @@ def unchanged(model: nn.Module, optimizer: Optimizer, device: Device) -> Iterato
         >>> torch.equal(layer.weight, before), len(optimizer.state)
         (True, 0)
     """
-    weights = {name: value.detach().clone() for name, value in trainable_state(model).items()}
+    weights = {name: value.detach().clone() for name, value in _changing(model).items()}
     modes = [(module, module.training) for module in model.modules()]
-    state, scale = optimizer.state, device.scaler.state_dict()
+    asked = [(stand_in, stand_in.mode) for stand_in in stand_ins(model)]
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    state, scaler = optimizer.state, device.scaler
     groups = [dict(group) for group in optimizer.param_groups]
-    copies = {parameter: {name: _copy(value) for name, value in kept.items()} for parameter, kept in state.items()}
-    optimizer.state = defaultdict(dict, copies)
     try:
+        optimizer.state = defaultdict(dict, _copy(state))
+        device.scaler = copy.deepcopy(scaler)
+        for parameter in gradients:
+            parameter.grad = None
         yield
     finally:
         optimizer.state = state
         for group, before in zip(optimizer.param_groups, groups, strict=True):
             group.clear()
             group.update(before)
-        optimizer.zero_grad(set_to_none=True)
-        if device.scaler.is_enabled():
-            device.scaler.load_state_dict(scale)
+        device.scaler = scaler
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
         for module, mode in modes:
             module.training = mode
+        for stand_in, mode in asked:
+            stand_in.mode = mode
         with torch.no_grad():
-            for name, value in trainable_state(model).items():
+            for name, value in _changing(model).items():
                 value.copy_(weights[name])
 
 
+def _changing(model: nn.Module) -> dict[str, Tensor]:
+    """Return what training may change, buffers that no state dict holds included."""
+    return {**dict(model.named_buffers()), **trainable_state(model)}
+
+
 def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+    """Copy an optimizer's state; the parameters that are its keys stay themselves."""
+    if isinstance(value, Mapping):
+        return {name: _copy(part) for name, part in value.items()}
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)

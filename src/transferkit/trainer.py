@@ -1,5 +1,6 @@
 """`Trainer` composes the other parts."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -359,9 +360,9 @@ class Trainer:
     ) -> LearningRateSweep:
         """Make training steps at learning rates from low to high, and say which rate suits.
 
-        Model, optimizer, counters and random generators are afterwards as they were, bit for bit. What the frozen
-        layers make of the images is computed once and kept, for `fit` too: with the backbone frozen, the rest takes
-        seconds.
+        Model, optimizer, counters and the global random generators are afterwards as they were, bit for bit, also
+        where Ctrl-C or an error ends it. What the frozen layers make of the images is computed once and kept, for
+        `fit` too: with the backbone frozen, the rest takes seconds.
 
         Args:
             data: As in `fit`; it is gone through again where it is too small.
@@ -385,21 +386,25 @@ class Trainer:
         """
         rates = spaced_rates(lr_min, lr_max, num_steps)
         display = Display(verbose)
-        run = open_run(
-            self.model,
-            data,
-            epochs=1,
-            batch_size=batch_size,
-            augment=augment,
-            n_views=n_views,
-            num_workers=num_workers,
-        )
-        check_trains(self.model, run)
-        self._weigh_classes(run)
-        feed, _ = self._feeds(run, display)
-        found = sweep(self, run, feed, rates, display)
+        with self._interrupts:
+            run = open_run(
+                self.model,
+                data,
+                epochs=1,
+                batch_size=batch_size,
+                augment=augment,
+                n_views=n_views,
+                num_workers=num_workers,
+            )
+            check_trains(self.model, run)
+            self._weigh_classes(run)
+            feed, _ = self._feeds(run, display)
+            found = sweep(self, run, feed, rates, interrupts=self._interrupts, display=display)
         if found.suggestion is None:
-            display.say("lr_find suggests nothing: the loss fell nowhere. Is the model trained already?")
+            why = "the loss fell nowhere. Is the model trained already?"
+            if not math.isfinite(found.losses[0]):
+                why = "the loss of the first step is not finite. Look at the images and at the weights."
+            display.say(f"lr_find suggests nothing: {why}")
         return found
 
     def evaluate(self, data: object, *, batch_size: int | None = None, num_workers: int = 0) -> dict[str, float]:
