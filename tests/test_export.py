@@ -1,0 +1,225 @@
+"""A model exported with its preprocessing gives the probabilities that it gives here, from raw images of any size."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import transferkit as tk
+from transferkit.errors import ArgumentError, ImageError
+from transferkit.preprocessing import CONVENTIONS
+
+ASSETS = Path(__file__).parent.parent / "examples" / "assets"
+DYNAMIC = {"images": {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
+# torchvision resizes uint8 images in integers here, elsewhere in floating point
+INTEGERS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+# shapes of batches for image_size=32: the size itself, high, wide, smaller, larger, off by one, cropped a lot
+SHAPES = [(1, 32, 32), (3, 48, 60), (2, 70, 33), (2, 20, 25), (1, 240, 320), (2, 33, 31), (2, 32, 40), (1, 12, 200)]
+
+RELOAD = """
+import sys
+import numpy, torch
+program = torch.export.load(sys.argv[1]).module()
+images = numpy.load(sys.argv[2])
+numpy.savez(sys.argv[3], **{name: program(torch.from_numpy(images[name])).numpy() for name in images})
+assert "transferkit" not in sys.modules
+"""
+
+RELOAD_ONNX = """
+import sys
+import numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+images = numpy.load(sys.argv[2])
+numpy.savez(sys.argv[3], **{name: session.run(None, {"images": images[name]})[0] for name in images})
+assert "torch" not in sys.modules
+print(session.get_modelmeta().custom_metadata_map["classes"])
+"""
+
+
+def raw(number: int, height: int, width: int) -> Tensor:
+    return torch.randint(0, 256, (number, 3, height, width), dtype=torch.uint8)
+
+
+def vgg16(image_size: int) -> tk.TransferModel:
+    weights = ASSETS / "vgg16_imagenet_features_bf16.pt"
+    backbone = tk.load_backbone(weights=weights, preprocessing="IMAGENET1K_FEATURES", image_size=image_size)
+    return tk.attach_head(backbone, ["cat", "dog", "owl"], hidden=(64,), dropout=0.5)
+
+
+@pytest.fixture
+def real() -> Iterator[tuple[tk.Trainer, dict[str, Tensor]]]:
+    """A trainer of the real network, and raw images that need resizing and some that do not."""
+    images = {"as they are": raw(2, 64, 64), "large": raw(3, 375, 500), "small": raw(1, 32, 32), "high": raw(5, 90, 65)}
+    return tk.Trainer(tk.freeze_until(vgg16(64), "head"), device="cpu", precision="fp32"), images
+
+
+def run_elsewhere(program: str, exported: Path, images: dict[str, Tensor]) -> tuple[dict[str, Any], str]:
+    """Return what a fresh process that gets nothing but the files makes of the images, and what it printed."""
+    inputs, outputs = exported.parent / "images.npz", exported.parent / "probabilities.npz"
+    np.savez(inputs, **{name: value.numpy() for name, value in images.items()})
+    command = [sys.executable, "-c", program, str(exported), str(inputs), str(outputs)]
+    result = subprocess.run(command, cwd=exported.parent, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    with np.load(outputs) as probabilities:
+        return dict(probabilities), result.stdout
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("convention", sorted(CONVENTIONS))
+def test_pixels_are_those_of_preprocess(
+    shape: tuple[int, int, int], convention: str, model: tk.TransferModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reaches the network is what backbone.preprocess makes of the images, bit for bit."""
+    model.backbone.preprocess = CONVENTIONS[convention].with_image_size(32)
+    exportable = tk.WithPreprocessing(model)
+    images, seen = raw(*shape), []
+    monkeypatch.setattr(exportable.model.backbone, "forward", lambda inputs: seen.append(inputs) or torch.zeros(1, 8))
+
+    exportable(images)
+
+    expected = model.backbone.preprocess(images)
+    if INTEGERS:
+        assert torch.equal(seen[0], expected)
+    std = torch.tensor(model.backbone.preprocess.std).view(3, 1, 1)
+    assert ((seen[0] - expected).abs() * std).max() <= 1.01  # one of 255 levels
+
+
+@pytest.mark.parametrize("image_size", [2, 32, 33, 64, 100, 224])
+def test_pixels_agree_for_whatever_sizes(image_size: int, model: tk.TransferModel) -> None:
+    """Resizing is torchvision's to the last bit for random sizes, also where its integer weights change precision."""
+    model.backbone.preprocess = CONVENTIONS["KERAS"].with_image_size(image_size)
+    exportable = tk.WithPreprocessing(model)
+    generator = torch.Generator().manual_seed(image_size)
+    sides = torch.randint(max(2, image_size // 4), 3 * image_size, (40, 2), generator=generator).tolist()
+    # about two to one the largest weight lies beside one half, and 15 or 16 bits are a matter of the exact largest
+    sides += [(2 * image_size - 1, image_size), (2 * image_size, image_size + 1), (3 * image_size // 2, 500)]
+    sides += [(700, 1100)]  # to 2 pixels: integer weights have 22 bits at most
+    for height, width in sides:
+        images = raw(1, height, width)
+        difference = (exportable._resize(images) - model.backbone.preprocess.resize(images)).abs().max()
+        assert difference <= (0 if INTEGERS else 1), (height, width)
+
+
+def test_probabilities_are_the_trainers(backbone: tk.Backbone) -> None:
+    """It gives what Trainer.predict_proba gives in fp32, bit for bit, though the model is in training mode."""
+    model = tk.attach_head(backbone, 3, hidden=(16,), dropout=0.5)
+    trainer = tk.Trainer(tk.freeze_until(model, "head"), device="cpu", precision="fp32")
+    exportable = tk.WithPreprocessing(model.train())
+    for shape in SHAPES:
+        images = raw(*shape)
+        probabilities = exportable(images)
+        torch.testing.assert_close(
+            probabilities.numpy(), trainer.predict_proba(images), rtol=0, atol=0 if INTEGERS else 1e-3
+        )
+        assert not probabilities.requires_grad
+
+
+def test_the_model_is_left_alone(model: tk.TransferModel) -> None:
+    """What is exported is a copy: the model keeps its mode and freezing, and training it changes no probability."""
+    tk.freeze_until(model, "head").train()
+    exportable, images = tk.WithPreprocessing(model), raw(2, 40, 40)
+    before = exportable(images)
+
+    assert model.training
+    assert [parameter.requires_grad for parameter in model.head.parameters()] == [True] * 4
+    with torch.no_grad():
+        model.head.logits.weight.mul_(2)
+    assert torch.equal(exportable(images), before)
+
+
+def test_half_precision_is_exported_in_fp32(model: tk.TransferModel) -> None:
+    """A model in another number format still gives float32 probabilities."""
+    assert tk.WithPreprocessing(model.double())(raw(1, 40, 40)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(1, 3, 40, 40), torch.zeros(3, 40, 40, dtype=torch.uint8), torch.zeros(1, 1, 40, 40).byte()]
+)
+def test_what_is_no_raw_image_is_refused(images: Tensor, model: tk.TransferModel) -> None:
+    """Floats, one image without a batch dimension and gray images end in a sentence that says what is expected."""
+    with pytest.raises(ImageError, match=r"expected raw images, uint8 \(N, 3, H, W\)"):
+        tk.WithPreprocessing(model)(images)
+
+
+def test_only_a_model_can_be_exported(model: tk.TransferModel) -> None:
+    """A trainer or a bare backbone is refused, and the message says where the model is."""
+    for wrong in (tk.Trainer(model, device="cpu"), model.backbone):
+        with pytest.raises(ArgumentError, match=r"expected a TransferModel.*trainer\.model"):
+            tk.WithPreprocessing(wrong)
+
+
+@pytest.mark.slow
+def test_exported_program_takes_any_batch_and_any_size(model: tk.TransferModel) -> None:
+    """torch.export with batch, height and width dynamic gives one program, right for images of every shape."""
+    exportable = tk.WithPreprocessing(tk.freeze_until(model, "head"))
+
+    program = torch.export.export(exportable, (raw(2, 48, 60),), dynamic_shapes=DYNAMIC).module()
+
+    for shape in SHAPES:
+        images = raw(*shape)
+        assert torch.equal(program(images), exportable(images))
+
+
+@pytest.mark.slow
+def test_saved_program_gives_the_same_in_another_process(
+    real: tuple[tk.Trainer, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """VGG16 through torch.export, in a fresh process without transferkit: the trainer's probabilities, bit for bit."""
+    trainer, images = real
+    exportable = tk.WithPreprocessing(trainer.model)
+    program = torch.export.export(exportable, (raw(2, 48, 60),), dynamic_shapes=DYNAMIC)
+    extra = {"classes.json": json.dumps(trainer.model.classes)}
+    torch.export.save(program, tmp_path / "model.pt2", extra_files=extra)
+
+    probabilities, _ = run_elsewhere(RELOAD, tmp_path / "model.pt2", images)
+
+    for name, given in images.items():
+        ours = trainer.predict_proba(given)
+        logits = trainer.model.eval()(trainer.model.backbone.preprocess(given))
+        if INTEGERS:
+            assert torch.equal(exportable(given), torch.from_numpy(ours))
+        # the other process may take another number of threads, and sums then come in another order
+        np.testing.assert_allclose(probabilities[name], ours, rtol=0, atol=1e-5 if INTEGERS else 1e-2)
+        np.testing.assert_allclose(probabilities[name], logits.softmax(1).detach(), rtol=0, atol=1e-2)
+    read = {"classes.json": ""}
+    torch.export.load(tmp_path / "model.pt2", extra_files=read)
+    assert json.loads(read["classes.json"]) == ["cat", "dog", "owl"]
+
+
+@pytest.mark.slow
+def test_onnx_gives_the_same_in_another_process(
+    real: tuple[tk.Trainer, dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VGG16 through ONNX, run by onnxruntime in a process without torch, gives the trainer's probabilities to 1e-5."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # or the exporter's bars leave a thread behind
+    trainer, images = real
+    shapes = {"images": {0: "batch", 2: "height", 3: "width"}}
+    program = torch.onnx.export(
+        tk.WithPreprocessing(trainer.model),
+        (raw(2, 48, 60),),
+        input_names=["images"],
+        output_names=["probabilities"],
+        dynamic_shapes=shapes,
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    program.model.metadata_props["classes"] = json.dumps(trainer.model.classes)
+    program.save(tmp_path / "model.onnx")
+
+    probabilities, printed = run_elsewhere(RELOAD_ONNX, tmp_path / "model.onnx", images)
+
+    for name, given in images.items():
+        ours = trainer.predict_proba(given)
+        np.testing.assert_allclose(probabilities[name], ours, rtol=0, atol=1e-5 if INTEGERS else 1e-2)
+    assert json.loads(printed) == ["cat", "dog", "owl"]
