@@ -739,8 +739,8 @@ def test_history_of_a_resumed_run_has_the_epochs_before(make_backbone, data, tmp
     assert history.reports[:2] == before.reports
 
 
-def test_a_checkpoint_is_called_after_other_callbacks(model, data, tmp_path):
-    """What another callback does to the model after an epoch is in that epoch's checkpoint, whatever their order."""
+def test_a_checkpoint_holds_what_gradual_unfreezing_did(model, data, tmp_path):
+    """What `GradualUnfreezing` does after an epoch is in that epoch's checkpoint, whatever their order."""
     trainer = make_trainer(tk.freeze_until(model, "head"))
     callbacks = [tk.Checkpoint(tmp_path / "run"), tk.GradualUnfreezing({1: "block5"})]
     trainer.fit(data, epochs=1, callbacks=callbacks, verbose=0)

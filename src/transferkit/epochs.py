@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from transferkit.callbacks import GradualUnfreezing
 from transferkit.checkpoint import Checkpoint
 from transferkit.data import epoch_order
 from transferkit.display import Bar, Display
@@ -61,13 +62,13 @@ def run_epochs(
         train: What epochs train on.
         validation: What they are validated on, or None.
         epochs: Epochs in all, those done included.
-        callbacks: Called after each; a `Checkpoint` after the others, so that it saves what they did.
+        callbacks: Called after each in turn, but `GradualUnfreezing` first: a `Checkpoint` must save what it did.
         restore_best: Whether the best epoch's weights come back at the end.
         interrupts: Tells of signals, between two steps or batches.
         display: Shows bars, and a line for each epoch.
     """
     checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
-    in_turn = sorted(callbacks, key=lambda callback: isinstance(callback, Checkpoint))  # these last
+    in_turn = sorted(callbacks, key=lambda callback: not isinstance(callback, GradualUnfreezing))  # these first
     try:
         while (done := len(progress.history.reports)) < epochs and not progress.ended:
             count = progress.sums.count

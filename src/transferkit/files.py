@@ -41,6 +41,9 @@ DAMAGE = (
 MAX_MEMBERS = 20_000
 """Parts of an archive; VGG19 with batch norm and Adam has some 500."""
 
+FOLDER = 0x10
+"""External attribute of a folder: torch reads nothing of such a part, and its tensor is whatever lay in memory."""
+
 MAX_PICKLE_BYTES = 4 * 2**20
 """Size of the part that is not tensors; VGG16 with Adam has 20 kB."""
 
@@ -101,6 +104,8 @@ def check_archive(path: Path) -> None:
             raise ValueError(f"it has {len(members):,} parts, expected at most {MAX_MEMBERS:,}")
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("it has compressed parts, which torch.save does not write")
+        if any(member.is_dir() or member.external_attr & FOLDER for member in members):
+            raise ValueError("it has a folder among its parts, which torch.save does not write")
         declared = sum(member.file_size for member in members)
         if declared > path.stat().st_size:
             raise ValueError(f"its parts declare {declared:,} bytes, more than the file has")

@@ -220,7 +220,7 @@ class Trainer:
                 ones in every epoch, and keeps no features of training images.
             callbacks: Called after each epoch with the trainer and the `EpochReport`; one that returns True ends
                 the run. One that has a method `before_run(trainer, validated=...)` is asked before the first step
-                whether it can be used. A `Checkpoint` is called after the others.
+                whether it can be used. `GradualUnfreezing` is called first, so that a `Checkpoint` saves what it did.
             resume_from: A checkpoint saved during a run, or the folder of a `Checkpoint`: the run is resumed with the
                 same result as if it had never stopped, and the history is that of all of it. In a folder that has none
                 yet it begins. `epochs` counts those that were done; data and other arguments must be those of the

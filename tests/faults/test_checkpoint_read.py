@@ -94,6 +94,20 @@ def test_a_thousand_flipped_bits_make_no_silent_difference(run_file, tmp_path):
     assert refusals > 300  # the others are in padding
 
 
+def test_a_part_marked_as_a_folder_is_refused(run_file, trainer, tmp_path):
+    """torch reads nothing of a part marked as a folder, and its tensor is what lay in memory: each such is refused."""
+    content = run_file.read_bytes()
+    entries = [match.start() for match in re.finditer(rb"PK\x01\x02", content)]
+    assert len(entries) > 10
+    for entry in entries:
+        marked = bytearray(content)
+        marked[entry + 38] |= 0x10  # external attributes in the archive's directory
+        path = tmp_path / "marked.pt"
+        path.write_bytes(marked)
+        with pytest.raises(CheckpointError, match="a folder among its parts"):
+            trainer.load(path)
+
+
 def test_flipped_bits_in_the_frozen_file_make_no_silent_difference(make_backbone, data, tmp_path):
     """The file of frozen weights is held to the same: refused, or the weights are the same."""
     trainer = make_trainer(make_backbone())
@@ -204,7 +218,7 @@ def test_an_optimizer_of_another_class_is_refused(run_file, make_backbone, data)
     fit(trainer, data)
 
     refused(
-        trainer, lambda: trainer.load(run_file), CheckpointError, r"optimizer is Adam with 2 groups, .*live one SGD"
+        trainer, lambda: trainer.load(run_file), CheckpointError, r"optimizer is Adam with 6 groups, .*live one SGD"
     )
 
 
