@@ -52,14 +52,14 @@ def questions() -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
             for seed in SEEDS
         ),
         "rates_by_block": lambda: (
-            {"freeze_until": "block4", "lr": lr, "epochs": 4, "seed": seed, **WARM}
+            {"freeze_until": "block4", "lr": lr, "epochs": 3, "seed": seed, **WARM}
             for lr in (1e-4, 3e-4, {"head": 1e-3, "factor": 0.3}, {"head": 1e-3, "factor": 0.1})
             for seed in SEEDS
         ),
         "unfreezing": lambda: (
-            {"freeze_until": depth, "lr": {"head": 1e-3, "backbone": rate}, "epochs": 5, "seed": seed, **gradual}
+            {"freeze_until": depth, "lr": {"head": 1e-3, "backbone": rate}, "epochs": 4, "seed": seed, **gradual}
             for rate in (1e-4, 3e-4)
-            for depth, gradual in [("block4", {}), ("head", {"unfreezing": {"1": "block5", "2": "block4"}})]
+            for depth, gradual in [("block5", {}), ("head", {"unfreezing": {"1": "block5"}})]
             for seed in SEEDS
         ),
         "lr_find": lambda: (
