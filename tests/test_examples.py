@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 import transferkit as tk
 
@@ -60,6 +61,21 @@ def test_readme_code_runs(model: tk.TransferModel, data: tuple[torch.Tensor, tor
     exec(block, names)
     assert logged == [1e-3] * 3
     assert not torch.equal(net[1].weight, before)
+
+
+def test_readme_third_block_runs(
+    backbone: tk.Backbone, data: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """README's third block of code, on choosing and looking, runs as it stands."""
+    monkeypatch.chdir(tmp_path)
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[2]
+    assert "tk.search(" in block
+    train = TensorDataset(*data)
+    train.classes = ["cat", "dog", "owl"]
+    model = tk.freeze_until(tk.attach_head(backbone, train.classes), "head")
+    names = {"tk": tk, "backbone": backbone, "train": train, "val": data, "test": data}
+    exec(block, {**names, "trainer": tk.Trainer(model, lr=1e-2, device="cpu")})
+    assert (tmp_path / "log.csv").exists()
 
 
 @pytest.mark.slow
