@@ -199,6 +199,7 @@ def test_shared_state_of_an_optimizer_stays(make_backbone, data):
             for parameter in self.param_groups[0]["params"]:
                 self.state[parameter].setdefault("seen", []).append(1)
             self.state["steps"] = {"count": self.state["steps"].get("count", 0) + 1}
+            self.param_groups[0][f"after {self.state['steps']['count']} steps"] = True
             return super().step(closure)
 
     model = make_model(make_backbone)
@@ -430,7 +431,7 @@ def test_views_are_those_of_fit(make_backbone, data, images_seen):
 # ---- what it measures
 
 
-def by_hand(trainer, data, rates, *, batch_size, network):
+def by_hand(trainer, data, rates, *, batch_size, network, **options):
     """Return the losses of plain training steps at each rate."""
     losses, batches, epoch = [], [], 0
     images = trainer.model.backbone.preprocess(data[0])
@@ -444,7 +445,7 @@ def by_hand(trainer, data, rates, *, batch_size, network):
         for group, own in zip(trainer.optimizer.param_groups, base, strict=True):
             group["lr"] = rate * own / base[-1]
         with seeded(derive_seed(trainer.seed, "lr_find", index)):
-            loss = functional.cross_entropy(network(images[places]), data[1][places])
+            loss = functional.cross_entropy(network(images[places]), data[1][places], **options)
         loss.backward()
         if trainer.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(network.parameters(), trainer.clip_grad_norm)
@@ -477,6 +478,41 @@ def test_ways_of_computing_give_the_same_losses(make_backbone, data, arguments):
         sweeps.append(trainer.lr_find(data, batch_size=10, num_steps=6, lr_min=1e-4, lr_max=1e-2, verbose=0))
         assert_nothing_changed(before, trainer)
     assert sweeps[1].losses == pytest.approx(sweeps[0].losses, rel=1e-4)
+
+
+def test_the_sweep_is_in_training_mode(make_backbone, data):
+    """Of a model in eval mode the sweep trains with dropout, as fit does."""
+    trainers = [make_trainer(make_model(make_backbone)) for _ in range(2)]
+    for trainer, mode in zip(trainers, (True, False), strict=True):
+        trainer.model.train(mode)
+    one, other = (trainer.lr_find(data, batch_size=8, num_steps=4, verbose=0).losses for trainer in trainers)
+    assert one == other
+
+
+def test_weights_of_classes_and_smoothing_count(make_backbone, data):
+    """The losses are weighted and smoothed as those of fit; "balanced" comes from the data that is given."""
+    targets = torch.tensor([0] * 16 + [1] * 6 + [2] * 2)
+    weights = torch.tensor([24 / (3 * 16), 24 / (3 * 6), 24 / (3 * 2)])
+    trainer = make_trainer(make_model(make_backbone, frozen=None), class_weights="balanced", label_smoothing=0.2)
+    found = trainer.lr_find((data[0], targets), batch_size=8, num_steps=4, lr_min=1e-4, lr_max=1e-2, verbose=0)
+    options = {"weight": weights, "label_smoothing": 0.2}
+    expected = by_hand(trainer, (data[0], targets), found.lrs, batch_size=8, network=trainer.model, **options)
+    assert found.losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_batches_go_through_in_parts_and_are_recomputed(make_backbone, data):
+    """Micro-batches and recomputed activations reach the sweep: a layer sees parts, or sees the batch twice."""
+    for arguments, expected in (({"micro_batch_size": 3}, [3, 3, 2]), ({"recompute_activations": True}, [8, 8])):
+        trainer = make_trainer(make_model(make_backbone, frozen=None), **arguments)
+        sizes = []
+
+        def look(_module, inputs, _output, sizes=sizes):
+            sizes.append(len(inputs[0]))
+
+        hook = trainer.model.backbone.features[0].register_forward_hook(look)
+        trainer.lr_find(data, batch_size=8, num_steps=2, lr_max=1e-4, verbose=0)
+        hook.remove()
+        assert sizes == expected * 2
 
 
 def test_a_second_sweep_is_the_first(make_backbone, data):
