@@ -116,7 +116,7 @@ CASES = {
 
 @pytest.mark.parametrize("trained_before", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_changes(make_backbone, data, case, trained_before):
+def test_lr_find_changes_nothing(make_backbone, data, case, trained_before):
     """Weights, modes, gradients, optimizer, counters and generators are what they were, before training and after."""
     trainer = make_trainer(make_model(make_backbone), **CASES[case])
     if trained_before:

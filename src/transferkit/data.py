@@ -50,8 +50,8 @@ class Source(Protocol):
     def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
         """Say why one of the images at `places` may come out differently when read again; None if nothing was found."""
 
-    def all_targets(self) -> Tensor:
-        """Return every target, int64 `(N,)` or float32 `(N, K)`; data that does not list them is read."""
+    def all_targets(self, places: Tensor | None = None) -> Tensor:
+        """Return the targets at `places`, int64 `(N,)` or float32 `(N, K)`; None is all. Data is read if it must be."""
 
     def digest(self, places: Tensor | None = None) -> str:
         """Return a digest of the targets, where they are listed, and of some images, by which other data is noticed."""
@@ -165,8 +165,8 @@ class ArraySource:
     def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
         return None
 
-    def all_targets(self) -> Tensor:
-        return self.targets
+    def all_targets(self, places: Tensor | None = None) -> Tensor:
+        return self.targets if places is None else self.targets[places]
 
     def digest(self, places: Tensor | None = None) -> str:
         images = torch.stack([self.images[place] for place in probes(self.num_images, places)])
@@ -208,10 +208,11 @@ class DatasetSource:
     def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
         return self.samples.why_not_repeatable(probes(self.num_images, places))
 
-    def all_targets(self) -> Tensor:
+    def all_targets(self, places: Tensor | None = None) -> Tensor:
         if self.targets_listed:
-            return as_targets(self.samples.dataset.targets, self.num_classes)
-        return torch.cat([targets for _, targets, _ in self.batches(_SCANNED, seed=0, order=None)])
+            targets = as_targets(self.samples.dataset.targets, self.num_classes)
+            return targets if places is None else targets[places]
+        return torch.cat([targets for _, targets, _ in self.batches(_SCANNED, seed=0, order=places)])
 
     def digest(self, places: Tensor | None = None) -> str:
         listed = self.samples.dataset.targets if self.targets_listed else []
@@ -273,7 +274,7 @@ class LoaderSource:
     def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
         return "a DataLoader makes batches of its own, in an order of its own; pass its Dataset instead"
 
-    def all_targets(self) -> Tensor:
+    def all_targets(self, places: Tensor | None = None) -> Tensor:
         raise ArgumentError(
             'class_weights="balanced" needs all targets before the first step, which a DataLoader does not tell: pass '
             "its Dataset, or the weights as numbers."

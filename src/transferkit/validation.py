@@ -34,8 +34,8 @@ class Part:
     def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
         return self.source.why_not_repeatable(self.places if places is None else self.places[places])
 
-    def all_targets(self) -> Tensor:
-        return self.source.all_targets()[self.places]
+    def all_targets(self, places: Tensor | None = None) -> Tensor:
+        return self.source.all_targets(self.places if places is None else self.places[places])
 
     def digest(self, places: Tensor | None = None) -> str:
         return self.source.digest(self.places if places is None else self.places[places])
