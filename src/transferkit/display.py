@@ -91,6 +91,7 @@ class Display:
             print(line, flush=True)  # noqa: T201
         else:
             self._tqdm.write(line)
+            sys.stdout.flush()  # it may be a file or a pipe while the bar is in a terminal
 
     @contextmanager
     def bar(self, what: str, total: int | None, *, unit: str = "images") -> Iterator[Bar]:

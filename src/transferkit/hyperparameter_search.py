@@ -17,18 +17,19 @@ import torch
 from transferkit.arguments import whole_number
 from transferkit.device import Device
 from transferkit.display import Display
-from transferkit.errors import ArgumentError, NonFiniteError, OutOfMemoryError
+from transferkit.errors import ArgumentError, NonFiniteError, OutOfMemoryError, close_matches
 from transferkit.freezing import find_boundary, freeze_until
 from transferkit.head import TransferModel
 from transferkit.history import History
 from transferkit.randomness import derive_seed, seeded
 from transferkit.resized_images import resized
+from transferkit.run import check_same_classes
 from transferkit.trainer import Trainer
 
 FREEZE = "freeze_until"
 FIT = ("epochs", "batch_size", "augment", "n_views")
-FIXED = ("model", "device", "precision", "cache_dir", "seed")
-TRAINER = tuple(name for name in inspect.signature(Trainer).parameters if name not in FIXED)
+FIXED = ("device", "precision", "cache_dir", "seed")
+TRAINER = tuple(name for name in inspect.signature(Trainer).parameters if name not in ("model", *FIXED))
 
 Space = Mapping[str, Sequence[Any] | Callable[[random.Random], Any]]
 
@@ -57,7 +58,7 @@ class SearchResult:
 
     Attributes:
         trials: A `Trial` for each set of hyper-parameters.
-        best_model_: The model of the best trial, as it was after its best epoch; None if every trial failed.
+        best_model_: The model of the trial at `best_index_`, as after its best epoch; None if every trial failed.
     """
 
     def __init__(self, trials: list[Trial], best_model: TransferModel | None) -> None:
@@ -145,9 +146,9 @@ def search(
     Args:
         build: Returns a model from `attach_head`; called with those names of `space` that nothing below takes. What
             it returns is copied, so it may use one and the same backbone each time.
-        space: The values of each hyper-parameter: `lr`, `epochs`, `batch_size`, `freeze_until`, any other argument of
-            `Trainer`, `augment` and `n_views` of `fit`, and whatever `build` takes. Lists; with `num_trials` also
-            functions of a `random.Random` that draw a value.
+        space: The values of each hyper-parameter: `lr`, `epochs`, `batch_size`, `freeze_until` (without it, what is
+            frozen is as `build` returns it), any other argument of `Trainer`, `augment` and `n_views` of `fit`, and
+            whatever `build` takes. Lists; with `num_trials` also functions of a `random.Random` that draw a value.
         train: As in `Trainer.fit`. A `Dataset` without randomness is read once and its images, resized, kept in memory
             if they take at most a quarter of what is free.
         validation_data: Likewise.
@@ -183,41 +184,46 @@ def search(
     """
     if validation_data is None and validation_split is None:
         raise ArgumentError("there is nothing to compare trials by: pass validation_data or validation_split.")
-    display = Display(verbose)
+    display, seed = Display(verbose), whole_number("seed", seed, at_least=0)
+    check_same_classes(train, validation_data)
     sets = _choose(space, num_trials, seed)
     place = device if isinstance(device, Device) else Device(device, precision)
     first = _build(build, sets[0], seed)
-    order = sorted(range(len(sets)), key=lambda number: _depth(first, sets[number].get(FREEZE, "head")))
+    order = sorted(range(len(sets)), key=lambda number: _depth(first, sets[number]))
     data: dict[int, tuple[object, object]] = {}  # to train and to validate on, by image size
     trials: dict[int, Trial] = {}
-    best, best_model, features = -1.0, None, None
+    best, best_model, features = (-1.0, 0), None, None
     with display.bar("search", len(sets), unit="trials") as bar:
         for number in order:  # from shallow to deep: features of deeper boundaries are derived from those before
             params = sets[number]
             model = _build(build, params, seed)
             if (size := model.backbone.image_size) not in data:
-                data[size] = (_read(train, model, num_workers), _read(validation_data, model, num_workers))
+                data[size] = (
+                    _read(train, model, place, num_workers),
+                    _read(validation_data, model, place, num_workers),
+                )
             trainer = _trainer(model, params, features, device=place, cache_dir=cache_dir, seed=seed)
             features = trainer
             trials[number] = trial = _try(
                 trainer, params, *data[size], validation_split=validation_split, num_workers=num_workers
             )
-            if trial.score > best:
-                best, best_model = trial.score, model
+            if (rank := (trial.score, -number)) > best:  # of equal ones the first, as in best_index_; never NaN
+                best, best_model = rank, model
             left = (len(sets) - len(trials)) * sum(other.seconds for other in trials.values()) / len(trials)
             display.say(f"trial {len(trials)} of {len(sets)}  {_line(trial)}  {left:.0f} s left")
             bar.advance(1)
     return SearchResult([trials[number] for number in range(len(sets))], best_model)
 
 
-def _read(data: object, model: TransferModel, num_workers: int) -> object:
+def _read(data: object, model: TransferModel, device: Device, num_workers: int) -> object:
     if data is None:
         return None
-    return resized(data, model.classes, model.backbone.preprocess, num_workers=num_workers) or data
+    return resized(data, model.classes, model.backbone.preprocess, device=device, num_workers=num_workers) or data
 
 
 def _trainer(model: TransferModel, params: Mapping[str, Any], features: Trainer | None, **fixed: Any) -> Trainer:
-    freeze_until(model, params.get(FREEZE, "head"))
+    if FREEZE in params:
+        freeze_until(model, params[FREEZE])
     trainer = Trainer(model, **fixed, **{name: value for name, value in params.items() if name in TRAINER})
     if features is not None:
         trainer.share_features(features)
@@ -232,7 +238,10 @@ def _try(trainer: Trainer, params: dict[str, Any], train: object, validation_dat
         history = trainer.fit(train, validation_data=validation_data, verbose=0, **fixed, **own)
     except (NonFiniteError, OutOfMemoryError) as failure:
         error = str(failure)
-    return Trial(params, history, _score(history), time.perf_counter() - started, error)
+    score = _score(history)
+    if math.isnan(score) and not error:
+        error = "the loss on the images to validate on was a finite number after no epoch: a lower lr may help."
+    return Trial(params, history, score, time.perf_counter() - started, error)
 
 
 def _choose(space: Space, num_trials: int | None, seed: int) -> list[dict[str, Any]]:
@@ -250,8 +259,8 @@ def _choose(space: Space, num_trials: int | None, seed: int) -> list[dict[str, A
                 raise ArgumentError(f"space[{name!r}] is a function, which draws values: say how many, num_trials=.")
         elif isinstance(values, str) or not isinstance(values, Sequence) or len(values) == 0:
             raise ArgumentError(
-                f"space[{name!r}]={values!r} cannot be used: expected a list of values, [{values!r}] for one, or with "
-                "num_trials a function of a random.Random."
+                f"space[{name!r}]={values!r} cannot be used: expected a list of 1 value or more (list(...) makes "
+                "one of an array), or with num_trials a function of a random.Random."
             )
     if num_trials is None:
         lists = [values for values in space.values() if not callable(values)]
@@ -268,9 +277,11 @@ def _build(build: Callable[..., TransferModel], params: dict[str, Any], seed: in
     try:
         inspect.signature(build).bind(**own)
     except TypeError as error:
+        known = (FREEZE, *FIT, *TRAINER)
+        hints = "".join(f" {name}: {close_matches(name, known)}" for name in own)
         raise ArgumentError(
-            f"build cannot be called with {sorted(own)}: {error}. The names in space that neither Trainer nor fit "
-            "takes are passed to build."
+            f"build cannot be called with {sorted(own)}: {error}. What is in space goes to Trainer and fit where they "
+            f"search over it, and all else to build.{hints}"
         ) from None
     with seeded(derive_seed(seed, "head")):
         model = build(**own)
@@ -279,8 +290,8 @@ def _build(build: Callable[..., TransferModel], params: dict[str, Any], seed: in
     return copy.deepcopy(model)
 
 
-def _depth(model: TransferModel, layer: str | None) -> int:
-    boundary = find_boundary(model, layer)
+def _depth(model: TransferModel, params: Mapping[str, Any]) -> int:
+    boundary = find_boundary(model, params.get(FREEZE))
     return -1 if boundary is None else [name for name, _ in model.named_modules()].index(boundary)
 
 

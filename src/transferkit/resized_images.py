@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from transferkit.data import ArraySource, open_data
+from transferkit.device import Device
 from transferkit.host_memory import host_bytes
 from transferkit.preprocessing import Preprocessing
 
@@ -12,16 +13,18 @@ MEMORY_SHARE = 0.25
 
 
 def resized(
-    data: object, classes: tuple[str, ...], preprocess: Preprocessing, *, num_workers: int = 0
+    data: object, classes: tuple[str, ...], preprocess: Preprocessing, *, device: Device, num_workers: int = 0
 ) -> tuple[Tensor, Tensor] | None:
     """Return raw images, uint8 `(N, 3, S, S)`, and targets, which train as the data itself does.
 
-    Resizing treats each image alone, and what has the right size stays as it is, so that every pixel is the same.
+    Resizing treats each image alone, and what has the right size stays as it is, so that every pixel is the same. It is
+    done on the device, as in training: another one rounds some pixels differently.
 
     Args:
         data: As in `Trainer.fit`.
         classes: The model's class names.
         preprocess: Says to which size.
+        device: Where to resize.
         num_workers: Processes that read a `Dataset`.
 
     Returns:
@@ -42,6 +45,6 @@ def resized(
     for batch, batch_targets, _ in source.batches(32, seed=0, order=None):
         if isinstance(batch, Tensor) and batch.is_floating_point():
             return None
-        images.append(preprocess.resize(batch))
+        images.append(preprocess.resize(device.move(batch)).cpu())
         targets.append(batch_targets)
     return torch.cat(images), torch.cat(targets)

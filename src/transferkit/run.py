@@ -73,7 +73,7 @@ def open_run(
     source = open_(data, num_workers=num_workers)
     validation = None
     if validation_data is not None:
-        _check_same_classes(data, validation_data)
+        check_same_classes(data, validation_data)
         validation_data, num_workers = _without_loader(validation_data, num_workers)
         validation = open_(validation_data, num_workers=num_workers)
     if on_bad_image == "skip":
@@ -103,6 +103,21 @@ def check_trains(model: TransferModel, run: Run) -> None:
     _check_last_batch(model, run.source.num_images, run.batch_size)
 
 
+def check_same_classes(data: object, validation_data: object) -> None:
+    """Refuse two data sets whose folders are called differently.
+
+    Raises:
+        HeadMismatchError: So they are.
+    """
+    names, others = class_names(data), class_names(validation_data)
+    if names is not None and others is not None and names != others:
+        raise HeadMismatchError(
+            f"the data to train on has {len(names)} classes ({', '.join(names[:8])}), the data to validate on "
+            f"{len(others)} ({', '.join(others[:8])}), at most 8 listed: class indices would not mean the same. "
+            "Expected the same folders in both; an empty one serves."
+        )
+
+
 def choose_batch_size(source: Source, batch_size: int | None) -> int:
     """Return the batch size asked for, or the usual one.
 
@@ -123,16 +138,6 @@ def _check_alone() -> None:
             f"this process is rank {distributed.get_rank()} of {distributed.get_world_size()}, and Trainer trains in "
             "one process: each rank would train a model of its own. Use the model with DistributedDataParallel in your "
             "own loop, with transferkit.Device, or start one process."
-        )
-
-
-def _check_same_classes(data: object, validation_data: object) -> None:
-    names, others = class_names(data), class_names(validation_data)
-    if names is not None and others is not None and names != others:
-        raise HeadMismatchError(
-            f"the data to train on has {len(names)} classes ({', '.join(names[:8])}), the data to validate on "
-            f"{len(others)} ({', '.join(others[:8])}), at most 8 listed: class indices would not mean the same. "
-            "Expected the same folders in both; an empty one serves."
         )
 
 
