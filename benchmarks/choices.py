@@ -47,7 +47,7 @@ def questions() -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
         ),
         "schedule": lambda: (
             {"freeze_until": "block5", "lr": lr, "epochs": 4, "seed": seed, **schedule}
-            for lr in (1e-4, 3e-4)
+            for lr in (1e-4, 3e-4, 1e-3)
             for schedule in ({}, {"schedule": "cosine"}, WARM, {"schedule": "one_cycle"})
             for seed in SEEDS
         ),
