@@ -18,7 +18,7 @@ def resized(
     """Return raw images, uint8 `(N, 3, S, S)`, and targets, which train as the data itself does.
 
     Resizing treats each image alone, and what has the right size stays as it is, so that every pixel is the same. It is
-    done on the device, as in training: another one rounds some pixels differently.
+    done on the device, as in training: another one may round some pixels differently.
 
     Args:
         data: As in `Trainer.fit`.
