@@ -104,6 +104,9 @@ def lightning_fit(model: tk.TransferModel, data: Data, *, tunes: Callable[[], nn
             super().__init__()
             self.model = model
 
+        def on_train_epoch_start(self) -> None:
+            self.train()  # as many modules do: Lightning by itself leaves modes alone
+
         def training_step(self, batch: Data) -> Tensor:
             return cross_entropy(self.model(model.backbone.preprocess(batch[0])), batch[1])
 
