@@ -277,11 +277,11 @@ def _build(build: Callable[..., TransferModel], params: dict[str, Any], seed: in
     try:
         inspect.signature(build).bind(**own)
     except TypeError as error:
-        known = (FREEZE, *FIT, *TRAINER)
-        hints = "".join(f" {name}: {close_matches(name, known)}" for name in own)
+        refused = [name for name in own if repr(name) in str(error)]
+        hints = "".join(f" {name}: {close_matches(name, (FREEZE, *FIT, *TRAINER))}" for name in refused)
         raise ArgumentError(
-            f"build cannot be called with {sorted(own)}: {error}. What is in space goes to Trainer and fit where they "
-            f"search over it, and all else to build.{hints}"
+            f"build cannot be called with {sorted(own)}: {error}. It is given those names of space that are neither "
+            f"arguments of Trainer nor {', '.join((FREEZE, *FIT))}.{hints}"
         ) from None
     with seeded(derive_seed(seed, "head")):
         model = build(**own)
