@@ -45,6 +45,12 @@ def questions() -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
             for lr in (1e-4, 1e-3, 1e-2)
             for seed in SEEDS
         ),
+        "head_rate": lambda: (
+            {"freeze_until": "head", "lr": lr, "epochs": 4, "seed": seed, **schedule}
+            for lr in (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
+            for schedule in ({}, WARM)
+            for seed in (0, 1, 2)
+        ),
         "schedule": lambda: (
             {"freeze_until": "block5", "lr": lr, "epochs": 4, "seed": seed, **schedule}
             for lr in (1e-4, 3e-4, 1e-3)

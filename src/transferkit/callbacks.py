@@ -79,7 +79,8 @@ class EarlyStopping:
 class GradualUnfreezing:
     """A callback that lets more of the backbone train as a run goes on.
 
-    The learning rates of the blocks are those of the trainer from the start: `lr={"head": 1e-3, "backbone": 1e-5}`.
+    The learning rates of the blocks are those of the trainer from the start: `lr={"head": 1e-3, "backbone": 1e-4}`. A
+    block that begins to train has its full rate at once, so keep that small: a warm-up is long over by then.
 
     Args:
         layers: From which layer on to train, by the epoch of the run, from 1, before which that begins:
