@@ -63,8 +63,10 @@ class CSVLogger:
         if not self.path.exists():
             return []
         try:
-            rows = list(csv.DictReader(self.path.read_text().splitlines(), strict=True))
-            ours = all(tuple(row) == COLUMNS and row["epoch"].isdigit() for row in rows)
+            reader = csv.DictReader(self.path.read_text().splitlines(), strict=True)
+            rows = list(reader)
+            ours = tuple(reader.fieldnames or COLUMNS) == COLUMNS  # an empty file will do
+            ours = ours and all(None not in row and str(row["epoch"]).isdigit() for row in rows)
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ArgumentError(f"CSVLogger cannot go on with {self.path}: {error}. Name another file.") from error
         if not ours:

@@ -1,0 +1,105 @@
+"""What the loggers write, and what they refuse to write over."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+import transferkit as tk
+from transferkit import loggers
+from transferkit.errors import ArgumentError, MissingPackageError
+
+HEADER = ",".join(loggers.COLUMNS) + "\n"
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def make_trainer(model):
+    return tk.Trainer(tk.freeze_until(model, "head"), device="cpu")
+
+
+def test_the_file_has_each_epochs_figures(model, data, tmp_path):
+    """One line for each epoch with the numbers of its report; what was not measured is empty."""
+    history = make_trainer(model).fit(data, epochs=3, callbacks=[tk.CSVLogger(tmp_path / "log.csv")], verbose=0)
+    written = rows(tmp_path / "log.csv")
+    assert [int(row["epoch"]) for row in written] == [0, 1, 2]
+    assert [float(row["loss"]) for row in written] == history.history["loss"]
+    assert {row["val_loss"] for row in written} == {""}
+
+
+def test_a_second_phase_is_added(model, data, tmp_path):
+    """A later call of `fit` by the same trainer leaves the epochs before."""
+    trainer, logger = make_trainer(model), tk.CSVLogger(tmp_path / "log.csv")
+    for epochs in (2, 1):
+        trainer.fit(data, validation_data=data, epochs=epochs, callbacks=[logger], verbose=0)
+    assert [row["epoch"] for row in rows(tmp_path / "log.csv")] == ["0", "1", "2"]
+
+
+def test_a_resumed_run_has_every_epoch_once(make_backbone, data, tmp_path):
+    """What was written before the stop is not written again."""
+
+    def fit(epochs):
+        model = tk.attach_head(make_backbone(), 3)
+        callbacks = [tk.CSVLogger(tmp_path / "log.csv"), tk.Checkpoint(tmp_path / "run")]
+        make_trainer(model).fit(data, epochs=epochs, callbacks=callbacks, resume_from=tmp_path / "run", verbose=0)
+
+    fit(2)
+    before = rows(tmp_path / "log.csv")
+    fit(3)
+    after = rows(tmp_path / "log.csv")
+    assert [row["epoch"] for row in after] == ["0", "1", "2"]
+    assert after[:2] == before
+
+
+def test_a_new_run_replaces_the_lines_of_an_old_one(make_backbone, data, tmp_path):
+    """A new trainer begins with epoch 0, and so does its file."""
+    for epochs in (3, 1):
+        model = tk.attach_head(make_backbone(), 3)
+        make_trainer(model).fit(data, epochs=epochs, callbacks=[tk.CSVLogger(tmp_path / "log.csv")], verbose=0)
+    assert [row["epoch"] for row in rows(tmp_path / "log.csv")] == ["0"]
+
+
+@pytest.mark.parametrize(
+    "content", ["name,price\nbread,3\n", "epoch,loss\n0,1\n", "one line", '"open', HEADER + "x,1\n"]
+)
+def test_another_file_is_refused_and_kept(model, data, tmp_path, content):
+    """A file of something else is refused before the first step, and stays as it was."""
+    path = tmp_path / "mine.csv"
+    path.write_text(content)
+    trainer = make_trainer(model)
+    with pytest.raises(ArgumentError, match=r"mine\.csv.*(Name another file|name another)"):
+        trainer.fit(data, callbacks=[tk.CSVLogger(path)], verbose=0)
+    assert (path.read_text(), trainer.global_step) == (content, 0)
+
+
+def test_a_missing_folder_is_refused_before_a_step(model, data, tmp_path):
+    """The message names the folder."""
+    trainer = make_trainer(model)
+    with pytest.raises(ArgumentError, match=r"there is no folder .*nowhere"):
+        trainer.fit(data, callbacks=[tk.CSVLogger(tmp_path / "nowhere" / "log.csv")], verbose=0)
+    assert trainer.global_step == 0
+
+
+def test_tensorboard_reads_what_is_written(model, data, tmp_path):
+    """Every figure of every epoch is a scalar at the epoch's number."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    callbacks = [tk.TensorBoardLogger(tmp_path / "tb")]
+    history = make_trainer(model).fit(data, validation_data=data, epochs=2, callbacks=callbacks, verbose=0)
+    losses = {}
+    for file in sorted((tmp_path / "tb").iterdir()):
+        events = EventAccumulator(str(file)).Reload()
+        assert {"loss", "accuracy", "lr", "val_loss", "val_accuracy"} <= set(events.Tags()["scalars"])
+        losses |= {scalar.step: scalar.value for scalar in events.Scalars("val_loss")}
+    assert losses == pytest.approx(dict(enumerate(history.history["val_loss"])))
+
+
+def test_without_tensorboard_the_command_is_named(monkeypatch):
+    """The message says what to install."""
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'transferkit\[tensorboard\]'"):
+        tk.TensorBoardLogger("logs")
