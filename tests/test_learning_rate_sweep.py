@@ -1,0 +1,65 @@
+"""What a sweep suggests."""
+
+import math
+
+import pytest
+
+import transferkit as tk
+
+
+def sweep(losses: list[float]) -> tk.LearningRateSweep:
+    return tk.LearningRateSweep([1e-6 * 1.2**step for step in range(len(losses))], losses)
+
+
+def valley(steps: int = 80, lowest: int = 50) -> list[float]:
+    """A loss that falls to its lowest and then rises."""
+    return [1.0 + 0.02 * abs(step - lowest) for step in range(steps)]
+
+
+def test_the_suggestion_is_a_tenth_of_the_rate_with_the_lowest_smoothed_loss():
+    """The lowest of the smoothed loss counts, a single low batch does not."""
+    found = sweep(valley())
+    lowest = found.smoothed.index(min(found.smoothed))
+    assert found.suggestion == found.lrs[lowest] / 10
+    spiked = valley()
+    spiked[30] = 0.9
+    assert sweep(spiked).suggestion == pytest.approx(found.suggestion, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [],
+        [math.nan],
+        [math.nan] * 20,
+        [1.0] * 50,
+        [0.3 + 0.01 * step for step in range(50)],  # a model that is trained already
+    ],
+)
+def test_nothing_is_suggested_where_the_loss_fell_nowhere(losses):
+    """No loss, none that is finite, none that falls by a fifth: there is nothing to suggest, and no error."""
+    assert sweep(losses).suggestion is None
+
+
+def test_smoothing_begins_at_the_first_loss_and_forgets():
+    """The average is corrected for its start, and follows a step within some twenty losses."""
+    smoothed = sweep([2.0] * 10 + [1.0] * 40).smoothed
+    assert smoothed[0] == 2.0
+    assert smoothed[9] == pytest.approx(2.0)
+    assert smoothed[-1] == pytest.approx(1.0, abs=0.03)
+
+
+def test_divergence_is_four_times_the_lowest():
+    """A smoothed loss over four times the lowest, or none that is a number, ends a sweep."""
+    assert not sweep([1.0, 1.0, 3.0]).diverged
+    assert sweep([1.0, 1.0, *[40.0] * 3]).diverged
+    assert sweep([1.0, math.nan]).diverged
+
+
+@pytest.mark.parametrize("losses", [valley(), [1.0] * 20, [math.nan] * 5])
+def test_it_shows_itself_in_a_notebook(losses):
+    """The line has the number of steps and the suggestion or that there is none."""
+    found = sweep(losses)
+    text = found._repr_html_()
+    assert f"{len(losses)} steps" in text
+    assert ("none" in text) == (found.suggestion is None)
