@@ -106,7 +106,7 @@ def test_folder_example_trains_and_predicts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_readme_first_block_runs(tmp_path: Path) -> None:
+def test_readme_first_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """README's ten lines run as they stand on real weights and images, with one epoch instead of fifteen."""
     block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     block = block.replace('weights="IMAGENET1K_FEATURES"', "weights=WEIGHTS, preprocessing='IMAGENET1K_FEATURES'")
@@ -117,6 +117,7 @@ def test_readme_first_block_runs(tmp_path: Path) -> None:
         names = [name for name in archive.namelist() if re.search(r"test/\w+/000\d\.jpg", name)]
         archive.extractall(tmp_path, names)
     images = ImageFolder(tmp_path / "test")
-    raw = torch.zeros(1, 3, 50, 60, dtype=torch.uint8)
-    names_in_block = {"train": images, "val": images, "test": images, "images": raw}
+    monkeypatch.chdir(tmp_path)
+    images[0][0].resize((60, 50)).save("cat.jpg")
+    names_in_block = {"train": images, "val": images, "test": images}
     exec(block, {**names_in_block, "WEIGHTS": ASSETS / "vgg16_imagenet_features_bf16.pt"})
