@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -70,17 +69,6 @@ def training(device: tk.Device, image_size: int, frozen_until: str | None) -> tu
     return lambda: next(steps), BATCH_SIZE * flop, BYTES_PER_PARAMETER * trainable
 
 
-def without_kernel(device: tk.Device, image_size: int) -> tuple[Callable[[], object], float, float]:
-    """Return the head's step as every machine without the compiled kernel makes it: fused Adam, gradients in memory."""
-    run, flop, num_bytes = training(device, image_size, "head")
-
-    def step() -> None:
-        with mock.patch("transferkit.epochs.find_linear_adam", return_value=None):
-            run()
-
-    return step, flop, num_bytes
-
-
 def prefix(device: tk.Device, image_size: int, frozen_until: str) -> tuple[Callable[[], object], float, float]:
     """Return one batch of features, its operations and no bytes."""
     model = device.prepare(make_model(image_size, frozen_until))
@@ -115,7 +103,6 @@ def main() -> None:
             "prefix, all blocks": lambda: prefix(device, size, "head"),
             "prefix, blocks 1 to 4": lambda: prefix(device, size, "block5"),
             "step, head": lambda: training(device, size, "head"),
-            "step, head, without kernel": lambda: without_kernel(device, size),
             "step, block5 and head": lambda: training(device, size, "block5"),
             "step, everything": lambda: training(device, size, None),
             "open a file of features": lambda: file_of_features(Path(folder)),

@@ -110,7 +110,7 @@ def batch_norm() -> dict[str, Any]:
 def resumed() -> dict[str, Any]:
     """Stopped by an error in the second epoch's callback, and resumed by another trainer."""
 
-    def stop(trainer: tk.Trainer, report: tk.EpochReport) -> None:
+    def stop(_trainer: tk.Trainer, report: tk.EpochReport) -> None:
         if report.epoch == 1:
             raise ConnectionError("a stop")
 

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,10 +15,9 @@ from transferkit.display import Bar, Display
 from transferkit.errors import NonFiniteError
 from transferkit.evaluation import evaluate, in_eval_mode
 from transferkit.feed import Batches, Feed
-from transferkit.finite import FiniteFlags, check_scale, find_nonfinite
+from transferkit.finite import check_scale, find_nonfinite
 from transferkit.history import EpochReport
 from transferkit.interrupts import Interruption, Interrupts
-from transferkit.linear_adam import find_linear_adam
 from transferkit.optimizers import scale_lr
 from transferkit.progress import Progress
 from transferkit.randomness import derive_seed, seeded
@@ -160,9 +158,6 @@ def _train_batches(
 ) -> Iterator[Step]:
     if trainer.recompute_activations:
         network = Recomputed(network)
-    whole = trainer.clip_grad_norm is None and trainer.micro_batch_size is None and not trainer.torch_compile
-    linear_adam = find_linear_adam(network, trainer.optimizer, device=trainer.device) if whole else None
-    flags = FiniteFlags(late=trainer.device.torch_device.type == "cuda" and trainer.on_nonfinite == "raise")
     for index, (inputs, targets) in enumerate(batches, start=first):
         made = trainer.global_step - progress.first_step
         scale_lr(trainer.optimizer, lr_factor(trainer.schedule, made, progress.num_steps, trainer.warmup_steps))
@@ -178,30 +173,23 @@ def _train_batches(
             seed=seed,
             micro_batch_size=trainer.micro_batch_size or len(targets),
             clip_grad_norm=trainer.clip_grad_norm,
-            linear_adam=linear_adam,
-            go_on=flags.go_on,
         )
         if size < min(trainer.micro_batch_size or len(targets), len(targets)):
             feed.display.say(
                 f"memory did not suffice: batches go through in parts of {size} from here on, the same update"
             )
             trainer.micro_batch_size = size
-        bad = flags.add(
-            finite,
-            partial(_explain_nonfinite, trainer, network, inputs, targets, size, step=trainer.global_step, index=index),
-        )
-        if bad is not None:
+        if not bool(finite):  # host sync on an accelerator
             if trainer.on_nonfinite == "raise" or progress.skipped == trainer.max_skipped:
-                progress.between_steps = not flags.late
-                raise bad()
+                progress.between_steps = True
+                step = trainer.global_step
+                raise _explain_nonfinite(trainer, network, inputs, targets, size, step=step, index=index)
             progress.skip(index)
             continue
         trainer.global_step += 1
         if trainer.global_step % SCALE_CHECKED_EVERY == 0:
             check_scale(trainer.device)
         yield Step(trainer.epoch, index, loss, correct, len(targets), trainer.optimizer.param_groups[-1]["lr"])
-    if (bad := flags.last()) is not None:
-        raise bad()
     check_scale(trainer.device)
 
 

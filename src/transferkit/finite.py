@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 
 from transferkit.device import Device
 from transferkit.errors import ArgumentError, NonFiniteError
-from transferkit.linear_adam import LinearAdam
 
 POLICIES = ("raise", "skip")
 
@@ -17,10 +16,10 @@ MIN_SCALE = 1.0
 """A gradient scale of fp16 under this has left no gradient that is finite: it began at 65,536."""
 
 
-def gradients_are_finite(loss: Tensor, optimizer: Optimizer, linear_adam: LinearAdam | None = None) -> Tensor:
+def gradients_are_finite(loss: Tensor, optimizer: Optimizer) -> Tensor:
     """Return whether a loss and all gradients are finite, bool `()`, on the device.
 
-    Reads every gradient once, at memory speed. Those that `LinearAdam` holds as factors are judged by their factors.
+    Reads every gradient once, at memory speed.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None and p.numel()]
@@ -29,58 +28,13 @@ def gradients_are_finite(loss: Tensor, optimizer: Optimizer, linear_adam: Linear
         bounds += [bound for gradient in gradients for bound in torch.aminmax(_as_it_lies(gradient))]
     elif gradients:
         bounds += torch._foreach_norm(gradients, float("inf"))  # the largest entries, in one kernel
-    if linear_adam is not None:
-        bounds += linear_adam.gradient_bounds()
     return torch.stack([bound.float() for bound in bounds]).isfinite().all()  # all of these are NaN where one entry is
-
-
-Explain = Callable[[], NonFiniteError]
 
 
 def _as_it_lies(gradient: Tensor) -> Tensor:
     """View a channels-last gradient in the order of its memory, in which it is read eight times as fast."""
     channels_last = gradient.ndim == 4 and gradient.is_contiguous(memory_format=torch.channels_last)
     return gradient.permute(0, 2, 3, 1) if channels_last else gradient
-
-
-class FiniteFlags:
-    """Tells which step was not finite: that very step, or on CUDA the one before it, so that the host need not wait.
-
-    Args:
-        late: Read each flag one step late. No step that is queued behind a bad one changes anything (`go_on`).
-
-    Attributes:
-        go_on: bool `()`, on the device, for the next step: whether all so far were finite; None is true.
-    """
-
-    def __init__(self, *, late: bool) -> None:
-        self.late = late
-        self.go_on: Tensor | None = None
-        self._before: tuple[Tensor, Any, Explain] | None = None
-
-    def add(self, finite: Tensor, explain: Explain) -> Explain | None:
-        """Take the flag of a step, and return what explains one that was not finite.
-
-        Args:
-            finite: bool `()`, on the device.
-            explain: Called if it is false.
-        """
-        if not self.late:
-            return None if bool(finite) else explain
-        bad = self.last()
-        copied = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self.go_on, self._before = finite, (copied, event, explain)
-        return bad
-
-    def last(self) -> Explain | None:
-        """Return what explains the last step, if it was not finite. Host sync with that step's end."""
-        if self._before is None:
-            return None
-        copied, event, explain = self._before
-        event.synchronize()
-        return None if bool(copied) else explain
 
 
 class BufferCopies:

@@ -1,7 +1,6 @@
 """The hot path: one training step, one evaluation step. No I/O, no logging, no host sync."""
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +11,6 @@ from torch.optim import Optimizer
 
 from transferkit.device import Device
 from transferkit.finite import BufferCopies, gradients_are_finite
-from transferkit.linear_adam import LinearAdam
 from transferkit.out_of_memory import reserve_state, within_memory
 from transferkit.randomness import seeded
 from transferkit.targets import class_indices
@@ -120,8 +118,6 @@ def training_step(
     seed: int,
     micro_batch_size: int,
     clip_grad_norm: float | None,
-    linear_adam: LinearAdam | None = None,
-    go_on: Tensor | None = None,
 ) -> Update:
     """Make one update of the weights from one batch, unless a number in it is not finite.
 
@@ -139,27 +135,19 @@ def training_step(
         seed: Of dropout.
         micro_batch_size: 1 or more.
         clip_grad_norm: Largest Euclidean norm of all gradients together, or None.
-        linear_adam: Runs and updates the large fully connected layers; None leaves them to the optimizer.
-        go_on: bool `()`, on the device; where false, nothing is changed either. None is true.
 
     Raises:
         OutOfMemoryError: One image is too much, or there is no room for the optimizer's state; nothing was changed.
     """
     buffers = BufferCopies(model)
-    whole = linear_adam if micro_batch_size >= len(targets) else None
 
     def accumulate(size: int) -> tuple[Tensor, Tensor]:
-        special = whole if size >= len(targets) else None
         with seeded(seed, device.torch_device):
-            return _accumulate_gradients(
-                model, images, targets, size, device=device, cross_entropy=cross_entropy, linear_adam=special
-            )
+            return _accumulate_gradients(model, images, targets, size, device=device, cross_entropy=cross_entropy)
 
     def undo() -> None:
         optimizer.zero_grad(set_to_none=True)
         buffers.restore()
-        if whole is not None:
-            whole.clear()
 
     try:
         (loss, correct), size = within_memory(
@@ -169,12 +157,8 @@ def training_step(
     except BaseException:
         undo()  # nothing of a step that failed reaches the next
         raise
-    finite = loss.isfinite() if device.scaler.is_enabled() else gradients_are_finite(loss, optimizer, whole)
-    if go_on is not None:
-        finite = finite & go_on
+    finite = loss.isfinite() if device.scaler.is_enabled() else gradients_are_finite(loss, optimizer)
     buffers.restore_unless(finite)
-    if whole is not None:
-        whole.update() if bool(finite) else whole.clear()  # on the CPU: no sync
     device.update(optimizer, clip_grad_norm=clip_grad_norm, finite=finite)
     return Update(loss, correct, finite, size)
 
@@ -187,13 +171,12 @@ def _accumulate_gradients(
     *,
     device: Device,
     cross_entropy: CrossEntropy,
-    linear_adam: LinearAdam | None,
 ) -> tuple[Tensor, Tensor]:
     total_weight = cross_entropy.total_weight(targets)
     batch_loss = torch.zeros((), device=images.device)
     batch_correct = torch.zeros((), dtype=torch.int64, device=images.device)
     for part, part_targets in zip(torch.split(images, size), torch.split(targets, size), strict=True):
-        with device.autocast(), linear_adam or nullcontext():
+        with device.autocast():
             logits = model(part)
         loss = cross_entropy.sum(logits, part_targets) / total_weight
         device.backward(loss)

@@ -10,20 +10,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
-from transferkit import linear_adam
 from transferkit.device import step_where
 from transferkit.errors import ArgumentError, NonFiniteError, TargetError
-from transferkit.finite import FiniteFlags
-from transferkit.linear_adam import load_kernel
-from transferkit.step import CrossEntropy, training_step
 
 CLASSES = ["cat", "dog", "owl"]
 MARK = 50.0  # a pixel of this value makes a batch bad
 BAD = 3  # number of the bad batch, of 10
 GRADIENTS = ["NaN gradient", "infinite gradient", "one entry"]
 KINDS = ["NaN pixel", "infinite loss", *GRADIENTS]
-
-needs_kernel = pytest.mark.skipif(load_kernel() is None, reason="not compiled, or a CPU without AVX512-BF16")
 
 
 class Broken(torch.autograd.Function):
@@ -190,45 +184,6 @@ def test_with_activations_computed_twice(make_trainer):
     assert FIRST["NaN pixel"] in assert_stops_before_the_bad_step(make, "NaN pixel")
 
 
-@needs_kernel
-@pytest.mark.parametrize("kind", ["NaN pixel", "infinite loss", "NaN gradient", "infinite gradient"])
-def test_with_gradients_that_are_held_as_factors(make_trainer, monkeypatch, kind):
-    """It holds where the kernel makes the update of a large layer, whose gradient is in no tensor."""
-    calls = []
-    kernel = load_kernel()
-    monkeypatch.setattr(linear_adam, "LARGE", 1)
-    monkeypatch.setattr(linear_adam, "load_kernel", lambda: lambda *a: calls.append(a) or kernel(*a))
-    assert_stops_before_the_bad_step(functools.partial(make_trainer, precision="bf16", width=64), kind)
-    assert calls
-
-
-@needs_kernel
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_bad_gradient_that_is_in_factors_alone(make_backbone, monkeypatch, value):
-    """One bad number in the factor of a layer without bias, and every gradient in memory finite: it is found."""
-
-    class Narrow(Head):
-        def forward(self, features):
-            hidden = self.fc1(features.flatten(1))
-            if self.marked and self.training:
-                hidden = Broken.apply(hidden, value, False)
-            return self.logits(hidden.relu())
-
-    monkeypatch.setattr(linear_adam, "LARGE", 1)
-    head = Narrow(None)
-    head.fc1.register_parameter("bias", None)
-    model = tk.freeze_until(tk.attach_head(make_backbone(), CLASSES, head=head), "head")
-    model.backbone.register_forward_pre_hook(
-        lambda module, inputs: setattr(head, "marked", bool((inputs[0] == MARK).any()))
-    )
-    trainer = tk.Trainer(model, device="cpu", precision="bf16", lr=1e-2)
-    trainer.fit(make_batches(), verbose=0)
-    changes = differences_to_copy(trainer)
-    with pytest.raises(NonFiniteError, match="step 10 "):
-        trainer.fit(make_batches("NaN gradient", bad=(0,)), verbose=0)
-    assert changes() == []
-
-
 @pytest.mark.parametrize("arguments", [{}, {"clip_grad_norm": 1.0}, {"optimizer": "rmsprop", "clip_grad_norm": 1.0}])
 @pytest.mark.parametrize("kind", ["NaN pixel", "infinite loss"])
 def test_with_scaled_gradients(make_trainer, half, kind, arguments):
@@ -247,31 +202,6 @@ def test_scaled_gradients_that_are_not_finite_change_no_weight(make_trainer, hal
     reference.fit(make_batches(number=3), verbose=0)
     assert_same_state(skipped, reference)
     assert (skipped.global_step, skipped.device.scaler.get_scale()) == (4, 512.0)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("optimizer", ["adam", "sgd", "rmsprop"])
-@pytest.mark.parametrize("clip_grad_norm", [None, 1.0])
-def test_nothing_changes_where_the_step_before_was_bad(model, data, half, precision, optimizer, clip_grad_norm):
-    """A step that is told not to go on, as after a bad one whose flag is not read yet, changes nothing."""
-    trainer = tk.Trainer(model, device="cpu", precision=precision, optimizer=optimizer, lr=1e-2)
-    trainer.fit(data, verbose=0)
-    changes = differences_to_copy(trainer)
-    model.train()
-    update = training_step(
-        model,
-        model.backbone.preprocess(data[0]),
-        data[1],
-        device=trainer.device,
-        optimizer=trainer.optimizer,
-        cross_entropy=CrossEntropy(),
-        seed=0,
-        micro_batch_size=24,
-        clip_grad_norm=clip_grad_norm,
-        go_on=torch.tensor(False),
-    )
-    assert not update.finite
-    assert changes() == []
 
 
 def differences_to_copy(trainer):
@@ -379,18 +309,6 @@ def test_a_step_left_out_is_as_if_its_batch_had_not_been_there(make_trainer, kin
     assert differences(skipping.state_dict()["optimizer"]["state"], reference.state_dict()["optimizer"]["state"]) == []
 
 
-@needs_kernel
-@pytest.mark.parametrize("bad", [0, 1, BAD])
-def test_a_step_left_out_by_the_kernel(make_trainer, monkeypatch, bad):
-    """Likewise where large layers are updated by the kernel, before their first update and after."""
-    monkeypatch.setattr(linear_adam, "LARGE", 1)
-    make = functools.partial(make_trainer, "NaN gradient", precision="bf16", width=64)
-    skipping, reference = make(on_nonfinite="skip"), make()
-    skipping.fit(make_batches("NaN gradient", bad=(bad,)), verbose=0)
-    reference.fit(make_batches(without=(bad,)), verbose=0)
-    assert differences(skipping.model.state_dict(), reference.model.state_dict()) == []
-
-
 def test_it_is_counted_and_printed_and_the_schedule_moves_with_the_updates(make_trainer, capsys):
     """The line of the epoch tells how many were left out; the last of 9 updates is at progress 8/10."""
     trainer = make_trainer("NaN gradient", on_nonfinite="skip", schedule="linear", lr=1.0)
@@ -445,33 +363,6 @@ def test_an_epoch_of_nothing_but_bad_steps_has_no_loss(make_trainer):
     report = trainer.fit(make_batches("NaN gradient", bad=(0, 1), number=2), verbose=0).reports[0]
     assert report.skipped == 2
     assert math.isnan(report.loss)
-
-
-class LateFlags(FiniteFlags):
-    """Reads flags one step late, as on CUDA, where the host does not wait for the device."""
-
-    def __init__(self, *, late):
-        super().__init__(late=True)
-
-    def add(self, finite, explain):
-        bad = self.last()
-        self.go_on, self._before = finite, (finite, explain)
-        return bad
-
-    def last(self):
-        return None if self._before is None or bool(self._before[0]) else self._before[1]
-
-
-@pytest.mark.parametrize("optimizer", ["adam", "sgd", "rmsprop"])
-@pytest.mark.parametrize("bad", [BAD, 9])
-def test_a_flag_that_is_read_late_gives_the_same_error(make_trainer, monkeypatch, optimizer, bad):
-    """The step named is the bad one, not the one under way, and neither of them has changed anything."""
-    stopped, reference = (make_trainer("one entry", optimizer=optimizer, batch_norm=True) for _ in range(2))
-    reference.fit(make_batches(without=range(bad, 10)), verbose=0)
-    monkeypatch.setattr("transferkit.epochs.FiniteFlags", LateFlags)
-    with pytest.raises(NonFiniteError, match=rf"step {bad} \(epoch 0, batch {bad}, .*head\.fc1\.weight"):
-        stopped.fit(make_batches("one entry", bad=(bad,)), verbose=0)
-    assert_same_state(stopped, reference)
 
 
 def test_a_parameter_without_elements_is_looked_past(make_backbone, data):

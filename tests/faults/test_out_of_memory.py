@@ -12,15 +12,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import transferkit as tk
-from transferkit import linear_adam
 from transferkit.errors import NonFiniteError, OutOfMemoryError
-from transferkit.linear_adam import load_kernel
 from transferkit.out_of_memory import is_out_of_memory, reserve_state
 from transferkit.prefix import Prefix
 
 CLASSES = ["cat", "dog", "owl"]
 
-needs_kernel = pytest.mark.skipif(load_kernel() is None, reason="not compiled, or a CPU without AVX512-BF16")
 
 ERRORS = {
     "torch": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free."),
@@ -175,36 +172,6 @@ def test_a_limit_that_is_met_in_a_later_part(make_trainer, data, where):
     for trainer in (falling, small):
         trainer.fit(data, batch_size=8, verbose=0)
     assert head.sizes[:5] == [4, 2, 2, 2, 2]
-    assert_same_state(falling, small)
-
-
-@needs_kernel
-@pytest.mark.parametrize("batch_size", [8, 11])
-@pytest.mark.parametrize("where", ["forward", "backward"])
-def test_where_the_kernel_updates_large_layers(make_trainer, data, monkeypatch, where, batch_size):
-    """A pass that failed leaves no factor behind; from there on the kernel is not used, as in parts from the start."""
-    monkeypatch.setattr(linear_adam, "LARGE", 1)
-    make = functools.partial(make_trainer, precision="bf16", width=61)
-    falling, small = make(3, where=where), make(micro_batch_size=2 if batch_size == 8 else 3)
-    for trainer in (falling, small):
-        trainer.fit(data, batch_size=batch_size, epochs=2, verbose=0)
-    assert_same_state(falling, small)
-
-
-@needs_kernel
-def test_the_kernels_factors_of_a_pass_that_failed_are_forgotten(make_trainer, data, monkeypatch):
-    """In a later step, when the kernel is at work, a failed backward pass leaves no gradient to be applied twice."""
-    monkeypatch.setattr(linear_adam, "LARGE", 1)
-    make = functools.partial(make_trainer, precision="bf16", width=64, where="backward")
-    falling, small = make(), make()
-
-    def run(trainer, change):
-        for step in trainer.steps(data, batch_size=8):
-            if step.index == 1:
-                change()
-
-    run(falling, lambda: setattr(falling.model.head, "limit", 4))
-    run(small, lambda: setattr(small, "micro_batch_size", 4))
     assert_same_state(falling, small)
 
 
@@ -389,27 +356,6 @@ def test_the_optimizers_own_step_is_never_made_twice(make_trainer, data, error):
     parameters = [dict(trainer.model.named_parameters()) for trainer in (failing, reference)]
     assert len(calls) == 2
     assert differences(*parameters) == []
-
-
-@needs_kernel
-def test_a_kernel_without_room_leaves_its_layer_to_the_optimizer(make_trainer, data, monkeypatch):
-    """Where the update of one large layer has no memory to work in, the optimizer makes it, with the same bits."""
-    kernel, calls = load_kernel(), []
-
-    def failing(*arguments):
-        calls.append(1)
-        return 1 if len(calls) == 2 else kernel(*arguments)
-
-    monkeypatch.setattr(linear_adam, "LARGE", 1)
-    states = []
-    for used in (failing, kernel):
-        monkeypatch.setattr(linear_adam, "load_kernel", lambda used=used: used)
-        trainer = make_trainer(precision="bf16")
-        for _ in trainer.steps(data, batch_size=8):
-            pass
-        states.append(copied(trainer))
-    assert len(calls) > 2
-    assert differences(*states) == []
 
 
 # ---- the frozen layers
