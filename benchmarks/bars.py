@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from transferkit.display import REDRAW_S, Bar
-from transferkit.step import Sums
+from transferkit.base.display import REDRAW_S, Bar
+from transferkit.training.metrics import Sums
 
 STEPS, PICTURES = 200_000, 200
 STEP_S = 0.030  # the shortest step in docs/performance.md: a head of 4096-4096-10 on 512 features, two cores

@@ -15,7 +15,7 @@ import time
 import torch
 from torch import nn
 
-from transferkit.host_memory import keep_freed_blocks
+from transferkit.compute.host_memory import keep_freed_blocks
 
 STEPS, WARMUP_STEPS = 30, 5
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import transferkit as tk
-from transferkit.feature_file import FeatureFile
-from transferkit.prefix import Prefix
+from transferkit.features.file import FeatureFile
+from transferkit.features.prefix import Prefix
 
 BATCH_SIZE = 32
 BYTES_PER_PARAMETER = 28

@@ -24,8 +24,8 @@ import torch
 from limits import BATCH_SIZE, seconds
 
 import transferkit as tk
-from transferkit import step
-from transferkit.finite import BufferCopies, FiniteFlags
+from transferkit.compute.finite import BufferCopies, FiniteFlags
+from transferkit.training import step
 
 ROWS: dict[str, str | None] = {"head": "head", "block5 and head": "block5", "everything": None}
 BATCHES = 8

@@ -44,7 +44,7 @@ copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
 nitpick_ignore = [
-    ("py:class", "transferkit.checkpoint.Resumable"),  # a protocol: what it asks for is said in words
+    ("py:class", "transferkit.training.checkpoint.Resumable"),  # a protocol: what it asks for is said in words
 ]
 nitpick_ignore_regex = [("py:class", r"transferkit\.\w+\._\w+")]  # variables of types
 

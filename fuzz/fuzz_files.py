@@ -31,11 +31,11 @@ import torch
 from torchvision.models.vgg import make_layers
 
 import transferkit as tk
-from transferkit.archive import read_checkpoint
+from transferkit.data.preprocessing import CONVENTIONS
 from transferkit.errors import CacheError, TransferKitError, WeightsError
-from transferkit.feature_file import FeatureFile
-from transferkit.preprocessing import CONVENTIONS
-from transferkit.weights import read_state_dict
+from transferkit.features.file import FeatureFile
+from transferkit.model.weights import read_state_dict
+from transferkit.saving.archive import read_checkpoint
 
 BATCH = 40
 BATCH_S = 60

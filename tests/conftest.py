@@ -14,8 +14,8 @@ from torch import Tensor
 from torchvision.models.vgg import make_layers
 
 import transferkit as tk
-from transferkit.prefix import Prefix
-from transferkit.preprocessing import CONVENTIONS
+from transferkit.data.preprocessing import CONVENTIONS
+from transferkit.features.prefix import Prefix
 
 ASSETS = Path(__file__).parent.parent / "examples" / "assets"
 

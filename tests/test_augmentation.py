@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms import v2
 
 import transferkit as tk
-from transferkit.augmentation import augment_batch, build_augmentation
+from transferkit.data.augmentation import augment_batch, build_augmentation
 from transferkit.errors import ArgumentError, ImageError
 
 NAMES = ["flip", "crop", "color", "trivial"]

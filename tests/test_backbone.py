@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights, VGG11_Weights, VGG16_Weights
 
 import transferkit as tk
-from transferkit import weights as weights_module
-from transferkit.backbone import MODELS
+from transferkit.data.preprocessing import CONVENTIONS
 from transferkit.errors import ArgumentError, ImageError, PreprocessingError, WeightsDownloadError, WeightsError
-from transferkit.preprocessing import CONVENTIONS
+from transferkit.model import weights as weights_module
+from transferkit.model.backbone import MODELS
 
 ASSETS = Path(__file__).parent.parent / "examples" / "assets"
 IMAGENET_BF16 = ASSETS / "vgg16_imagenet_features_bf16.pt"

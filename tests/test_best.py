@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import transferkit as tk
-from transferkit.best import BestWeights
+from transferkit.training.progress import BestWeights
 
 CLASSES = ["cat", "dog", "owl"]
 

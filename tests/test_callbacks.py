@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import transferkit as tk
 from transferkit.errors import ArgumentError, UnknownLayerError
-from transferkit.freezing import first_trainable
+from transferkit.model.freezing import first_trainable
 
 
 def report(epoch: int, **figures: float) -> tk.EpochReport:

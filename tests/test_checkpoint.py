@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import transferkit as tk
-from transferkit import archive
 from transferkit.errors import CheckpointError, HeadMismatchError
+from transferkit.saving import archive
 
 Maker = Callable[..., tk.Backbone]
 Data = tuple[Tensor, Tensor]

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transferkit import archive
 from transferkit.errors import CheckpointError, CheckpointTypeError
+from transferkit.saving import archive
 
 PROFILE = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 

@@ -16,7 +16,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import transferkit as tk
-from transferkit.data import epoch_order, open_data
+from transferkit.data.open import open_data
+from transferkit.data.sources import epoch_order
 from transferkit.errors import ArgumentError, EmptyDataError, HeadMismatchError, ImageError, TargetError
 
 ASSETS = Path(__file__).parent.parent / "examples" / "assets"

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
-from transferkit.device import supported_precisions
+from transferkit.compute.device import supported_precisions
 from transferkit.errors import ArgumentError, DeviceError
 
 
@@ -23,7 +23,7 @@ def no_accelerator(monkeypatch):
 @pytest.fixture
 def half_device(monkeypatch):
     """A CPU that says it can do fp16: the real gradient scaler, without a GPU."""
-    monkeypatch.setattr("transferkit.device.supported_precisions", lambda device: ("fp16", "fp32"))
+    monkeypatch.setattr("transferkit.compute.device.supported_precisions", lambda device: ("fp16", "fp32"))
     return tk.Device("cpu", "fp16")
 
 
@@ -86,7 +86,7 @@ def test_repr_says_device_and_precision():
 @pytest.mark.parametrize(("native", "chosen"), [(True, "bf16"), (False, "fp32")])
 def test_auto_takes_bf16_only_where_the_cpu_computes_it(monkeypatch, native, chosen):
     """On a CPU "auto" is bf16 where the hardware has it and fp32 elsewhere, where bf16 is slower."""
-    monkeypatch.setattr("transferkit.device._cpu_has_bf16", lambda: native)
+    monkeypatch.setattr("transferkit.compute.device._cpu_has_bf16", lambda: native)
     assert tk.Device("cpu").precision == chosen
 
 
@@ -102,7 +102,7 @@ def test_either_instruction_set_is_enough_for_bf16(monkeypatch, avx512, amx, cho
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_format_asked_for_is_taken(monkeypatch, native, precision, dtype):
     """bf16 and fp32 can be asked for on any CPU."""
-    monkeypatch.setattr("transferkit.device._cpu_has_bf16", lambda: native)
+    monkeypatch.setattr("transferkit.compute.device._cpu_has_bf16", lambda: native)
     device = tk.Device("cpu", precision)
     assert (device.precision, device.dtype) == (precision, dtype)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import transferkit as tk
-from transferkit.display import REDRAW_S, Display
+from transferkit.base.display import REDRAW_S, Display
 from transferkit.errors import ArgumentError
 
 LIMIT_S = 60  # against hangs alone
@@ -25,7 +25,7 @@ PROGRAM = textwrap.dedent(
     """
     import sys, torch, transferkit as tk
     from torchvision.models.vgg import make_layers
-    from transferkit.preprocessing import CONVENTIONS
+    from transferkit.data.preprocessing import CONVENTIONS
     torch.manual_seed(0)
     layers = make_layers([4, "M", 4, "M", 8, "M", 8, "M", 8, "M"])
     backbone = tk.Backbone("tiny", layers, CONVENTIONS["IMAGENET1K_V1"].with_image_size(32))
@@ -104,7 +104,7 @@ class Clock:
 def clock(monkeypatch):
     """The clock by which bars are drawn."""
     clock = Clock()
-    monkeypatch.setattr("transferkit.display.time", clock)
+    monkeypatch.setattr("transferkit.base.display.time", clock)
     return clock
 
 

@@ -66,4 +66,6 @@ def test_design_lists_every_module() -> None:
     layout = re.search(r"```\nsrc/transferkit/\n(.*?)```", (ROOT / "docs" / "design.md").read_text(), re.DOTALL)
     assert layout is not None
     package = Path(transferkit.__file__).parent
-    assert set(re.findall(r"^  (\w+\.py)", layout[1], re.MULTILINE)) == {path.name for path in package.glob("*.py")}
+    listed = re.findall(r"^ +([\w/]+\.py)", layout[1], re.MULTILINE)
+    files = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    assert sorted(listed) == sorted(file for file in files if "/__init__" not in file)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import transferkit as tk
+from transferkit.data.preprocessing import CONVENTIONS
 from transferkit.errors import ArgumentError, ImageError
-from transferkit.preprocessing import CONVENTIONS
 
 ASSETS = Path(__file__).parent.parent / "examples" / "assets"
 DYNAMIC = {"images": {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}

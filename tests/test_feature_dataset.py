@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 
 import transferkit as tk
 from transferkit.errors import ArgumentError, CacheError, HeadMismatchError, ImageError, TargetError
-from transferkit.prefix import Prefix
+from transferkit.features.prefix import Prefix
 
 CLASSES = ["cat", "dog", "owl"]
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from transferkit.errors import CacheError
-from transferkit.feature_file import FeatureFile
+from transferkit.features.file import FeatureFile
 
 HEADER_BYTES = 4096
 KEY = hashlib.sha256(b"one").hexdigest()
@@ -320,7 +320,7 @@ WRITER = """
 import os, sys, time
 from pathlib import Path
 import torch
-from transferkit.feature_file import FeatureFile
+from transferkit.features.file import FeatureFile
 
 folder, key, pause, count = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
 torch.manual_seed(0)

@@ -10,16 +10,16 @@ from PIL import Image
 from torch import nn
 
 import transferkit as tk
-from transferkit import features as features_module
-from transferkit.augmentation import build_augmentation
-from transferkit.data import open_data
-from transferkit.display import QUIET
+from transferkit.base.display import QUIET
+from transferkit.compute.host_memory import host_bytes
+from transferkit.data.augmentation import build_augmentation
+from transferkit.data.inputs import Inputs
+from transferkit.data.open import open_data
+from transferkit.data.preprocessing import CONVENTIONS
 from transferkit.errors import CacheError
-from transferkit.features import FeatureCache, open_folder
-from transferkit.host_memory import host_bytes
-from transferkit.inputs import Inputs
-from transferkit.prefix import Prefix
-from transferkit.preprocessing import CONVENTIONS
+from transferkit.features import cache as features_module
+from transferkit.features.cache import FeatureCache, open_folder
+from transferkit.features.prefix import Prefix
 
 CLASSES = ["cat", "dog", "owl"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import transferkit as tk
-from transferkit.features import FeatureCache
+from transferkit.features.cache import FeatureCache
 
 pytestmark = pytest.mark.gpu
 

@@ -20,10 +20,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import transferkit as tk
-from transferkit import features as features_module
+from transferkit.data.preprocessing import CONVENTIONS
 from transferkit.errors import CacheError
-from transferkit.feature_file import FeatureFile
-from transferkit.preprocessing import CONVENTIONS
+from transferkit.features import cache as features_module
+from transferkit.features.file import FeatureFile
 
 CLASSES = ["cat", "dog", "owl"]
 EPOCHS = 2
@@ -868,8 +868,8 @@ import sys
 import torch
 from torchvision.models.vgg import make_layers
 import transferkit as tk
-from transferkit.prefix import Prefix
-from transferkit.preprocessing import CONVENTIONS
+from transferkit.features.prefix import Prefix
+from transferkit.data.preprocessing import CONVENTIONS
 
 torch.set_num_threads(1)
 folder = sys.argv[1]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import transferkit as tk
+from transferkit.data.preprocessing import CONVENTIONS
 from transferkit.errors import UnknownLayerError
-from transferkit.freezing import describe_frozen, first_trainable
-from transferkit.preprocessing import CONVENTIONS
+from transferkit.model.freezing import describe_frozen, first_trainable
 
 Maker = Callable[..., tk.Backbone]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from transferkit.data.images import as_image, as_images, check_image_size, check_normalized
 from transferkit.errors import ImageError
-from transferkit.images import as_image, as_images, check_image_size, check_normalized
 
 
 def pixels(*shape: int) -> torch.Tensor:

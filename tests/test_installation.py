@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from transferkit.base.installation import check_torchvision
 from transferkit.errors import TorchvisionMismatchError
-from transferkit.installation import check_torchvision
 
-SOURCE = str(Path(sys.modules[check_torchvision.__module__].__file__ or "").parents[1])
+SOURCE = str(Path(sys.modules[check_torchvision.__module__].__file__ or "").parents[2])
 
 
 def run_python(code: str, *folders: Path) -> subprocess.CompletedProcess[str]:

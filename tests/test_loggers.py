@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import transferkit as tk
-from transferkit import loggers
 from transferkit.errors import ArgumentError, MissingPackageError
+from transferkit.training import loggers
 
 HEADER = ",".join(loggers.COLUMNS) + "\n"
 

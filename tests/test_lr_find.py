@@ -13,10 +13,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
-from transferkit.data import epoch_order
+from transferkit.base.randomness import derive_seed, seeded
+from transferkit.data.sources import epoch_order
 from transferkit.errors import ArgumentError, NothingToTrainError
-from transferkit.learning_rate_sweep import LearningRateSweep
-from transferkit.randomness import derive_seed, seeded
+from transferkit.results.lr_sweep import LearningRateSweep
 
 CLASSES = ["cat", "dog", "owl"]
 
@@ -34,7 +34,7 @@ def make_model(make_backbone, *, frozen="block4", batch_norm=False, dropout=0.5)
 @pytest.fixture
 def half_device(monkeypatch):
     """A CPU that says it can do fp16: the real gradient scaler, without a GPU."""
-    monkeypatch.setattr("transferkit.device.supported_precisions", lambda device: ("fp16", "fp32"))
+    monkeypatch.setattr("transferkit.compute.device.supported_precisions", lambda device: ("fp16", "fp32"))
     return tk.Device("cpu", "fp16")
 
 
@@ -292,7 +292,7 @@ def test_nothing_changes_when_it_is_ended(make_backbone, data, act, error, numbe
 def test_ctrl_c_while_features_are_computed_ends_it(make_backbone, data, monkeypatch, images_seen):
     """Ctrl-C while the images go through the frozen layers ends it after that batch."""
     trainer = make_trainer(make_model(make_backbone))
-    monkeypatch.setattr("transferkit.prefix._PIXELS_ON_CPU", 4 * 32 * 32)
+    monkeypatch.setattr("transferkit.features.prefix._PIXELS_ON_CPU", 4 * 32 * 32)
     augmented = []
 
     def watched(image):

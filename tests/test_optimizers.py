@@ -8,7 +8,7 @@ import torch
 
 import transferkit as tk
 from transferkit.errors import ArgumentError
-from transferkit.optimizers import build_optimizer, parameter_groups, scale_lr, set_lr
+from transferkit.training.optimizers import build_optimizer, parameter_groups, scale_lr, set_lr
 
 GROUPS = ["block1", "block2", "block3", "block4", "block5", "head"]
 

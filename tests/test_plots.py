@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import transferkit as tk
-from transferkit import plots
 from transferkit.errors import ArgumentError, MissingPackageError
 
 
@@ -159,4 +158,4 @@ def test_without_matplotlib_the_command_is_named(monkeypatch):
     """The message says what to install."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingPackageError, match=r"matplotlib.*pip install 'transferkit\[notebook\]'"):
-        plots.plot_lr_find(SWEEP)
+        tk.plot_lr_find(SWEEP)

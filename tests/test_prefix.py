@@ -11,8 +11,8 @@ from torch import nn
 from torchvision.datasets import ImageFolder
 
 import transferkit as tk
-from transferkit.prefix import Prefix, why_impure
-from transferkit.preprocessing import CONVENTIONS
+from transferkit.data.preprocessing import CONVENTIONS
+from transferkit.features.prefix import Prefix, why_impure
 
 ASSETS = Path(__file__).parent.parent / "examples" / "assets"
 CLASSES = ["cat", "dog", "owl"]

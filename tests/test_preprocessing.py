@@ -13,8 +13,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 import transferkit as tk
+from transferkit.data.preprocessing import CONVENTIONS, find_convention
 from transferkit.errors import ArgumentError, ImageError
-from transferkit.preprocessing import CONVENTIONS, find_convention
 
 ASSETS = Path(__file__).parent.parent / "examples" / "assets"
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transferkit.randomness import derive_seed, seeded, shuffled
+from transferkit.base.randomness import derive_seed, seeded, shuffled
 
 PARTS = st.lists(st.one_of(st.integers(), st.text(max_size=5)), min_size=1, max_size=4)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import transferkit as tk
 from transferkit.errors import ArgumentError
-from transferkit.recompute import Recomputed
+from transferkit.model.recompute import Recomputed
 
 
 def trained(make_backbone, data, *, layer, **arguments):

@@ -8,12 +8,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 import transferkit as tk
-from transferkit import resized_images
-from transferkit.data import open_data
+from transferkit.data import resized as resized_images
+from transferkit.data.inputs import Inputs
+from transferkit.data.open import open_data
+from transferkit.data.preprocessing import CONVENTIONS
+from transferkit.data.resized import resized
 from transferkit.errors import HeadMismatchError, ImageError, TargetError, TransferKitError
-from transferkit.inputs import Inputs
-from transferkit.preprocessing import CONVENTIONS
-from transferkit.resized_images import resized
 
 CLASSES = ("cat", "dog", "owl")
 PREPROCESS = CONVENTIONS["IMAGENET1K_V1"].with_image_size(32)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from transferkit.errors import ArgumentError
-from transferkit.schedules import SCHEDULES, check_schedule, find_schedule, lr_factor
+from transferkit.training.schedules import SCHEDULES, check_schedule, find_schedule, lr_factor
 
 
 def factors(name: str, num_steps: int, warmup_steps: int = 0) -> list[float]:

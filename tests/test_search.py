@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 from functools import partial
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 import transferkit as tk
+from transferkit.base.randomness import derive_seed, generator_states, seeded
 from transferkit.errors import (
     ArgumentError,
     CacheError,
@@ -26,10 +28,9 @@ from transferkit.errors import (
     TransferKitError,
     UnknownLayerError,
 )
-from transferkit.freezing import first_trainable
-from transferkit.history import EpochReport, History
-from transferkit.hyperparameter_search import SearchResult, Trial
-from transferkit.randomness import derive_seed, generator_states, seeded
+from transferkit.model.freezing import first_trainable
+from transferkit.results.history import EpochReport, History
+from transferkit.search import SearchResult, Trial
 
 CLASSES = ["cat", "dog", "owl"]
 
@@ -220,7 +221,7 @@ def test_images_resized_in_memory_train_as_files_do(search, folder, monkeypatch)
     space = {"lr": [1e-2], "freeze_until": ["block5"], "epochs": [2], "batch_size": [4], "augment": [["flip", "crop"]]}
     dataset = ImageFolder(folder)
     in_memory = search(space, dataset, validation_split=0.4)
-    monkeypatch.setattr("transferkit.hyperparameter_search.resized", lambda *_, **__: None)
+    monkeypatch.setattr(sys.modules["transferkit.search"], "resized", lambda *_, **__: None)
     from_files = search(space, dataset, validation_split=0.4)
     assert figures(in_memory.trials[0].history) == figures(from_files.trials[0].history)
     assert_same_weights(in_memory.best_model_.state_dict(), from_files.best_model_.state_dict())
@@ -268,7 +269,7 @@ def test_files_are_read_once(search, folder, monkeypatch):
     """However many trials, each file is decoded a fixed number of times."""
     reads = []
     opened = Image.open
-    monkeypatch.setattr("transferkit.samples.Image.open", lambda path: reads.append(path) or opened(path))
+    monkeypatch.setattr("transferkit.data.samples.Image.open", lambda path: reads.append(path) or opened(path))
     counts = []
     for rates in ([1e-3], [1e-4, 1e-3, 1e-2, 1e-1]):
         reads.clear()

@@ -8,16 +8,11 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import transferkit as tk
-from transferkit.class_weights import check_class_weights
 from transferkit.errors import ArgumentError
-from transferkit.optimizers import build_optimizer
-from transferkit.step import (
-    CrossEntropy,
-    Sums,
-    count_correct,
-    evaluation_step,
-    training_step,
-)
+from transferkit.training.loss import CrossEntropy, check_class_weights
+from transferkit.training.metrics import Sums, count_correct
+from transferkit.training.optimizers import build_optimizer
+from transferkit.training.step import evaluation_step, training_step
 
 WEIGHTS = torch.tensor([1.0, 2.0, 5.0])
 

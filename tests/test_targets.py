@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from transferkit.data.targets import as_targets, class_indices
 from transferkit.errors import TargetError
-from transferkit.targets import as_targets, class_indices
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import transferkit as tk
 from transferkit.errors import ArgumentError, ImageError, NothingToTrainError, TargetError
-from transferkit.freezing import first_trainable
+from transferkit.model.freezing import first_trainable
 
 CLASSES = ["cat", "dog", "owl"]
 

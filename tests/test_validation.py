@@ -6,9 +6,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
-from transferkit.data import open_data
+from transferkit.data.open import open_data
+from transferkit.data.selection import split_validation
 from transferkit.errors import ArgumentError, EmptyDataError, TargetError
-from transferkit.validation import split_validation
 
 CLASSES = [str(number) for number in range(200)]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from transferkit import weights
 from transferkit.errors import WeightsDownloadError, WeightsError
+from transferkit.model import weights
 
 
 class Server(http.server.ThreadingHTTPServer):

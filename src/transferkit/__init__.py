@@ -8,31 +8,30 @@
 
 from importlib.metadata import version
 
-from transferkit.installation import check_torchvision
+from transferkit.base.installation import check_torchvision
 
 check_torchvision()  # before anything imports it, so that the user sees a sentence and not a missing operator
 
-from transferkit.assessment import Assessment, confusion_matrix
-from transferkit.backbone import Backbone, load_backbone
-from transferkit.callbacks import EarlyStopping, GradualUnfreezing
-from transferkit.checkpoint import Checkpoint
-from transferkit.device import Device
+from transferkit.compute.device import Device
+from transferkit.data.preprocessing import Preprocessing
 from transferkit.errors import TransferKitError
-from transferkit.export import WithPreprocessing
-from transferkit.feature_dataset import FeatureDataset, cache_features
-from transferkit.freezing import freeze_until
-from transferkit.head import TransferModel, attach_head
-from transferkit.history import EpochReport, History
-from transferkit.hyperparameter_search import SearchResult, Trial, search
-from transferkit.learning_rate_sweep import LearningRateSweep
-from transferkit.loggers import CSVLogger, TensorBoardLogger
-from transferkit.model_state import load_model, save_model
-from transferkit.model_summary import Summary, summary
-from transferkit.optimizers import discriminative_lr
-from transferkit.plots import plot_confusion_matrix, plot_lr_find, plot_predictions
-from transferkit.preprocessing import Preprocessing
-from transferkit.step import Step
+from transferkit.features.dataset import FeatureDataset, cache_features
+from transferkit.model.backbone import Backbone, load_backbone
+from transferkit.model.export import WithPreprocessing
+from transferkit.model.freezing import freeze_until
+from transferkit.model.head import TransferModel, attach_head
+from transferkit.results.assessment import Assessment, confusion_matrix, plot_confusion_matrix, plot_predictions
+from transferkit.results.history import EpochReport, History
+from transferkit.results.lr_sweep import LearningRateSweep, plot_lr_find
+from transferkit.results.summary import Summary, summary
+from transferkit.saving.model import load_model, save_model
+from transferkit.search import SearchResult, Trial, search
 from transferkit.trainer import Trainer
+from transferkit.training.callbacks import EarlyStopping, GradualUnfreezing
+from transferkit.training.checkpoint import Checkpoint
+from transferkit.training.loggers import CSVLogger, TensorBoardLogger
+from transferkit.training.optimizers import discriminative_lr
+from transferkit.training.step import Step
 
 __version__ = version("transferkit")
 

@@ -13,36 +13,36 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from transferkit import archive, model_state
-from transferkit.arguments import positive, share, whole_number
-from transferkit.assessment import Assessment
-from transferkit.augmentation import Augment
-from transferkit.best import BestWeights
-from transferkit.checkpoint import Checkpoint
-from transferkit.class_weights import check_class_weights, find_class_weights
-from transferkit.data import open_data
-from transferkit.device import Device
-from transferkit.display import QUIET, Display
-from transferkit.epochs import Callback, run_epochs, train_epoch
+from transferkit.base.arguments import positive, share, whole_number
+from transferkit.base.display import QUIET, Display
+from transferkit.base.interrupts import Interrupts
+from transferkit.compute.device import Device
+from transferkit.compute.finite import check_policy
+from transferkit.data.augmentation import Augment
+from transferkit.data.inputs import Inputs
+from transferkit.data.open import open_data
 from transferkit.errors import ArgumentError
-from transferkit.evaluation import assess, evaluate, in_eval_mode, predict_proba
-from transferkit.features import FeatureCache, open_folder
-from transferkit.feed import Feed, Frozen
-from transferkit.finite import check_policy
-from transferkit.freezing import describe_frozen
-from transferkit.head import TransferModel
-from transferkit.history import History
-from transferkit.inputs import Inputs
-from transferkit.interrupts import Interrupts
-from transferkit.learning_rate_sweep import LearningRateSweep
-from transferkit.lr_find import spaced_rates, sweep
-from transferkit.optimizers import LearningRate, OptimizerClass, build_optimizer, set_lr
-from transferkit.progress import Progress
-from transferkit.recompute import check_recomputable
-from transferkit.run import Run, check_trains, choose_batch_size, open_run
-from transferkit.schedules import Schedule, check_schedule, find_schedule
-from transferkit.step import CrossEntropy, Step, Sums
-from transferkit.training_state import (
+from transferkit.features.cache import FeatureCache, open_folder
+from transferkit.features.feed import Feed, Frozen
+from transferkit.model.freezing import describe_frozen
+from transferkit.model.head import TransferModel
+from transferkit.model.recompute import check_recomputable
+from transferkit.results.assessment import Assessment
+from transferkit.results.history import History
+from transferkit.results.lr_sweep import LearningRateSweep
+from transferkit.saving import archive
+from transferkit.saving import model as model_state
+from transferkit.training.checkpoint import Checkpoint
+from transferkit.training.evaluation import assess, evaluate, in_eval_mode, predict_proba
+from transferkit.training.loop import Callback, run_epochs, train_epoch
+from transferkit.training.loss import CrossEntropy, check_class_weights, find_class_weights
+from transferkit.training.lr_find import spaced_rates, sweep
+from transferkit.training.metrics import Sums
+from transferkit.training.optimizers import LearningRate, OptimizerClass, build_optimizer, set_lr
+from transferkit.training.progress import BestWeights, Progress
+from transferkit.training.run import Run, check_trains, choose_batch_size, open_run
+from transferkit.training.schedules import Schedule, check_schedule, find_schedule
+from transferkit.training.state import (
     assign_training_state,
     check_training_state,
     complete_training_state,
@@ -50,6 +50,7 @@ from transferkit.training_state import (
     run_facts,
     training_state,
 )
+from transferkit.training.step import Step
 
 
 class Trainer:

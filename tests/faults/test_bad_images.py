@@ -19,7 +19,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 from torchvision.datasets import ImageFolder
 
 import transferkit as tk
-from transferkit.data import open_data
+from transferkit.data.open import open_data
 from transferkit.errors import ArgumentError, EmptyDataError, HeadMismatchError, ImageError, TargetError
 
 CLASSES = ["cat", "dog", "owl"]

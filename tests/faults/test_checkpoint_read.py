@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import transferkit as tk
-from transferkit import archive
 from transferkit.errors import CheckpointError, HeadMismatchError, TransferKitError, UnknownLayerError
+from transferkit.saving import archive
 
 REFUSALS = (CheckpointError, HeadMismatchError, UnknownLayerError)
 

@@ -20,9 +20,9 @@ import pytest
 import torch
 
 import transferkit as tk
-from transferkit import archive
-from transferkit.checkpoint import read_newest, steps_in
 from transferkit.errors import ArgumentError, CheckpointError, CheckpointTypeError, CheckpointWriteError
+from transferkit.saving import archive
+from transferkit.training.checkpoint import read_newest, steps_in
 
 SCRIPT = """
 import json, os, random, signal, sys, time
@@ -30,9 +30,9 @@ from pathlib import Path
 import torch
 from torchvision.models.vgg import make_layers
 import transferkit as tk
-from transferkit import archive
-from transferkit.checkpoint import read_newest
-from transferkit.preprocessing import CONVENTIONS
+from transferkit.saving import archive
+from transferkit.training.checkpoint import read_newest
+from transferkit.data.preprocessing import CONVENTIONS
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -247,7 +247,7 @@ def test_hidden_files_of_others_stay(trainer, tmp_path):
 
 def test_a_part_file_that_is_being_written_stays(trainer, tmp_path):
     """The part file of a writer that lives is not taken for abandoned."""
-    writer = archive.written_whole(tmp_path / "last.pt")
+    writer = archive.atomic_write(tmp_path / "last.pt")
     with writer as file:
         file.write(b"slow")
         trainer.save(tmp_path / "last.pt")

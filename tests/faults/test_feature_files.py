@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 import transferkit as tk
 from transferkit.errors import CacheError
-from transferkit.feature_file import FeatureFile
+from transferkit.features.file import FeatureFile
 
 KEY = hashlib.sha256(b"one").hexdigest()
 CLASSES = ["cat", "dog", "owl"]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import transferkit as tk
-from transferkit.data import ArraySource, epoch_order
+from transferkit.data.sources import ArraySource, epoch_order
 from transferkit.errors import HeadMismatchError, NonFiniteError, NothingToTrainError, UnknownLayerError
 
 CLASSES = ["cat", "dog", "owl"]

@@ -24,8 +24,8 @@ from torch.utils.data import Dataset
 from torchvision.models.vgg import make_layers
 
 import transferkit as tk
-from transferkit.interrupts import Interrupts
-from transferkit.preprocessing import CONVENTIONS
+from transferkit.base.interrupts import Interrupts
+from transferkit.data.preprocessing import CONVENTIONS
 
 LIMIT_S = 40  # against hangs alone
 NUMBERS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
-from transferkit.device import step_where
+from transferkit.compute.device import step_where
 from transferkit.errors import ArgumentError, NonFiniteError, TargetError
 
 CLASSES = ["cat", "dog", "owl"]
@@ -84,7 +84,7 @@ def make_trainer(make_backbone):
 @pytest.fixture
 def half(monkeypatch):
     """A CPU that says it can do fp16, so that gradients are scaled."""
-    monkeypatch.setattr("transferkit.device.supported_precisions", lambda device: ("bf16", "fp16", "fp32"))
+    monkeypatch.setattr("transferkit.compute.device.supported_precisions", lambda device: ("bf16", "fp16", "fp32"))
 
 
 def make_batches(kind=None, *, bad=(BAD,), number=10, without=()):

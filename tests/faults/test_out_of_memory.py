@@ -12,9 +12,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import transferkit as tk
+from transferkit.compute.out_of_memory import is_out_of_memory, reserve_state
 from transferkit.errors import NonFiniteError, OutOfMemoryError
-from transferkit.out_of_memory import is_out_of_memory, reserve_state
-from transferkit.prefix import Prefix
+from transferkit.features.prefix import Prefix
 
 CLASSES = ["cat", "dog", "owl"]
 
@@ -437,7 +437,7 @@ import copy, json, resource, sys, torch
 from torch import nn
 from torchvision.models.vgg import make_layers
 import transferkit as tk
-from transferkit.preprocessing import CONVENTIONS
+from transferkit.data.preprocessing import CONVENTIONS
 
 torch.set_num_threads(1)
 features = make_layers([4, "M", 4, "M", 8, "M", 8, "M", 8, "M"], batch_norm=True)

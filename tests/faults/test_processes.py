@@ -12,7 +12,7 @@ from torch import distributed
 from torchvision.models.vgg import make_layers
 import transferkit as tk
 from transferkit.errors import DeviceError
-from transferkit.preprocessing import CONVENTIONS
+from transferkit.data.preprocessing import CONVENTIONS
 
 rank, world, meeting, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 torch.set_num_threads(1)

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.models.vgg import make_layers
 
 import transferkit as tk
-from transferkit.archive import read_checkpoint, write_checkpoint
+from transferkit.data.preprocessing import CONVENTIONS
 from transferkit.errors import ArgumentError, CheckpointError, DataChangedError, HeadMismatchError, NonFiniteError
-from transferkit.preprocessing import CONVENTIONS
+from transferkit.saving.archive import read_checkpoint, write_checkpoint
 
 CLASSES = ["cat", "dog", "owl"]
 COUNT, BATCH, EPOCHS, STEPS = 20, 8, 2, 6  # batches of 8, 8 and 4

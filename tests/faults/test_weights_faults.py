@@ -18,8 +18,8 @@ import torch
 from torchvision.models.vgg import make_layers
 
 import transferkit as tk
-from transferkit import weights
 from transferkit.errors import TransferKitError, WeightsDownloadError, WeightsError
+from transferkit.model import weights
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -129,7 +129,7 @@ DOWNLOAD = """
 import sys
 sys.path[:] = {path!r}
 from pathlib import Path
-from transferkit import weights
+from transferkit.model import weights
 print(weights.download(sys.argv[1], Path(sys.argv[2])))
 """
 
@@ -379,7 +379,7 @@ sys.addaudithook(lambda event, arguments: asked.append(event) if event.startswit
 from pathlib import Path
 import torch, torchvision
 import transferkit as tk
-from transferkit import weights
+from transferkit.model import weights
 path = weights.download("http://no-such-host.invalid/" + sys.argv[1], Path(sys.argv[2]))
 print(len(weights.read_state_dict(path)))
 print([event for event in asked if event not in ("socket.__new__", "socket.gethostname")])

@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import Dataset
 
 import transferkit as tk
-from transferkit import workers
-from transferkit.data import open_data
+from transferkit.data import workers
+from transferkit.data.open import open_data
 from transferkit.errors import ImageError, NonFiniteError, WorkerError
 
 CLASSES = ["cat", "dog", "owl"]
@@ -327,8 +327,8 @@ FULL = """
 import resource, sys
 import torch
 import transferkit as tk
-from transferkit import workers
-from transferkit.data import open_data
+from transferkit.data import workers
+from transferkit.data.open import open_data
 from transferkit.errors import WorkerError
 
 workers.TIMEOUT_S = 3
@@ -360,7 +360,7 @@ def test_workers_end_when_the_main_process_is_killed(tmp_path):
 import time, multiprocessing, sys
 sys.path[:] = {sys.path!r}
 import torch
-from transferkit.data import open_data
+from transferkit.data.open import open_data
 batches = open_data([(torch.zeros(3, 32, 32, dtype=torch.uint8), 0)] * 4000, ["a"], num_workers=2).batches(
     4, seed=0, order=None)
 next(batches)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import transferkit as tk
-from transferkit import archive
 from transferkit.errors import CheckpointError, TransferKitError, WeightsError
+from transferkit.saving import archive
 
 # --- case 12: code
 
@@ -120,7 +120,7 @@ import json, os, resource, sys, time
 from pathlib import Path
 import torch, torchvision
 import transferkit as tk
-from transferkit import archive
+from transferkit.saving import archive
 
 readers = {
     "checkpoint": archive.read_checkpoint,
@@ -248,7 +248,7 @@ def model_state(**changes):
 
 
 def archive_state(model):
-    from transferkit.model_state import model_state as state_of
+    from transferkit.saving.model import model_state as state_of
 
     return dict(state_of(model))
 

@@ -1,0 +1,4 @@
+"""Where the arithmetic runs and what can go wrong there: devices, precision, memory, numbers that are not finite.
+
+May import `base`.
+"""

@@ -1,0 +1,110 @@
+"""When the memory does not suffice: the same work in smaller parts."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch.optim import Optimizer
+
+from transferkit.compute.device import Device
+from transferkit.errors import DeviceError, OutOfMemoryError
+
+_Result = TypeVar("_Result")
+
+_PHRASES = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate",
+    "bad alloc",
+    "bad_alloc",
+    "status_alloc_failed",  # cuBLAS's and cuDNN's
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that memory ran out, in any of the words that torch has for it.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+        True
+        >>> is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+        False
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _PHRASES)
+
+
+def within_memory(
+    run: Callable[[int], _Result], size: int, *, device: Device, what: str, undo: Callable[[], object] | None = None
+) -> tuple[_Result, int]:
+    """Return what `run(size)` does, with half the size for as long as memory does not suffice, and the size.
+
+    Args:
+        run: Does the work in parts of so many images.
+        size: First size, 1 or more.
+        device: Whose memory it is.
+        what: What is done, for the message.
+        undo: Called before it is run again.
+
+    Raises:
+        OutOfMemoryError: One image at a time is too much.
+    """
+    while True:
+        try:
+            return run(size), size
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if size == 1:
+                raise OutOfMemoryError(
+                    f"memory does not suffice for {what}, one image at a time, on {device.torch_device} "
+                    f"({_memory(device)}): {reason} Freeze more layers, take a smaller image_size or a smaller head, "
+                    "or free what else holds memory."
+                ) from error
+        # outside of the except block, where nothing holds the tensors of the failed attempt any more
+        if undo is not None:
+            undo()
+        if device.torch_device.type == "cuda":
+            torch.cuda.empty_cache()
+        size = (size + 1) // 2
+
+
+def reserve_state(optimizer: Optimizer, device: Device) -> None:
+    """See that there is memory for what an optimizer is about to keep of each parameter, before it changes the first.
+
+    Raises:
+        OutOfMemoryError: There is not; nothing was changed.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    fresh = [p for p in parameters if p.grad is not None and p not in optimizer.state]
+    copies = _count_copies(optimizer)
+    try:
+        [torch.empty_like(p) for p in fresh for _ in range(copies)]  # all at once, and given back at once
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        needed = copies * sum(p.numel() * p.element_size() for p in fresh)
+        raise OutOfMemoryError(
+            f"memory does not suffice for the optimizer's state, {needed / 2**30:.2f} GiB, on {device.torch_device} "
+            f"({_memory(device)}). No weight was changed. Freeze more layers, take a smaller head, or "
+            'optimizer="sgd", which keeps half of that.'
+        ) from error
+
+
+def _count_copies(optimizer: Optimizer) -> int:
+    """Return how many tensors of a parameter's size an optimizer keeps; of one that is not known, as many as Adam."""
+    if type(optimizer) is torch.optim.SGD:
+        return int(any(group["momentum"] for group in optimizer.param_groups))
+    return 2
+
+
+def _memory(device: Device) -> str:
+    try:
+        memory = device.memory()
+    except DeviceError:
+        return "how much is free is not known"
+    return f"{memory['free'] / 2**30:.2f} GiB free of {memory['total'] / 2**30:.2f} GiB"

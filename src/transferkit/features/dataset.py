@@ -1,0 +1,111 @@
+"""`cache_features`: the prefix's outputs as an ordinary `Dataset`, for anybody's training loop."""
+
+from os import PathLike
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from transferkit.base.arguments import whole_number
+from transferkit.base.display import Display
+from transferkit.compute.device import Device
+from transferkit.data.augmentation import Augment, build_augmentation
+from transferkit.data.inputs import Inputs
+from transferkit.data.open import open_data
+from transferkit.errors import ArgumentError
+from transferkit.features.cache import FeatureCache, KeptFeatures, open_folder
+from transferkit.features.feed import Feed, Frozen
+from transferkit.model.head import TransferModel
+
+
+class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Features and targets of every image, view after view. Made by `cache_features`.
+
+    Sample i is a pair of features `(C, h, w)`, in the number format they were computed in, and the target.
+    `model.split()[1]` takes batches of them and gives logits.
+
+    Attributes:
+        features: `(views * N, C, h, w)`, channels-last; do not write to it.
+        targets: int64 `(views * N,)` or float32 `(views * N, K)`.
+    """
+
+    def __init__(self, kept: KeptFeatures) -> None:
+        self.features = kept.features.flatten(0, 1).permute(0, 3, 1, 2)
+        views = len(kept.features)
+        self.targets = kept.targets.repeat(views, *(1 for _ in kept.targets.shape[1:]))
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.features[index].clone(), self.targets[index]
+
+    def numpy(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64 | np.float32]]:
+        """Return copies as scikit-learn takes them: features float32 `(views * N, C * h * w)`, and targets.
+
+        The columns have the order that the head's first layer sees.
+        """
+        return self.features.flatten(1).to("cpu", torch.float32, copy=True).numpy(), self.targets.to(
+            "cpu", copy=True
+        ).numpy()
+
+
+def cache_features(
+    model: TransferModel,
+    data: object,
+    *,
+    cache_dir: str | PathLike[str] | None = None,
+    augment: Augment | None = None,
+    n_views: int | None = None,
+    seed: int = 0,
+    device: str | torch.device | Device = "auto",
+    precision: str = "auto",
+    num_workers: int = 0,
+    verbose: int = 0,
+) -> FeatureDataset:
+    """Compute what the frozen layers of a model make of each image, and return it as a `Dataset`.
+
+    Args:
+        model: From `attach_head`, with something frozen; it is moved to the device.
+        data: `(images, targets)` or a `Dataset`, as in `Trainer.fit`.
+        cache_dir: A folder in which the features are kept in a file, for later runs and other processes.
+        augment: As in `Trainer.fit`; needs `n_views`.
+        n_views: Fixed random views of each image.
+        seed: The views depend on it.
+        device: As in `Trainer`.
+        precision: As in `Trainer`.
+        num_workers: Processes that read a `Dataset`.
+        verbose: As in `Trainer.fit`.
+
+    Raises:
+        CacheError: Nothing is frozen, what is frozen is no pure function, the images are not the same each time they
+            are read, or there is no room.
+        TransferKitError: The data cannot be used.
+
+    Example:
+        >>> from transferkit import attach_head, freeze_until, load_backbone
+        >>> model = attach_head(load_backbone("vgg11", weights=None, image_size=32), ["cat", "dog"])
+        >>> images, targets = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1, 1, 0])
+        >>> features = cache_features(freeze_until(model, "head"), (images, targets), device="cpu")
+        >>> len(features), features[0][0].shape, features.numpy()[0].shape
+        (4, torch.Size([512, 1, 1]), (4, 512))
+    """
+    if not isinstance(model, TransferModel):
+        raise ArgumentError(f"model is a {type(model).__name__}: expected a TransferModel from attach_head.")
+    place = device if isinstance(device, Device) else Device(device, precision)
+    preprocess = model.backbone.preprocess
+    transform = None if augment is None else build_augmentation(augment, preprocess.image_size)
+    source = open_data(data, model.classes, num_workers=num_workers)
+    frozen = Frozen(place.prepare(model), place, compiled=False)
+    feed = Feed(
+        Inputs(source, preprocess, place, transform, whole_number("seed", seed, at_least=0)),
+        frozen,
+        FeatureCache(place, open_folder(cache_dir)),
+        mode=True,
+        num_views=None if n_views is None else whole_number("n_views", n_views),
+        what="given",
+        display=Display(verbose),
+    )
+    return FeatureDataset(feed.keep())

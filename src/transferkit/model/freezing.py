@@ -1,0 +1,193 @@
+"""Freeze the early layers of a network, so that training leaves every bit of them as it was."""
+
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from transferkit.errors import UnknownLayerError, close_matches
+from transferkit.model.backbone import Backbone
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+_END = "(the end)"  # the boundary when everything is frozen; no module can have this name
+
+
+class _StayInEval:
+    """Stands in for a frozen module's `train` method, so that `model.train()` leaves the module in eval mode.
+
+    `requires_grad=False` alone stops neither batch norm's running statistics nor dropout. The mode asked for is kept
+    for when the module is unfrozen.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.mode = module.training
+
+    def __call__(self, mode: bool = True) -> nn.Module:  # noqa: FBT001, FBT002 - torch's signature
+        self.mode = mode
+        for child in self.module.children():
+            child.train(mode)
+        return self.module
+
+
+def freeze_until(model: _Module, layer: str | None) -> _Module:
+    """Freeze every layer before `layer`; `layer` itself and all after it train.
+
+    Frozen parameters take no gradient, and frozen modules stay in eval mode through `model.train()`, so that batch
+    norm's statistics stay bit-identical and dropout stays off. What an earlier call froze and this one does not is
+    trainable again. Calling it twice changes nothing more.
+
+    Args:
+        model: A `Backbone`, a `TransferModel`, a module that contains a `Backbone`, or any module whose
+            registration order (`model.named_modules()`) is its forward order.
+        layer: A block (`"block5"`), a layer (`"block4_conv2"`), a module name (`"features.24"`), `"head"` (freezes
+            the whole backbone), or None (freezes nothing).
+
+    Returns:
+        The same model, changed in place.
+
+    Raises:
+        UnknownLayerError: `layer` is no layer of `model`; the message lists close matches.
+
+    Example:
+        >>> from transferkit import load_backbone
+        >>> backbone = freeze_until(load_backbone(weights=None), "block2")  # block 1 has 1,792 + 36,928
+        >>> sum(p.numel() for p in backbone.parameters() if not p.requires_grad)
+        38720
+
+    References:
+        Yosinski et al., 2014, "How transferable are features in deep neural networks?", arXiv:1411.1792.
+    """
+    boundary = find_boundary(model, layer)
+    modules = dict(model.named_modules())
+    frozen_names = _names_before(boundary, list(modules))
+    # A parameter that a frozen module shares with a trainable one stays frozen: the frozen part must not change.
+    frozen = {id(p) for name in frozen_names for p in modules[name].parameters(recurse=False)}
+    for parameter in model.parameters():
+        if not parameter.is_floating_point():
+            continue
+        parameter.requires_grad_(id(parameter) not in frozen)
+        if not parameter.requires_grad:
+            parameter.grad = None  # or an optimizer would still apply a gradient left over from before
+    for name, module in modules.items():
+        stand_in = module.__dict__.get("train")
+        if name in frozen_names and not _contains(name, boundary):
+            if not isinstance(stand_in, _StayInEval):
+                module.train = _StayInEval(module)
+            module.training = False
+        elif isinstance(stand_in, _StayInEval):
+            del module.train
+            module.training = stand_in.mode
+    return model
+
+
+def stays_in_eval(module: nn.Module) -> bool:
+    """Say whether `freeze_until` froze a module."""
+    return isinstance(module.__dict__.get("train"), _StayInEval)
+
+
+def stand_ins(model: nn.Module) -> list[_StayInEval]:
+    """Return what stands in for the `train` methods of frozen modules: each knows the mode asked for."""
+    found = [module.__dict__.get("train") for module in model.modules()]
+    return [stand_in for stand_in in found if isinstance(stand_in, _StayInEval)]
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights and buffers that training changes, by name; they are not copies.
+
+    Example:
+        >>> list(trainable_state(freeze_until(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "1")))
+        ['1.weight', '1.bias']
+    """
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for name, module in model.named_modules():
+        if stays_in_eval(module):
+            frozen.update(f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False))
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def first_trainable(model: nn.Module) -> str | None:
+    """Return the name of the first layer with a trainable parameter; None if there is none.
+
+    Layers of a `Backbone` go by their block names. `freeze_until(model, first_trainable(model))` freezes what is
+    frozen now, provided something trains.
+
+    Example:
+        >>> first_trainable(freeze_until(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "1"))
+        '1'
+    """
+    names = {qualified: alias for alias, qualified in reversed(_aliases(model).items()) if "_" in alias}
+    for name, module in model.named_modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            return str(names.get(name, name))
+    return None
+
+
+def describe_frozen(model: nn.Module) -> str:
+    """Say in one line what is frozen and what trains, with parameter counts.
+
+    Example:
+        >>> describe_frozen(freeze_until(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "1"))
+        'frozen: 6 parameters before 1; training: 6 parameters'
+    """
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    before = f" before {first_trainable(model)}" if trainable else ""
+    part = f"{frozen:,} parameters{before}" if frozen else "nothing"
+    return f"frozen: {part}; training: {trainable:,} parameters"
+
+
+def find_boundary(model: nn.Module, layer: str | None) -> str | None:
+    """Return the name of the module that a layer name stands for; None for None.
+
+    Raises:
+        UnknownLayerError: It stands for none; the message lists close matches.
+    """
+    if layer is None:
+        return None
+    aliases = _aliases(model)
+    if layer in aliases:
+        return aliases[layer]
+    names = [name for name, _ in model.named_modules() if name]
+    if layer in names:
+        return layer
+    raise UnknownLayerError(
+        f"cannot freeze until layer {layer!r}: {type(model).__name__} has no such layer. "
+        f"{close_matches(layer, sorted([*aliases, *names], key=_is_part))} None freezes nothing."
+    )
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Map the block and layer names of each backbone inside `model` to the names of its modules."""
+    aliases: dict[str, str] = {}
+    for prefix, backbone in model.named_modules():
+        if not isinstance(backbone, Backbone):
+            continue
+        dot = f"{prefix}." if prefix else ""
+        for index, name in enumerate(backbone.layer_names):
+            aliases.setdefault(name.split("_")[0], f"{dot}features.{index}")
+            aliases[name] = f"{dot}features.{index}"
+        if prefix:  # "features.24" for "backbone.features.24"
+            aliases.update({name: dot + name for name, _ in backbone.named_modules() if name})
+        else:
+            aliases["head"] = _END
+    return aliases
+
+
+def _is_part(name: str) -> bool:
+    """Put blocks and whole modules, which most users mean, before the layers in them."""
+    return "_" in name or "." in name
+
+
+def _names_before(boundary: str | None, names: list[str]) -> set[str]:
+    """Return the names registered before `boundary`; modules around it count for their own direct parameters."""
+    if boundary is None:
+        return set()
+    return set(names if boundary == _END else names[: names.index(boundary)])
+
+
+def _contains(name: str, boundary: str | None) -> bool:
+    """Return whether the module called `name` contains the boundary, and so must go on into training mode."""
+    if boundary is None or boundary == _END:
+        return False
+    return name == "" or boundary.startswith(f"{name}.")

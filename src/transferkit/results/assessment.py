@@ -1,0 +1,286 @@
+"""What a model makes of labelled images, image by image, and the figures that follow from it."""
+
+import html
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from transferkit.base.arguments import whole_number
+from transferkit.data.open import open_data
+from transferkit.data.sources import Source
+from transferkit.errors import ArgumentError
+from transferkit.results.figures import open_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+
+
+def confusion_matrix(targets: npt.ArrayLike, predicted: npt.ArrayLike, num_classes: int) -> Integers:
+    """Count how often which class was taken for which.
+
+    Args:
+        targets: True class indices, `(N,)`.
+        predicted: Predicted ones, `(N,)`.
+        num_classes: They run from 0 to `num_classes - 1`.
+
+    Returns:
+        int64 `(num_classes, num_classes)`: rows are true classes, columns predicted ones.
+
+    Raises:
+        ArgumentError: Indices out of range, or different numbers of them.
+
+    Example:
+        >>> confusion_matrix([0, 0, 1], [0, 1, 1], num_classes=2)
+        array([[1, 1],
+               [0, 1]])
+    """
+    whole_number("num_classes", num_classes)
+    true, guessed = np.asarray(targets), np.asarray(predicted)
+    for name, indices in (("targets", true), ("predicted", guessed)):
+        whole = indices.ndim == 1 and (indices.dtype.kind in "iu" or indices.size == 0)
+        if not whole or (indices.size and not (indices.min() >= 0 and indices.max() < num_classes)):
+            raise ArgumentError(
+                f"{name} of shape {indices.shape} and type {indices.dtype} cannot be counted: expected class indices, "
+                f"integers (N,) from 0 to {num_classes - 1}."
+            )
+    if len(true) != len(guessed):
+        raise ArgumentError(f"{len(true)} targets but {len(guessed)} predicted: expected one for each image.")
+    pairs = true.astype(np.int64) * num_classes + guessed.astype(np.int64)
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes).astype(np.int64)
+
+
+class ClassFigures(NamedTuple):
+    """How well one class is told from the others.
+
+    Attributes:
+        name: Of the class.
+        precision: Share of the images predicted as this class that are of it; NaN if none was.
+        recall: Share of this class's images that were predicted as it; NaN if there is none.
+        f1: Harmonic mean of both, 0 where nothing was right; NaN if the class occurs nowhere.
+        support: Number of its images.
+    """
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Assessment:
+    """What a model made of each image of labelled data; from `Trainer.assess`.
+
+    Attributes:
+        probabilities: Of each class, float32 `(N, K)`, in the order of the data.
+        losses: Cross-entropy of each image, float32 `(N,)`: how little was thought of its true class.
+        targets: True class indices, int64 `(N,)`; of soft targets, the largest.
+        classes: The class names.
+
+    Example:
+        >>> probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]], np.float32)
+        >>> losses = -np.log(np.array([0.9, 0.6, 0.3], np.float32))
+        >>> assessment = Assessment(probabilities, losses, np.array([0, 1, 1]), ("cat", "dog"))
+        >>> print(assessment)
+        accuracy 0.6667, loss 0.6067, 3 images
+        class  precision  recall      f1  images
+        cat       0.5000  1.0000  0.6667       1
+        dog       1.0000  0.5000  0.6667       2
+        >>> assessment.confusion_matrix()
+        array([[1, 0],
+               [1, 1]])
+    """
+
+    probabilities: Floats
+    losses: Floats
+    targets: Integers
+    classes: tuple[str, ...]
+
+    @property
+    def predicted(self) -> Integers:
+        """The most probable class index of each image, int64 `(N,)`."""
+        predicted: Integers = self.probabilities.argmax(axis=1)
+        return predicted
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return float(self.losses.mean(dtype=np.float64))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images whose most probable class is the true one, 0 to 1."""
+        return float((self.predicted == self.targets).mean())
+
+    def top_k_accuracy(self, k: int) -> float:
+        """Return the share of the images whose true class is among the `k` most probable ones, 0 to 1.
+
+        Raises:
+            ArgumentError: `k` is not 1 to the number of classes.
+        """
+        if whole_number("k", k) > len(self.classes):
+            raise ArgumentError(f"k={k} cannot be used: expected 1 to {len(self.classes)}, the number of classes.")
+        true = self.probabilities[np.arange(len(self.targets)), self.targets]
+        ahead = (self.probabilities > true[:, None]).sum(axis=1)
+        first = self.predicted == self.targets  # of equal ones argmax takes the first: top 1 is the accuracy
+        return float(((ahead < k) if k > 1 else first).mean())
+
+    def confusion_matrix(self) -> Integers:
+        """Return how often which class was taken for which, int64 `(K, K)`: rows are true, columns predicted."""
+        return confusion_matrix(self.targets, self.predicted, len(self.classes))
+
+    def per_class(self) -> list[ClassFigures]:
+        """Return precision, recall, F1 and number of images of each class."""
+        matrix = self.confusion_matrix()
+        return [
+            ClassFigures(
+                name,
+                _ratio(matrix[i, i], matrix[:, i].sum()),
+                _ratio(matrix[i, i], matrix[i].sum()),
+                _ratio(2 * matrix[i, i], matrix[:, i].sum() + matrix[i].sum()),
+                int(matrix[i].sum()),
+            )
+            for i, name in enumerate(self.classes)
+        ]
+
+    def worst(self, num_images: int) -> Integers:
+        """Return the places in the data of the images with the highest loss, the worst first, int64."""
+        order = np.argsort(-self.losses, kind="stable")
+        worst: Integers = order[: whole_number("num_images", num_images)].astype(np.int64)
+        return worst
+
+    def __str__(self) -> str:
+        width = max(5, *map(len, self.classes))
+        lines = [self._first_line(), f"{'class':{width}}  precision  recall      f1  images"]
+        lines += [
+            f"{row.name:{width}}  {row.precision:9.4f}  {row.recall:6.4f}  {row.f1:6.4f}  {row.support:6}"
+            for row in self.per_class()
+        ]
+        return "\n".join(lines)
+
+    __repr__ = __str__  # what an interpreter shows
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{name}</th>" for name in ("class", "precision", "recall", "F1", "images"))
+        rows = "".join(
+            f"<tr><td>{html.escape(row.name)}</td><td>{row.precision:.4f}</td><td>{row.recall:.4f}</td>"
+            f"<td>{row.f1:.4f}</td><td>{row.support}</td></tr>"
+            for row in self.per_class()
+        )
+        return f"<p>{self._first_line()}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+    def _first_line(self) -> str:
+        return f"accuracy {self.accuracy:.4f}, loss {self.loss:.4f}, {len(self.targets):,} images"
+
+
+def _ratio(part: int, whole: int) -> float:
+    return float(part / whole) if whole else float("nan")
+
+
+_WRITTEN = 20
+"""Classes up to which a confusion matrix has its counts written into it: more would be too small to read."""
+
+
+def plot_confusion_matrix(assessment: Assessment, *, ax: "Axes | None" = None, normalize: bool = False) -> "Figure":
+    """Draw how often which class was taken for which: rows are true classes, columns predicted ones.
+
+    Args:
+        assessment: From `Trainer.assess`.
+        ax: Where to draw; None makes a figure.
+        normalize: Write shares of each true class, 0 to 1, instead of counts. The colors are always these shares.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+
+    Example:
+        >>> half = np.full((4, 2), 0.5, np.float32)
+        >>> figure = plot_confusion_matrix(Assessment(half, half[:, 0], np.array([0, 1, 1, 0]), ("cat", "dog")))
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['2', '0', '2', '0']
+    """
+    counts = assessment.confusion_matrix()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = 2.5 + 0.45 * min(len(counts), 30)
+    ax, figure = open_axes(ax, width=side + 0.5, height=side)
+    image = ax.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    places, names = range(len(counts)), assessment.classes
+    ax.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(places, names)
+    ax.set(xlabel="predicted class", ylabel="true class", title=f"accuracy {assessment.accuracy:.3f}")
+    if len(counts) <= _WRITTEN:
+        for row, column in np.ndindex(*counts.shape):
+            value = f"{shares[row, column]:.2f}" if normalize else f"{counts[row, column]}"
+            color = "white" if shares[row, column] > 0.5 else "black"
+            ax.text(column, row, value, ha="center", va="center", color=color, fontsize="small")
+    figure.colorbar(image, ax=ax, label="share of the true class", shrink=0.8)
+    return figure
+
+
+def plot_predictions(
+    assessment: Assessment, data: object, *, num_images: int = 12, ax: "Axes | None" = None
+) -> "Figure":
+    """Show images with their true and predicted class and the probability of the predicted one, the worst first.
+
+    The worst are those with the highest loss: sure, and wrong. Wrong ones have a red title.
+
+    Args:
+        assessment: From `Trainer.assess(data)`.
+        data: The same data: `(images, targets)` or a `Dataset`. Only the images that are shown are read.
+        num_images: How many, 1 or more.
+        ax: Where to draw; None makes a figure.
+
+    Raises:
+        ArgumentError: The data has another number of images than the assessment, or is a `DataLoader`.
+        MissingPackageError: matplotlib is not installed.
+
+    Example:
+        >>> images, targets = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), np.array([0, 1, 1, 0])
+        >>> half = np.full((4, 2), 0.5, np.float32)
+        >>> figure = plot_predictions(Assessment(half, half[:, 0], targets, ("cat", "dog")), (images, targets))
+        >>> [part.get_title() for part in figure.axes[0].child_axes]
+        ['cat 0.50', 'dog, not cat 0.50', 'dog, not cat 0.50', 'cat 0.50']
+    """
+    source = open_data(data, assessment.classes)
+    if source.num_images != len(assessment.targets):
+        raise ArgumentError(
+            f"data has {source.num_images or 'an unknown number of'} images, the assessment {len(assessment.targets)}: "
+            "expected the same data, (images, targets) or a Dataset."
+        )
+    places = assessment.worst(whole_number("num_images", num_images))
+    columns = min(len(places), 6)
+    rows = math.ceil(len(places) / columns)
+    ax, figure = open_axes(ax, width=1.6 * columns, height=1.85 * rows)
+    ax.axis("off")
+    predicted = assessment.predicted
+    for index, (place, pixels) in enumerate(zip(places, _pixels(source, places), strict=True)):
+        row, column = divmod(index, columns)
+        part = ax.inset_axes((column / columns, 1 - (row + 1) / rows, 0.94 / columns, 0.8 / rows))
+        part.imshow(pixels)
+        part.set_axis_off()
+        true, guessed = assessment.classes[assessment.targets[place]], assessment.classes[predicted[place]]
+        confidence = assessment.probabilities[place, predicted[place]]
+        right = true == guessed
+        title = f"{true} {confidence:.2f}" if right else f"{true}, not {guessed} {confidence:.2f}"
+        part.set_title(title, fontsize=7, color="black" if right else "firebrick")
+    return figure
+
+
+def _pixels(source: Source, places: Any) -> list[Any]:
+    """Return the images at some places as matplotlib takes them; preprocessed ones are stretched to 0..1."""
+    shown = []
+    for batch, _, _ in source.batches(1, seed=0, order=torch.as_tensor(places)):
+        image = batch[0]
+        if image.is_floating_point():
+            low, high = image.aminmax()
+            image = (image - low) / (high - low).clamp_min(1e-6)
+        shown.append(image.permute(1, 2, 0).cpu().numpy())
+    return shown

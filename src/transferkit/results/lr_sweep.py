@@ -1,0 +1,122 @@
+"""What a sweep over learning rates showed, and the rate that it suggests."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from transferkit.results.figures import open_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+SMOOTHING = 0.9
+"""Share of the past in the smoothed loss: single batches are noisy."""
+
+DIVERGED = 4.0
+"""A smoothed loss this many times the lowest one has diverged: the sweep ends."""
+
+BELOW_LOWEST = 10.0
+"""The suggestion is the rate of the lowest smoothed loss, where training is about to fail, divided by this."""
+
+
+FELL = 0.8
+"""The smoothed loss must fall to this share of what it began with, or the sweep says nothing about learning rates."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearningRateSweep:
+    """The loss of training steps at learning rates that rise from one to the next; from `Trainer.lr_find`.
+
+    Attributes:
+        lrs: Learning rate of each step, of the head's group.
+        losses: Training loss of each step's batch, before the step.
+
+    Example:
+        >>> sweep = LearningRateSweep([1e-4, 1e-3, 1e-2, 1e-1], [2.0, 1.9, 0.5, 9.0])
+        >>> sweep.suggestion
+        0.001
+
+    References:
+        Smith, 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186.
+    """
+
+    lrs: list[float]
+    losses: list[float]
+
+    @property
+    def smoothed(self) -> list[float]:
+        """The losses' exponential moving average, corrected for its start at 0."""
+        return _averages(self.losses)
+
+    @property
+    def suggestion(self) -> float | None:
+        """A tenth of the learning rate with the lowest smoothed loss.
+
+        None if the loss fell nowhere by a fifth of what it was in the first tenth of the steps: the model is trained
+        already, say, or `lr_max` is too small.
+        """
+        start = max(1, len(self.losses) // 10)
+        later = zip(self.smoothed[start:], self.lrs[start:], strict=True)
+        ranked = [(loss, lr) for loss, lr in later if math.isfinite(loss)]
+        if not ranked or min(ranked)[0] > FELL * sum(self.losses[:start]) / start:
+            return None
+        return min(ranked)[1] / BELOW_LOWEST
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the smoothed loss has risen so far that larger rates need not be tried."""
+        smoothed = self.smoothed
+        lowest = min((loss for loss in smoothed if math.isfinite(loss)), default=math.inf)
+        return bool(smoothed) and not smoothed[-1] <= DIVERGED * lowest
+
+    def plot(self, ax: "Axes | None" = None) -> "Figure":
+        """Draw the loss over the learning rate; see `plot_lr_find`."""
+        return plot_lr_find(self, ax=ax)
+
+    def _repr_html_(self) -> str:
+        lowest = min(loss for loss in self.smoothed if math.isfinite(loss)) if self.suggestion else math.nan
+        rate = "none" if self.suggestion is None else f"{self.suggestion:.2g}"
+        return (
+            f"<p>{len(self.lrs)} steps from learning rate {self.lrs[0]:.1e} to {self.lrs[-1]:.1e}, lowest smoothed "
+            f"loss {lowest:.3f}: suggestion <b>{rate}</b></p>"
+        )
+
+
+def _averages(values: list[float]) -> list[float]:
+    averages, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = SMOOTHING * total + (1 - SMOOTHING) * value, SMOOTHING * weight + 1 - SMOOTHING
+        averages.append(total / weight)
+    return averages
+
+
+def plot_lr_find(sweep: LearningRateSweep, *, ax: "Axes | None" = None) -> "Figure":
+    """Draw the loss over the learning rate, and mark the suggestion. `LearningRateSweep.plot` is the same.
+
+    Args:
+        sweep: From `Trainer.lr_find`.
+        ax: Where to draw; None makes a figure.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+
+    Example:
+        >>> from transferkit import LearningRateSweep
+        >>> figure = plot_lr_find(LearningRateSweep([1e-4, 1e-3, 1e-2], [2.0, 1.0, 3.0]))
+        >>> figure.axes[0].get_xlabel()
+        'learning rate'
+    """
+    ax, figure = open_axes(ax, width=5.0, height=3.2)
+    ax.plot(sweep.lrs, sweep.losses, color="0.75", linewidth=1, label="each step")
+    ax.plot(sweep.lrs, sweep.smoothed, label="smoothed")
+    if sweep.suggestion is not None:
+        ax.axvline(sweep.suggestion, color="firebrick", linestyle=":", label=f"suggestion {sweep.suggestion:.1e}")
+    low, high = np.nanmin(sweep.smoothed), max(sweep.smoothed[0], np.nanmin(sweep.smoothed))
+    ax.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low) + 1e-6)
+    ax.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+    ax.legend(fontsize="small")
+    return figure

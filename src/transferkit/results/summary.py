@@ -1,0 +1,190 @@
+"""What a model consists of, layer by layer: shapes, parameters, what trains, and what it costs."""
+
+import html
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from transferkit.errors import ArgumentError
+from transferkit.features.prefix import why_impure
+from transferkit.model.backbone import Backbone
+from transferkit.model.head import TransferModel
+
+_COLUMNS = ("layer", "output", "parameters", "state", "arithmetic")
+
+
+class LayerSummary(NamedTuple):
+    """One layer.
+
+    Attributes:
+        name: In the backbone as in `Backbone.layer_names`, in the head as its modules are called.
+        kind: The module's class.
+        output_shape: For one image, without the batch dimension.
+        num_parameters: Its own.
+        trains: Whether any of them takes a gradient.
+        kept: Whether its output is computed once for each image and kept, or is on the way to what is kept.
+        multiply_adds: For one image, of convolutions and fully connected layers; of others 0.
+    """
+
+    name: str
+    kind: str
+    output_shape: tuple[int, ...]
+    num_parameters: int
+    trains: bool
+    kept: bool
+    multiply_adds: int
+
+
+class Summary:
+    """The layers of a model; from `summary`. It prints as a table, and in a notebook it is one.
+
+    Attributes:
+        layers: A `LayerSummary` for each layer, in the order in which they run.
+        image_size: Height and width of the images that shapes and arithmetic are for.
+        num_parameters: Of the model.
+        num_trainable: How many of them take a gradient.
+    """
+
+    def __init__(self, layers: list[LayerSummary], image_size: int, num_parameters: int, num_trainable: int) -> None:
+        self.layers = layers
+        self.image_size = image_size
+        self.num_parameters = num_parameters
+        self.num_trainable = num_trainable
+
+    def share(self, layer: LayerSummary) -> float:
+        """Return a layer's share of all multiply-adds, 0 to 1."""
+        return layer.multiply_adds / max(1, sum(other.multiply_adds for other in self.layers))
+
+    def __str__(self) -> str:
+        rows = [_COLUMNS, *self._rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+        right = (False, True, True, False, True)
+        lines = [
+            "  ".join(
+                cell.rjust(width) if is_right else cell.ljust(width)
+                for cell, width, is_right in zip(row, widths, right, strict=True)
+            )
+            for row in rows
+        ]
+        return "\n".join([*(line.rstrip() for line in lines), self._last_line()])
+
+    __repr__ = __str__  # what an interpreter shows
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self._rows())
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table><p>{self._last_line()}</p>"
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        for layer in self.layers:
+            state = "" if not layer.num_parameters else "trains" if layer.trains else "frozen"
+            state = f"{state}, kept".lstrip(", ") if layer.kept else state
+            shape = "x".join(map(str, layer.output_shape))
+            arithmetic = f"{self.share(layer):.1%}" if layer.multiply_adds else ""
+            yield layer.name, shape, f"{layer.num_parameters:,}" if layer.num_parameters else "", state, arithmetic
+
+    def _last_line(self) -> str:
+        arithmetic = sum(layer.multiply_adds for layer in self.layers)
+        once = sum(self.share(layer) for layer in self.layers if layer.kept)
+        return (
+            f"{self.num_parameters:,} parameters, {self.num_trainable:,} train; {arithmetic / 1e9:.3g} billion "
+            f"multiply-adds for an image of {self.image_size}x{self.image_size}, {once:.0%} of them kept"
+        )
+
+
+def summary(model: Backbone | TransferModel) -> Summary:
+    r"""Look at a model layer by layer: output shape, parameters, frozen or trainable, kept or not, share of arithmetic.
+
+    "Kept" are the layers whose output `Trainer` computes once for each image: the frozen ones from the first on. One
+    image of zeros goes through the model, which is as it was afterwards.
+
+    Args:
+        model: From `load_backbone` or `attach_head`.
+
+    Raises:
+        ArgumentError: Something else.
+
+    Example:
+        >>> from transferkit import attach_head, freeze_until, load_backbone
+        >>> backbone = load_backbone("vgg11", weights=None, image_size=32)
+        >>> table = summary(freeze_until(attach_head(backbone, 10), "block5"))
+        >>> print("\n".join(line for line in str(table).splitlines() if "conv" in line or "logits" in line))
+        block1_conv1   64x32x32       1,792  frozen, kept        1.2%
+        block2_conv1  128x16x16      73,856  frozen, kept       12.4%
+        block3_conv1    256x8x8     295,168  frozen, kept       12.4%
+        block3_conv2    256x8x8     590,080  frozen, kept       24.7%
+        block4_conv1    512x4x4   1,180,160  frozen, kept       12.4%
+        block4_conv2    512x4x4   2,359,808  frozen, kept       24.7%
+        block5_conv1    512x2x2   2,359,808  trains              6.2%
+        block5_conv2    512x2x2   2,359,808  trains              6.2%
+        head.logits          10       5,130  trains              0.0%
+    """
+    if not isinstance(model, Backbone | TransferModel):
+        raise ArgumentError(
+            f"model is a {type(model).__name__}: expected a Backbone from load_backbone or a TransferModel."
+        )
+    backbone = model.backbone if isinstance(model, TransferModel) else model
+    names = dict(zip(backbone.features, backbone.layer_names, strict=True))
+    kept: set[nn.Module] = set()
+    if isinstance(model, TransferModel):
+        parts = model.head.named_modules(prefix="head")
+        names |= {module: name for name, module in parts if not list(module.children())}
+        kept = _kept(model)
+    layers: list[LayerSummary] = []
+
+    def note(module: nn.Module, _inputs: Any, output: Any) -> None:
+        parameters = list(module.parameters())
+        layers.append(
+            LayerSummary(
+                names[module],
+                type(module).__name__,
+                tuple(output.shape[1:]) if isinstance(output, Tensor) else (),
+                sum(parameter.numel() for parameter in parameters),
+                any(parameter.requires_grad for parameter in parameters),
+                module in kept,
+                _multiply_adds(module, output),
+            )
+        )
+
+    parameter = next(backbone.parameters())
+    size = backbone.image_size
+    image = torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)
+    with torch.no_grad(), _hooked(names, note), _modes_kept(model):
+        model.eval()(image)
+    own = list(model.parameters())
+    return Summary(layers, size, sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad))
+
+
+def _kept(model: TransferModel) -> set[nn.Module]:
+    prefix, _ = model.split()
+    return set() if why_impure(prefix) else set(prefix)
+
+
+def _multiply_adds(module: nn.Module, output: Any) -> int:
+    if not isinstance(module, nn.Conv2d | nn.Linear):
+        return 0
+    return int(output[0].numel() * module.weight[0].numel())  # every output is a product with one row of the weight
+
+
+@contextmanager
+def _hooked(modules: Any, note: Any) -> Iterator[None]:
+    handles = [module.register_forward_hook(note) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    """Leave each module in the mode it had, which need not be its parent's."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,247 @@
+"""A model as plain types and tensors, and back again, from a file alone if need be."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transferkit.base.arrays import digest_tensors
+from transferkit.data.preprocessing import Preprocessing
+from transferkit.errors import ArgumentError, CheckpointError, HeadMismatchError, TransferKitError
+from transferkit.model.backbone import Backbone, load_backbone
+from transferkit.model.freezing import find_boundary, first_trainable, freeze_until, trainable_state
+from transferkit.model.head import TransferModel, attach_head, build_head
+from transferkit.model.weights import differences
+from transferkit.saving.archive import (
+    check_items,
+    check_no_tensors,
+    check_parts,
+    read_checkpoint,
+    shown,
+    write_checkpoint,
+)
+
+PARTS: dict[str, tuple[type, ...]] = {
+    "backbone": (str,),
+    "preprocessing": (dict,),
+    "classes": (list,),
+    "head": (dict, type(None)),
+    "first_trainable": (str, type(None)),
+    "frozen": (list,),
+    "weights": (dict,),
+    "left_out": (list,),
+    "sha256": (str,),
+}
+
+
+def model_state(model: TransferModel) -> dict[str, Any]:
+    """Return all that is needed to build a model again, as plain types and tensors that are not copies."""
+    return {
+        "backbone": model.backbone.name,
+        "preprocessing": asdict(model.backbone.preprocess),
+        "classes": list(model.classes),
+        "head": model.head_arguments,
+        "first_trainable": first_trainable(model),
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        "weights": dict(model.state_dict()),
+        "left_out": [],  # names of weights that are not in this file
+        "sha256": "",  # of those
+    }
+
+
+def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
+    """Compare a saved model with a live one before anything is assigned.
+
+    Raises:
+        HeadMismatchError: Other classes.
+        UnknownLayerError: It is frozen until a layer that the model does not have.
+        CheckpointError: Another backbone, preprocessing, or other names or shapes of weights.
+    """
+    _check_content(state)
+    find_boundary(model, state["first_trainable"])
+    if list(model.classes) != state["classes"]:
+        raise HeadMismatchError(
+            f"the checkpoint has {len(state['classes'])} classes ({', '.join(state['classes'][:5])}...), the model "
+            f"{len(model.classes)} ({', '.join(model.classes[:5])}...): expected the same. transferkit.load_model "
+            "builds the model that the checkpoint was made of."
+        )
+    live = {"backbone": model.backbone.name, "preprocessing": asdict(model.backbone.preprocess)}
+    for name, value in live.items():
+        if type(value) is not type(state[name]) or value != state[name]:
+            raise CheckpointError(
+                f"the checkpoint has {name} {shown(state[name])}, the model {shown(value)}: expected the same."
+            )
+    if faults := differences(model.state_dict(), state["weights"], same_width=True):
+        wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in state["weights"])
+        cause = "A wrapper put a prefix before its names: remove it." if wrapped else "Was its head built otherwise?"
+        raise CheckpointError(f"the checkpoint's weights do not fit the model: {faults}. {cause}")
+
+
+def _check_content(state: Mapping[str, Any]) -> None:
+    for name, kind in (("classes", str), ("frozen", str), ("left_out", str)):
+        check_items(state[name], kind, f"model/{name}")
+    check_items(state["weights"].values(), Tensor, "model/weights")
+    check_no_tensors([state["preprocessing"], state["head"]], "model/preprocessing or model/head")
+    if len(state["classes"]) < 2:
+        raise CheckpointError(f"the checkpoint has {len(state['classes'])} classes: expected 2 or more.")
+
+
+def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
+    """Assign a saved model, already compared, to a live one: its weights and what is frozen."""
+    model.load_state_dict(state["weights"])
+    freeze_until(model, state["first_trainable"] or "head")
+    frozen = set(state["frozen"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+
+
+def leave_out_frozen(state: Mapping[str, Any], model: TransferModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a model's state without the weights that training does not change, and these."""
+    trained = trainable_state(model)
+    frozen = {name: value for name, value in state["weights"].items() if name not in trained}
+    kept = {name: value for name, value in state["weights"].items() if name in trained}
+    return {**state, "weights": kept, "left_out": list(frozen), "sha256": _sha256(frozen)}, frozen
+
+
+def put_back(state: dict[str, Any], path: Path, *others: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the state of a model with the weights that were left out of the file.
+
+    Args:
+        state: As `leave_out_frozen` made it.
+        path: The file it comes from; a file of the frozen weights may lie beside it.
+        others: Weights of live models, any of which may be the same.
+
+    Raises:
+        CheckpointError: None has the digest of those left out.
+    """
+    _check_content(state)
+    if not state["left_out"]:
+        return state
+    beside = frozen_path(path.parent, state["sha256"])
+    for weights in others:
+        found = {name: weights[name].detach().clone() for name in state["left_out"] if name in weights}
+        if _sha256(found) == state["sha256"]:
+            return {**state, "weights": {**state["weights"], **found}}
+    if beside.exists():
+        found = read_checkpoint(beside).get("frozen", {})
+        tensors = isinstance(found, dict) and all(isinstance(weight, Tensor) for weight in found.values())
+        if tensors and _sha256(found) == state["sha256"]:
+            return {**state, "weights": {**state["weights"], **found}}
+        raise CheckpointError(f"{beside} does not hold the frozen weights it is named after: delete it.")
+    raise CheckpointError(
+        f"{path} was saved without its {len(state['left_out'])} frozen weights "
+        f"({', '.join(state['left_out'][:3])}, ...), whose SHA-256 begins with {state['sha256'][:8]}, and none given "
+        f"has that. Expected them in the model, in backbone=, or in {beside}."
+    )
+
+
+def frozen_path(folder: Path, sha256: str) -> Path:
+    """Return where the frozen weights of checkpoints in a folder lie."""
+    return folder / f"frozen-{sha256[:16]}.pt"
+
+
+def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bool = True) -> None:
+    """Write a model, whole or not at all, as `load_model` reads it.
+
+    Args:
+        model: What is frozen, the class names and the preprocessing are written too.
+        path: Of the file.
+        frozen: False leaves out the weights that are frozen: 25 kB for a linear head. `load_model` then takes them
+            from a backbone that it is given, and tells whether they are the same by their SHA-256.
+
+    Raises:
+        CheckpointWriteError: The folder is missing, read-only or full.
+
+    Example:
+        >>> import tempfile
+        >>> model = attach_head(load_backbone(weights=None, image_size=32), ["cat", "dog"])
+        >>> path = Path(tempfile.mkdtemp()) / "animals.pt"
+        >>> save_model(freeze_until(model, "head"), path, frozen=False)
+        >>> load_model(path, backbone=model.backbone).classes
+        ('cat', 'dog')
+    """
+    state = model_state(model)
+    write_checkpoint(path, {"model": state if frozen else leave_out_frozen(state, model)[0]})
+
+
+def load_model(
+    path: str | os.PathLike[str], *, head: nn.Module | None = None, backbone: Backbone | None = None
+) -> TransferModel:
+    """Build the model that `Trainer.save` or `save_model` wrote: no download, no other information.
+
+    Args:
+        path: The checkpoint.
+        head: If the model had a head of your own, one built the same way.
+        backbone: If it was saved without its frozen weights, a backbone that has them. It becomes part of the model.
+
+    Returns:
+        The model on the CPU, in eval mode.
+
+    Raises:
+        CheckpointError: Not a whole checkpoint, one with a head of your own and no `head` given, or one whose frozen
+            weights are not to be found.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "animals.pt"
+        >>> save_model(attach_head(load_backbone("vgg11", weights=None, image_size=32), ["cat", "dog"]), path)
+        >>> model = load_model(path)
+        >>> raw = torch.zeros(1, 3, 48, 64, dtype=torch.uint8)
+        >>> model.classes, model(model.backbone.preprocess(raw)).shape
+        (('cat', 'dog'), torch.Size([1, 2]))
+    """
+    whole = read_checkpoint(path)
+    check_parts(whole, {"model": PARTS}, origin=str(path))
+    state = whole["model"]
+    given = {} if backbone is None else {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    state = put_back(state, Path(path), given)
+    if head is None and state["head"] is None:
+        raise CheckpointError(
+            f"{path} has a head of the user's own, whose code is not in the file: pass head= like it."
+        )
+    try:
+        model = _build(state, head, backbone)
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, TransferKitError) and not isinstance(error, ArgumentError):
+            raise
+        raise CheckpointError(f"{path} describes a model that cannot be built: {shown(str(error))}.") from error
+    check_model_state(model, state)
+    load_model_state(model, state)
+    return model.eval()
+
+
+def _build(state: Mapping[str, Any], head: nn.Module | None, backbone: Backbone | None) -> TransferModel:
+    if backbone is None:
+        backbone = load_backbone(
+            state["backbone"],
+            weights=None,
+            image_size=state["preprocessing"]["image_size"],
+            preprocessing=Preprocessing(**state["preprocessing"]),
+        )
+    if head is None:
+        _check_head_size(backbone, state)
+    return attach_head(backbone, state["classes"], **(state["head"] if head is None else {"head": head}))
+
+
+def _check_head_size(backbone: Backbone, state: Mapping[str, Any]) -> None:
+    """Refuse a head that is larger than its weights in the file, before there is memory taken for it."""
+    if len(state["head"].get("hidden", ())) > len(state["weights"]):
+        raise CheckpointError(
+            f"the checkpoint describes a head of more layers than its {len(state['weights'])} weights."
+        )
+    with torch.device("meta"):
+        head = build_head(backbone.feature_shape, len(state["classes"]), **state["head"])
+    weights = {name.removeprefix("head."): w for name, w in state["weights"].items() if name.startswith("head.")}
+    if faults := differences(head.state_dict(), weights):
+        raise CheckpointError(f"the checkpoint's weights are not those of the head that it describes: {faults}.")
+
+
+def _sha256(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    digest_tensors(digest, dict(sorted(weights.items())))
+    return digest.hexdigest()

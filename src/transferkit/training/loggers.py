@@ -1,0 +1,106 @@
+"""Callbacks that write each epoch's figures where other programs read them."""
+
+import csv
+import importlib.util
+import io
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from transferkit.base.files import atomic_write
+from transferkit.errors import ArgumentError, MissingPackageError
+from transferkit.results.history import EpochReport, History
+from transferkit.training.callbacks import Running
+
+COLUMNS = tuple(field.name for field in fields(EpochReport))
+
+
+class CSVLogger:
+    """A callback that writes a file with one line for each epoch: `epoch,loss,accuracy,lr,epoch_s,val_loss,...`.
+
+    The file is written anew after each epoch, whole or not at all. Lines of earlier runs of the same trainer stay, by
+    the number of their epoch; a resumed run's file has every epoch once.
+
+    Args:
+        path: Of the file.
+
+    Raises:
+        ArgumentError: At the start of a run: there is another file of that name, or no such folder.
+
+    Example:
+        >>> import tempfile
+        >>> from types import SimpleNamespace
+        >>> path = Path(tempfile.mkdtemp()) / "log.csv"
+        >>> report = EpochReport(0, loss=2.0, accuracy=0.25, lr=1e-3, epoch_s=5.0)
+        >>> CSVLogger(path)(SimpleNamespace(history=History([report])), report)
+        >>> print(path.read_text().replace(",", ", "))
+        epoch, loss, accuracy, lr, epoch_s, val_loss, val_accuracy, skipped
+        0, 2.0, 0.25, 0.001, 5.0, , , 0
+        <BLANKLINE>
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def before_run(self, trainer: Running, *, validated: bool) -> None:
+        """Refuse a file that cannot be written or is not one of these, before the first step."""
+        if not self.path.parent.is_dir():
+            raise ArgumentError(f"CSVLogger cannot write {self.path}: there is no folder {self.path.parent}. Make it.")
+        self._read()
+
+    def __call__(self, trainer: Running, report: EpochReport) -> None:
+        reports = (trainer.history or History()).reports
+        rows = [row for row in self._read() if int(row["epoch"]) < reports[0].epoch]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*rows, *map(asdict, reports)])
+        with atomic_write(self.path) as file:
+            file.write(text.getvalue().encode())
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        try:
+            reader = csv.DictReader(self.path.read_text().splitlines(), strict=True)
+            rows = list(reader)
+            ours = tuple(reader.fieldnames or COLUMNS) == COLUMNS  # an empty file will do
+            ours = ours and all(None not in row and str(row["epoch"]).isdigit() for row in rows)
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise ArgumentError(f"CSVLogger cannot go on with {self.path}: {error}. Name another file.") from error
+        if not ours:
+            raise ArgumentError(
+                f"{self.path} is not a file that CSVLogger wrote, which begins with {','.join(COLUMNS)}: name another."
+            )
+        return rows
+
+
+class TensorBoardLogger:
+    """A callback that writes each epoch's figures as TensorBoard reads them; needs the package `tensorboard`.
+
+    Args:
+        folder: Of the run, as in `tensorboard --logdir`.
+
+    Raises:
+        MissingPackageError: `tensorboard` is not installed.
+
+    Example:
+        >>> trainer.fit(train, callbacks=[TensorBoardLogger("logs/first")])  # doctest: +SKIP
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise MissingPackageError(
+                "TensorBoardLogger needs the package tensorboard, which is not installed: "
+                "pip install 'transferkit[tensorboard]'. CSVLogger needs none."
+            )
+        self.folder = Path(folder)
+
+    def __call__(self, trainer: Running, report: EpochReport) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second: not at import
+
+        with SummaryWriter(self.folder) as writer:  # a file for each epoch: nothing is open between two
+            for name, value in asdict(report).items():
+                if name != "epoch" and value is not None:
+                    writer.add_scalar(name, value, report.epoch)

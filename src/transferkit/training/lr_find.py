@@ -1,0 +1,168 @@
+"""A sweep of training steps over learning rates, after which everything is as it was."""
+
+import copy
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from transferkit.base.arguments import positive, whole_number
+from transferkit.base.display import Display
+from transferkit.base.interrupts import Interrupts
+from transferkit.base.randomness import derive_seed, seeded
+from transferkit.compute.device import Device
+from transferkit.data.sources import epoch_order
+from transferkit.errors import ArgumentError
+from transferkit.features.feed import Feed
+from transferkit.model.freezing import stand_ins, trainable_state
+from transferkit.model.recompute import Recomputed
+from transferkit.results.lr_sweep import LearningRateSweep
+from transferkit.training.run import Run
+from transferkit.training.step import training_step
+
+if TYPE_CHECKING:
+    from transferkit.trainer import Trainer
+
+
+def spaced_rates(lr_min: float, lr_max: float, num_steps: int) -> list[float]:
+    """Return learning rates from `lr_min` to `lr_max`, each the same factor above the one before.
+
+    Raises:
+        ArgumentError: A value out of range.
+
+    Example:
+        >>> [f"{rate:.0e}" for rate in spaced_rates(1e-4, 1e-1, 4)]
+        ['1e-04', '1e-03', '1e-02', '1e-01']
+    """
+    low, high = positive("lr_min", lr_min), positive("lr_max", lr_max)
+    whole_number("num_steps", num_steps, at_least=2)
+    if low >= high:
+        raise ArgumentError(f"lr_min={lr_min!r} is not below lr_max={lr_max!r}: expected a range of learning rates.")
+    return [low * (high / low) ** (step / (num_steps - 1)) for step in range(num_steps)]
+
+
+def sweep(
+    trainer: "Trainer", run: Run, feed: Feed, rates: list[float], *, interrupts: Interrupts, display: Display
+) -> LearningRateSweep:
+    """Make one training step at each rate, until the loss diverges, and leave nothing changed.
+
+    Args:
+        trainer: Whose model, optimizer and settings are used.
+        run: The data.
+        feed: Gives its batches; they begin again where there are fewer than rates.
+        rates: Learning rates of the optimizer's last group, the head; the others keep their proportion to it.
+        interrupts: Tells of signals, between two steps.
+        display: Shows a bar.
+
+    Raises:
+        ArgumentError: The last group's learning rate is 0.
+    """
+    model, optimizer, device = trainer.model, trainer.optimizer, trainer.device
+    base = optimizer.param_groups[-1]["initial_lr"]
+    if base == 0:
+        raise ArgumentError(
+            "the learning rate of the optimizer's last group is 0, and the other groups keep their proportion to it: "
+            "expected one above 0. Build the optimizer with one; freeze_until freezes what is not to train."
+        )
+    seen, losses = [], []
+    with (
+        seeded(derive_seed(trainer.seed, "lr_find"), device.torch_device),  # a DataLoader draws random numbers
+        unchanged(model, optimizer, device),
+        closing(_batches(trainer, run, feed)) as batches,
+        display.bar("lr_find", len(rates) * run.batch_size) as bar,
+    ):
+        model.train()
+        for index, (rate, (network, inputs, targets)) in enumerate(zip(rates, batches, strict=False)):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * (rate / base)
+            update = training_step(
+                network,
+                inputs,
+                targets,
+                device=device,
+                optimizer=optimizer,
+                cross_entropy=trainer.cross_entropy,
+                seed=derive_seed(trainer.seed, "lr_find", index),
+                micro_batch_size=trainer.micro_batch_size or len(targets),
+                clip_grad_norm=trainer.clip_grad_norm,
+            )
+            seen.append(rate)
+            losses.append(update.loss.item())  # host sync: it must end where the loss diverges
+            bar.advance(len(targets), lambda: f"lr {seen[-1]:.1e} loss {losses[-1]:.3f}")
+            interrupts.check()
+            if not math.isfinite(losses[-1]) or LearningRateSweep(seen, losses).diverged:
+                break
+    return LearningRateSweep(seen, losses)
+
+
+def _batches(trainer: "Trainer", run: Run, feed: Feed) -> Generator[tuple[nn.Module, Tensor, Tensor], None, None]:
+    """Yield the network with what it takes and targets, epoch after epoch."""
+    for epoch in itertools.count():
+        order = epoch_order(run.source.num_images, trainer.seed, epoch)
+        network, batches = feed.open(run.batch_size, order=order, epoch=epoch)
+        network = Recomputed(network) if trainer.recompute_activations else network
+        with closing(batches):
+            for inputs, targets in batches:
+                yield network, inputs, targets
+
+
+@contextmanager
+def unchanged(model: nn.Module, optimizer: Optimizer, device: Device) -> Iterator[None]:
+    """Let a model be trained, and put every bit of it, of its optimizer and of the gradient scale back afterwards.
+
+    Inside, gradients are clear and the optimizer works on copies of its state.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> optimizer, before = torch.optim.Adam(layer.parameters()), layer.weight.detach().clone()
+        >>> with unchanged(layer, optimizer, Device("cpu")):
+        ...     layer(torch.ones(1, 2)).sum().backward()
+        ...     optimizer.step()
+        >>> torch.equal(layer.weight, before), len(optimizer.state)
+        (True, 0)
+    """
+    weights = {name: value.detach().clone() for name, value in _changing(model).items()}
+    modes = [(module, module.training) for module in model.modules()]
+    asked = [(stand_in, stand_in.mode) for stand_in in stand_ins(model)]
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    state, scaler = optimizer.state, device.scaler
+    groups = [dict(group) for group in optimizer.param_groups]
+    try:
+        optimizer.state = defaultdict(dict, _copy(state))
+        device.scaler = copy.deepcopy(scaler)
+        for parameter in gradients:
+            parameter.grad = None
+        yield
+    finally:
+        optimizer.state = state
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(before)
+        device.scaler = scaler
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for module, mode in modes:
+            module.training = mode
+        for stand_in, mode in asked:
+            stand_in.mode = mode
+        with torch.no_grad():
+            for name, value in _changing(model).items():
+                value.copy_(weights[name])
+
+
+def _changing(model: nn.Module) -> dict[str, Tensor]:
+    """Return what training may change, buffers that no state dict holds included."""
+    return {**dict(model.named_buffers()), **trainable_state(model)}
+
+
+def _copy(value: Any) -> Any:
+    """Copy an optimizer's state; the parameters that are its keys stay themselves."""
+    if isinstance(value, Mapping):
+        return {name: _copy(part) for name, part in value.items()}
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)

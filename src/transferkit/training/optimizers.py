@@ -1,0 +1,185 @@
+"""The optimizer: one group of parameters for each block and one for the head, frozen parameters included.
+
+The groups never change, so freezing more or less breaks neither optimizer, schedule nor resume. A frozen parameter
+has no gradient, and optimizers pass over what has none.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from transferkit.base.arguments import positive
+from transferkit.errors import ArgumentError, close_matches
+from transferkit.model.head import TransferModel
+
+OptimizerClass = Callable[..., Optimizer]
+
+OPTIMIZERS: dict[str, OptimizerClass] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+    "rmsprop": torch.optim.RMSprop,
+}
+
+LearningRate = float | Mapping[str, float]
+
+LR = 1e-3
+
+HEAD, BACKBONE = "head", "backbone"
+
+
+def build_optimizer(
+    optimizer: str | OptimizerClass | Optimizer, model: TransferModel, lr: LearningRate | None, weight_decay: float
+) -> Optimizer:
+    """Return an optimizer over all of a model's parameters, fused into one kernel where it can be.
+
+    Args:
+        optimizer: `"adam"`, `"adamw"`, `"sgd"` (momentum 0.9), `"rmsprop"`; a class or `functools.partial` of one;
+            or an optimizer already built over this model's parameters.
+        model: Whose parameters.
+        lr: Learning rate; one number, or a mapping as in `find_lr`; None is what a `functools.partial` says, else 1e-3.
+        weight_decay: 0 or more.
+
+    Raises:
+        ArgumentError: An unknown name, a number out of range, an instance over other parameters, or `lr` or
+            `weight_decay` together with an instance.
+    """
+    if isinstance(optimizer, Optimizer):
+        if lr is not None or weight_decay:
+            raise ArgumentError(
+                f"lr={lr} and weight_decay={weight_decay} do not reach an optimizer that is already built: set them "
+                "there, or pass its class."
+            )
+        _check_parameters(optimizer, model)
+        for group in optimizer.param_groups:
+            positive("lr of the optimizer", float(group["lr"]), or_zero=True)
+            group.setdefault("initial_lr", group["lr"])
+        return optimizer
+    if isinstance(optimizer, str):
+        if optimizer not in OPTIMIZERS:
+            raise ArgumentError(f"optimizer={optimizer!r} is not known. {close_matches(optimizer, OPTIMIZERS)}")
+        optimizer = OPTIMIZERS[optimizer]
+    if not callable(optimizer):
+        raise ArgumentError(
+            f"optimizer={optimizer!r} cannot be used: expected a name ({', '.join(OPTIMIZERS)}), an optimizer class "
+            "or an optimizer."
+        )
+    positive("weight_decay", weight_decay, or_zero=True)
+    groups = [{"params": parameters, "name": name} for name, parameters in parameter_groups(model).items()]
+    accepted = inspect.signature(optimizer).parameters
+    fixed = getattr(optimizer, "keywords", {})  # what a functools.partial already says
+    options: dict[str, Any] = {"fused": True} if "fused" in accepted and not {"fused", "foreach"} & set(fixed) else {}
+    if weight_decay:
+        options["weight_decay"] = weight_decay
+    built = optimizer(groups, **options)
+    own_lr = built.param_groups[0]["lr"] if "lr" in fixed else LR
+    set_lr(built, own_lr if lr is None else lr)
+    return built
+
+
+def parameter_groups(model: TransferModel) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters of each block and of the head, by name, in the model's order.
+
+    Example:
+        >>> from transferkit import attach_head, load_backbone
+        >>> list(parameter_groups(attach_head(load_backbone(weights=None, image_size=32), 10)))
+        ['block1', 'block2', 'block3', 'block4', 'block5', 'head']
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, layer in zip(model.backbone.layer_names, model.backbone.features, strict=True):
+        groups.setdefault(name.split("_")[0], []).extend(layer.parameters())
+    return {**groups, HEAD: list(model.head.parameters())}
+
+
+def discriminative_lr(model: TransferModel, lr: float, *, factor: float = 0.3) -> dict[str, float]:
+    """Return a learning rate for each block, smaller by a factor from each block to the one before it.
+
+    Early layers hold what images have in common and need to change less than late ones.
+
+    Args:
+        model: From `attach_head`.
+        lr: Of the head, above 0.
+        factor: From the head to the last block, from there to the one before, and so on; above 0.
+
+    Returns:
+        A mapping that `Trainer(lr=...)` and `fit(lr=...)` take.
+
+    Raises:
+        ArgumentError: A value out of range.
+
+    Example:
+        >>> from transferkit import attach_head, load_backbone
+        >>> model = attach_head(load_backbone(weights=None, image_size=32), 10)
+        >>> rates = discriminative_lr(model, 1e-3, factor=0.1)
+        >>> [f"{name} {rate:.0e}" for name, rate in rates.items()][-3:]
+        ['block4 1e-05', 'block5 1e-04', 'head 1e-03']
+
+    References:
+        Howard and Ruder, 2018, "Universal Language Model Fine-tuning for Text Classification", arXiv:1801.06146.
+    """
+    rate, step = positive("lr", lr), positive("factor", factor)
+    names = list(parameter_groups(model))
+    return {name: rate * step**distance for name, distance in zip(names, reversed(range(len(names))), strict=True)}
+
+
+def find_lr(optimizer: Optimizer, lr: LearningRate | None) -> dict[str, float]:
+    """Return the base learning rate of each group: what `lr` says or, if that is None, what it has.
+
+    Args:
+        optimizer: Of a `Trainer`.
+        lr: One number for all groups, or a mapping from their names. `"backbone"` stands for every block that has no
+            entry of its own: `{"backbone": 1e-5, "block5": 1e-4, "head": 1e-3}`.
+
+    Raises:
+        ArgumentError: Not positive and finite, a name that is no group's, or a group without a rate.
+    """
+    names = [group.get("name", str(index)) for index, group in enumerate(optimizer.param_groups)]
+    if lr is None:
+        return {name: group["initial_lr"] for name, group in zip(names, optimizer.param_groups, strict=True)}
+    if not isinstance(lr, Mapping):
+        return dict.fromkeys(names, positive("lr", lr))
+    blocks = [name for name in names if name.startswith("block")]
+    rates = {name: positive(f"lr of {name}", rate) for name, rate in lr.items()}
+    every = {**(dict.fromkeys(blocks, rates[BACKBONE]) if BACKBONE in rates else {}), **rates}
+    if set(every) - ({BACKBONE} if blocks else set()) != set(names):
+        shorthand = f' ("{BACKBONE}" for all blocks that are not named)' if blocks else ""
+        raise ArgumentError(
+            f"lr names the groups {sorted(lr)}: expected a rate for each of {names}{shorthand}, or one number for all."
+        )
+    return {name: every[name] for name in names}
+
+
+def set_lr(optimizer: Optimizer, lr: LearningRate) -> None:
+    """Give every group its base learning rate, from which schedules start.
+
+    Raises:
+        ArgumentError: As `find_lr`.
+    """
+    for rate, group in zip(find_lr(optimizer, lr).values(), optimizer.param_groups, strict=True):
+        group["initial_lr"] = group["lr"] = rate
+
+
+def scale_lr(optimizer: Optimizer, factor: float) -> None:
+    """Set every group's learning rate to its base times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def _check_parameters(optimizer: Optimizer, model: TransferModel) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    strangers = len(held - own)
+    missing = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in held
+    ]
+    if strangers or missing:
+        raise ArgumentError(
+            f"the optimizer does not belong to the model: it holds {strangers} parameters of another model and lacks "
+            f"{len(missing)} that train ({', '.join(missing[:5])}). Build it over model.parameters() after "
+            "attach_head, or pass its class."
+        )

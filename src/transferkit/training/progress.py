@@ -1,0 +1,220 @@
+"""How far a call of `fit` has come: what a checkpoint holds so that the run can go on as if it had never stopped."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transferkit.errors import CheckpointError, DataChangedError
+from transferkit.model.freezing import trainable_state
+from transferkit.model.weights import differences
+from transferkit.results.history import EpochReport, History
+from transferkit.saving.archive import check_items, check_no_tensors, check_parts, shown
+from transferkit.training.metrics import Sums
+from transferkit.training.step import Step
+
+PARTS: dict[str, tuple[type, ...]] = {
+    "facts": (dict,),
+    "first_step": (int,),
+    "first_epoch": (int,),
+    "batches": (int,),
+    "skipped": (int,),
+    "skipped_before": (int,),
+    "sums": (dict,),
+    "reports": (list,),
+    "best": (dict, type(None)),
+    "ended": (bool,),
+}
+
+
+class BestWeights:
+    """Remembers what training changes of a model, as it was at one moment, in memory taken once.
+
+    What is frozen is not copied: it stays as it is. Where more begins to train later, `before_training` copies it
+    while it still is what it was.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> best = BestWeights(layer)
+        >>> best.take()
+        >>> _ = layer.weight.data.zero_()
+        >>> best.restore()
+        >>> bool(layer.weight.any())
+        True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._copies: dict[str, Tensor] | None = None
+
+    def take(self) -> None:
+        """Copy the weights as they are now, in place of those copied before."""
+        live = trainable_state(self.model)
+        copies = {} if self._copies is None else self._copies
+        self._copies = {
+            name: copies[name].copy_(value) if name in copies else value.clone() for name, value in live.items()
+        }
+
+    def before_training(self) -> None:
+        """Copy what was frozen when the weights were taken and is no longer."""
+        if self._copies is not None:
+            for name, value in trainable_state(self.model).items():
+                if name not in self._copies:
+                    self._copies[name] = value.clone()
+
+    def state(self) -> dict[str, Tensor] | None:
+        """Return the weights that were taken, which are not copies; None if none were."""
+        return self._copies
+
+    def load(self, copies: Mapping[str, Tensor] | None) -> None:
+        """Take over what `state` returned in another process."""
+        live = self.model.state_dict()
+        self._copies = None if copies is None else {name: copy.to(live[name].device) for name, copy in copies.items()}
+
+    def restore(self) -> None:
+        """Put the weights back, if any were taken."""
+        if self._copies is not None:
+            live = self.model.state_dict()
+            with torch.no_grad():
+                for name, copy in self._copies.items():
+                    live[name].copy_(copy)
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        facts: What must be the same when it is resumed, by name.
+        first_step: Steps the trainer had made before it.
+        first_epoch: Epochs it had finished before it.
+        num_steps: Steps in all of it; None where a `DataLoader` does not tell.
+        best: The weights of the best epoch so far.
+        sums: Loss and hits of the epoch under way.
+        history: The epochs that were finished.
+        batches: Batches of the epoch under way that were gone through.
+        skipped: Steps of the run that were left out because a number was not finite.
+        skipped_before: Those of finished epochs.
+        ended: Whether a callback ended it.
+        between_steps: Whether weights, optimizer and the figures above belong together.
+    """
+
+    facts: dict[str, Any]
+    first_step: int
+    first_epoch: int
+    num_steps: int | None
+    best: BestWeights
+    sums: Sums
+    history: History = field(default_factory=History)
+    batches: int = 0
+    skipped: int = 0
+    skipped_before: int = 0
+    ended: bool = False
+    between_steps: bool = True
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch under way, in the life of the trainer."""
+        return self.first_epoch + len(self.history.reports)
+
+    def add(self, step: Step) -> None:
+        """Count a step that was made."""
+        self.sums.add(step.loss, step.correct, step.count)
+        self.batches = step.index + 1
+        self.between_steps = True
+
+    def skip(self, index: int) -> None:
+        """Count a step that was left out."""
+        self.skipped += 1
+        self.batches = index + 1
+        self.between_steps = True
+
+    def finish_epoch(self, report: EpochReport) -> None:
+        """Count an epoch that was trained and validated."""
+        self.history.reports.append(report)
+        self.sums.clear()
+        self.batches, self.skipped_before = 0, self.skipped
+
+    def state(self) -> dict[str, Any]:
+        """Return all this as plain types and tensors that are not copies."""
+        return {
+            "facts": self.facts,
+            "first_step": self.first_step,
+            "first_epoch": self.first_epoch,
+            "batches": self.batches,
+            "skipped": self.skipped,
+            "skipped_before": self.skipped_before,
+            "sums": {"loss": self.sums.loss, "correct": self.sums.correct, "count": self.sums.count},
+            "reports": [asdict(report) for report in self.history.reports],
+            "best": self.best.state(),
+            "ended": self.ended,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned in another process; compared before with `check_progress`."""
+        self.first_step, self.first_epoch = state["first_step"], state["first_epoch"]
+        self.batches, self.skipped, self.skipped_before = (
+            state["batches"],
+            state["skipped"],
+            state["skipped_before"],
+        )
+        self.sums.loss.copy_(state["sums"]["loss"])
+        self.sums.correct.copy_(state["sums"]["correct"])
+        self.sums.count = state["sums"]["count"]
+        self.history.reports[:] = [EpochReport(**report) for report in state["reports"]]
+        self.best.load(state["best"])
+        self.ended = state["ended"]
+
+
+def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, Tensor], *, origin: str) -> None:
+    """Compare the run of a checkpoint with the call that is to resume it, before anything is assigned.
+
+    Args:
+        state: The checkpoint's part "run".
+        facts: Of the call.
+        live: The model's weights.
+        origin: The checkpoint, for the message.
+
+    Raises:
+        CheckpointError: It holds no run, or that of a call with other arguments.
+        DataChangedError: The run began with other data.
+    """
+    if state is None:
+        raise CheckpointError(
+            f"{origin} was not saved during a run, so there is none to resume: trainer.load({origin!r}) takes its "
+            "weights over, and fit begins a new run with them."
+        )
+    check_parts({"run": state}, {"run": PARTS}, origin=origin)
+    run: Mapping[str, Any] = state  # type: ignore[assignment]
+    check_no_tensors(run["facts"], "run/facts")
+    for name, value in facts.items():
+        saved = run["facts"].get(name)
+        if saved == value:
+            continue
+        if name.endswith("data"):
+            raise DataChangedError(
+                f"{name}: the run of {origin} began with {_describe(saved)}, now there are {_describe(value)}. "
+                f"Expected the same images in the same order. To train on other data from its weights: "
+                f"trainer.load({origin!r}), then fit without resume_from."
+            )
+        raise CheckpointError(
+            f"the run of {origin} has {name}={shown(saved)}, this call {name}={value!r}: expected the same. To begin a "
+            f"new run with its weights: trainer.load({origin!r}), then fit without resume_from."
+        )
+    best = run["best"] or {}
+    check_items(best.values(), Tensor, "run/best")
+    if faults := differences({name: live[name] for name in best if name in live}, best, same_width=True):
+        raise CheckpointError(f"{origin} holds best weights that do not fit the model: {faults}.")
+    check_parts(run, {"sums": {"loss": (Tensor,), "correct": (Tensor,), "count": (int,)}}, origin=f"run of {origin}")
+    check_items(run["reports"], dict, "run/reports")
+    names = set(EpochReport.__dataclass_fields__)
+    if any(set(report) != names for report in run["reports"]) or any(run["sums"][n].ndim for n in ("loss", "correct")):
+        raise CheckpointError(f"{origin} holds reports or sums of another form: expected those that fit writes.")
+
+
+def _describe(data: object) -> str:
+    if not isinstance(data, list) or len(data) != 2:
+        return "none"
+    return f"{shown(data[0])} images (digest {shown(data[1])[:8]})"
