@@ -61,8 +61,11 @@ def half_precision() -> Iterator[None]:
         module.supported_precisions = before
 
 
-def run(model: tk.TransferModel, *, fit: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+def run(
+    model: tk.TransferModel, *, fit: dict[str, Any] | None = None, micro_batch_size: int | None = None, **options: Any
+) -> dict[str, Any]:
     trainer = tk.Trainer(model, **{"device": "cpu", "precision": "bf16", "seed": 3, "lr": 1e-4, **options})
+    trainer.micro_batch_size = micro_batch_size
     if trainer.device.precision == "fp16":
         trainer.device.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
     arguments = {"validation_data": data(320, 64), "epochs": EPOCHS, "verbose": 0, **(fit or {})}
@@ -104,7 +107,7 @@ def everything() -> dict[str, Any]:
 
 
 def batch_norm() -> dict[str, Any]:
-    return run(build(name="vgg16_bn", frozen_until="block5"), warmup_steps=5, fit={"augment": "flip", "n_views": 2})
+    return run(build(name="vgg16_bn", frozen_until="block5"), fit={"augment": "flip", "n_views": 2})
 
 
 def resumed() -> dict[str, Any]:
