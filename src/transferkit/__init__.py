@@ -30,7 +30,9 @@ from transferkit.trainer import Trainer
 from transferkit.training.callbacks import EarlyStopping, GradualUnfreezing
 from transferkit.training.checkpoint import Checkpoint
 from transferkit.training.loggers import CSVLogger, TensorBoardLogger
+from transferkit.training.loss import BinaryCrossEntropy, CrossEntropy
 from transferkit.training.optimizers import discriminative_lr
+from transferkit.training.schedules import warmup
 from transferkit.training.step import Step
 
 __version__ = version("transferkit")
@@ -38,8 +40,10 @@ __version__ = version("transferkit")
 __all__ = [
     "Assessment",
     "Backbone",
+    "BinaryCrossEntropy",
     "CSVLogger",
     "Checkpoint",
+    "CrossEntropy",
     "Device",
     "EarlyStopping",
     "EpochReport",
@@ -70,4 +74,5 @@ __all__ = [
     "save_model",
     "search",
     "summary",
+    "warmup",
 ]

@@ -28,7 +28,7 @@ from transferkit.training.run import check_same_classes
 
 FREEZE = "freeze_until"
 FIT = ("epochs", "batch_size", "augment", "n_views")
-FIXED = ("device", "precision", "cache_dir", "seed")
+FIXED = ("device", "precision", "cache", "seed")
 TRAINER = tuple(name for name in inspect.signature(Trainer).parameters if name not in ("model", *FIXED))
 
 Space = Mapping[str, Sequence[Any] | Callable[[random.Random], Any]]
@@ -132,7 +132,7 @@ def search(
     num_trials: int | None = None,
     device: str | torch.device | Device = "auto",
     precision: str = "auto",
-    cache_dir: str | PathLike[str] | None = None,
+    cache: bool | str | PathLike[str] = "auto",
     num_workers: int = 0,
     seed: int = 0,
     verbose: int = 1,
@@ -156,7 +156,7 @@ def search(
         num_trials: How many sets to draw at random; None tries every combination.
         device: As in `Trainer`.
         precision: As in `Trainer`.
-        cache_dir: As in `Trainer`.
+        cache: As in `Trainer`.
         num_workers: Processes that read a `Dataset`.
         seed: Draws, head's initial weights, order of images, everything depends on it.
         verbose: 1 shows a line for each trial, and a bar where it can be seen; 2 the lines alone; 0 nothing.
@@ -202,7 +202,7 @@ def search(
                     _read(train, model, place, num_workers),
                     _read(validation_data, model, place, num_workers),
                 )
-            trainer = _trainer(model, params, features, device=place, cache_dir=cache_dir, seed=seed)
+            trainer = _trainer(model, params, features, device=place, cache=cache, seed=seed)
             features = trainer
             trials[number] = trial = _try(
                 trainer, params, *data[size], validation_split=validation_split, num_workers=num_workers

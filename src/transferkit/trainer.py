@@ -1,46 +1,56 @@
 """`Trainer` composes the other parts."""
 
+import difflib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import nn
 from torch.optim import Optimizer
 
-from transferkit.base.arguments import positive, share, whole_number
+from transferkit.base.arguments import positive, whole_number
 from transferkit.base.display import QUIET, Display
 from transferkit.base.interrupts import Interrupts
 from transferkit.compute.device import Device
-from transferkit.compute.finite import check_policy
-from transferkit.data.augmentation import Augment
+from transferkit.data.augmentation import Augment, build_augmentation
 from transferkit.data.inputs import Inputs
 from transferkit.data.open import open_data
+from transferkit.data.selection import check_policy, split_validation, without_bad_images
+from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError
 from transferkit.features.cache import FeatureCache, open_folder
-from transferkit.features.feed import Feed, Frozen
+from transferkit.features.feed import Batches, Feed, Frozen
 from transferkit.model.freezing import describe_frozen
 from transferkit.model.head import TransferModel
-from transferkit.model.recompute import check_recomputable
+from transferkit.model.modes import modes_kept
 from transferkit.results.assessment import Assessment
 from transferkit.results.history import History
 from transferkit.results.lr_sweep import LearningRateSweep
 from transferkit.saving import archive
 from transferkit.saving import model as model_state
-from transferkit.training.checkpoint import Checkpoint
-from transferkit.training.evaluation import assess, evaluate, in_eval_mode, predict_proba
-from transferkit.training.loop import Callback, run_epochs, train_epoch
-from transferkit.training.loss import CrossEntropy, check_class_weights, find_class_weights
+from transferkit.training.callback_list import CallbackList
+from transferkit.training.evaluation import assess, evaluate, predict_proba
+from transferkit.training.loop import CACHED_BATCH_SIZE, Callback, Epochs, train_epoch
+from transferkit.training.loss import Loss, LossFunction, find_loss
 from transferkit.training.lr_find import spaced_rates, sweep
-from transferkit.training.metrics import Sums
+from transferkit.training.metrics import Sums, check_metrics
 from transferkit.training.optimizers import LearningRate, OptimizerClass, build_optimizer, set_lr
 from transferkit.training.progress import BestWeights, Progress
-from transferkit.training.run import Run, check_trains, choose_batch_size, open_run
+from transferkit.training.run import (
+    Run,
+    check_same_classes,
+    check_trains,
+    choose_batch_size,
+    open_run,
+    without_loader,
+)
 from transferkit.training.schedules import Schedule, check_schedule, find_schedule
 from transferkit.training.state import (
     assign_training_state,
@@ -51,6 +61,7 @@ from transferkit.training.state import (
     training_state,
 )
 from transferkit.training.step import Step
+from transferkit.training.training import Training
 
 
 class Trainer:
@@ -60,45 +71,44 @@ class Trainer:
         model: It is moved to the device. What is frozen may change between two calls of `fit`.
         optimizer: `"adam"`, `"adamw"`, `"sgd"` (momentum 0.9), `"rmsprop"`, an optimizer class or
             `functools.partial` of one, or an instance over the model's parameters. Fused where torch can.
-        lr: Learning rate, above 0: one number, or `{"backbone": 1e-5, "head": 1e-3}`, in which blocks may have rates of
-            their own (`"block5": 1e-4`; see `discriminative_lr`). None is 1e-3.
-        weight_decay: 0 or more.
-        schedule: `"constant"`, `"linear"` or `"cosine"` (both to 0 over one call of `fit`), `"one_cycle"` (up from 1/25
-            over 30 % of it, then down to 0), or a function of progress (0 to 1) that returns a factor. It counts steps
-            made, those that fp16 skipped included.
-        warmup_steps: Steps over which the learning rate first rises linearly.
-        clip_grad_norm: Largest Euclidean norm of all gradients together; None leaves them.
-        cache: `"auto"` computes what the frozen layers make of each image once, keeps it, and trains the rest on it,
-            wherever that gives the same result, and says so where it does not; True raises there; False never does.
-        cache_dir: A folder in which these features are kept in files, for later runs and other processes. None keeps
-            them in memory: on the device if they take at most half of what is free there, else on the host likewise.
-        micro_batch_size: Split each batch into parts of this size and add their gradients up: the memory of a part,
-            the update of the whole batch. None does not split.
-        label_smoothing: 0 up to but not including 1.
-        class_weights: One number for each class: how much its images count in the training loss. `"balanced"` lets
-            every class count alike, however many images of it the training data has.
+        lr: Learning rate, above 0: one number, or `{"backbone": 1e-5, "head": 1e-3}`, in which blocks may have their
+            own (`"block5": 1e-4`; see `discriminative_lr`). None is 1e-3.
+        weight_decay: 0 or more; None is the optimizer's own default, 0.01 for AdamW and 0 for the others named here.
+        schedule: `"constant"`, `"linear"` or `"cosine"` (both fall to 0 over one call of `fit`), `"one_cycle"` (rises
+            from 1/25 over the first 30 % of the steps, then falls to 0), `warmup("cosine", 0.1)`, or a function of
+            progress (0 to 1) that returns a factor. Steps that fp16 skips count.
+        clip_grad_norm: Largest Euclidean norm of all gradients together; None does not clip.
+        loss: `CrossEntropy` (None), `BinaryCrossEntropy` where an image may have several labels, or any function or
+            module of (logits, targets) that returns the mean over a batch.
+        metrics: Figures beside loss and accuracy, `{"f1": function}`: a function of (probabilities, targets), or a
+            torchmetrics object. Each is computed over all images of a pass, joins every report as `f1` and `val_f1`,
+            and what `evaluate` and `assess` return.
         device: `"auto"`, `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, a `torch.device` or a `Device`.
         precision: `"auto"`, `"bf16"`, `"fp16"` or `"fp32"`; see `Device`.
-        on_nonfinite: What is done with a step whose loss or gradients are infinite or NaN, which changes no weight:
-            `"raise"`, or `"skip"` it. In fp16 overflowing gradients are the scaler's business.
-        max_skipped: Steps that may be skipped in one run.
-        seed: Order of images, augmentation, dropout and validation split depend on it and on nothing else; the
-            head's initial weights are drawn earlier, in `attach_head`, after your `torch.manual_seed`.
-        recompute_activations: Keep the activations at block boundaries alone and compute the others a second time in
-            the backward pass: less memory, a third more time.
-        torch_compile: Let `torch.compile` fuse what runs; see docs/performance.md for what it brings.
+        cache: `"auto"` computes what the frozen layers make of each image once, caches it, and trains the rest on that,
+            wherever this gives the same result; where it does not, it says so. True raises there. False never caches. A
+            folder caches in files there, for later runs and other processes; otherwise features lie in the memory of
+            the device if they fit into half of what is free, else in that of the host.
+        max_skipped: Steps of one run that may be skipped because the loss or a gradient is infinite or NaN; such a step
+            changes no weight. One more raises. Overflows in fp16 are the gradient scaler's business and do not count.
+        seed: Order of images, augmentation, dropout and validation split depend on it alone. The head's initial weights
+            are drawn earlier, in `attach_head`, after your `torch.manual_seed`.
 
     Attributes:
         model: The model.
         device: The `Device`.
         optimizer: The optimizer, with one group of parameters for each block and one for the head.
-        epoch: Number of epochs finished so far.
-        global_step: Number of steps made so far.
-        history: The `History` of the run under way, which callbacks may read, else of the last one; None before.
+        micro_batch_size: Images that pass through the network at once. None, the default, is the whole batch. Assign a
+            number to save memory: gradients of the micro-batches add up, and the update stays that of the whole batch.
+            It falls by itself where memory runs out.
+        epoch: Epochs finished so far.
+        global_step: Steps made so far.
+        history: The `History` of the current run, which callbacks may read, else of the last one; None before.
+        metrics: The metrics by name.
 
     Raises:
-        ArgumentError: A value out of range.
-        DeviceError: The machine has no such device or number format.
+        ArgumentError: When a value is out of range.
+        DeviceError: When the machine has no such device or cannot compute in that precision.
 
     Example:
         >>> import transferkit as tk
@@ -128,22 +138,16 @@ class Trainer:
         *,
         optimizer: str | OptimizerClass | Optimizer = "adam",
         lr: LearningRate | None = None,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         schedule: str | Schedule = "constant",
-        warmup_steps: int = 0,
         clip_grad_norm: float | None = None,
-        micro_batch_size: int | None = None,
-        label_smoothing: float = 0.0,
-        class_weights: Sequence[float] | Tensor | str | None = None,
+        loss: Loss | LossFunction | None = None,
+        metrics: object = None,
         device: str | torch.device | Device = "auto",
         precision: str = "auto",
-        cache: bool | str = "auto",
-        cache_dir: str | os.PathLike[str] | None = None,
-        on_nonfinite: str = "raise",
-        max_skipped: int = 10,
+        cache: bool | str | os.PathLike[str] = "auto",
+        max_skipped: int = 0,
         seed: int = 0,
-        recompute_activations: bool = False,
-        torch_compile: bool = False,
     ) -> None:
         if not isinstance(model, TransferModel):
             raise ArgumentError(
@@ -152,30 +156,60 @@ class Trainer:
             )
         if isinstance(device, Device) and precision not in ("auto", device.precision):
             raise ArgumentError(f"precision={precision!r} contradicts {device}: say it in one place.")
-        self.device = device if isinstance(device, Device) else Device(device, precision)
-        self.model = self.device.prepare(model)
-        self.optimizer = build_optimizer(optimizer, model, lr, weight_decay)
-        self.schedule = find_schedule(schedule)
-        self.warmup_steps = whole_number("warmup_steps", warmup_steps, at_least=0)
-        self.clip_grad_norm = None if clip_grad_norm is None else positive("clip_grad_norm", clip_grad_norm)
-        self.micro_batch_size = None if micro_batch_size is None else whole_number("micro_batch_size", micro_batch_size)
-        self.class_weights = check_class_weights(class_weights, len(model.classes))
-        self.cross_entropy = CrossEntropy(share("label_smoothing", label_smoothing))
-        self.seed = whole_number("seed", seed, at_least=0)
-        self.on_nonfinite = check_policy(on_nonfinite)
-        self.max_skipped = whole_number("max_skipped", max_skipped, at_least=0)
-        if cache != "auto" and not isinstance(cache, bool):
-            raise ArgumentError(f'cache={cache!r} is not known: expected "auto", True or False.')
-        self.cache = cache
-        self.recompute_activations = recompute_activations
-        self.torch_compile = torch_compile
+        place = device if isinstance(device, Device) else Device(device, precision)
+        found = find_loss(loss, model.threshold, place.torch_device)
+        self._training = Training(
+            model=place.prepare(model),
+            device=place,
+            optimizer=build_optimizer(optimizer, model, lr, weight_decay),
+            loss=found,
+            metrics=check_metrics(metrics),
+            schedule=find_schedule(schedule),
+            clip_grad_norm=None if clip_grad_norm is None else positive("clip_grad_norm", clip_grad_norm),
+            max_skipped=whole_number("max_skipped", max_skipped, at_least=0),
+            seed=whole_number("seed", seed, at_least=0),
+        )
+        self._cache_mode, folder = _find_cache(cache)
         self._interrupts = Interrupts()
-        self._features = FeatureCache(self.device, open_folder(cache_dir), check=self._interrupts.check)
-        self._frozen = Frozen(model, self.device, compiled=torch_compile)
+        self._features = FeatureCache(place, folder, check=self._interrupts.check)
+        self._frozen = Frozen(model, place, compiled=False)
+        self._run: Run | None = None  # the current one
+        self._given: tuple[object, object] = (None, None)  # its training and validation data, as the user passed them
         self._progress: Progress | None = None
         self._history: History | None = None
-        self.epoch = 0
-        self.global_step = 0
+        model.threshold = found.threshold
+
+    @property
+    def model(self) -> TransferModel:
+        return self._training.model
+
+    @property
+    def device(self) -> Device:
+        return self._training.device
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self._training.optimizer
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        return self._training.metrics
+
+    @property
+    def epoch(self) -> int:
+        return self._training.epoch
+
+    @property
+    def global_step(self) -> int:
+        return self._training.global_step
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        return self._training.micro_batch_size
+
+    @micro_batch_size.setter
+    def micro_batch_size(self, value: int | None) -> None:
+        self._training.micro_batch_size = None if value is None else whole_number("micro_batch_size", value)
 
     @property
     def history(self) -> History | None:
@@ -194,118 +228,104 @@ class Trainer:
         n_views: int | None = None,
         callbacks: Sequence[Callback] = (),
         resume_from: str | os.PathLike[str] | None = None,
-        restore_best: bool = True,
         on_bad_image: str = "raise",
         num_workers: int = 0,
         verbose: int = 1,
     ) -> History:
         """Train for some epochs, validate after each, and leave the model as it was after the best of them.
 
-        Ctrl-C (SIGINT) and SIGTERM end the run after the step or batch under way, and are then raised again as
+        Ctrl-C (SIGINT) and SIGTERM end the run after the current step or batch, and are then raised again as
         `KeyboardInterrupt` or exit status 143; a second one ends it at once. Whatever ends a run between two steps, a
-        `Checkpoint` among the callbacks first saves where it stood.
+        `Checkpoint` among the callbacks first saves where it stands.
 
         Args:
             data: `(images, targets)`, a `Dataset` of such pairs (PIL images of any sizes are fine), or a
                 `DataLoader` of batches. Images are raw, uint8 `(N, 3, H, W)` or `(N, H, W, 3)`, or preprocessed, float.
-                Targets are class indices, or one-hot or soft rows.
-            validation_data: Likewise; measured after each epoch.
-            validation_split: Share of `data` to hold back as validation data instead, drawn at random by the seed.
+                Targets are class indices, or one-hot or soft rows; with `BinaryCrossEntropy`, multi-hot rows.
+            validation_data: Data of the same forms, evaluated after each epoch. The weights of the epoch with the
+                highest validation accuracy are put back at the end, whatever ended the run; the optimizer's state stays
+                the last. Without validation data the last weights stay.
+            validation_split: Fraction of `data` to hold back as validation data instead, drawn at random by the seed.
             epochs: 1 or more.
             batch_size: 1 or more; 32 if None. A `DataLoader` has its own.
             lr: A new base learning rate, from this call on.
             augment: Random changes to raw training images: `"flip"`, `"crop"`, `"color"`, `"trivial"`, a
                 `torchvision.transforms.v2` transform or any callable of one image, or a list of these.
-            n_views: With augmentation, or a `Dataset` whose own transform is random: make this many fixed views of each
-                image and go through them in turn, an epoch each, so that their features can be kept. None makes new
-                ones in every epoch, and keeps no features of training images.
-            callbacks: Called after each epoch with the trainer and the `EpochReport`; one that returns True ends
-                the run. One that has a method `before_run(trainer, validated=...)` is asked before the first step
-                whether it can be used. `GradualUnfreezing` is called first, so that a `Checkpoint` saves what it did.
-            resume_from: A checkpoint saved during a run, or the folder of a `Checkpoint`: the run is resumed with the
-                same result as if it had never stopped, and the history is that of all of it. In a folder that has none
-                yet it begins. `epochs` counts those that were done; data and other arguments must be those of the
-                run. A `DataLoader` that shuffles draws another order.
-            restore_best: Put the weights of the epoch with the highest validation accuracy back at the end, whatever
-                ended the run (the optimizer's state stays the last). Without validation data the last weights stay.
-            on_bad_image: `"skip"` reads a `Dataset` once before the run and leaves out, with a line for each, the
-                images that cannot be used: at most 1 % of them, or one. `"raise"` ends the run at the first.
+            n_views: Makes this many fixed views of each image, with `augment` or with a `Dataset` whose own transform
+                is random. Epochs use them in turn, so their features can be cached. None draws new changes in every
+                epoch and caches no features of augmented images.
+            callbacks: Called after each epoch with the trainer and the `EpochReport`; one that returns True ends the
+                run. `CallbackList` describes what else a callback may have.
+            resume_from: A checkpoint saved during a run, or the folder of a `Checkpoint`. The run continues with the
+                same result as if it had never stopped, and the history covers all of it. If the folder has no
+                checkpoint, a new run starts. `epochs` counts the finished ones; data and other arguments must be those
+                of the run. A `DataLoader` that shuffles draws another order.
+            on_bad_image: `"skip"` reads a `Dataset` once before the run and leaves out the images that cannot be used,
+                at most 1 % of them, or one, with a line for each. `"raise"` ends the run at the first.
             num_workers: Processes that read a `Dataset`.
             verbose: 0 shows nothing; 2 a line at the start and one for each epoch; 1 also bars, in a terminal or a
-                notebook where `tqdm` is installed, for features being computed and for the epoch under way.
+                notebook where `tqdm` is installed, while features are computed and an epoch runs.
+
+        Returns:
+            The reports of the run's epochs.
 
         Raises:
-            NothingToTrainError: Everything is frozen.
-            NonFiniteError: A loss or gradient is infinite or NaN; the weights are those of the step before.
-            OutOfMemoryError: Memory does not suffice for one image at a time.
-            WorkerError: A process that reads images died or hangs.
-            CheckpointError: `resume_from` cannot be used; nothing was changed.
-            DataChangedError: It began with other data.
+            NothingToTrainError: When everything is frozen.
+            NonFiniteError: When a loss or gradient is infinite or NaN, and `max_skipped` steps were skipped before.
+            OutOfMemoryError: When one image at a time is more than the memory holds.
+            CacheError: When features cannot be cached although `cache=True` asks for it.
+            CheckpointError: When the checkpoint to resume from cannot be used.
+            DataChangedError: When the run to resume began with other data.
             CheckpointWriteError: At the end, if the last save of a `Checkpoint` failed.
-            TransferKitError: Arguments or data that cannot be used, all seen before the first step but for what a
-                `Dataset` or `DataLoader` hides until it is read.
+            TransferKitError: When arguments or data cannot be used: before the first step, except for what a `Dataset`
+                or `DataLoader` hides until it is read.
         """
-        if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
-            raise ArgumentError(
-                f"callbacks={callbacks!r} cannot be used: expected a list of functions of (trainer, report)."
-            )
-        epochs = whole_number("epochs", epochs)
-        display = Display(verbose)
-        checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
+        check_policy(on_bad_image)
+        if validation_data is not None and validation_split is not None:
+            raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
+        called, display = CallbackList(self, callbacks), Display(verbose)
+        training = self._training
         with self._interrupts:
+            source = self._open_source(data, num_workers, on_bad_image, display)
+            validation = None
+            if validation_data is not None:
+                check_same_classes(data, validation_data)
+                held_out, workers = without_loader(validation_data, num_workers)
+                validation = self._open_source(held_out, workers, on_bad_image, display)
+            if validation_split is not None:
+                source, validation = split_validation(source, validation_split, training.seed)
+            feed = self._feeds(augment, n_views, display)
             run = open_run(
-                self.model,
-                data,
-                validation_data=validation_data,
-                validation_split=validation_split,
+                training,
+                feed(source, "training"),
+                None if validation is None else feed(validation, "validation"),
                 epochs=epochs,
                 batch_size=batch_size,
-                augment=augment,
-                n_views=n_views,
-                num_workers=num_workers,
-                seed=self.seed,
-                on_bad_image=on_bad_image,
-                display=display,
-                check=self._interrupts.check,
             )
-            check_schedule(self.schedule, run.num_steps)
-            self._check_validation(run)
-            self._weigh_classes(run)
-            for callback in callbacks:
-                if hasattr(callback, "before_run"):
-                    callback.before_run(self, validated=run.validation is not None)
-            facts: dict[str, Any] = {}
-            if callbacks or resume_from is not None:
-                facts = {**run_facts(self, run, lr, epochs, augment), "restore_best": restore_best}
-            saved = None if resume_from is None else read_run(self, resume_from, facts, checkpoints, display)
+            check_schedule(training.schedule, run.num_steps)
+            called.before_run(validated=validation is not None)
+            facts = run_facts(training, run, lr, augment) if called or resume_from is not None else {}
+            saved = None if resume_from is None else read_run(training, resume_from, facts, called, display)
             if saved is None:
-                self._begin_run(run, lr, checkpoints)
+                check_trains(training.model, run)
+                called.before_first_step(training.global_step, resumed_from=None)
+                if lr is not None:
+                    set_lr(training.optimizer, lr)
             else:
-                assign_training_state(self, saved)  # nothing was changed before
-            display.say(f"{describe_frozen(self.model)}; on {self.device.torch_device} in {self.device.precision}")
-            train, validation = self._feeds(run, display)
-            progress = self._begin(run, facts)
+                assign_training_state(training, saved)  # nothing was changed before
+            display.say(f"{describe_frozen(training.model)}; on {self.device.torch_device} in {self.device.precision}")
+            run.check_feeds()
+            progress = self._begin(facts)
             if saved is not None:
                 progress.load(saved["run"])
-                self.epoch, self.micro_batch_size = progress.epoch, saved["progress"]["micro_batch_size"]
-            self._progress, self._history = progress, progress.history
+                training.epoch, training.micro_batch_size = progress.epoch, saved["progress"]["micro_batch_size"]
+            self._run, self._given, self._progress = run, (data, validation_data), progress
+            self._history = progress.history
             try:
-                run_epochs(
-                    self,
-                    run,
-                    progress,
-                    train=train,
-                    validation=validation,
-                    epochs=epochs,
-                    callbacks=callbacks,
-                    restore_best=restore_best,
-                    interrupts=self._interrupts,
-                    display=display,
-                )
+                Epochs(training, run, progress, callbacks=called, interrupts=self._interrupts, display=display).finish()
             finally:
-                self._progress = None
-        for failure in [checkpoint.failure for checkpoint in checkpoints if checkpoint.failure is not None]:
-            raise failure
+                self._run, self._given, self._progress = None, (None, None), None
+        called.after_run()
         return progress.history
 
     def steps(
@@ -328,23 +348,16 @@ class Trainer:
             >>> for step in trainer.steps(train, epochs=3):  # doctest: +SKIP
             ...     my_logger.log(step.loss, step.lr)
         """
-        run = open_run(
-            self.model,
-            data,
-            epochs=epochs,
-            batch_size=batch_size,
-            augment=augment,
-            n_views=n_views,
-            num_workers=num_workers,
-        )
-        check_schedule(self.schedule, run.num_steps)
+        source = self._open_source(data, num_workers)
+        train = self._feeds(augment, n_views, QUIET)(source, "training")
+        run = open_run(self._training, train, None, epochs=epochs, batch_size=batch_size)
+        check_schedule(self._training.schedule, run.num_steps)
         check_trains(self.model, run)
-        self._weigh_classes(run)
         if lr is not None:
             set_lr(self.optimizer, lr)
-        train, _ = self._feeds(run, QUIET)
-        progress = self._begin(run, {})
-        return (step for _ in range(epochs) for step in train_epoch(self, run, train, progress, first=0))
+        run.check_feeds()
+        progress = self._begin({})
+        return (step for _ in range(epochs) for step in train_epoch(self._training, run, progress))
 
     def lr_find(
         self,
@@ -388,19 +401,12 @@ class Trainer:
         rates = spaced_rates(lr_min, lr_max, num_steps)
         display = Display(verbose)
         with self._interrupts:
-            run = open_run(
-                self.model,
-                data,
-                epochs=1,
-                batch_size=batch_size,
-                augment=augment,
-                n_views=n_views,
-                num_workers=num_workers,
-            )
+            source = self._open_source(data, num_workers)
+            train = self._feeds(augment, n_views, display)(source, "training")
+            run = open_run(self._training, train, None, epochs=1, batch_size=batch_size)
             check_trains(self.model, run)
-            self._weigh_classes(run)
-            feed, _ = self._feeds(run, display)
-            found = sweep(self, run, feed, rates, interrupts=self._interrupts, display=display)
+            run.check_feeds()
+            found = sweep(self._training, run, rates, interrupts=self._interrupts, display=display)
         if found.suggestion is None:
             why = "the loss fell nowhere. Is the model trained already?"
             if not math.isfinite(found.losses[0]):
@@ -409,17 +415,18 @@ class Trainer:
         return found
 
     def evaluate(self, data: object, *, batch_size: int | None = None, num_workers: int = 0) -> dict[str, float]:
-        """Return `{"loss": ..., "accuracy": ...}`: mean cross-entropy, unsmoothed and unweighted, and accuracy, 0 to 1.
+        """Return `{"loss": ..., "accuracy": ...}` and the trainer's metrics: mean loss, and accuracy from 0 to 1.
+
+        The loss is taken without smoothing and weights. A callback that evaluates the data of the current run uses its
+        cached features.
 
         Args:
             data: As in `fit`.
             batch_size: 32 if None.
             num_workers: Processes that read a `Dataset`.
         """
-        with in_eval_mode(self.model):
-            batches = self._batches(data, batch_size, num_workers, with_targets=True)
-            loss, accuracy = evaluate(self.model, batches, device=self.device)
-        return {"loss": loss, "accuracy": accuracy}
+        with self._passing(data, batch_size, num_workers) as (network, batches):
+            return evaluate(network, batches, training=self._training, loss=self._training.loss)
 
     def assess(self, data: object, *, batch_size: int | None = None, num_workers: int = 0) -> Assessment:
         """Return what the model makes of each image of labelled data: accuracy by class, top k, confusion matrix.
@@ -427,7 +434,7 @@ class Trainer:
         The arguments are those of `evaluate`.
 
         Raises:
-            NonFiniteError: The model makes infinity or NaN of an image.
+            NonFiniteError: When the model makes infinity or NaN of an image.
 
         Example:
             >>> print(trainer.assess(test))  # doctest: +SKIP
@@ -436,40 +443,46 @@ class Trainer:
             airplane       0.7255  0.7400  0.7327      50
             ...
         """
-        with in_eval_mode(self.model):
-            batches = self._batches(data, batch_size, num_workers, with_targets=True)
-            return assess(self.model, batches, self.model.classes, device=self.device)
+        with self._passing(data, batch_size, num_workers) as (network, batches):
+            return assess(network, batches, training=self._training, loss=self._training.loss)
 
     def predict_proba(
         self, images: object, *, batch_size: int | None = None, num_workers: int = 0
     ) -> npt.NDArray[np.float32]:
-        """Return the probability of each class, float32 `(N, len(classes))`, rows summing to one.
+        """Return the probability of each class, float32 `(N, len(classes))`.
+
+        Rows sum to one, except where an image may have several labels: each probability is then one of its own.
 
         Args:
             images: One image: the path of a file, a PIL image, an array or tensor `(H, W, 3)` or `(3, H, W)`. Or
-                many: a list of these, or all that `fit` takes, with targets (which are not looked at) or without.
+                many: a list of these, or all that `fit` takes, with targets (which are ignored) or without.
             batch_size: 32 if None.
             num_workers: Processes that read a `Dataset` or a list.
 
         Raises:
-            ImageError: An image cannot be read or used; the message has its place and path.
-            NonFiniteError: The model makes infinity or NaN of an image.
+            ImageError: When an image cannot be read or used; the message has its index and path.
+            NonFiniteError: When the model makes infinity or NaN of an image.
         """
-        with in_eval_mode(self.model):
-            batches = self._batches(images, batch_size, num_workers, with_targets=False)
-            return predict_proba(self.model, batches, device=self.device)
+        with self._passing(images, batch_size, num_workers, with_targets=False) as (network, batches):
+            return predict_proba(network, batches, training=self._training)
 
-    def predict(self, images: object, *, batch_size: int | None = None, num_workers: int = 0) -> npt.NDArray[np.int64]:
+    def predict(
+        self, images: object, *, batch_size: int | None = None, num_workers: int = 0
+    ) -> npt.NDArray[np.int64] | npt.NDArray[np.bool_]:
         """Return the most probable class index of each image, int64 `(N,)`; `predict_classes` returns names.
 
-        The arguments are those of `predict_proba`.
+        Where an image may have several labels, return which of them it has, bool `(N, len(classes))`: those whose
+        probability reaches `model.threshold`. The arguments are those of `predict_proba`.
         """
         probabilities = self.predict_proba(images, batch_size=batch_size, num_workers=num_workers)
-        classes: npt.NDArray[np.int64] = probabilities.argmax(axis=1)
-        return classes
+        if self.model.threshold is not None:
+            return probabilities >= self.model.threshold
+        return cast("npt.NDArray[np.int64]", probabilities.argmax(axis=1))
 
-    def predict_classes(self, images: object, *, batch_size: int | None = None, num_workers: int = 0) -> list[str]:
-        """Return the name of the most probable class of each image.
+    def predict_classes(
+        self, images: object, *, batch_size: int | None = None, num_workers: int = 0
+    ) -> list[str] | list[list[str]]:
+        """Return the name of the most probable class of each image, or the names of its labels if it may have several.
 
         The arguments are those of `predict_proba`.
 
@@ -477,12 +490,14 @@ class Trainer:
             >>> trainer.predict_classes(["holiday/0001.jpg", "holiday/0002.jpg"])  # doctest: +SKIP
             ['dog', 'airplane']
         """
-        indices = self.predict(images, batch_size=batch_size, num_workers=num_workers)
-        return [self.model.classes[index] for index in indices]
+        predicted, names = self.predict(images, batch_size=batch_size, num_workers=num_workers), self.model.classes
+        if self.model.threshold is not None:
+            return [[name for name, has in zip(names, row, strict=True) if has] for row in predicted]
+        return [names[index] for index in predicted]
 
     def state_dict(self) -> dict[str, Any]:
         """Return model, optimizer and progress as plain types and tensors, which are not copies."""
-        return training_state(self, self._progress)
+        return training_state(self._training, self._progress)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned, what is frozen included; on any difference nothing is changed.
@@ -491,8 +506,8 @@ class Trainer:
             HeadMismatchError: Other classes.
             CheckpointError: Another backbone, head, preprocessing or optimizer.
         """
-        check_training_state(self, state, origin="the checkpoint")
-        assign_training_state(self, state)
+        check_training_state(self._training, state, origin="the checkpoint")
+        assign_training_state(self._training, state)
 
     def save(self, path: str | os.PathLike[str], *, frozen: bool = True) -> None:
         """Write a checkpoint, whole or not at all; `load` and `transferkit.load_model` read it.
@@ -516,7 +531,9 @@ class Trainer:
             CheckpointError: No such file, a damaged one, or one that does not fit.
             HeadMismatchError: It has other classes.
         """
-        assign_training_state(self, complete_training_state(self, archive.read_checkpoint(path), Path(path)))
+        assign_training_state(
+            self._training, complete_training_state(self._training, archive.read_checkpoint(path), Path(path))
+        )
 
     def share_features(self, other: "Trainer") -> None:
         """Use the kept features of another trainer on the same device, and add to them.
@@ -525,44 +542,70 @@ class Trainer:
         """
         self._features.share(other._features)
 
-    def _begin(self, run: Run, facts: dict[str, Any]) -> Progress:
-        sums = Sums(self.device.torch_device)
-        return Progress(facts, self.global_step, self.epoch, run.num_steps, BestWeights(self.model), sums)
+    def _begin(self, facts: dict[str, Any]) -> Progress:
+        sums = Sums(self.device.torch_device, keep_outputs=bool(self.metrics))
+        return Progress(facts, self.global_step, self.epoch, BestWeights(self.model), sums)
 
-    def _begin_run(self, run: Run, lr: LearningRate | None, checkpoints: Sequence[Checkpoint]) -> None:
-        check_trains(self.model, run)
-        for checkpoint in checkpoints:
-            checkpoint.check_new_run(self.global_step)
-        if lr is not None:
-            set_lr(self.optimizer, lr)
+    def _open_source(
+        self, data: object, num_workers: int, on_bad_image: str = "raise", display: Display = QUIET
+    ) -> Source:
+        """Open labelled data, without the images that cannot be used if those are to be skipped."""
+        classes, multi_label = self.model.classes, self.model.threshold is not None
+        source = open_data(data, classes, num_workers=num_workers, multi_label=multi_label, on_bad_image=on_bad_image)
+        if on_bad_image == "raise":
+            return source
+        return without_bad_images(source, display=display, check=self._interrupts.check)
 
-    def _check_validation(self, run: Run) -> None:
-        """Read one image to validate on now: a whole epoch would be lost on data that cannot be used."""
-        if run.validation is not None:
-            next(Inputs(run.validation, self.model.backbone.preprocess, self.device).batches(1))
-
-    def _weigh_classes(self, run: Run) -> None:
-        weights = find_class_weights(self.class_weights, run.source, len(self.model.classes))
-        self.cross_entropy = CrossEntropy(self.cross_entropy.label_smoothing, self.device.move(weights))
-
-    def _feeds(self, run: Run, display: Display) -> tuple[Feed, Feed | None]:
-        """Return what the epochs of a run train and validate on."""
-        if self.recompute_activations:
-            check_recomputable(self.model)
+    def _feeds(self, augment: Augment | None, n_views: int | None, display: Display) -> Callable[[Source, str], Feed]:
+        """Return what makes a feed of a source, for training with augmentation or for validation without."""
         preprocess = self.model.backbone.preprocess
-        inputs = Inputs(run.source, preprocess, self.device, run.transform, self.seed)
-        feed = partial(Feed, frozen=self._frozen, cache=self._features, mode=self.cache, display=display)
-        train = feed(inputs, num_views=run.num_views, what="training")
-        train.check()
-        if run.validation is None:
-            return train, None
-        validation = feed(Inputs(run.validation, preprocess, self.device), num_views=None, what="validation")
-        validation.check()
-        return train, validation
+        transform = None if augment is None else build_augmentation(augment, preprocess.image_size)
+        num_views = None if n_views is None else whole_number("n_views", n_views)
+        make = partial(Feed, frozen=self._frozen, cache=self._features, mode=self._cache_mode, display=display)
 
-    def _batches(
-        self, data: object, batch_size: int | None, num_workers: int, *, with_targets: bool
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        source = open_data(data, self.model.classes, num_workers=num_workers, with_targets=with_targets)
+        def feed(source: Source, what: str) -> Feed:
+            if what == "validation":
+                return make(Inputs(source, preprocess, self.device), num_views=None, what=what)
+            inputs = Inputs(source, preprocess, self.device, transform, self._training.seed)
+            return make(inputs, num_views=num_views, what=what)
+
+        return feed
+
+    @contextmanager
+    def _passing(
+        self, data: object, batch_size: int | None, num_workers: int, *, with_targets: bool = True
+    ) -> Iterator[tuple[nn.Module, Batches]]:
+        """Put the model into eval mode and yield the network and its batches, over cached features if it can."""
+        with modes_kept(self.model):
+            self.model.eval()
+            run = self._run
+            if run is not None and with_targets and run.validation is not None and data is self._given[1]:
+                size = choose_batch_size(run.validation.inputs.source, batch_size)
+                network, batches = run.validation.open(size, kept_batch_size=max(size, CACHED_BATCH_SIZE))
+            else:
+                network, batches = self.model, self._batches(data, batch_size, num_workers, with_targets=with_targets)
+            with closing(batches):
+                yield network, batches
+
+    def _batches(self, data: object, batch_size: int | None, num_workers: int, *, with_targets: bool) -> Batches:
+        source = open_data(
+            data,
+            self.model.classes,
+            num_workers=num_workers,
+            with_targets=with_targets,
+            multi_label=self.model.threshold is not None,
+        )
         inputs = Inputs(source, self.model.backbone.preprocess, self.device)
         return inputs.batches(choose_batch_size(source, batch_size))
+
+
+def _find_cache(cache: object) -> tuple[bool | str, Path | None]:
+    """Return when features are cached and the folder for files of them."""
+    if isinstance(cache, bool) or cache == "auto":
+        return cache, None
+    misspelt = isinstance(cache, str) and difflib.get_close_matches(
+        cache.lower(), ["auto", "true", "false"], cutoff=0.7
+    )
+    if not isinstance(cache, str | os.PathLike) or (misspelt and not Path(cache).exists()):
+        raise ArgumentError(f'cache={cache!r} cannot be used: expected "auto", True, False or a folder.')
+    return "auto", open_folder(cache)

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from transferkit.compute.device import Device
-from transferkit.errors import ArgumentError, NonFiniteError
-
-POLICIES = ("raise", "skip")
+from transferkit.errors import NonFiniteError
 
 MIN_SCALE = 1.0
 """A gradient scale of fp16 under this has left no gradient that is finite: it began at 65,536."""
@@ -134,14 +132,3 @@ def check_scale(device: Device) -> None:
             f"the gradient scale of fp16 fell to {device.scaler.get_scale():.3g}: gradients overflow in every step, "
             'and nothing is learnt. Use precision="bf16" or "fp32", or a smaller learning rate.'
         )
-
-
-def check_policy(on_nonfinite: str) -> str:
-    """Return `on_nonfinite` if it is known.
-
-    Raises:
-        ArgumentError: It is not.
-    """
-    if on_nonfinite not in POLICIES:
-        raise ArgumentError(f'on_nonfinite={on_nonfinite!r} is not known: expected "raise" or "skip".')
-    return on_nonfinite

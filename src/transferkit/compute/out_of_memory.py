@@ -55,6 +55,8 @@ def within_memory(
     while True:
         try:
             return run(size), size
+        except OutOfMemoryError:
+            raise  # smaller parts would not help
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -93,6 +93,7 @@ def open_data(
     *,
     num_workers: int = 0,
     with_targets: bool = True,
+    multi_label: bool = False,
     on_bad_image: str = "raise",
 ) -> Source:
     """Look at what a user passed as data, refuse what cannot be used, and return it as a `Source`.
@@ -103,6 +104,7 @@ def open_data(
         classes: The model's class names; what the data says of its own is compared with them.
         num_workers: Processes that read a `Dataset`.
         with_targets: Whether targets are needed.
+        multi_label: Whether an image may have several labels.
         on_bad_image: `"raise"` reads the first sample of a data set now; `"skip"` leaves that for later.
 
     Raises:
@@ -118,14 +120,14 @@ def open_data(
     else:
         data = as_data(data)
     if isinstance(data, DataLoader):
-        return LoaderSource(data, classes, with_targets=with_targets)
+        return LoaderSource(data, classes, with_targets=with_targets, multi_label=multi_label)
     if isinstance(data, IterableDataset):
         name = type(data).__name__
         raise ArgumentError(
             f"data is a {name}, which has no length or order: wrap it in a DataLoader that makes batches."
         )
     if isinstance(data, tuple) and len(data) == 2:
-        return ArraySource(data[0], data[1] if with_targets else None, classes)
+        return ArraySource(data[0], data[1] if with_targets else None, classes, multi_label=multi_label)
     if isinstance(data, Tensor | np.ndarray):
         if with_targets:
             raise TargetError("data is images without targets: expected a pair (images, targets).")
@@ -136,7 +138,9 @@ def open_data(
             "each class is opened with torchvision.datasets.ImageFolder(path), without a transform."
         )
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):  # a Dataset, a list
-        source = DatasetSource(data, classes, num_workers=num_workers, with_targets=with_targets)
+        source = DatasetSource(
+            data, classes, num_workers=num_workers, with_targets=with_targets, multi_label=multi_label
+        )
         if on_bad_image == "raise":
             source.check_first()
         return source

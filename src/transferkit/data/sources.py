@@ -1,7 +1,8 @@
 """Whatever `Trainer` accepts as data, as batches in an order that depends on (seed, epoch) alone."""
 
 import hashlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any, Protocol
 
@@ -80,12 +81,12 @@ def _in_batches(order: Tensor | None, num_images: int, batch_size: int) -> Seque
 class ArraySource:
     """Images and targets in memory. Each batch is one indexing operation."""
 
-    def __init__(self, images: object, targets: object, classes: Sequence[str]) -> None:
+    def __init__(self, images: object, targets: object, classes: Sequence[str], *, multi_label: bool = False) -> None:
         self.images = as_images(images)
         self.num_images = len(self.images)
         if self.num_images == 0:
             raise EmptyDataError(f"data holds no images: got shape {tuple(self.images.shape)}, expected 1 or more.")
-        self.targets = _NO_TARGETS if targets is None else as_targets(targets, len(classes))
+        self.targets = _NO_TARGETS if targets is None else as_targets(targets, len(classes), multi_label=multi_label)
         if targets is not None and len(self.targets) != self.num_images:
             raise TargetError(
                 f"{self.num_images} images but {len(self.targets)} targets: expected one target for each image."
@@ -112,7 +113,10 @@ class ArraySource:
 class DatasetSource:
     """A map-style `Dataset`, read by a `DataLoader`; its own random transforms are seeded image by image."""
 
-    def __init__(self, dataset: Any, classes: Sequence[str], *, num_workers: int, with_targets: bool) -> None:
+    def __init__(
+        self, dataset: Any, classes: Sequence[str], *, num_workers: int, with_targets: bool, multi_label: bool = False
+    ) -> None:
+        self.read_targets = partial(as_targets, num_classes=len(classes), multi_label=multi_label)
         self.num_images = len(dataset)
         if self.num_images == 0:
             raise EmptyDataError(f"data is an empty {type(dataset).__name__}: expected 1 image or more.")
@@ -126,11 +130,11 @@ class DatasetSource:
             and getattr(dataset, "target_transform", None) is None
         )
         if self.targets_listed:
-            as_targets(listed, self.num_classes)  # all at once, before anything runs
+            self.read_targets(listed)  # all at once, before anything runs
 
     def check_first(self) -> None:
         """Read one sample, so that data of a form that cannot be used is refused at once."""
-        _collate([self.samples.read(0, 0)], self.num_classes, with_targets=self.samples.with_targets)
+        _collate([self.samples.read(0, 0)], self.read_targets if self.samples.with_targets else None, self.num_classes)
 
     def num_batches(self, batch_size: int) -> int:
         return count_batches(self.num_images, batch_size)
@@ -139,14 +143,14 @@ class DatasetSource:
         parts = _in_batches(order, self.num_images, batch_size)
         keys = [[(place, derive_seed(seed, place)) for place in part.tolist()] for part in parts]
         for samples in read_in_workers(self.samples, keys, num_workers=self.num_workers, seed=seed):
-            yield _collate(samples, self.num_classes, with_targets=self.samples.with_targets)
+            yield _collate(samples, self.read_targets if self.samples.with_targets else None, self.num_classes)
 
     def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
         return self.samples.why_not_repeatable(probes(self.num_images, places))
 
     def all_targets(self, places: Tensor | None = None) -> Tensor:
         if self.targets_listed:
-            targets = as_targets(self.samples.dataset.targets, self.num_classes)
+            targets: Tensor = self.read_targets(self.samples.dataset.targets)
             return targets if places is None else targets[places]
         return torch.cat([targets for _, targets, _ in self.batches(_SCANNED, seed=0, order=places)])
 
@@ -174,9 +178,11 @@ class DatasetSource:
 class LoaderSource:
     """A user's own `DataLoader`: its batches, in its order."""
 
-    def __init__(self, loader: "DataLoader[Any]", classes: Sequence[str], *, with_targets: bool) -> None:
+    def __init__(
+        self, loader: "DataLoader[Any]", classes: Sequence[str], *, with_targets: bool, multi_label: bool = False
+    ) -> None:
         self.loader = loader
-        self.num_classes = len(classes)
+        self.read_targets = partial(as_targets, num_classes=len(classes), multi_label=multi_label)
         self.with_targets = with_targets
         self.num_images: int | None = None
         sized = hasattr(loader.dataset, "__len__")
@@ -201,7 +207,7 @@ class LoaderSource:
                 )
             images = as_images(parts[0])
             places = list(range(first, first + len(images)))
-            targets = as_targets(parts[1], self.num_classes, places=places) if self.with_targets else _NO_TARGETS
+            targets = self.read_targets(parts[1], places=places) if self.with_targets else _NO_TARGETS
             yield images, targets, places
             first += len(images)
         if first == 0:
@@ -212,15 +218,17 @@ class LoaderSource:
 
     def all_targets(self, places: Tensor | None = None) -> Tensor:
         raise ArgumentError(
-            'class_weights="balanced" needs all targets before the first step, which a DataLoader does not tell: pass '
-            "its Dataset, or the weights as numbers."
+            'weights="balanced" in a loss needs all targets before the first step, which a DataLoader does not tell: '
+            "pass its Dataset, or the weights as numbers."
         )
 
     def digest(self, places: Tensor | None = None) -> str:
         return _digest(length=torch.tensor(-1 if self.length is None else self.length))
 
 
-def _collate(samples: Sequence[Sample | TransferKitError], num_classes: int, *, with_targets: bool) -> Batch:
+def _collate(
+    samples: Sequence[Sample | TransferKitError], read_targets: Callable[..., Tensor] | None, num_classes: int
+) -> Batch:
     for sample in samples:
         if isinstance(sample, TransferKitError):
             raise sample
@@ -233,7 +241,7 @@ def _collate(samples: Sequence[Sample | TransferKitError], num_classes: int, *, 
     if not same_size and images[0].is_floating_point():
         raise ImageError(f"images {places} are preprocessed (float) but differ in size: expected one size throughout.")
     labels = _NO_TARGETS
-    if with_targets:
+    if read_targets is not None:
         try:
             stacked = torch.stack([torch.as_tensor(target) for target in targets])
         except (TypeError, ValueError, RuntimeError) as error:  # names of classes, or rows of different lengths
@@ -241,7 +249,7 @@ def _collate(samples: Sequence[Sample | TransferKitError], num_classes: int, *, 
                 f"targets of images {places} do not make a batch ({error}): expected class indices 0 to "
                 f"{num_classes - 1}, or rows of {num_classes}; got {targets[0]!r} for the first."
             ) from error
-        labels = as_targets(stacked, num_classes, places=places)
+        labels = read_targets(stacked, places=places)
     return torch.stack(images) if same_size else images, labels, places
 
 

@@ -44,7 +44,7 @@ def open_folder(path: str | PathLike[str] | None) -> Path | None:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise CacheError(
-            f"cache_dir={str(path)!r} cannot be used: {error}. Expected a folder, or where to make one."
+            f"cache={str(path)!r} cannot be used: {error}. Expected a folder, or where to make one."
         ) from error
     return folder
 
@@ -204,7 +204,7 @@ class FeatureCache:
             self._kept.clear()  # what earlier runs left; what this run uses stays with it
         raise CacheError(
             f"they take {num_bytes / 1e6:,.0f} MB, and may take {self._room(cpu) / 1e6:,.0f} MB "
-            f"({MEMORY_SHARE:.0%} of what is free). Name a folder for them: Trainer(cache_dir=...)"
+            f"({MEMORY_SHARE:.0%} of what is free). Name a folder for them: Trainer(cache=...)"
         )
 
     def _room(self, place: torch.device) -> int:

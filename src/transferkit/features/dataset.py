@@ -56,7 +56,7 @@ def cache_features(
     model: TransferModel,
     data: object,
     *,
-    cache_dir: str | PathLike[str] | None = None,
+    cache: str | PathLike[str] | None = None,
     augment: Augment | None = None,
     n_views: int | None = None,
     seed: int = 0,
@@ -70,7 +70,7 @@ def cache_features(
     Args:
         model: From `attach_head`, with something frozen; it is moved to the device.
         data: `(images, targets)` or a `Dataset`, as in `Trainer.fit`.
-        cache_dir: A folder in which the features are kept in a file, for later runs and other processes.
+        cache: A folder in which the features are kept in a file, for later runs and other processes.
         augment: As in `Trainer.fit`; needs `n_views`.
         n_views: Fixed random views of each image.
         seed: The views depend on it.
@@ -97,12 +97,12 @@ def cache_features(
     place = device if isinstance(device, Device) else Device(device, precision)
     preprocess = model.backbone.preprocess
     transform = None if augment is None else build_augmentation(augment, preprocess.image_size)
-    source = open_data(data, model.classes, num_workers=num_workers)
+    source = open_data(data, model.classes, num_workers=num_workers, multi_label=model.threshold is not None)
     frozen = Frozen(place.prepare(model), place, compiled=False)
     feed = Feed(
         Inputs(source, preprocess, place, transform, whole_number("seed", seed, at_least=0)),
         frozen,
-        FeatureCache(place, open_folder(cache_dir)),
+        FeatureCache(place, open_folder(cache)),
         mode=True,
         num_views=None if n_views is None else whole_number("n_views", n_views),
         what="given",

@@ -49,12 +49,12 @@ class FeatureFile:
             CacheError: So it is, or the folder is missing.
         """
         if not self.folder.is_dir():
-            raise CacheError(f"{self.folder} is no folder: create it, or name another as cache_dir.")
+            raise CacheError(f"{self.folder} is no folder: create it, or name another as cache.")
         free = shutil.disk_usage(self.folder).free
         if free < num_bytes + _HEADER_BYTES:
             raise CacheError(
                 f"the features take {num_bytes / 1e6:,.0f} MB but {self.folder} has {free / 1e6:,.0f} MB free: make "
-                "room there, or name another folder as cache_dir."
+                "room there, or name another folder as cache."
             )
 
     def write(self, parts: Iterable[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -28,6 +28,7 @@ class WithPreprocessing(nn.Module):
     Attributes:
         model: The copy.
         classes: The class names, in the order of the probabilities.
+        threshold: Probability from which a label counts, where an image may have several; None where it has one.
         image_size: Height and width, in pixels, that images are resized to.
 
     Raises:
@@ -51,6 +52,7 @@ class WithPreprocessing(nn.Module):
         self.model: TransferModel = copy.deepcopy(model)
         self.model.to("cpu", torch.float32, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.classes = model.classes
+        self.threshold = model.threshold
         self.image_size = model.backbone.image_size
         self.eval().requires_grad_(requires_grad=False)
 
@@ -67,7 +69,7 @@ class WithPreprocessing(nn.Module):
             )
         inputs = self.model.backbone.preprocess.normalize(self._resize(images))
         logits: Tensor = self.model(inputs.to(memory_format=torch.channels_last))  # quicker, and as Trainer does
-        return logits.softmax(dim=1)
+        return logits.softmax(dim=1) if self.threshold is None else logits.sigmoid()
 
     def _resize(self, images: Tensor) -> Tensor:
         """Return what `Preprocessing.resize` does, `(N, 3, image_size, image_size)`, without one branch on the size.

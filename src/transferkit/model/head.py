@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transferkit.base.arguments import share, whole_number
 from transferkit.errors import ArgumentError, HeadMismatchError, close_matches
 from transferkit.model.backbone import Backbone
+from transferkit.model.modes import modes_kept
 
 POOLINGS = ("flatten", "avg", "max")
 
@@ -25,6 +26,8 @@ class TransferModel(nn.Module):
         head: Features `(N, 512, h, w)` to logits `(N, len(classes))`.
         classes: The class names; class index i is `classes[i]`.
         head_arguments: What `attach_head` built the head from; None if the head is the user's own.
+        threshold: Probability from which a label counts as predicted, where an image may have several; None where each
+            has exactly one. `Trainer` sets it from its loss.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class TransferModel(nn.Module):
         self.head = head
         self.classes = tuple(classes)
         self.head_arguments = head_arguments
+        self.threshold: float | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits `(N, len(classes))` of preprocessed images, float `(N, 3, H, W)`."""
@@ -172,20 +176,16 @@ def _class_names(classes: int | Sequence[str]) -> tuple[str, ...]:
 
 def _check_head(head: nn.Module, feature_shape: tuple[int, int, int], num_classes: int) -> None:
     """Run the head once on zeros, in eval mode, so that it keeps its state."""
-    modes = {module: module.training for module in head.modules()}
     parameter = next(head.parameters(), torch.empty(0))
     features = torch.zeros(2, *feature_shape, device=parameter.device)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), modes_kept(head):
             logits = head.eval()(features)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise HeadMismatchError(
             f"head does not take the backbone's features: {str(error).splitlines()[0]}. Expected a module that takes "
             f"(N, {', '.join(map(str, feature_shape))}); begin it with nn.Flatten() or a pooling."
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise HeadMismatchError(

@@ -2,8 +2,9 @@
 
 import html
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -82,9 +83,13 @@ class Assessment:
 
     Attributes:
         probabilities: Of each class, float32 `(N, K)`, in the order of the data.
-        losses: Cross-entropy of each image, float32 `(N,)`: how little was thought of its true class.
-        targets: True class indices, int64 `(N,)`; of soft targets, the largest.
+        losses: Loss of each image without smoothing and weights, float32 `(N,)`: higher means less probability on the
+            true class.
+        targets: True class indices, int64 `(N,)`; of soft targets, the largest. Or true labels, bool `(N, K)`, where
+            an image may have several.
         classes: The class names.
+        threshold: Probability from which a label counts as predicted; None where each image has exactly one label.
+        metrics: The trainer's metrics over these images, by name.
 
     Example:
         >>> probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]], np.float32)
@@ -104,12 +109,15 @@ class Assessment:
     losses: Floats
     targets: Integers
     classes: tuple[str, ...]
+    threshold: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def predicted(self) -> Integers:
-        """The most probable class index of each image, int64 `(N,)`."""
-        predicted: Integers = self.probabilities.argmax(axis=1)
-        return predicted
+        """The most probable class index of each image, int64 `(N,)`; with a threshold, its labels, bool `(N, K)`."""
+        if self.threshold is not None:
+            return cast("Integers", self.probabilities >= self.threshold)
+        return cast("Integers", self.probabilities.argmax(axis=1))
 
     @property
     def loss(self) -> float:
@@ -118,15 +126,24 @@ class Assessment:
 
     @property
     def accuracy(self) -> float:
-        """Share of the images whose most probable class is the true one, 0 to 1."""
-        return float((self.predicted == self.targets).mean())
+        """Fraction of the images whose most probable class is the true one, 0 to 1.
+
+        With a threshold, the mean over the images of the labels that are both true and predicted over those that are
+        either, where an image that has and gets no label counts 1.
+        """
+        if self.threshold is None:
+            return float((self.predicted == self.targets).mean())
+        both = (self.predicted & self.targets).sum(axis=1)
+        either = (self.predicted | self.targets).sum(axis=1)
+        return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())
 
     def top_k_accuracy(self, k: int) -> float:
-        """Return the share of the images whose true class is among the `k` most probable ones, 0 to 1.
+        """Return the fraction of the images whose true class is among the `k` most probable ones, 0 to 1.
 
         Raises:
-            ArgumentError: `k` is not 1 to the number of classes.
+            ArgumentError: When `k` is not 1 to the number of classes, or an image may have several labels.
         """
+        self._one_label("top_k_accuracy")
         if whole_number("k", k) > len(self.classes):
             raise ArgumentError(f"k={k} cannot be used: expected 1 to {len(self.classes)}, the number of classes.")
         true = self.probabilities[np.arange(len(self.targets)), self.targets]
@@ -135,25 +152,31 @@ class Assessment:
         return float(((ahead < k) if k > 1 else first).mean())
 
     def confusion_matrix(self) -> Integers:
-        """Return how often which class was taken for which, int64 `(K, K)`: rows are true, columns predicted."""
+        """Return how often each class was taken for each other, int64 `(K, K)`: rows are true, columns predicted.
+
+        Raises:
+            ArgumentError: When an image may have several labels; `per_class` counts them.
+        """
+        self._one_label("confusion_matrix")
         return confusion_matrix(self.targets, self.predicted, len(self.classes))
 
     def per_class(self) -> list[ClassFigures]:
         """Return precision, recall, F1 and number of images of each class."""
-        matrix = self.confusion_matrix()
+        true, predicted = self._labels(self.targets), self._labels(self.predicted)
+        both, positives, found = (true & predicted).sum(axis=0), true.sum(axis=0), predicted.sum(axis=0)
         return [
             ClassFigures(
                 name,
-                _ratio(matrix[i, i], matrix[:, i].sum()),
-                _ratio(matrix[i, i], matrix[i].sum()),
-                _ratio(2 * matrix[i, i], matrix[:, i].sum() + matrix[i].sum()),
-                int(matrix[i].sum()),
+                _ratio(both[i], found[i]),
+                _ratio(both[i], positives[i]),
+                _ratio(2 * both[i], found[i] + positives[i]),
+                int(positives[i]),
             )
             for i, name in enumerate(self.classes)
         ]
 
     def worst(self, num_images: int) -> Integers:
-        """Return the places in the data of the images with the highest loss, the worst first, int64."""
+        """Return the indices of the images with the highest loss, the worst first, int64."""
         order = np.argsort(-self.losses, kind="stable")
         worst: Integers = order[: whole_number("num_images", num_images)].astype(np.int64)
         return worst
@@ -179,7 +202,28 @@ class Assessment:
         return f"<p>{self._first_line()}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
     def _first_line(self) -> str:
-        return f"accuracy {self.accuracy:.4f}, loss {self.loss:.4f}, {len(self.targets):,} images"
+        metrics = "".join(f", {name} {value:.4f}" for name, value in self.metrics.items())
+        return f"accuracy {self.accuracy:.4f}, loss {self.loss:.4f}{metrics}, {len(self.targets):,} images"
+
+    def _labels(self, values: Integers) -> npt.NDArray[np.bool_]:
+        """Return class indices as one row of labels for each image, bool `(N, K)`; labels as they are."""
+        return cast(
+            "npt.NDArray[np.bool_]", values if values.ndim == 2 else np.eye(len(self.classes), dtype=bool)[values]
+        )
+
+    def _one_label(self, what: str) -> None:
+        if self.threshold is not None:
+            raise ArgumentError(
+                f"{what} needs images with exactly one label, but here they may have several: per_class() counts the "
+                "labels of each class."
+            )
+
+    def _names(self, image: int, values: Integers) -> str:
+        """Return the names of an image's classes, for a title."""
+        return (
+            " + ".join(name for name, has in zip(self.classes, self._labels(values)[image], strict=True) if has)
+            or "none"
+        )
 
 
 def _ratio(part: int, whole: int) -> float:
@@ -191,15 +235,18 @@ _WRITTEN = 20
 
 
 def plot_confusion_matrix(assessment: Assessment, *, ax: "Axes | None" = None, normalize: bool = False) -> "Figure":
-    """Draw how often which class was taken for which: rows are true classes, columns predicted ones.
+    """Draw how often each class was taken for each other: rows are true classes, columns predicted ones.
+
+    Where an image may have several labels, the columns are instead: labels found, labels missed, and images that got
+    the label without having it.
 
     Args:
         assessment: From `Trainer.assess`.
         ax: Where to draw; None makes a figure.
-        normalize: Write shares of each true class, 0 to 1, instead of counts. The colors are always these shares.
+        normalize: Write fractions of each true class, 0 to 1, instead of counts. The colors always show fractions.
 
     Raises:
-        MissingPackageError: matplotlib is not installed.
+        MissingPackageError: When matplotlib is not installed.
 
     Example:
         >>> half = np.full((4, 2), 0.5, np.float32)
@@ -207,21 +254,31 @@ def plot_confusion_matrix(assessment: Assessment, *, ax: "Axes | None" = None, n
         >>> [text.get_text() for text in figure.axes[0].texts]
         ['2', '0', '2', '0']
     """
-    counts = assessment.confusion_matrix()
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    names = assessment.classes
+    if assessment.threshold is None:
+        counts, columns = assessment.confusion_matrix(), names
+        totals = counts.sum(axis=1, keepdims=True)
+    else:
+        true, predicted = assessment.targets.astype(bool), assessment.predicted.astype(bool)
+        counts = np.stack([(true & predicted).sum(0), (true & ~predicted).sum(0), (~true & predicted).sum(0)], axis=1)
+        columns, totals = ("found", "missed", "false"), true.sum(axis=0)[:, None]
+    fractions = counts / np.maximum(totals, 1)
     side = 2.5 + 0.45 * min(len(counts), 30)
     ax, figure = open_axes(ax, width=side + 0.5, height=side)
-    image = ax.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
-    places, names = range(len(counts)), assessment.classes
-    ax.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor")
-    ax.set_yticks(places, names)
+    image = ax.imshow(
+        fractions, cmap="Blues", vmin=0.0, vmax=1.0, aspect="equal" if assessment.threshold is None else "auto"
+    )
+    ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(names)), names)
     ax.set(xlabel="predicted class", ylabel="true class", title=f"accuracy {assessment.accuracy:.3f}")
+    if assessment.threshold is not None:
+        ax.set_xlabel("labels")
     if len(counts) <= _WRITTEN:
         for row, column in np.ndindex(*counts.shape):
-            value = f"{shares[row, column]:.2f}" if normalize else f"{counts[row, column]}"
-            color = "white" if shares[row, column] > 0.5 else "black"
+            value = f"{fractions[row, column]:.2f}" if normalize else f"{counts[row, column]}"
+            color = "white" if fractions[row, column] > 0.5 else "black"
             ax.text(column, row, value, ha="center", va="center", color=color, fontsize="small")
-    figure.colorbar(image, ax=ax, label="share of the true class", shrink=0.8)
+    figure.colorbar(image, ax=ax, label="fraction of the true class", shrink=0.8)
     return figure
 
 
@@ -249,7 +306,7 @@ def plot_predictions(
         >>> [part.get_title() for part in figure.axes[0].child_axes]
         ['cat 0.50', 'dog, not cat 0.50', 'dog, not cat 0.50', 'cat 0.50']
     """
-    source = open_data(data, assessment.classes)
+    source = open_data(data, assessment.classes, multi_label=assessment.threshold is not None)
     if source.num_images != len(assessment.targets):
         raise ArgumentError(
             f"data has {source.num_images or 'an unknown number of'} images, the assessment {len(assessment.targets)}: "
@@ -266,10 +323,11 @@ def plot_predictions(
         part = ax.inset_axes((column / columns, 1 - (row + 1) / rows, 0.94 / columns, 0.8 / rows))
         part.imshow(pixels)
         part.set_axis_off()
-        true, guessed = assessment.classes[assessment.targets[place]], assessment.classes[predicted[place]]
-        confidence = assessment.probabilities[place, predicted[place]]
+        true, guessed = (assessment._names(place, values) for values in (assessment.targets, predicted))
         right = true == guessed
-        title = f"{true} {confidence:.2f}" if right else f"{true}, not {guessed} {confidence:.2f}"
+        title = true if right else f"{true}, not {guessed}"
+        if assessment.threshold is None:
+            title += f" {assessment.probabilities[place, predicted[place]]:.2f}"
         part.set_title(title, fontsize=7, color="black" if right else "firebrick")
     return figure
 

@@ -2,8 +2,10 @@
 
 import html
 import math
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
 
 from transferkit.errors import ArgumentError
 from transferkit.results.figures import open_axes
@@ -13,19 +15,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False)
 class EpochReport:
     """One epoch's figures.
 
+    Metrics of the trainer are attributes too: `report.f1` on the training images and `report.val_f1` on the validation
+    images. So is every number that a callback assigns: after `report.pets = 0.5` the history, the plots, early stopping
+    and the loggers have a figure `pets`.
+
     Attributes:
         epoch: Number of the epoch in the life of the trainer, from 0.
-        loss: Mean training loss, label smoothing and class weights included, while the weights were changing.
-        accuracy: Training accuracy, 0 to 1, likewise.
+        loss: Mean training loss while the weights were changing, label smoothing and class weights included.
+        accuracy: Training accuracy, 0 to 1, while the weights were changing.
         lr: Learning rate of the head's group in the last step.
         epoch_s: Seconds, validation included.
-        val_loss: Plain cross-entropy on the validation data; None without.
-        val_accuracy: 0 to 1; None without.
-        skipped: Steps that were left out because a number was not finite.
+        val_loss: Mean loss on the validation data, without smoothing and weights; None without validation data.
+        val_accuracy: 0 to 1; None without validation data.
+        skipped: Steps that were skipped because a number was not finite.
+
+    Example:
+        >>> report = EpochReport(0, loss=2.0, accuracy=0.3, lr=1e-3, epoch_s=5.0)
+        >>> report.pets = 0.5
+        >>> print(report)
+        epoch 1  loss 2.0000  accuracy 0.3000  pets 0.5000  lr 0.001  5.0 s
     """
 
     epoch: int
@@ -37,15 +49,30 @@ class EpochReport:
     val_accuracy: float | None = None
     skipped: int = 0
 
+    if TYPE_CHECKING:  # figures of metrics and callbacks
+
+        def __getattr__(self, name: str) -> float: ...
+
+        @override
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Every figure that was measured, by name, in the order training, validation, others."""
+        own = {name: value for name, value in vars(self).items() if value is not None}
+        known = [name for name in self.__dataclass_fields__ if name in own]
+        return {name: own[name] for name in [*known, *(name for name in own if name not in known)]}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EpochReport) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment] # it can be changed
+
     def __str__(self) -> str:
-        validation = (
-            "" if self.val_loss is None else f"  val_loss {self.val_loss:.4f}  val_accuracy {self.val_accuracy:.4f}"
-        )
-        skipped = f"  {self.skipped} steps not finite, left out" if self.skipped else ""
-        return (
-            f"epoch {self.epoch + 1}  loss {self.loss:.4f}  accuracy {self.accuracy:.4f}{validation}  "
-            f"lr {self.lr:.2g}  {self.epoch_s:.1f} s{skipped}"
-        )
+        last = ("epoch", "lr", "epoch_s", "skipped")
+        parts = [f"{name} {value:.4f}" for name, value in self.figures.items() if name not in last]
+        skipped = [f"{self.skipped} steps skipped: not finite"] if self.skipped else []
+        return "  ".join([f"epoch {self.epoch + 1}", *parts, f"lr {self.lr:.2g}", f"{self.epoch_s:.1f} s", *skipped])
 
 
 @dataclass(slots=True)
@@ -53,7 +80,7 @@ class History:
     """The reports of one call of `fit`.
 
     Attributes:
-        reports: One for each epoch that was finished, in order.
+        reports: One for each finished epoch, in order.
 
     Example:
         >>> first = EpochReport(0, loss=2.0, accuracy=0.3, lr=1e-3, epoch_s=5.0, val_loss=1.9, val_accuracy=0.4)
@@ -67,12 +94,10 @@ class History:
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """Each figure's values, one for each epoch; figures that were not taken are left out."""
-        rows = [asdict(report) for report in self.reports]
-        names = (
-            [name for name in rows[0] if name not in ("epoch", "skipped") and rows[0][name] is not None] if rows else []
-        )
-        return {name: [row[name] for row in rows] for name in names}
+        """The values of each figure, one for each epoch: NaN where an epoch lacks a figure that another one has."""
+        rows = [report.figures for report in self.reports]
+        names = list(dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "skipped")))
+        return {name: [row.get(name, math.nan) for row in rows] for name in names}
 
     @property
     def epoch(self) -> list[int]:
@@ -81,44 +106,45 @@ class History:
 
     @property
     def best_epoch(self) -> int | None:
-        """Place of the best epoch in this history, from 0.
+        """Position of the best epoch in this history, from 0.
 
         The best has the highest validation accuracy, then the lowest loss, then comes first. None without validation
         data, or if its loss was never a finite number.
         """
         ranked = [
-            (report.val_accuracy, -report.val_loss, -place)
-            for place, report in enumerate(self.reports)
+            (report.val_accuracy, -report.val_loss, -position)
+            for position, report in enumerate(self.reports)
             if report.val_loss is not None and report.val_accuracy is not None and math.isfinite(report.val_loss)
         ]
         return -max(ranked)[2] if ranked else None
 
     def plot(self, ax: "Axes | None" = None) -> "Figure":
-        """Draw loss, accuracy and learning rate of each epoch, and mark the best one; see `plots.plot_history`."""
+        """Draw the figures of each epoch and mark the best epoch: loss, accuracy, metrics, learning rate."""
         return plot_history(self, ax=ax)
 
     def _repr_html_(self) -> str:
-        columns = ["epoch", *self.history]
-        best = self.best_epoch
+        figures = self.history
         rows = ""
-        for place, report in enumerate(self.reports):
-            cells = [str(report.epoch + 1), *(f"{getattr(report, name):.4g}" for name in columns[1:])]
-            tag = "b" if place == best else "span"
+        for position, report in enumerate(self.reports):
+            cells = [str(report.epoch + 1), *(f"{values[position]:.4g}" for values in figures.values())]
+            tag = "b" if position == self.best_epoch else "span"
             rows += f"<tr>{''.join(f'<td><{tag}>{cell}</{tag}></td>' for cell in cells)}</tr>"
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in ("epoch", *figures))
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def plot_history(history: History, *, ax: "Axes | None" = None) -> "Figure":
-    """Draw loss, accuracy and learning rate of each epoch, and mark the best epoch. `History.plot` is the same.
+    """Draw loss, accuracy, metrics and learning rate of each epoch, and mark the best epoch.
+
+    `History.plot` is the same.
 
     Args:
         history: From `Trainer.fit`.
-        ax: Where to draw; None makes a figure. It is divided into three parts.
+        ax: Where to draw; None makes a figure. It is divided into one part for each figure.
 
     Raises:
-        ArgumentError: No epoch was finished.
-        MissingPackageError: matplotlib is not installed.
+        ArgumentError: When no epoch was finished.
+        MissingPackageError: When matplotlib is not installed.
 
     Example:
         >>> from transferkit import EpochReport, History
@@ -128,25 +154,27 @@ def plot_history(history: History, *, ax: "Axes | None" = None) -> "Figure":
     """
     if not history.reports:
         raise ArgumentError("history has no epochs: expected 1 or more, from Trainer.fit.")
-    ax, figure = open_axes(ax, width=9.0, height=3.0)
-    ax.axis("off")
     figures, epochs = history.history, [number + 1 for number in history.epoch]
-    for place, name in enumerate(("loss", "accuracy", "lr")):
-        part = ax.inset_axes((place * 0.36, 0.0, 0.28, 1.0))
-        lines = [(name, "training" if name != "lr" else "of the head")]
-        lines += [(f"val_{name}", "validation")] if f"val_{name}" in figures else []
-        for key, label in lines:
-            part.plot(epochs, figures[key], marker="o", markersize=3, label=label)
+    others = [name.removeprefix("val_") for name in figures if name not in ("loss", "accuracy", "lr", "epoch_s")]
+    panels = ["loss", "accuracy", *dict.fromkeys(name for name in others if name not in ("loss", "accuracy")), "lr"]
+    ax, figure = open_axes(ax, width=3.0 * len(panels), height=3.0)
+    ax.axis("off")
+    for position, name in enumerate(panels):
+        panel = ax.inset_axes((position * 1.08 / len(panels), 0.0, 0.84 / len(panels), 1.0))
+        lines = {name: "training" if name != "lr" else "of the head", f"val_{name}": "validation"}
+        for key in lines.keys() & figures.keys():
+            color = "C1" if key.startswith("val_") else "C0"
+            panel.plot(epochs, figures[key], marker="o", markersize=3, color=color, label=lines[key])
         if history.best_epoch is not None:
             best = "best epoch" if name == "loss" else None
-            part.axvline(epochs[history.best_epoch], color="0.6", linestyle=":", label=best)
-        part.set(title={"lr": "learning rate"}.get(name, name), xlabel="epoch")
-        part.locator_params(axis="x", integer=True)
+            panel.axvline(epochs[history.best_epoch], color="0.6", linestyle=":", label=best)
+        panel.set(title={"lr": "learning rate"}.get(name, name), xlabel="epoch")
+        panel.locator_params(axis="x", integer=True)
         if name == "lr" and max(figures[name]) > 10 * min(figures[name]):
-            part.set_yscale("log")
+            panel.set_yscale("log")
         elif name == "lr":
-            part.set_ylim(0.0, 1.2 * max(figures[name]))
-            part.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+            panel.set_ylim(0.0, 1.2 * max(figures[name]))
+            panel.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
         if name == "loss":
-            part.legend(fontsize="small")
+            panel.legend(fontsize="small")
     return figure

@@ -15,7 +15,7 @@ from transferkit.base.files import atomic_write
 from transferkit.base.torch_files import DAMAGE, check_archive, is_ordinary
 from transferkit.errors import CheckpointError, CheckpointTypeError, CheckpointWriteError
 
-FORMAT = 2
+FORMAT = 3
 
 VERSIONS = {package: version(package) for package in ("transferkit", "torch", "torchvision")}
 

@@ -31,6 +31,7 @@ PARTS: dict[str, tuple[type, ...]] = {
     "preprocessing": (dict,),
     "classes": (list,),
     "head": (dict, type(None)),
+    "threshold": (float, type(None)),
     "first_trainable": (str, type(None)),
     "frozen": (list,),
     "weights": (dict,),
@@ -46,6 +47,7 @@ def model_state(model: TransferModel) -> dict[str, Any]:
         "preprocessing": asdict(model.backbone.preprocess),
         "classes": list(model.classes),
         "head": model.head_arguments,
+        "threshold": model.threshold,
         "first_trainable": first_trainable(model),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "weights": dict(model.state_dict()),
@@ -70,6 +72,12 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
             f"{len(model.classes)} ({', '.join(model.classes[:5])}...): expected the same. transferkit.load_model "
             "builds the model that the checkpoint was made of."
         )
+    if (model.threshold is None) != (state["threshold"] is None):
+        labels = {True: "exactly one label an image", False: "several labels an image"}
+        raise CheckpointError(
+            f"the checkpoint is of a model for {labels[state['threshold'] is None]}, this one is for "
+            f"{labels[model.threshold is None]}: expected the same kind of loss in Trainer."
+        )
     live = {"backbone": model.backbone.name, "preprocessing": asdict(model.backbone.preprocess)}
     for name, value in live.items():
         if type(value) is not type(state[name]) or value != state[name]:
@@ -87,6 +95,10 @@ def _check_content(state: Mapping[str, Any]) -> None:
         check_items(state[name], kind, f"model/{name}")
     check_items(state["weights"].values(), Tensor, "model/weights")
     check_no_tensors([state["preprocessing"], state["head"]], "model/preprocessing or model/head")
+    if state["threshold"] is not None and not 0 < state["threshold"] < 1:
+        raise CheckpointError(
+            f"the checkpoint has the threshold {state['threshold']}: expected one above 0 and below 1."
+        )
     if len(state["classes"]) < 2:
         raise CheckpointError(f"the checkpoint has {len(state['classes'])} classes: expected 2 or more.")
 
@@ -94,6 +106,7 @@ def _check_content(state: Mapping[str, Any]) -> None:
 def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
     """Assign a saved model, already compared, to a live one: its weights and what is frozen."""
     model.load_state_dict(state["weights"])
+    model.threshold = state["threshold"]
     freeze_until(model, state["first_trainable"] or "head")
     frozen = set(state["frozen"])
     for name, parameter in model.named_parameters():
@@ -210,6 +223,7 @@ def load_model(
         if isinstance(error, TransferKitError) and not isinstance(error, ArgumentError):
             raise
         raise CheckpointError(f"{path} describes a model that cannot be built: {shown(str(error))}.") from error
+    model.threshold = state["threshold"]
     check_model_state(model, state)
     load_model_state(model, state)
     return model.eval()

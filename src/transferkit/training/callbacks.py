@@ -1,19 +1,18 @@
 """Callbacks that steer a run: each is called after every epoch with `(trainer, report)`, and True ends the run.
 
-They keep nothing of their own and read what they need from `trainer.history`, so a resumed run needs nothing else.
+They have no state of their own and read what they need from `trainer.history`, which a resumed run has back.
 """
 
+import difflib
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from transferkit.base.arguments import positive, whole_number
 from transferkit.errors import ArgumentError, close_matches
 from transferkit.model.freezing import find_boundary, freeze_until
 from transferkit.model.head import TransferModel
 from transferkit.results.history import EpochReport, History
-
-MONITORED = ("val_accuracy", "val_loss", "accuracy", "loss")
 
 
 class Running(Protocol):
@@ -24,22 +23,29 @@ class Running(Protocol):
         """The model."""
 
     @property
+    def metrics(self) -> Mapping[str, Any]:
+        """The trainer's metrics, by name."""
+
+    @property
     def history(self) -> History | None:
-        """The epochs of the run under way."""
+        """The finished epochs of the current run."""
 
 
 class EarlyStopping:
     """A callback that ends a run once a figure has not improved for some epochs.
 
-    `fit` then leaves the model as it was after the best epoch (`restore_best=True`).
+    With validation data, `fit` then leaves the model as it was after the best epoch.
 
     Args:
-        monitor: `"val_accuracy"`, `"val_loss"`, `"accuracy"` or `"loss"`.
-        patience: Epochs without improvement after which it ends, 1 or more.
+        monitor: `"val_accuracy"`, `"val_loss"`, `"accuracy"`, `"loss"`, a metric of the trainer (`"val_f1"`, `"f1"`),
+            or a figure that another callback adds to the report. Lower is better for names that end in `loss` or
+            `error`, higher for all others.
+        patience: Epochs without improvement after which the run ends, 1 or more.
         min_delta: How much better than the best so far counts as an improvement, 0 or more.
 
     Raises:
-        ArgumentError: A value out of range; at the start of a run, a figure of validation data that there is none of.
+        ArgumentError: When a value is out of range. When a run starts, if `monitor` needs validation data and there is
+            none, or comes close to a figure and is none. After an epoch whose report lacks the figure.
 
     Example:
         >>> stopping = EarlyStopping("val_loss", patience=2)
@@ -47,49 +53,62 @@ class EarlyStopping:
         True
     """
 
+    order = 1
+
     def __init__(self, monitor: str = "val_accuracy", *, patience: int = 3, min_delta: float = 0.0) -> None:
-        if monitor not in MONITORED:
-            raise ArgumentError(f"monitor={monitor!r} is not known. {close_matches(monitor, MONITORED)}")
+        if not isinstance(monitor, str) or not monitor:
+            raise ArgumentError(
+                f"monitor={monitor!r} cannot be used: expected the name of a figure, such as 'val_loss'."
+            )
         self.monitor = monitor
         self.patience = whole_number("patience", patience)
         self.min_delta = positive("min_delta", min_delta, or_zero=True)
 
     def before_run(self, trainer: Running, *, validated: bool) -> None:
         """Refuse to watch what is not measured, before the first step."""
-        if self.monitor.startswith("val_") and not validated:
+        measured = ["loss", "accuracy", *trainer.metrics]
+        known = [f"val_{name}" for name in measured] + measured
+        if self.monitor in known and self.monitor.startswith("val_") and not validated:
             raise ArgumentError(
-                f"EarlyStopping watches {self.monitor}, but there is nothing to validate on: pass validation_data or "
+                f"EarlyStopping watches {self.monitor}, but there is no validation data: pass validation_data or "
                 'validation_split to fit, or watch the training loss, EarlyStopping("loss").'
             )
+        if self.monitor not in known and difflib.get_close_matches(self.monitor, known, cutoff=0.7):
+            raise ArgumentError(f"monitor={self.monitor!r} is no figure. {close_matches(self.monitor, known)}")
 
     def __call__(self, trainer: Running, report: EpochReport) -> bool:
-        history = trainer.history or History()
-        return self.is_over(history.history[self.monitor])
+        figures = (trainer.history or History()).history
+        if self.monitor not in figures:
+            raise ArgumentError(
+                f"EarlyStopping watches {self.monitor!r}, which the report lacks: it has {', '.join(figures)}. A "
+                f"callback that sets report.{self.monitor} must not have a higher `order` than {self.order}."
+            )
+        return self.is_over(figures[self.monitor])
 
     def is_over(self, values: list[float]) -> bool:
         """Say whether a run whose epochs gave these values ends after the last of them."""
-        sign = 1.0 if self.monitor.endswith("accuracy") else -1.0
-        best, best_place = -math.inf, -1
-        for place, value in enumerate(values):
+        sign = -1.0 if self.monitor.endswith(("loss", "error")) else 1.0
+        best, best_epoch = -math.inf, -1
+        for epoch, value in enumerate(values):
             if sign * value > best + self.min_delta:  # NaN is no improvement
-                best, best_place = sign * value, place
-        return len(values) - 1 - max(best_place, 0) >= self.patience
+                best, best_epoch = sign * value, epoch
+        return len(values) - 1 - max(best_epoch, 0) >= self.patience
 
 
 class GradualUnfreezing:
-    """A callback that lets more of the backbone train as a run goes on.
+    """A callback that trains more of the backbone as a run advances.
 
-    The learning rates of the blocks are those of the trainer from the start: `lr={"head": 1e-3, "backbone": 1e-4}`. A
-    block that begins to train has its full rate at once, so keep that small: a warm-up is long over by then.
+    Blocks have the trainer's learning rates from the start: `lr={"head": 1e-3, "backbone": 1e-4}`. A block that begins
+    to train has its full rate at once, so keep that small: the warm-up is over by then.
 
     Args:
-        layers: From which layer on to train, by the epoch of the run, from 1, before which that begins:
-            `{2: "block5", 4: "block4"}` trains what is trainable at the start for two epochs (0 and 1), then block 5
-            too, and from epoch 4 on block 4 as well. As in `freeze_until`; None is everything.
+        layers: From which layer on to train, by the number of finished epochs, 1 or more: `{2: "block5", 4: "block4"}`
+            trains what is trainable at the start for two epochs, then block 5 too, and after four epochs block 4 as
+            well. Layers as in `freeze_until`; None trains everything.
 
     Raises:
-        ArgumentError: No mapping from epochs.
-        UnknownLayerError: At the start of a run, a name that is no layer of the model.
+        ArgumentError: When `layers` is no mapping from numbers of epochs.
+        UnknownLayerError: When a run starts, if a name is no layer of the model.
 
     Example:
         >>> from transferkit import Trainer, attach_head, freeze_until, load_backbone
@@ -101,6 +120,8 @@ class GradualUnfreezing:
     References:
         Howard and Ruder, 2018, "Universal Language Model Fine-tuning for Text Classification", arXiv:1801.06146.
     """
+
+    order = -1  # a Checkpoint saves what this one did
 
     def __init__(self, layers: Mapping[int, str | None]) -> None:
         if not isinstance(layers, Mapping) or not layers:

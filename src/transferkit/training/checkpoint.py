@@ -59,6 +59,8 @@ class Checkpoint:
         >>> trainer.fit(train, epochs=10, callbacks=[Checkpoint("runs/a")], resume_from="runs/a")  # doctest: +SKIP
     """
 
+    order = 2  # after everything that changes the model or adds to the report
+
     def __init__(
         self,
         folder: str | os.PathLike[str],
@@ -123,12 +125,27 @@ class Checkpoint:
             other.unlink(missing_ok=True)
         return path
 
-    def check_new_run(self, global_step: int) -> None:
-        """Refuse a folder with states of a longer run: they would be taken for this one's.
+    def on_stop(self, trainer: Resumable) -> Path | None:
+        """Save a run that something ends early; return the file's path, None if that failed."""
+        return self.try_to_save(trainer)
+
+    def after_run(self) -> None:
+        """Raise what the last save failed with, if it did."""
+        if self.failure is not None:
+            raise self.failure
+
+    def before_first_step(self, global_step: int, *, resumed_from: Path | None) -> None:
+        """Refuse a folder with states of a longer run, which would be taken for this one's.
+
+        Args:
+            global_step: Steps already made.
+            resumed_from: The checkpoint that the run resumes, whose folder may hold later states of the same run.
 
         Raises:
-            ArgumentError: So it is.
+            ArgumentError: When another run's states are in the folder.
         """
+        if resumed_from is not None and self.folder.resolve() == resumed_from.parent.resolve():
+            return
         if any(_step(path) > global_step for path in steps_in(self.folder)):
             raise ArgumentError(
                 f"{self.folder} holds the checkpoints of another run, up to {steps_in(self.folder)[-1].name}: go on "

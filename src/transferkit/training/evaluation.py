@@ -1,79 +1,77 @@
 """A network in eval mode over a whole source of data."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from transferkit.compute.device import Device
 from transferkit.data.targets import class_indices
 from transferkit.errors import NonFiniteError
 from transferkit.results.assessment import Assessment
-from transferkit.training.metrics import count_correct
+from transferkit.training.loss import Loss
+from transferkit.training.metrics import count_correct, measure, probabilities_of
 from transferkit.training.step import evaluation_step
+from transferkit.training.training import Training
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""What the network takes, and targets, on the device."""
 
 
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, and back afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: Device) -> tuple[float, float]:
-    """Return mean cross-entropy, unsmoothed and unweighted, and accuracy, 0 to 1; the batches' sizes do not matter.
+def evaluate(network: nn.Module, batches: Batches, *, training: Training, loss: Loss) -> dict[str, float]:
+    """Return loss, accuracy (0 to 1) and the trainer's metrics; they do not depend on the batches' sizes.
 
     Args:
-        network: In eval mode: a whole model, or its suffix.
-        batches: What the network takes, and targets, on the device.
-        device: Number format.
+        network: In eval mode: a whole model, or what follows its frozen layers.
+        batches: What the network takes, and targets.
+        training: Its device and metrics are used.
+        loss: Taken without smoothing and weights.
     """
-    losses, correct = [], torch.zeros((), dtype=torch.int64, device=device.torch_device)
+    losses, correct, outputs = [], torch.zeros((), dtype=torch.float64), []
     for inputs, targets in batches:
-        logits = evaluation_step(network, inputs, device=device)
-        losses.append(functional.cross_entropy(logits, targets, reduction="none"))
-        correct += count_correct(logits, targets)
+        logits = evaluation_step(network, inputs, device=training.device)
+        losses.append(loss.each(logits, targets))
+        correct = correct.to(logits.device) + count_correct(logits, targets, training.model.threshold)
+        if training.metrics:
+            outputs.append((logits, targets))
     every = torch.cat(losses).cpu().double()  # host sync: once an epoch
-    return every.mean().item(), correct.item() / len(every)
+    figures = {"loss": every.mean().item(), "accuracy": correct.item() / len(every)}
+    return figures | measure(training.metrics, outputs, training.model.threshold)
 
 
-def predict_proba(
-    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: Device
-) -> npt.NDArray[np.float32]:
+def predict_proba(network: nn.Module, batches: Batches, *, training: Training) -> npt.NDArray[np.float32]:
     """Return the probability of each class for every image, float32 `(N, K)`.
 
     Raises:
-        NonFiniteError: The network makes infinity or NaN of an image.
+        NonFiniteError: When the network makes infinity or NaN of an image.
     """
-    logits = [evaluation_step(network, inputs, device=device) for inputs, _ in batches]
-    return _probabilities(torch.cat(logits))
+    logits = [evaluation_step(network, inputs, device=training.device) for inputs, _ in batches]
+    return _finite_probabilities(torch.cat(logits), training.model.threshold)
 
 
-def assess(
-    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: Sequence[str], *, device: Device
-) -> Assessment:
-    """Return what a network in eval mode makes of every image.
+def assess(network: nn.Module, batches: Batches, *, training: Training, loss: Loss) -> Assessment:
+    """Return what a network in eval mode makes of every image; the arguments are those of `evaluate`.
 
     Raises:
-        NonFiniteError: The network makes infinity or NaN of an image.
+        NonFiniteError: When the network makes infinity or NaN of an image.
     """
-    pairs = [(evaluation_step(network, inputs, device=device), targets) for inputs, targets in batches]
-    logits, targets = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    losses = functional.cross_entropy(logits, targets, reduction="none")
-    indices = class_indices(targets).cpu().numpy()
-    return Assessment(_probabilities(logits), losses.cpu().numpy(), indices, tuple(classes))
+    outputs = [(evaluation_step(network, inputs, device=training.device), targets) for inputs, targets in batches]
+    logits, targets = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    probabilities = _finite_probabilities(logits, training.model.threshold)
+    true = class_indices(targets) if training.model.threshold is None else targets >= 0.5
+    return Assessment(
+        probabilities,
+        loss.each(logits, targets).cpu().numpy(),
+        true.cpu().numpy(),
+        training.model.classes,
+        training.model.threshold,
+        measure(training.metrics, outputs, training.model.threshold),
+    )
 
 
-def _probabilities(logits: Tensor) -> npt.NDArray[np.float32]:
-    probabilities = logits.softmax(dim=1).cpu()
+def _finite_probabilities(logits: Tensor, threshold: float | None) -> npt.NDArray[np.float32]:
+    probabilities = probabilities_of(logits, threshold).cpu()
     if bool((wrong := probabilities.isnan().any(dim=1)).any()):
         raise NonFiniteError(
             f"the logits of image {int(wrong.nonzero()[0])} are infinite or NaN: expected finite images and weights. "

@@ -4,7 +4,7 @@ import csv
 import importlib.util
 import io
 import os
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transferkit.results.history import EpochReport, History
 from transferkit.training.callbacks import Running
 
 COLUMNS = tuple(field.name for field in fields(EpochReport))
+"""The figures of every report; metrics and figures that callbacks add follow them."""
 
 
 class CSVLogger:
@@ -40,6 +41,8 @@ class CSVLogger:
         <BLANKLINE>
     """
 
+    order = 1  # after callbacks that add figures
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
@@ -53,9 +56,11 @@ class CSVLogger:
         reports = (trainer.history or History()).reports
         rows = [row for row in self._read() if int(row["epoch"]) < reports[0].epoch]
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        rows += [vars(one) for one in reports]
+        columns = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
+        writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*rows, *map(asdict, reports)])
+        writer.writerows(rows)
         with atomic_write(self.path) as file:
             file.write(text.getvalue().encode())
 
@@ -65,7 +70,7 @@ class CSVLogger:
         try:
             reader = csv.DictReader(self.path.read_text().splitlines(), strict=True)
             rows = list(reader)
-            ours = tuple(reader.fieldnames or COLUMNS) == COLUMNS  # an empty file will do
+            ours = tuple(reader.fieldnames or COLUMNS)[: len(COLUMNS)] == COLUMNS  # an empty file will do
             ours = ours and all(None not in row and str(row["epoch"]).isdigit() for row in rows)
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ArgumentError(f"CSVLogger cannot go on with {self.path}: {error}. Name another file.") from error
@@ -89,6 +94,8 @@ class TensorBoardLogger:
         >>> trainer.fit(train, callbacks=[TensorBoardLogger("logs/first")])  # doctest: +SKIP
     """
 
+    order = 1  # after callbacks that add figures
+
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         if importlib.util.find_spec("tensorboard") is None:
             raise MissingPackageError(
@@ -101,6 +108,6 @@ class TensorBoardLogger:
         from torch.utils.tensorboard import SummaryWriter  # takes a second: not at import
 
         with SummaryWriter(self.folder) as writer:  # a file for each epoch: nothing is open between two
-            for name, value in asdict(report).items():
-                if name != "epoch" and value is not None:
+            for name, value in report.figures.items():
+                if name != "epoch":
                     writer.add_scalar(name, value, report.epoch)

@@ -1,9 +1,9 @@
-"""The epochs of a run: train, validate, report, call back, and end well whatever ends it."""
+"""The epochs of a run: train, validate, report, call back, and end well whatever ends them."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,222 +14,203 @@ from transferkit.base.randomness import derive_seed, seeded
 from transferkit.compute.finite import check_scale, find_nonfinite
 from transferkit.data.sources import epoch_order
 from transferkit.errors import NonFiniteError
-from transferkit.features.feed import Batches, Feed
-from transferkit.model.recompute import Recomputed
+from transferkit.model.modes import modes_kept
 from transferkit.results.history import EpochReport
-from transferkit.training.callbacks import GradualUnfreezing
-from transferkit.training.checkpoint import Checkpoint
-from transferkit.training.evaluation import evaluate, in_eval_mode
+from transferkit.training.callback_list import CallbackList
+from transferkit.training.evaluation import evaluate
+from transferkit.training.metrics import count_correct, measure
 from transferkit.training.optimizers import scale_lr
 from transferkit.training.progress import Progress
 from transferkit.training.run import Run
 from transferkit.training.schedules import lr_factor
-from transferkit.training.step import Step, training_step
+from transferkit.training.step import Step, guarded_step
+from transferkit.training.training import Training
 
-if TYPE_CHECKING:
-    from transferkit.trainer import Trainer
+Callback = Callable[[Any, EpochReport], object]
+"""A function of the trainer and the report of an epoch; see `CallbackList`."""
 
-Callback = Callable[["Trainer", EpochReport], object]
-
-KEPT_BATCH_SIZE = 256
-"""Images validated at once where their features are kept: there are no convolutions to take memory."""
+CACHED_BATCH_SIZE = 256
+"""Images validated at once where their features are cached: there are no convolutions to take memory."""
 
 SCALE_CHECKED_EVERY = 50
 """Steps between two looks at the gradient scale of fp16, each of which waits for the device."""
 
 
-def run_epochs(
-    trainer: "Trainer",
-    run: Run,
-    progress: Progress,
-    *,
-    train: Feed,
-    validation: Feed | None,
-    epochs: int,
-    callbacks: Sequence[Callback],
-    restore_best: bool,
-    interrupts: Interrupts,
-    display: Display,
-) -> None:
-    """Make what is left of the epochs of a run, and leave the best weights in the model, whatever ends it.
+def train_epoch(training: Training, run: Run, progress: Progress, *, first: int = 0) -> Iterator[Step]:
+    """Make the steps of one epoch, from batch `first` on.
+
+    Raises:
+        NonFiniteError: When a loss or gradient is not finite, and no more steps may be skipped.
+    """
+    training.model.train()
+    num_batches = run.source.num_batches(run.batch_size)
+    if first == 0 or num_batches is None or first < num_batches:
+        order = epoch_order(run.source.num_images, training.seed, training.epoch)
+        rest = None if order is None else order[first * run.batch_size :]
+        network, batches = run.train.open(run.batch_size, order=rest, epoch=training.epoch)
+        with closing(batches):  # or a traceback that is kept would keep worker processes
+            for _ in range(0 if order is not None else first):
+                next(batches, None)  # a DataLoader's own batches: read and ignored
+            for index, batch in enumerate(batches, start=first):
+                step = _train_batch(training, run, progress, network=network, batch=batch, index=index)
+                if step is not None:
+                    yield step
+        check_scale(training.device)
+    training.epoch += 1
+
+
+def _train_batch(
+    training: Training, run: Run, progress: Progress, *, network: nn.Module, batch: tuple[Tensor, Tensor], index: int
+) -> Step | None:
+    """Make one step; return None if it was skipped."""
+    inputs, targets = batch
+    scale_lr(
+        training.optimizer, lr_factor(training.schedule, training.global_step - progress.first_step, run.num_steps)
+    )
+    seed = derive_seed(training.seed, "step", training.global_step)
+    progress.between_steps = False
+    update = guarded_step(network, inputs, targets, training=training, loss=run.loss, seed=seed)
+    if update.micro_batch_size < min(training.micro_batch_size or len(targets), len(targets)):
+        training.micro_batch_size = update.micro_batch_size
+        run.train.display.say(
+            f"out of memory: from here on micro-batches of {update.micro_batch_size}; the updates stay the same"
+        )
+    if not bool(update.finite):  # host sync on an accelerator
+        progress.between_steps = True
+        if progress.skipped == training.max_skipped:
+            size = update.micro_batch_size
+            parts = list(zip(torch.split(inputs, size), torch.split(targets, size), strict=True))
+            raise _explain_nonfinite(training, run, network, parts, index)
+        progress.skip(index)
+        return None
+    training.global_step += 1
+    if training.global_step % SCALE_CHECKED_EVERY == 0:
+        check_scale(training.device)
+    correct = count_correct(update.logits, targets, training.model.threshold)
+    lr = training.optimizer.param_groups[-1]["lr"]
+    return Step(training.epoch, index, update.loss, correct, len(targets), lr, update.logits, targets)
+
+
+class Epochs:
+    """Runs the epochs of a call of `fit`.
 
     Args:
-        trainer: Whose model, optimizer and settings are used, and whose counters go on.
+        training: What is trained; its counters advance.
         run: The data.
         progress: How far the run has come.
-        train: What epochs train on.
-        validation: What they are validated on, or None.
-        epochs: Epochs in all, those done included.
-        callbacks: Called after each in turn, but `GradualUnfreezing` first: a `Checkpoint` must save what it did.
-        restore_best: Whether the best epoch's weights come back at the end.
+        callbacks: Called after steps and epochs.
         interrupts: Tells of signals, between two steps or batches.
         display: Shows bars, and a line for each epoch.
     """
-    checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
-    in_turn = sorted(callbacks, key=lambda callback: not isinstance(callback, GradualUnfreezing))  # these first
-    try:
-        while (done := len(progress.history.reports)) < epochs and not progress.ended:
-            count = progress.sums.count
-            with display.bar(f"epoch {progress.epoch + 1}", run.source.num_images) as bar:
-                report = _train_and_validate(
-                    trainer,
-                    run,
-                    progress,
-                    train=train,
-                    validation=validation,
-                    checkpoints=checkpoints,
-                    interrupts=interrupts,
-                    display=display,
-                    bar=bar,
-                )
-            speed = (progress.sums.count - count) / report.epoch_s
-            progress.finish_epoch(report)
-            if restore_best and progress.history.best_epoch == len(progress.history.reports) - 1:
-                progress.best.take()
-            left = f"  {report.epoch_s * (epochs - done - 1):,.0f} s left" if done + 1 < epochs else ""
-            display.say(f"{report}  {speed:,.0f} images/s{left}")
-            progress.ended = any([callback(trainer, report) is True for callback in in_turn])  # noqa: C419
-            if progress.ended:
-                _save_where_it_stands(trainer, progress, checkpoints)
-            interrupts.check()
-    except BaseException as error:
-        if interrupts.twice:
+
+    def __init__(
+        self,
+        training: Training,
+        run: Run,
+        progress: Progress,
+        *,
+        callbacks: CallbackList,
+        interrupts: Interrupts,
+        display: Display,
+    ) -> None:
+        self.training = training
+        self.run = run
+        self.progress = progress
+        self.callbacks = callbacks
+        self.interrupts = interrupts
+        self.display = display
+
+    def finish(self) -> None:
+        """Make what is left of the epochs, and leave the best weights in the model, whatever ends them."""
+        progress = self.progress
+        try:
+            while len(progress.history.reports) < self.run.num_epochs and not progress.ended:
+                report = self._epoch()
+                progress.ended = self.callbacks.after_epoch(report)
+                if progress.ended:
+                    self._save()
+                self.interrupts.check()
+        except BaseException as error:
+            if self.interrupts.twice:
+                raise
+            stop = self._save()
+            if isinstance(error, Interruption) or self.interrupts.received is not None:
+                self.display.say(stop)
+                raise Interruption(stop) from error
             raise
-        stop = _save_where_it_stands(trainer, progress, checkpoints)
-        if isinstance(error, Interruption) or interrupts.received is not None:
-            display.say(stop)
-            raise Interruption(stop) from error
-        raise
-    finally:
-        progress.best.restore()
+        finally:
+            progress.best.restore()
 
+    def _epoch(self) -> EpochReport:
+        """Train for what is left of an epoch, validate, and report."""
+        progress, started, before = self.progress, time.perf_counter(), self.progress.sums.count
+        with self.display.bar(f"epoch {progress.epoch + 1}", self.run.source.num_images) as bar:
+            self._train(bar)
+        loss, accuracy = progress.sums.means()
+        figures = measure(self.training.metrics, progress.sums.outputs, self.training.model.threshold)
+        validation = self.validate()
+        seconds, skipped = time.perf_counter() - started, progress.skipped - progress.skipped_before
+        lr = self.training.optimizer.param_groups[-1]["lr"]
+        report = EpochReport(progress.epoch, loss, accuracy, lr, seconds, skipped=skipped)
+        vars(report).update(figures | {f"val_{name}": value for name, value in validation.items()})
+        speed = (progress.sums.count - before) / seconds
+        progress.finish_epoch(report)
+        left = self.run.num_epochs - len(progress.history.reports)
+        self.display.say(f"{report}  {speed:,.0f} images/s" + (f"  {seconds * left:,.0f} s left" if left else ""))
+        return report
 
-def _train_and_validate(
-    trainer: "Trainer",
-    run: Run,
-    progress: Progress,
-    *,
-    train: Feed,
-    validation: Feed | None,
-    checkpoints: Sequence[Checkpoint],
-    interrupts: Interrupts,
-    display: Display,
-    bar: Bar,
-) -> EpochReport:
-    """Train for what is left of an epoch, validate, and return its report."""
-    started = time.perf_counter()
-    progress.best.before_training()
-    if progress.sums.count:
-        bar.advance(progress.sums.count)  # a resumed epoch
-    for step in train_epoch(trainer, run, train, progress, first=progress.batches):
-        progress.add(step)
-        for checkpoint in checkpoints:
-            checkpoint.after_step(trainer)
-        bar.advance(step.count, lambda: _figures(progress))
-        interrupts.check()
-    loss, accuracy = progress.sums.means()
-    val_loss, val_accuracy = (None, None)
-    if validation is not None:
-        bar.close()
-        val_loss, val_accuracy = _validate(trainer, validation, run.batch_size, interrupts, display)
-    epoch_s = time.perf_counter() - started
-    skipped = progress.skipped - progress.skipped_before
-    lr = trainer.optimizer.param_groups[-1]["lr"]
-    return EpochReport(progress.epoch, loss, accuracy, lr, epoch_s, val_loss, val_accuracy, skipped)
+    def _train(self, bar: Bar) -> None:
+        progress = self.progress
+        progress.best.before_training()
+        if progress.sums.count:
+            bar.advance(progress.sums.count)  # a resumed epoch
+        for step in train_epoch(self.training, self.run, progress, first=progress.batches):
+            progress.add(step)
+            self.callbacks.after_step()
+            bar.advance(step.count, self._figures)
+            self.interrupts.check()
 
-
-def train_epoch(trainer: "Trainer", run: Run, feed: Feed, progress: Progress, *, first: int) -> Iterator[Step]:
-    """Make the steps of one epoch, from batch `first` on."""
-    trainer.model.train()
-    num_batches = run.source.num_batches(run.batch_size)
-    if first == 0 or num_batches is None or first < num_batches:
-        order = epoch_order(run.source.num_images, trainer.seed, trainer.epoch)
-        rest = None if order is None else order[first * run.batch_size :]
-        network, batches = feed.open(run.batch_size, order=rest, epoch=trainer.epoch)
-        with closing(batches):  # or a kept traceback would keep worker processes
-            for _ in range(0 if order is not None else first):
-                next(batches, None)  # a DataLoader's own batches: read, and passed over
-            yield from _train_batches(trainer, network, batches, feed, progress, first=first)
-    trainer.epoch += 1
-
-
-def _train_batches(
-    trainer: "Trainer", network: nn.Module, batches: Batches, feed: Feed, progress: Progress, *, first: int
-) -> Iterator[Step]:
-    if trainer.recompute_activations:
-        network = Recomputed(network)
-    for index, (inputs, targets) in enumerate(batches, start=first):
-        made = trainer.global_step - progress.first_step
-        scale_lr(trainer.optimizer, lr_factor(trainer.schedule, made, progress.num_steps, trainer.warmup_steps))
-        seed = derive_seed(trainer.seed, "step", trainer.global_step)  # for dropout
-        progress.between_steps = False
-        loss, correct, finite, size = training_step(
-            network,
-            inputs,
-            targets,
-            device=trainer.device,
-            optimizer=trainer.optimizer,
-            cross_entropy=trainer.cross_entropy,
-            seed=seed,
-            micro_batch_size=trainer.micro_batch_size or len(targets),
-            clip_grad_norm=trainer.clip_grad_norm,
-        )
-        if size < min(trainer.micro_batch_size or len(targets), len(targets)):
-            feed.display.say(
-                f"memory did not suffice: batches go through in parts of {size} from here on, the same update"
+    def validate(self) -> dict[str, float]:
+        """Return loss, accuracy and metrics on the validation images, over cached features where there are some."""
+        if self.run.validation is None:
+            return {}
+        size = self.run.batch_size
+        network, batches = self.run.validation.open(size, kept_batch_size=max(size, CACHED_BATCH_SIZE))
+        total = self.run.validation.inputs.source.num_images
+        with modes_kept(self.training.model), closing(batches), self.display.bar("validation", total) as bar:
+            self.training.model.eval()
+            return evaluate(
+                network, self.interrupts.watched(bar.over(batches)), training=self.training, loss=self.run.loss
             )
-            trainer.micro_batch_size = size
-        if not bool(finite):  # host sync on an accelerator
-            if trainer.on_nonfinite == "raise" or progress.skipped == trainer.max_skipped:
-                progress.between_steps = True
-                step = trainer.global_step
-                raise _explain_nonfinite(trainer, network, inputs, targets, size, step=step, index=index)
-            progress.skip(index)
-            continue
-        trainer.global_step += 1
-        if trainer.global_step % SCALE_CHECKED_EVERY == 0:
-            check_scale(trainer.device)
-        yield Step(trainer.epoch, index, loss, correct, len(targets), trainer.optimizer.param_groups[-1]["lr"])
-    check_scale(trainer.device)
+
+    def _save(self) -> str:
+        """Save a run that ends early, if a step is not half made, and say so."""
+        stop = f"stopped after step {self.training.global_step}"
+        if not self.progress.between_steps:
+            return f"{stop}, in the middle of the next one, so nothing was saved now"
+        paths = self.callbacks.on_stop()
+        if paths is None:
+            return f"{stop}; nothing was saved: there is no Checkpoint among the callbacks"
+        return f"{stop}; saved to {', '.join(map(str, paths))}" if paths else f"{stop}; it could not be saved"
+
+    def _figures(self) -> str:
+        loss, accuracy = self.progress.sums.means()
+        return f"loss {loss:.4f} accuracy {accuracy:.4f}"
 
 
 def _explain_nonfinite(
-    trainer: "Trainer", network: nn.Module, inputs: Tensor, targets: Tensor, size: int, *, step: int, index: int
+    training: Training, run: Run, network: nn.Module, parts: list[tuple[Tensor, Tensor]], index: int
 ) -> NonFiniteError:
-    def loss_of(logits: Tensor, part_targets: Tensor) -> Tensor:
-        return trainer.cross_entropy.sum(logits, part_targets) / trainer.cross_entropy.total_weight(targets)
+    """Make the step's passes once more, and say where its first number is that is not finite."""
+    total_weight = run.loss.total_weight(torch.cat([targets for _, targets in parts]))
 
-    parts = list(zip(torch.split(inputs, size), torch.split(targets, size), strict=True))
-    with seeded(derive_seed(trainer.seed, "step", step), trainer.device.torch_device):
-        first = find_nonfinite(network, parts, loss_of, model=trainer.model, device=trainer.device)
+    def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+        return run.loss.sum(logits, targets) / total_weight
+
+    with seeded(derive_seed(training.seed, "step", training.global_step), training.device.torch_device):
+        first = find_nonfinite(network, parts, loss_of, model=training.model, device=training.device)
     return NonFiniteError(
-        f"in step {step} (epoch {trainer.epoch}, batch {index}, all from 0) a number is infinite or NaN, "
-        f"first in {first}. No weight was changed by it. Look at that image, lower the learning rate, or clip "
-        f'gradients; on_nonfinite="skip" leaves out up to max_skipped={trainer.max_skipped} such steps.'
+        f"in step {training.global_step} (epoch {training.epoch}, batch {index}, all from 0) a number is infinite or "
+        f"NaN, first in {first}. No weight was changed by it. Look at that image, lower the learning rate, or clip "
+        f"gradients. Trainer(max_skipped=...) skips so many steps of a run; here it is {training.max_skipped}."
     )
-
-
-def _validate(
-    trainer: "Trainer", feed: Feed, batch_size: int, interrupts: Interrupts, display: Display
-) -> tuple[float, float]:
-    """Return loss and accuracy on the images to validate on."""
-    network, batches = feed.open(batch_size, kept_batch_size=max(batch_size, KEPT_BATCH_SIZE))
-    total = feed.inputs.source.num_images
-    with in_eval_mode(trainer.model), closing(batches), display.bar("validation", total) as bar:
-        return evaluate(network, interrupts.watched(bar.over(batches)), device=trainer.device)
-
-
-def _save_where_it_stands(trainer: "Trainer", progress: Progress, checkpoints: Sequence[Checkpoint]) -> str:
-    """Save a run that ends early, if a step is not half made, and say so."""
-    stop = f"stopped after step {trainer.global_step}"
-    if not checkpoints:
-        return f"{stop}; nothing was saved: there is no Checkpoint among the callbacks"
-    if not progress.between_steps:
-        return f"{stop}; a step was under way, so the last checkpoint is the one before"
-    paths = [str(path) for checkpoint in checkpoints if (path := checkpoint.try_to_save(trainer))]
-    return f"{stop}; saved to {', '.join(paths)}" if paths else f"{stop}; it could not be saved"
-
-
-def _figures(progress: Progress) -> str:
-    loss, accuracy = progress.sums.means()
-    return f"loss {loss:.4f} accuracy {accuracy:.4f}"

@@ -1,54 +1,259 @@
-"""The loss: cross-entropy, and how much the images of each class count in it."""
+"""Losses: what a training step makes small, computed over a whole batch or over parts of it."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import Self
 
+from transferkit.base.arguments import positive, share
 from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError
 
 BALANCED = "balanced"
+
+Weights = Sequence[float] | Tensor | str | None
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
 _TINY = torch.finfo(torch.float32).tiny
+_MULTI_LABEL = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
 
 
-@dataclass(frozen=True, slots=True)
-class CrossEntropy:
-    """Cross-entropy of a batch, which may be computed part by part.
+class Loss(Protocol):
+    """What training, evaluation and resuming ask of a loss."""
 
-    Attributes:
-        label_smoothing: Share of each target spread evenly over all classes, 0 to 1.
-        class_weights: float32 `(K,)` on the device: how much an image of each class counts; None counts all alike.
-    """
+    @property
+    def threshold(self) -> float | None:
+        """Probability from which a label counts as predicted; None where each image has exactly one label."""
 
-    label_smoothing: float = 0.0
-    class_weights: Tensor | None = None
+    def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:
+        """Return the loss with everything that depends on the training data computed and on the device."""
 
     def total_weight(self, targets: Tensor) -> Tensor | int:
         """Return what the sum over a batch is divided by."""
-        if self.class_weights is None or targets.ndim == 2:
-            return len(targets)
-        return self.class_weights[targets].sum().clamp_min(_TINY)  # a batch of classes that count nothing
 
     def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum over a part of a batch, in float32."""
-        return functional.cross_entropy(
-            logits.float(), targets, self.class_weights, label_smoothing=self.label_smoothing, reduction="sum"
-        )
+        """Return the sum over part of a batch, float32 `()`."""
+
+    def each(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each image without smoothing and weights, float32 `(N,)`."""
+
+    def describe(self) -> str:
+        """Return the settings as text: a resumed run must have the same."""
 
 
-def check_class_weights(values: Sequence[float] | Tensor | str | None, num_classes: int) -> Tensor | str | None:
-    """Return class weights as float32 `(num_classes,)`, None and `"balanced"` as they are.
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy: each image has exactly one label, or soft targets that sum to one.
+
+    Args:
+        label_smoothing: Fraction of each target that is spread evenly over all classes, 0 up to but not including 1.
+        class_weights: How much an image of each class counts: one number of 0 or more for each class, or `"balanced"`,
+            which lets every class count the same however many training images it has. None counts all images the same.
 
     Raises:
-        ArgumentError: Another number of them, or one that is negative or not finite.
+        ArgumentError: When `label_smoothing` is out of range. When a run starts, if there is not one weight for each
+            class, a weight is negative or not finite, or `"balanced"` meets a `DataLoader`.
 
     Example:
-        >>> check_class_weights([1, 2], num_classes=2)
-        tensor([1., 2.])
+        >>> loss = CrossEntropy(label_smoothing=0.1)
+        >>> loss.sum(torch.zeros(2, 4), torch.tensor([0, 3]))
+        tensor(2.7726)
     """
+
+    label_smoothing: float = 0.0
+    class_weights: Weights = None
+
+    threshold = None
+
+    def __post_init__(self) -> None:
+        share("label_smoothing", self.label_smoothing)
+
+    def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:
+        weights = _check_weights("class_weights", self.class_weights, num_classes)
+        if isinstance(weights, str):
+            weights = _balanced_class_weights(source, num_classes)
+        return dataclasses.replace(self, class_weights=None if weights is None else weights.to(device))
+
+    def total_weight(self, targets: Tensor) -> Tensor | int:
+        if self.class_weights is None or targets.ndim == 2:
+            return len(targets)
+        weights: Any = self.class_weights
+        total: Tensor = weights[targets].sum().clamp_min(_TINY)  # a batch of classes that count nothing
+        return total
+
+    def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        weights: Any = self.class_weights
+        return functional.cross_entropy(
+            logits.float(), targets, weights, label_smoothing=self.label_smoothing, reduction="sum"
+        )
+
+    def each(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(logits, targets, reduction="none")
+
+    def describe(self) -> str:
+        return f"CrossEntropy(label_smoothing={self.label_smoothing}, class_weights={_text(self.class_weights)})"
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy:
+    """Binary cross-entropy: an image may have several labels, or none.
+
+    Each class is a question of its own, answered by the sigmoid of its logit. Targets are multi-hot rows `(N, K)` of 0
+    and 1, of any number type, or probabilities in between. The loss of an image is the mean over its classes.
+
+    Args:
+        threshold: Probability from which a label counts as predicted, above 0 and below 1. It is kept with the model:
+            saved files and exported models use it.
+        label_smoothing: Fraction by which targets are moved towards 1/2, 0 up to but not including 1.
+        positive_weights: How much a present label counts against an absent one: one number above 0 for each class, or
+            `"balanced"`, which is (images without the label) / (images with it). None counts both the same.
+
+    Raises:
+        ArgumentError: When `threshold` or `label_smoothing` is out of range. When a run starts, if there is not one
+            weight for each class, a weight is not above 0 and finite, or `"balanced"` meets a `DataLoader`.
+
+    Example:
+        >>> loss = BinaryCrossEntropy()
+        >>> loss.each(torch.zeros(2, 4), torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 0]]))
+        tensor([0.6931, 0.6931])
+    """
+
+    threshold: float = 0.5
+    label_smoothing: float = 0.0
+    positive_weights: Weights = None
+
+    def __post_init__(self) -> None:
+        share("label_smoothing", self.label_smoothing)
+        check_threshold(self.threshold)
+
+    def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:
+        weights = _check_weights("positive_weights", self.positive_weights, num_classes)
+        if isinstance(weights, str):
+            positives = source.all_targets().sum(dim=0)
+            weights = torch.where(positives > 0, (_count(source) - positives) / positives.clamp_min(1), 1.0)
+            weights = weights.clamp_min(1 / _count(source))  # a label on every image still counts
+        if weights is not None and not bool((weights > 0).all()):
+            raise ArgumentError(f"positive_weights={weights.tolist()} cannot be used: expected numbers above 0.")
+        return dataclasses.replace(self, positive_weights=None if weights is None else weights.to(device))
+
+    def total_weight(self, targets: Tensor) -> Tensor | int:
+        return len(targets)
+
+    def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        smoothed = targets * (1 - self.label_smoothing) + self.label_smoothing / 2
+        weights: Any = self.positive_weights
+        losses = functional.binary_cross_entropy_with_logits(
+            logits.float(), smoothed, pos_weight=weights, reduction="none"
+        )
+        return losses.mean(dim=1).sum()
+
+    def each(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
+
+    def describe(self) -> str:
+        weights = _text(self.positive_weights)
+        return f"BinaryCrossEntropy(label_smoothing={self.label_smoothing}, positive_weights={weights})"
+
+
+@dataclass(frozen=True)
+class FunctionLoss:
+    """A user's function or module of (logits, targets) that returns the mean over a batch.
+
+    Args:
+        function: Takes float32 logits `(N, K)` and targets, int64 `(N,)` or float32 `(N, K)`.
+        threshold: As the model's: None where each image has exactly one label.
+    """
+
+    function: LossFunction
+    threshold: float | None = None
+
+    def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:
+        if source.num_images is not None:  # a DataLoader shows its targets with the first batch
+            targets = source.all_targets(torch.arange(min(2, source.num_images))).to(device)
+            self._check(torch.zeros(len(targets), num_classes, device=device, requires_grad=True), targets)
+        return self
+
+    def total_weight(self, targets: Tensor) -> Tensor | int:
+        return len(targets)
+
+    def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self.function(logits.float(), targets) * len(targets)
+
+    def each(self, logits: Tensor, targets: Tensor) -> Tensor:
+        rows = zip(torch.split(logits, 1), torch.split(targets, 1), strict=True)
+        return torch.stack([self.function(*row).float().reshape(()) for row in rows])
+
+    def describe(self) -> str:
+        own = getattr(self.function, "__qualname__", None)
+        return own if own is not None else repr(self.function)
+
+    def _check(self, logits: Tensor, targets: Tensor) -> None:
+        try:
+            value = self.function(logits, targets)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise ArgumentError(
+                f"loss={self.describe()} cannot be called with logits {tuple(logits.shape)} and targets "
+                f"{tuple(targets.shape)} {targets.dtype}: {error}. Expected a function of (logits, targets)."
+            ) from error
+        if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+            got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            got += ", detached from the logits" if isinstance(value, Tensor) and not value.requires_grad else ""
+            raise ArgumentError(
+                f"loss={self.describe()} returned {got}: expected the mean over the batch, one number that depends on "
+                'the logits (reduction="mean" in torch).'
+            )
+
+
+def find_loss(loss: Loss | LossFunction | None, threshold: float | None, device: torch.device) -> Loss:
+    """Return the loss a trainer was given, or the one that suits its model.
+
+    Args:
+        loss: `CrossEntropy`, `BinaryCrossEntropy`, a function or module of (logits, targets), or None.
+        threshold: The model's: a number where it gives several labels to an image.
+        device: Where a module is moved to.
+
+    Raises:
+        ArgumentError: When `loss` cannot be called, or has parameters to train.
+    """
+    if loss is None:
+        return CrossEntropy() if threshold is None else BinaryCrossEntropy(threshold)
+    if isinstance(loss, CrossEntropy | BinaryCrossEntropy):
+        return loss
+    if isinstance(loss, type) or not callable(loss):
+        raise ArgumentError(
+            f"loss={loss!r} cannot be used: expected transferkit.CrossEntropy(), transferkit.BinaryCrossEntropy(), or "
+            "a function or module of (logits, targets), such as torch.nn.MultiMarginLoss()."
+        )
+    if isinstance(loss, nn.Module):
+        if any(parameter.requires_grad for parameter in loss.parameters()):
+            raise ArgumentError(
+                f"loss={loss!r} has parameters of its own, which no optimizer here would train: put them into the "
+                "head, or train in a loop of your own with transferkit.Device."
+            )
+        loss.to(device)
+    if threshold is None and isinstance(loss, _MULTI_LABEL):
+        threshold = 0.5
+    return FunctionLoss(loss, threshold)
+
+
+def check_threshold(threshold: float) -> float:
+    """Return `threshold` if it is above 0 and below 1.
+
+    Raises:
+        ArgumentError: When it is not.
+    """
+    if positive("threshold", threshold) >= 1:
+        raise ArgumentError(f"threshold={threshold!r} is out of range: expected a probability above 0 and below 1.")
+    return float(threshold)
+
+
+def _check_weights(name: str, values: Weights, num_classes: int) -> Tensor | str | None:
+    """Return weights as float32 `(num_classes,)`; None and `"balanced"` stay."""
     if values is None or (isinstance(values, str) and values == BALANCED):
         return values
     try:
@@ -58,29 +263,27 @@ def check_class_weights(values: Sequence[float] | Tensor | str | None, num_class
     usable = weights.shape == (num_classes,) and bool(((weights >= 0) & weights.isfinite()).all())
     if not usable or not bool(weights.any()):
         raise ArgumentError(
-            f"class_weights={values!r} cannot be used: expected {num_classes} finite numbers of 0 or more, one for "
-            f"each class, and not 0 for all of them, or {BALANCED!r}."
+            f"{name}={values!r} cannot be used: expected {num_classes} finite numbers of 0 or more, one for each class "
+            f"and not all 0, or {BALANCED!r}."
         )
     return weights
 
 
-def find_class_weights(weights: Tensor | str | None, source: Source, num_classes: int) -> Tensor | None:
-    """Return checked class weights as they are, and `"balanced"` as what it comes to for some training data.
+def _balanced_class_weights(source: Source, num_classes: int) -> Tensor:
+    """Return (number of images) / (classes that occur * images of the class), as scikit-learn does.
 
-    Balanced weights are (number of images) / (classes that occur * images of the class), as in scikit-learn: the sum
-    over all images stays their number. A class without images has weight 0.
-
-    Args:
-        weights: From `check_class_weights`.
-        source: The training data; where a `Dataset` does not list its targets, all of it is read.
-        num_classes: Number of classes.
-
-    Raises:
-        ArgumentError: `"balanced"` with a `DataLoader`.
+    The weights of all images then add up to their number. A class without images has weight 0. Where a `Dataset` does
+    not list its targets, all of it is read.
     """
-    if not isinstance(weights, str):
-        return weights
     targets = source.all_targets()
     counts = targets.sum(dim=0) if targets.ndim == 2 else functional.one_hot(targets, num_classes).sum(dim=0)
     occurring = counts > 0
     return torch.where(occurring, len(targets) / (occurring.sum() * counts.clamp_min(1e-12)), 0.0).float()
+
+
+def _count(source: Source) -> int:
+    return source.num_images or 0
+
+
+def _text(weights: Weights) -> str:
+    return str(weights.tolist() if isinstance(weights, Tensor) else weights)

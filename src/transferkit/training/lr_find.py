@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,12 @@ from transferkit.base.randomness import derive_seed, seeded
 from transferkit.compute.device import Device
 from transferkit.data.sources import epoch_order
 from transferkit.errors import ArgumentError
-from transferkit.features.feed import Feed
-from transferkit.model.freezing import stand_ins, trainable_state
-from transferkit.model.recompute import Recomputed
+from transferkit.model.freezing import trainable_state
+from transferkit.model.modes import modes_kept
 from transferkit.results.lr_sweep import LearningRateSweep
 from transferkit.training.run import Run
-from transferkit.training.step import training_step
-
-if TYPE_CHECKING:
-    from transferkit.trainer import Trainer
+from transferkit.training.step import guarded_step
+from transferkit.training.training import Training
 
 
 def spaced_rates(lr_min: float, lr_max: float, num_steps: int) -> list[float]:
@@ -48,22 +45,21 @@ def spaced_rates(lr_min: float, lr_max: float, num_steps: int) -> list[float]:
 
 
 def sweep(
-    trainer: "Trainer", run: Run, feed: Feed, rates: list[float], *, interrupts: Interrupts, display: Display
+    training: Training, run: Run, rates: list[float], *, interrupts: Interrupts, display: Display
 ) -> LearningRateSweep:
     """Make one training step at each rate, until the loss diverges, and leave nothing changed.
 
     Args:
-        trainer: Whose model, optimizer and settings are used.
-        run: The data.
-        feed: Gives its batches; they begin again where there are fewer than rates.
+        training: What is trained and put back.
+        run: Its training data begins again where it has fewer batches than there are rates.
         rates: Learning rates of the optimizer's last group, the head; the others keep their proportion to it.
         interrupts: Tells of signals, between two steps.
         display: Shows a bar.
 
     Raises:
-        ArgumentError: The last group's learning rate is 0.
+        ArgumentError: When the last group's learning rate is 0.
     """
-    model, optimizer, device = trainer.model, trainer.optimizer, trainer.device
+    model, optimizer, device = training.model, training.optimizer, training.device
     base = optimizer.param_groups[-1]["initial_lr"]
     if base == 0:
         raise ArgumentError(
@@ -72,26 +68,17 @@ def sweep(
         )
     seen, losses = [], []
     with (
-        seeded(derive_seed(trainer.seed, "lr_find"), device.torch_device),  # a DataLoader draws random numbers
+        seeded(derive_seed(training.seed, "lr_find"), device.torch_device),  # a DataLoader draws random numbers
         unchanged(model, optimizer, device),
-        closing(_batches(trainer, run, feed)) as batches,
+        closing(_batches(training, run)) as batches,
         display.bar("lr_find", len(rates) * run.batch_size) as bar,
     ):
         model.train()
         for index, (rate, (network, inputs, targets)) in enumerate(zip(rates, batches, strict=False)):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * (rate / base)
-            update = training_step(
-                network,
-                inputs,
-                targets,
-                device=device,
-                optimizer=optimizer,
-                cross_entropy=trainer.cross_entropy,
-                seed=derive_seed(trainer.seed, "lr_find", index),
-                micro_batch_size=trainer.micro_batch_size or len(targets),
-                clip_grad_norm=trainer.clip_grad_norm,
-            )
+            seed = derive_seed(training.seed, "lr_find", index)
+            update = guarded_step(network, inputs, targets, training=training, loss=run.loss, seed=seed)
             seen.append(rate)
             losses.append(update.loss.item())  # host sync: it must end where the loss diverges
             bar.advance(len(targets), lambda: f"lr {seen[-1]:.1e} loss {losses[-1]:.3f}")
@@ -101,12 +88,11 @@ def sweep(
     return LearningRateSweep(seen, losses)
 
 
-def _batches(trainer: "Trainer", run: Run, feed: Feed) -> Generator[tuple[nn.Module, Tensor, Tensor], None, None]:
+def _batches(training: Training, run: Run) -> Generator[tuple[nn.Module, Tensor, Tensor], None, None]:
     """Yield the network with what it takes and targets, epoch after epoch."""
     for epoch in itertools.count():
-        order = epoch_order(run.source.num_images, trainer.seed, epoch)
-        network, batches = feed.open(run.batch_size, order=order, epoch=epoch)
-        network = Recomputed(network) if trainer.recompute_activations else network
+        order = epoch_order(run.source.num_images, training.seed, epoch)
+        network, batches = run.train.open(run.batch_size, order=order, epoch=epoch)
         with closing(batches):
             for inputs, targets in batches:
                 yield network, inputs, targets
@@ -128,8 +114,6 @@ def unchanged(model: nn.Module, optimizer: Optimizer, device: Device) -> Iterato
         (True, 0)
     """
     weights = {name: value.detach().clone() for name, value in _changing(model).items()}
-    modes = [(module, module.training) for module in model.modules()]
-    asked = [(stand_in, stand_in.mode) for stand_in in stand_ins(model)]
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     state, scaler = optimizer.state, device.scaler
     groups = [dict(group) for group in optimizer.param_groups]
@@ -138,7 +122,8 @@ def unchanged(model: nn.Module, optimizer: Optimizer, device: Device) -> Iterato
         device.scaler = copy.deepcopy(scaler)
         for parameter in gradients:
             parameter.grad = None
-        yield
+        with modes_kept(model):
+            yield
     finally:
         optimizer.state = state
         for group, before in zip(optimizer.param_groups, groups, strict=True):
@@ -147,10 +132,6 @@ def unchanged(model: nn.Module, optimizer: Optimizer, device: Device) -> Iterato
         device.scaler = scaler
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
-        for module, mode in modes:
-            module.training = mode
-        for stand_in, mode in asked:
-            stand_in.mode = mode
         with torch.no_grad():
             for name, value in _changing(model).items():
                 value.copy_(weights[name])

@@ -1,40 +1,168 @@
-"""Figures over many batches, added up on the device."""
+"""Figures over many batches: loss and accuracy added up on the device, metrics over all outputs at the end."""
 
+import keyword
 import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from transferkit.data.targets import class_indices
+from transferkit.errors import ArgumentError
+
+Metric = Callable[[Tensor, Tensor], float]
+Metrics = Mapping[str, Metric]
+
+RESERVED = ("loss", "accuracy", "epoch", "epoch_s", "lr", "skipped")
+"""Figures that every report has."""
 
 
 class Sums:
-    """Loss and hits of many batches, added up on the device and read once."""
+    """Loss and accuracy of many batches, added up on the device and read once.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: Where the batches are.
+        keep_outputs: Whether logits and targets of every batch are kept, for metrics.
+
+    Attributes:
+        loss: Sum of the losses of all images, float32 `()`.
+        correct: Sum of `count_correct` over all batches, float64 `()` (float32 on MPS, which has no float64).
+        count: Number of images.
+        outputs: Logits and targets of each batch, if they are kept.
+    """
+
+    def __init__(self, device: torch.device, *, keep_outputs: bool = False) -> None:
         self.loss = torch.zeros((), device=device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.correct = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self.count = 0
+        self.keep_outputs = keep_outputs
+        self.outputs: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, loss: Tensor, correct: Tensor, count: int) -> None:
-        """Add a batch: mean loss, number of hits, number of images."""
-        self.loss += loss * count
+    def add(self, loss: Tensor, correct: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Add a batch: its mean loss, its `count_correct`, its logits and targets."""
+        self.loss += loss * len(targets)
         self.correct += correct
-        self.count += count
+        self.count += len(targets)
+        if self.keep_outputs:
+            self.outputs.append((logits.float(), targets))
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Start again from zero."""
         self.loss.zero_()
         self.correct.zero_()
         self.count = 0
+        self.outputs = []
 
     def means(self) -> tuple[float, float]:
         """Return mean loss and accuracy (0 to 1); NaN if nothing was added."""
-        if self.count == 0:  # every step was left out
+        if self.count == 0:  # every step was skipped
             return math.nan, math.nan
         return self.loss.item() / self.count, self.correct.item() / self.count  # host sync: once an epoch
 
 
-def count_correct(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return how many images have their largest logit at their target, int64 `()`, on the device."""
-    return (logits.detach().argmax(dim=1) == class_indices(targets)).sum()
+def count_correct(logits: Tensor, targets: Tensor, threshold: float | None = None) -> Tensor:
+    """Return how many images are right, `()`, on the device.
+
+    Args:
+        logits: `(N, K)`.
+        targets: int64 `(N,)` or float32 `(N, K)`.
+        threshold: None counts the images whose largest logit is at their target, int64. A number is the probability
+            from which a label counts as predicted: each image then adds the labels that are both true and predicted
+            over those that are either, 0 to 1, or 1 if it has and gets none; float32.
+
+    References:
+        Godbole and Sarawagi, 2004, "Discriminative Methods for Multi-labeled Classification": accuracy for several
+        labels an image.
+    """
+    if threshold is None:
+        return (logits.detach().argmax(dim=1) == class_indices(targets)).sum()
+    predicted, true = logits.detach().float().sigmoid() >= threshold, targets >= 0.5
+    union = (predicted | true).sum(dim=1)
+    return torch.where(union > 0, (predicted & true).sum(dim=1) / union.clamp_min(1), 1.0).sum()
+
+
+def probabilities_of(logits: Tensor, threshold: float | None) -> Tensor:
+    """Return the probability of each class, `(N, K)`: softmax, or with a threshold the sigmoid of each logit."""
+    return logits.softmax(dim=1) if threshold is None else logits.sigmoid()
+
+
+def check_metrics(metrics: object) -> dict[str, Any]:
+    """Return metrics by name.
+
+    Args:
+        metrics: A mapping from names to functions of (probabilities, targets) or objects with `reset`, `update` and
+            `compute` (torchmetrics). A sequence serves too: functions go by their own names, and `"loss"` and
+            `"accuracy"`, which are always measured, may be in it. None is no metric.
+
+    Raises:
+        ArgumentError: When a name is taken or cannot be a Python name, or a metric is neither function nor object.
+
+    Example:
+        >>> sorted(check_metrics({"top3": lambda probabilities, targets: 0.9}))
+        ['top3']
+    """
+    if metrics is None:
+        return {}
+    if isinstance(metrics, Mapping):
+        named = dict(metrics)
+    elif isinstance(metrics, Iterable) and not isinstance(metrics, str):
+        measured = [metric for metric in metrics if metric not in ("loss", "accuracy")]
+        named = {getattr(metric, "__name__", type(metric).__name__.lower()): metric for metric in measured}
+    else:
+        raise ArgumentError(f"metrics={metrics!r} cannot be used: expected a mapping from names to functions.")
+    for name, metric in named.items():
+        usable = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
+        if not usable or name in RESERVED or name.startswith("val_"):
+            raise ArgumentError(
+                f"metrics has the name {name!r}: expected a Python name other than {', '.join(RESERVED)}, and without "
+                '"val_" in front (the figure of the validation data gets that by itself).'
+            )
+        if not callable(getattr(metric, "compute", metric)) or isinstance(metric, type):
+            raise ArgumentError(
+                f"metrics[{name!r}] is {metric!r}: expected a function of (probabilities, targets), or an object with "
+                "reset, update and compute, such as torchmetrics has."
+            )
+    return named
+
+
+def measure(
+    metrics: Mapping[str, Any], outputs: list[tuple[Tensor, Tensor]], threshold: float | None
+) -> dict[str, float]:
+    """Return each metric over all outputs, by name.
+
+    Args:
+        metrics: From `check_metrics`; they get probabilities, float32 `(N, K)`, and targets, on the CPU.
+        outputs: Logits and targets of each batch.
+        threshold: As in `probabilities_of`.
+
+    Raises:
+        ArgumentError: When a metric returns something else than a number.
+    """
+    if not metrics or not outputs:
+        return dict.fromkeys(metrics, math.nan)
+    logits, targets = (torch.cat(parts).cpu() for parts in zip(*outputs, strict=True))  # host sync: once an epoch
+    probabilities = probabilities_of(logits, threshold)
+    if threshold is not None:
+        targets = targets.round().long()  # multi-hot, as torchmetrics and scikit-learn want them
+    return {name: _number(name, _value(metric, probabilities, targets)) for name, metric in metrics.items()}
+
+
+def _value(metric: Any, probabilities: Tensor, targets: Tensor) -> object:
+    if not hasattr(metric, "compute"):
+        return metric(probabilities, targets)
+    metric.reset()
+    metric.update(probabilities, targets)
+    value = metric.compute()
+    metric.reset()
+    return value
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            f"metrics[{name!r}] returned {value!r}: expected one number. A metric that gives one for each class can "
+            "average them (average='macro' in torchmetrics)."
+        ) from error

@@ -34,7 +34,10 @@ HEAD, BACKBONE = "head", "backbone"
 
 
 def build_optimizer(
-    optimizer: str | OptimizerClass | Optimizer, model: TransferModel, lr: LearningRate | None, weight_decay: float
+    optimizer: str | OptimizerClass | Optimizer,
+    model: TransferModel,
+    lr: LearningRate | None,
+    weight_decay: float | None,
 ) -> Optimizer:
     """Return an optimizer over all of a model's parameters, fused into one kernel where it can be.
 
@@ -43,14 +46,15 @@ def build_optimizer(
             or an optimizer already built over this model's parameters.
         model: Whose parameters.
         lr: Learning rate; one number, or a mapping as in `find_lr`; None is what a `functools.partial` says, else 1e-3.
-        weight_decay: 0 or more.
+        weight_decay: 0 or more; None is the optimizer's own default (0.01 for AdamW), or what a `functools.partial`
+            says.
 
     Raises:
         ArgumentError: An unknown name, a number out of range, an instance over other parameters, or `lr` or
             `weight_decay` together with an instance.
     """
     if isinstance(optimizer, Optimizer):
-        if lr is not None or weight_decay:
+        if lr is not None or weight_decay is not None:
             raise ArgumentError(
                 f"lr={lr} and weight_decay={weight_decay} do not reach an optimizer that is already built: set them "
                 "there, or pass its class."
@@ -69,13 +73,12 @@ def build_optimizer(
             f"optimizer={optimizer!r} cannot be used: expected a name ({', '.join(OPTIMIZERS)}), an optimizer class "
             "or an optimizer."
         )
-    positive("weight_decay", weight_decay, or_zero=True)
     groups = [{"params": parameters, "name": name} for name, parameters in parameter_groups(model).items()]
     accepted = inspect.signature(optimizer).parameters
     fixed = getattr(optimizer, "keywords", {})  # what a functools.partial already says
     options: dict[str, Any] = {"fused": True} if "fused" in accepted and not {"fused", "foreach"} & set(fixed) else {}
-    if weight_decay:
-        options["weight_decay"] = weight_decay
+    if weight_decay is not None:
+        options["weight_decay"] = positive("weight_decay", weight_decay, or_zero=True)
     built = optimizer(groups, **options)
     own_lr = built.param_groups[0]["lr"] if "lr" in fixed else LR
     set_lr(built, own_lr if lr is None else lr)

@@ -1,7 +1,7 @@
 """How far a call of `fit` has come: what a checkpoint holds so that the run can go on as if it had never stopped."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -90,12 +90,11 @@ class Progress:
         facts: What must be the same when it is resumed, by name.
         first_step: Steps the trainer had made before it.
         first_epoch: Epochs it had finished before it.
-        num_steps: Steps in all of it; None where a `DataLoader` does not tell.
         best: The weights of the best epoch so far.
-        sums: Loss and hits of the epoch under way.
-        history: The epochs that were finished.
-        batches: Batches of the epoch under way that were gone through.
-        skipped: Steps of the run that were left out because a number was not finite.
+        sums: Loss and accuracy of the current epoch.
+        history: The finished epochs.
+        batches: Batches of the current epoch that were trained on or skipped.
+        skipped: Steps of the run that were skipped because a number was not finite.
         skipped_before: Those of finished epochs.
         ended: Whether a callback ended it.
         between_steps: Whether weights, optimizer and the figures above belong together.
@@ -104,7 +103,6 @@ class Progress:
     facts: dict[str, Any]
     first_step: int
     first_epoch: int
-    num_steps: int | None
     best: BestWeights
     sums: Sums
     history: History = field(default_factory=History)
@@ -116,26 +114,28 @@ class Progress:
 
     @property
     def epoch(self) -> int:
-        """Number of the epoch under way, in the life of the trainer."""
+        """Number of the current epoch, in the life of the trainer."""
         return self.first_epoch + len(self.history.reports)
 
     def add(self, step: Step) -> None:
         """Count a step that was made."""
-        self.sums.add(step.loss, step.correct, step.count)
+        self.sums.add(step.loss, step.correct, step.logits, step.targets)
         self.batches = step.index + 1
         self.between_steps = True
 
     def skip(self, index: int) -> None:
-        """Count a step that was left out."""
+        """Count a step that was skipped."""
         self.skipped += 1
         self.batches = index + 1
         self.between_steps = True
 
     def finish_epoch(self, report: EpochReport) -> None:
-        """Count an epoch that was trained and validated."""
+        """Count an epoch that was trained and validated, and remember its weights if it is the best so far."""
         self.history.reports.append(report)
         self.sums.clear()
         self.batches, self.skipped_before = 0, self.skipped
+        if self.history.best_epoch == len(self.history.reports) - 1:
+            self.best.take()
 
     def state(self) -> dict[str, Any]:
         """Return all this as plain types and tensors that are not copies."""
@@ -146,26 +146,28 @@ class Progress:
             "batches": self.batches,
             "skipped": self.skipped,
             "skipped_before": self.skipped_before,
-            "sums": {"loss": self.sums.loss, "correct": self.sums.correct, "count": self.sums.count},
-            "reports": [asdict(report) for report in self.history.reports],
+            "sums": {
+                "loss": self.sums.loss,
+                "correct": self.sums.correct,
+                "count": self.sums.count,
+                "outputs": [list(output) for output in self.sums.outputs],
+            },
+            "reports": [dict(vars(report)) for report in self.history.reports],
             "best": self.best.state(),
             "ended": self.ended,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned in another process; compared before with `check_progress`."""
-        self.first_step, self.first_epoch = state["first_step"], state["first_epoch"]
-        self.batches, self.skipped, self.skipped_before = (
-            state["batches"],
-            state["skipped"],
-            state["skipped_before"],
-        )
-        self.sums.loss.copy_(state["sums"]["loss"])
-        self.sums.correct.copy_(state["sums"]["correct"])
-        self.sums.count = state["sums"]["count"]
-        self.history.reports[:] = [EpochReport(**report) for report in state["reports"]]
+        """Take over what `state` returned in another process, already compared with `check_progress`."""
+        for name in ("first_step", "first_epoch", "batches", "skipped", "skipped_before", "ended"):
+            setattr(self, name, state[name])
+        sums, device = state["sums"], self.sums.loss.device
+        self.sums.loss.copy_(sums["loss"])
+        self.sums.correct.copy_(sums["correct"])
+        self.sums.count = sums["count"]
+        self.sums.outputs = [(logits.to(device), targets.to(device)) for logits, targets in sums["outputs"]]
+        self.history.reports[:] = [_report(figures) for figures in state["reports"]]
         self.best.load(state["best"])
-        self.ended = state["ended"]
 
 
 def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, Tensor], *, origin: str) -> None:
@@ -178,13 +180,13 @@ def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, T
         origin: The checkpoint, for the message.
 
     Raises:
-        CheckpointError: It holds no run, or that of a call with other arguments.
-        DataChangedError: The run began with other data.
+        CheckpointError: When it holds no run, or that of a call with other arguments.
+        DataChangedError: When the run began with other data.
     """
     if state is None:
         raise CheckpointError(
-            f"{origin} was not saved during a run, so there is none to resume: trainer.load({origin!r}) takes its "
-            "weights over, and fit begins a new run with them."
+            f"{origin} was not saved during a run, so there is none to resume. trainer.load({origin!r}) takes over its "
+            "weights; fit then begins a new run with them."
         )
     check_parts({"run": state}, {"run": PARTS}, origin=origin)
     run: Mapping[str, Any] = state  # type: ignore[assignment]
@@ -207,11 +209,30 @@ def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, T
     check_items(best.values(), Tensor, "run/best")
     if faults := differences({name: live[name] for name in best if name in live}, best, same_width=True):
         raise CheckpointError(f"{origin} holds best weights that do not fit the model: {faults}.")
-    check_parts(run, {"sums": {"loss": (Tensor,), "correct": (Tensor,), "count": (int,)}}, origin=f"run of {origin}")
+    sums = {"loss": (Tensor,), "correct": (Tensor,), "count": (int,), "outputs": (list,)}
+    check_parts(run, {"sums": sums}, origin=f"run of {origin}")
     check_items(run["reports"], dict, "run/reports")
-    names = set(EpochReport.__dataclass_fields__)
-    if any(set(report) != names for report in run["reports"]) or any(run["sums"][n].ndim for n in ("loss", "correct")):
+    usable = all(set(EpochReport.__dataclass_fields__) <= set(report) for report in run["reports"])
+    usable &= all(isinstance(value, _FIGURE) for report in run["reports"] for value in report.values())
+    usable &= not any(run["sums"][name].ndim for name in ("loss", "correct"))
+    pairs = run["sums"]["outputs"]
+    usable &= all(isinstance(pair, list) and len(pair) == 2 and _is_output(*pair) for pair in pairs)
+    if not usable:
         raise CheckpointError(f"{origin} holds reports or sums of another form: expected those that fit writes.")
+
+
+_FIGURE = (bool, int, float, type(None))
+
+
+def _is_output(logits: object, targets: object) -> bool:
+    return isinstance(logits, Tensor) and isinstance(targets, Tensor) and len(logits) == len(targets)
+
+
+def _report(figures: Mapping[str, Any]) -> EpochReport:
+    known = {name: figures[name] for name in EpochReport.__dataclass_fields__}
+    report = EpochReport(**known)
+    vars(report).update(figures)
+    return report
 
 
 def _describe(data: object) -> str:

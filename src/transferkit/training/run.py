@@ -1,100 +1,88 @@
-"""What one call of `fit` or `steps` works with, checked before its first step."""
+"""What one call of `fit`, `steps` or `lr_find` works with, checked before its first step."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from torch import distributed, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, default_collate
 
 from transferkit.base.arguments import whole_number
-from transferkit.base.display import QUIET, Display
-from transferkit.data.augmentation import Augment, Transform, build_augmentation
-from transferkit.data.open import class_names, open_data
-from transferkit.data.selection import check_policy, split_validation, without_bad_images
+from transferkit.data.open import class_names
 from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError, DeviceError, HeadMismatchError, NothingToTrainError
-from transferkit.model.head import TransferModel
+from transferkit.features.feed import Feed
+from transferkit.training.loss import Loss
+from transferkit.training.training import Training
 
 BATCH_SIZE = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The training data of a call, opened, and how much of it there is.
+    """The data of one call, opened, and how much training it asks for.
 
     Attributes:
-        source: The data to train on.
-        validation: The data to validate on, or None.
+        train: The training images, as epochs read them.
+        validation: The validation images, or None.
+        loss: The loss, with everything computed that depends on the training data.
         batch_size: Images in a batch.
-        transform: Random change of one raw image, or None.
-        num_views: Fixed views of each image that epochs go through in turn, or None.
-        num_steps: Steps in the whole run; None where a `DataLoader` does not tell.
+        num_epochs: Epochs in all.
+        num_steps: Steps in all; None where a `DataLoader` does not tell.
     """
 
-    source: Source
-    validation: Source | None
+    train: Feed
+    validation: Feed | None
+    loss: Loss
     batch_size: int
-    transform: Transform | None
-    num_views: int | None
+    num_epochs: int
     num_steps: int | None
 
+    @property
+    def source(self) -> Source:
+        """The training data."""
+        return self.train.inputs.source
 
-def open_run(
-    model: TransferModel,
-    data: object,
-    *,
-    epochs: int,
-    batch_size: int | None,
-    augment: Augment | None,
-    n_views: int | None,
-    num_workers: int,
-    validation_data: object = None,
-    validation_split: float | None = None,
-    seed: int = 0,
-    on_bad_image: str = "raise",
-    display: Display = QUIET,
-    check: Callable[[], None] = lambda: None,
-) -> Run:
-    """Check the arguments of a call and open its data.
+    def check_feeds(self) -> None:
+        """Refuse what can be seen before anything is computed.
 
-    The arguments are those of `Trainer.fit`; `display` shows what is done, and `check` is called while data
-    is looked through, to stop.
+        Raises:
+            CacheError: When features cannot be cached although `cache=True` asks for it.
+        """
+        for feed in (self.train, self.validation):
+            if feed is not None:
+                feed.check()
+
+
+def open_run(training: Training, train: Feed, validation: Feed | None, *, epochs: int, batch_size: int | None) -> Run:
+    """Check the data of a call against model, loss and schedule before anything changes.
+
+    Args:
+        training: What is to be trained.
+        train: The training images.
+        validation: The validation images. One of them is read now: data that cannot be used would cost an epoch later.
+        epochs: 1 or more.
+        batch_size: 1 or more; 32 if None. A `DataLoader` has its own.
 
     Raises:
-        TransferKitError: An argument, or the data, cannot be used.
+        TransferKitError: When an argument or the data cannot be used.
     """
     _check_alone()
     whole_number("epochs", epochs)
-    check_policy(on_bad_image)
-    if validation_data is not None and validation_split is not None:
-        raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
-    open_ = partial(open_data, classes=model.classes, on_bad_image=on_bad_image)
-    source = open_(data, num_workers=num_workers)
-    validation = None
-    if validation_data is not None:
-        check_same_classes(data, validation_data)
-        validation_data, num_workers = _without_loader(validation_data, num_workers)
-        validation = open_(validation_data, num_workers=num_workers)
-    if on_bad_image == "skip":
-        source = without_bad_images(source, display=display, check=check)
-        validation = None if validation is None else without_bad_images(validation, display=display, check=check)
-    if validation_split is not None:
-        source, validation = split_validation(source, validation_split, seed)
+    source = train.inputs.source
     size = choose_batch_size(source, batch_size)
     num_batches = source.num_batches(size)
-    transform = None if augment is None else build_augmentation(augment, model.backbone.image_size)
-    num_views = None if n_views is None else whole_number("n_views", n_views)
     num_steps = None if num_batches is None else epochs * num_batches
-    return Run(source, validation, size, transform, num_views, num_steps)
+    if validation is not None:
+        next(validation.inputs.batches(1))
+    loss = training.loss.for_run(source, len(training.model.classes), training.device.torch_device)
+    return Run(train, validation, loss, size, epochs, num_steps)
 
 
-def check_trains(model: TransferModel, run: Run) -> None:
+def check_trains(model: nn.Module, run: Run) -> None:
     """Refuse a model that cannot train on this data.
 
     Raises:
-        NothingToTrainError: Everything is frozen.
-        ArgumentError: A last batch of one image meets batch norm over vectors.
+        NothingToTrainError: When everything is frozen.
+        ArgumentError: When the last batch has one image and batch norm over vectors trains.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise NothingToTrainError(
@@ -104,29 +92,29 @@ def check_trains(model: TransferModel, run: Run) -> None:
 
 
 def check_same_classes(data: object, validation_data: object) -> None:
-    """Refuse two data sets whose folders are called differently.
+    """Refuse training and validation data whose class folders have different names.
 
     Raises:
-        HeadMismatchError: So they are.
+        HeadMismatchError: When they have.
     """
     names, others = class_names(data), class_names(validation_data)
     if names is not None and others is not None and names != others:
         raise HeadMismatchError(
-            f"the data to train on has {len(names)} classes ({', '.join(names[:8])}), the data to validate on "
-            f"{len(others)} ({', '.join(others[:8])}), at most 8 listed: class indices would not mean the same. "
-            "Expected the same folders in both; an empty one serves."
+            f"training data has {len(names)} classes ({', '.join(names[:8])}), validation data {len(others)} "
+            f"({', '.join(others[:8])}), at most 8 of each listed: class indices would not match. Use the same class "
+            "folders in both."
         )
 
 
 def choose_batch_size(source: Source, batch_size: int | None) -> int:
-    """Return the batch size asked for, or the usual one.
+    """Return the batch size asked for, or 32.
 
     Raises:
-        ArgumentError: Not a whole number of 1 or more, or asked of a `DataLoader`.
+        ArgumentError: When it is no whole number of 1 or more, or the data is a `DataLoader`.
     """
     if batch_size is not None and source.num_images is None:
         raise ArgumentError(
-            f"batch_size={batch_size} does not reach a DataLoader, which makes its own batches: leave it out."
+            f"batch_size={batch_size} has no effect on a DataLoader, which makes its own batches: leave it out."
         )
     return BATCH_SIZE if batch_size is None else whole_number("batch_size", batch_size)
 
@@ -141,8 +129,8 @@ def _check_alone() -> None:
         )
 
 
-def _without_loader(data: object, num_workers: int) -> tuple[object, int]:
-    """Return the data set of a `DataLoader` that only reads it in order: its features can be kept."""
+def without_loader(data: object, num_workers: int) -> tuple[object, int]:
+    """Return the data set and workers of a `DataLoader` that only reads it in order: its features can be cached."""
     plain = (
         isinstance(data, DataLoader)
         and type(data.sampler) is SequentialSampler

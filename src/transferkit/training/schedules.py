@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Real
 
+from transferkit.base.arguments import share
 from transferkit.errors import ArgumentError, close_matches
 
 Schedule = Callable[[float], float]
@@ -12,7 +14,7 @@ _RISES, _FIRST, _LAST = 0.3, 1 / 25, 1 / 250_000
 
 
 def _one_cycle(progress: float) -> float:
-    """Rise along a cosine from 1/25 to 1 over the first 30 %, then fall likewise to 1/250,000.
+    """Rise along a cosine from 1/25 to 1 over the first 30 %, then fall along one to 1/250,000.
 
     Smith and Topin, 2017, "Super-Convergence", arXiv:1708.07120, in the shape of torch's `OneCycleLR`. The momentum,
     which some lower meanwhile, stays.
@@ -21,19 +23,67 @@ def _one_cycle(progress: float) -> float:
     return low + (1.0 - low) * (1.0 + math.cos(math.pi * part)) / 2.0
 
 
+def _constant(_progress: float) -> float:
+    return 1.0
+
+
+def _linear(progress: float) -> float:
+    return 1.0 - progress
+
+
+def _cosine(progress: float) -> float:
+    return (1.0 + math.cos(math.pi * progress)) / 2.0
+
+
 SCHEDULES: dict[str, Schedule] = {
-    "constant": lambda _progress: 1.0,
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2.0,
+    "constant": _constant,
+    "linear": _linear,
+    "cosine": _cosine,
     "one_cycle": _one_cycle,
 }
 
 
-def find_schedule(schedule: str | Schedule) -> Schedule:
-    """Return a schedule by its name, or the user's own function as it is.
+@dataclass(frozen=True)
+class _Warmup:
+    """A schedule that rises before it begins; an object and not a closure, so that it can be pickled and compared."""
+
+    schedule: Schedule
+    fraction: float
+
+    def __call__(self, progress: float) -> float:
+        if progress < self.fraction:
+            return _FIRST + (1.0 - _FIRST) * progress / self.fraction
+        return self.schedule((progress - self.fraction) / (1.0 - self.fraction))
+
+
+def warmup(schedule: str | Schedule = "cosine", fraction: float = 0.1) -> Schedule:
+    """Return a schedule whose learning rate first rises linearly from 1/25, and then follows another schedule.
+
+    Args:
+        schedule: A name or a function, as in `Trainer(schedule=...)`.
+        fraction: Fraction of the run that the rise takes, above 0 and below 1.
 
     Raises:
-        ArgumentError: There is none of that name.
+        ArgumentError: When the schedule is unknown or the fraction out of range.
+
+    Example:
+        >>> schedule = warmup("linear", 0.2)
+        >>> [round(schedule(progress), 2) for progress in (0.0, 0.1, 0.2, 0.6)]
+        [0.04, 0.52, 1.0, 0.5]
+
+    References:
+        Goyal et al., 2017, "Accurate, Large Minibatch SGD", arXiv:1706.02677.
+    """
+    if share("fraction", fraction) == 0:
+        raise ArgumentError("fraction=0 is no warm-up: pass the schedule itself.")
+    return _Warmup(find_schedule(schedule), fraction)
+
+
+def find_schedule(schedule: str | Schedule) -> Schedule:
+    """Return a schedule by its name, or the user's own function unchanged.
+
+    Raises:
+        ArgumentError: When there is none of that name.
     """
     if callable(schedule):
         return schedule
@@ -45,43 +95,50 @@ def find_schedule(schedule: str | Schedule) -> Schedule:
     return SCHEDULES[schedule]
 
 
-def lr_factor(schedule: Schedule, step: int, num_steps: int | None, warmup_steps: int) -> float:
-    """Return what the learning rate is multiplied by in one step.
+def describe_schedule(schedule: Schedule) -> str:
+    """Return a schedule as text: its name, or what can be said of a function.
 
-    It rises linearly over the warm-up, reaching 1 with its last step; the schedule then runs from progress 0 to the
-    last step's, just under 1.
+    Example:
+        >>> describe_schedule(warmup("cosine", 0.1))
+        'warmup(cosine, 0.1)'
+    """
+    if isinstance(schedule, _Warmup):
+        return f"warmup({describe_schedule(schedule.schedule)}, {schedule.fraction})"
+    return next((name for name, known in SCHEDULES.items() if known is schedule), "a function")
+
+
+def lr_factor(schedule: Schedule, step: int, num_steps: int | None) -> float:
+    """Return what the learning rate is multiplied by in one step.
 
     Args:
         schedule: Progress, 0 to 1, to a factor.
         step: Steps made before this one.
-        num_steps: Steps in the whole run; None if that is not known, which the constant schedule alone can do without.
-        warmup_steps: How many of these are warm-up.
+        num_steps: Steps in the whole run; None if unknown, which only the constant schedule can do without.
 
     Raises:
-        ArgumentError: The schedule gives no number, a negative one, infinity or NaN.
+        ArgumentError: When the schedule returns no number, a negative one, infinity or NaN.
 
     Example:
-        >>> [lr_factor(SCHEDULES["linear"], step, num_steps=6, warmup_steps=2) for step in range(6)]
-        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+        >>> [lr_factor(SCHEDULES["linear"], step, num_steps=4) for step in range(4)]
+        [1.0, 0.75, 0.5, 0.25]
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
     if num_steps is None:
         return 1.0
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    progress = step / max(1, num_steps)
     factor = schedule(progress)
     if not (isinstance(factor, Real) and 0 <= factor < math.inf):
         raise ArgumentError(
-            f"schedule gave {factor!r} at progress {progress:.4g}: expected a factor of 0 or more: 1 - progress, say."
+            f"schedule returned {factor!r} at progress {progress:.4g}: expected a factor of 0 or more, such as "
+            "1 - progress."
         )
     return float(factor)
 
 
 def check_schedule(schedule: Schedule, num_steps: int | None) -> None:
-    """Refuse a schedule that needs to know the number of steps where it is not known.
+    """Refuse a schedule that needs the number of steps where that is unknown.
 
     Raises:
-        ArgumentError: So it is.
+        ArgumentError: When it does.
     """
     if num_steps is None and schedule is not SCHEDULES["constant"]:
         raise ArgumentError(

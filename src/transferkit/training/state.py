@@ -2,9 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transferkit.base.display import Display
 from transferkit.data.augmentation import Augment, describe_augmentation
@@ -12,14 +12,13 @@ from transferkit.errors import CheckpointError
 from transferkit.saving import archive
 from transferkit.saving import model as model_state
 from transferkit.saving import optimizer as optimizer_state
-from transferkit.training.checkpoint import Checkpoint, read_newest
+from transferkit.training.callback_list import CallbackList
+from transferkit.training.checkpoint import read_newest
 from transferkit.training.optimizers import LearningRate, find_lr
 from transferkit.training.progress import Progress, check_progress
 from transferkit.training.run import Run
-from transferkit.training.schedules import SCHEDULES
-
-if TYPE_CHECKING:
-    from transferkit.trainer import Trainer
+from transferkit.training.schedules import SCHEDULES, describe_schedule
+from transferkit.training.training import Training
 
 PARTS: dict[str, dict[str, tuple[type, ...]]] = {
     "model": model_state.PARTS,
@@ -36,33 +35,33 @@ PARTS: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 
-def training_state(trainer: "Trainer", progress: Progress | None) -> dict[str, Any]:
+def training_state(training: Training, progress: Progress | None) -> dict[str, Any]:
     """Return model, optimizer, position and the run under way as plain types and tensors, which are not copies."""
     return {
-        "model": model_state.model_state(trainer.model),
-        "optimizer": optimizer_state.optimizer_state(trainer.optimizer, trainer.model),
-        "scaler": trainer.device.scaler.state_dict(),
+        "model": model_state.model_state(training.model),
+        "optimizer": optimizer_state.optimizer_state(training.optimizer, training.model),
+        "scaler": training.device.scaler.state_dict(),
         "progress": {
-            "epoch": trainer.epoch,
-            "global_step": trainer.global_step,
-            "seed": trainer.seed,
-            "micro_batch_size": trainer.micro_batch_size,
-            "precision": trainer.device.precision,
-            "device": trainer.device.torch_device.type,
+            "epoch": training.epoch,
+            "global_step": training.global_step,
+            "seed": training.seed,
+            "micro_batch_size": training.micro_batch_size,
+            "precision": training.device.precision,
+            "device": training.device.torch_device.type,
         },
         "run": None if progress is None else progress.state(),
     }
 
 
-def complete_training_state(trainer: "Trainer", state: dict[str, Any], path: Path) -> dict[str, Any]:
+def complete_training_state(training: Training, state: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return a state read from a file, with the frozen weights it left out, once it is known to fit."""
     archive.check_parts(state, PARTS, origin=str(path))
-    state = {**state, "model": model_state.put_back(state["model"], path, trainer.model.state_dict())}
-    check_training_state(trainer, state, origin=str(path))
+    state = {**state, "model": model_state.put_back(state["model"], path, training.model.state_dict())}
+    check_training_state(training, state, origin=str(path))
     return state
 
 
-def check_training_state(trainer: "Trainer", state: Mapping[str, Any], *, origin: str) -> None:
+def check_training_state(training: Training, state: Mapping[str, Any], *, origin: str) -> None:
     """Compare a state with a live trainer before anything is assigned.
 
     Raises:
@@ -70,17 +69,17 @@ def check_training_state(trainer: "Trainer", state: Mapping[str, Any], *, origin
         CheckpointError: Another backbone, head, preprocessing or optimizer.
     """
     archive.check_parts(state, PARTS, origin=origin)
-    model_state.check_model_state(trainer.model, state["model"])
-    optimizer_state.check_optimizer_state(trainer.optimizer, trainer.model, state["optimizer"])
-    live, saved = trainer.device.scaler.state_dict(), state["scaler"]
+    model_state.check_model_state(training.model, state["model"])
+    optimizer_state.check_optimizer_state(training.optimizer, training.model, state["optimizer"])
+    live, saved = training.device.scaler.state_dict(), state["scaler"]
     if live and saved and (set(live) != set(saved) or any(type(saved[name]) is not type(live[name]) for name in live)):
         raise CheckpointError(f"{origin} has a gradient scaler of {saved}: expected numbers for {', '.join(live)}.")
 
 
-def assign_training_state(trainer: "Trainer", state: Mapping[str, Any]) -> None:
+def assign_training_state(training: Training, state: Mapping[str, Any]) -> None:
     """Take over a state that is known to fit."""
     position = state["progress"]
-    here = {"precision": trainer.device.precision, "device": trainer.device.torch_device.type}
+    here = {"precision": training.device.precision, "device": training.device.torch_device.type}
     there = {name: position[name] for name in here}
     if here != there:
         warnings.warn(
@@ -89,20 +88,20 @@ def assign_training_state(trainer: "Trainer", state: Mapping[str, Any]) -> None:
             + (", and its gradient scale is dropped." if state["scaler"] and here["precision"] != "fp16" else "."),
             stacklevel=3,
         )
-    model_state.load_model_state(trainer.model, state["model"])
-    optimizer_state.load_optimizer_state(trainer.optimizer, trainer.model, state["optimizer"])
-    if state["scaler"] and trainer.device.scaler.is_enabled():  # empty unless it was saved from fp16
-        trainer.device.scaler.load_state_dict(state["scaler"])
-    trainer.epoch = position["epoch"]
-    trainer.global_step = position["global_step"]
-    trainer.seed = position["seed"]
+    model_state.load_model_state(training.model, state["model"])
+    optimizer_state.load_optimizer_state(training.optimizer, training.model, state["optimizer"])
+    if state["scaler"] and training.device.scaler.is_enabled():  # empty unless it was saved from fp16
+        training.device.scaler.load_state_dict(state["scaler"])
+    training.epoch = position["epoch"]
+    training.global_step = position["global_step"]
+    training.seed = position["seed"]
 
 
 def read_run(
-    trainer: "Trainer",
+    training: Training,
     path: str | os.PathLike[str],
     facts: dict[str, Any],
-    checkpoints: Sequence[Checkpoint],
+    callbacks: CallbackList,
     display: Display,
 ) -> dict[str, Any] | None:
     """Return the state to resume from, known to fit; None if the folder has none yet.
@@ -116,35 +115,30 @@ def read_run(
         display.say(f"{path} has no checkpoint yet: the run begins")
         return None
     file, state = found
-    state = complete_training_state(trainer, state, file)
-    check_progress(state.get("run"), facts, trainer.model.state_dict(), origin=str(file))
-    for checkpoint in checkpoints:
-        if checkpoint.folder.resolve() != file.parent.resolve():
-            checkpoint.check_new_run(state["progress"]["global_step"])
+    state = complete_training_state(training, state, file)
+    check_progress(state.get("run"), facts, training.model.state_dict(), origin=str(file))
+    callbacks.before_first_step(state["progress"]["global_step"], resumed_from=file)
     display.say(f"resumed from {file}")
     return state
 
 
-def run_facts(
-    trainer: "Trainer", run: Run, lr: LearningRate | None, epochs: int, augment: Augment | None
-) -> dict[str, Any]:
+def run_facts(training: Training, run: Run, lr: LearningRate | None, augment: Augment | None) -> dict[str, Any]:
     """Return what a call must have in common with the one it resumes."""
-    constant = trainer.schedule is SCHEDULES["constant"]
-    weights = trainer.cross_entropy.class_weights
+    constant = training.schedule is SCHEDULES["constant"]
+    validation = None if run.validation is None else run.validation.inputs.source
     return {
         "training data": [run.source.num_images, run.source.digest()],
-        "validation data": None if run.validation is None else [run.validation.num_images, run.validation.digest()],
+        "validation data": None if validation is None else [validation.num_images, validation.digest()],
         "batch_size": run.batch_size,
         "augment": None if augment is None else describe_augmentation(augment),
-        "n_views": run.num_views,
-        "lr": find_lr(trainer.optimizer, lr),
-        "schedule": next((name for name, known in SCHEDULES.items() if known is trainer.schedule), "a function"),
-        "epochs": None if constant else epochs,  # a schedule runs over all of them
-        "weight_decay": [group.get("weight_decay") for group in trainer.optimizer.param_groups],
-        "micro_batch_size": trainer.micro_batch_size,
-        "warmup_steps": trainer.warmup_steps,
-        "clip_grad_norm": trainer.clip_grad_norm,
-        "label_smoothing": trainer.cross_entropy.label_smoothing,
-        "class_weights": None if weights is None else weights.tolist(),
-        "seed": trainer.seed,
+        "n_views": run.train.num_views,
+        "lr": find_lr(training.optimizer, lr),
+        "schedule": describe_schedule(training.schedule),
+        "epochs": None if constant else run.num_epochs,  # a schedule runs over all of them
+        "weight_decay": [group.get("weight_decay") for group in training.optimizer.param_groups],
+        "micro_batch_size": training.micro_batch_size,
+        "clip_grad_norm": training.clip_grad_norm,
+        "loss": run.loss.describe(),
+        "metrics": sorted(training.metrics),
+        "seed": training.seed,
     }

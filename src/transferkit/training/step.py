@@ -1,7 +1,9 @@
 """The hot path: one training step, one evaluation step. No I/O, no logging, no host sync."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +12,10 @@ from torch.optim import Optimizer
 from transferkit.base.randomness import seeded
 from transferkit.compute.device import Device
 from transferkit.compute.finite import BufferCopies, gradients_are_finite
-from transferkit.compute.out_of_memory import reserve_state, within_memory
-from transferkit.training.loss import CrossEntropy
-from transferkit.training.metrics import count_correct
+from transferkit.compute.out_of_memory import is_out_of_memory, reserve_state, within_memory
+from transferkit.errors import OutOfMemoryError
+from transferkit.training.loss import Loss
+from transferkit.training.training import Training
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +26,11 @@ class Step:
         epoch: Number of the epoch in the life of the trainer, from 0.
         index: Number of the step in its epoch, from 0.
         loss: The batch's mean loss, float32 `()`, on the device; `.item()` waits for it.
-        correct: Number of images whose largest logit was at their target, int64 `()`, on the device.
+        correct: Number of images that were right, `()`, on the device; see `count_correct`.
         count: Number of images.
         lr: Learning rate of the last parameter group, the head's.
+        logits: `(N, K)`, on the device, before the update.
+        targets: int64 `(N,)` or float32 `(N, K)`, on the device.
     """
 
     epoch: int
@@ -34,6 +39,8 @@ class Step:
     correct: Tensor
     count: int
     lr: float
+    logits: Tensor
+    targets: Tensor
 
 
 class Update(NamedTuple):
@@ -41,93 +48,116 @@ class Update(NamedTuple):
 
     Attributes:
         loss: Mean loss, float32 `()`, on the device.
-        correct: Number of hits, int64 `()`, on the device.
-        finite: Whether loss and gradients were finite, bool `()`, on the device; where not, nothing was changed.
-        micro_batch_size: Images that went through at once, fewer than asked for where memory did not suffice.
+        logits: `(N, K)`, on the device, before the update.
+        finite: Whether loss and gradients were finite, bool `()`, on the device; if not, nothing was changed.
+        micro_batch_size: Images that passed through at once.
     """
 
     loss: Tensor
-    correct: Tensor
+    logits: Tensor
     finite: Tensor
     micro_batch_size: int
 
 
 def training_step(
-    model: nn.Module,
-    images: Tensor,
-    targets: Tensor,
-    *,
-    device: Device,
-    optimizer: Optimizer,
-    cross_entropy: CrossEntropy,
-    seed: int,
-    micro_batch_size: int,
-    clip_grad_norm: float | None,
+    network: nn.Module, inputs: Tensor, targets: Tensor, *, training: Training, loss: Loss, micro_batch_size: int
 ) -> Update:
     """Make one update of the weights from one batch, unless a number in it is not finite.
 
-    The batch goes through in parts of `micro_batch_size`, whose gradients add up: the result is that of the whole
-    batch (but for batch norm's statistics), the memory that of a part. Where memory does not suffice the parts are
-    halved, and the pass begins again from the same random numbers.
+    Gradients of the micro-batches add up to those of the whole batch (batch norm's statistics aside); the memory needed
+    is that of one micro-batch.
 
     Args:
-        model: In training mode, on the device.
-        images: Preprocessed, float `(N, 3, H, W)`, or features, on the device.
-        targets: int64 `(N,)` or float `(N, K)`, on the device.
-        device: Number format and gradient scaling.
-        optimizer: Its gradients are clear before and after.
-        cross_entropy: The loss.
-        seed: Of dropout.
+        network: In training mode, on the device: a model, or what follows its frozen layers.
+        inputs: Preprocessed images, float `(N, 3, H, W)`, or features, on the device.
+        targets: int64 `(N,)` or float32 `(N, K)`, on the device.
+        training: Its optimizer's gradients are clear before and after.
+        loss: From `Loss.for_run`.
         micro_batch_size: 1 or more.
-        clip_grad_norm: Largest Euclidean norm of all gradients together, or None.
+    """
+    device, optimizer = training.device, training.optimizer
+    total_weight = loss.total_weight(targets)
+    batch_loss = torch.zeros((), device=inputs.device)
+    outputs, size = [], micro_batch_size
+    for part, part_targets in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):
+        with device.autocast():
+            logits = network(part)
+        part_loss = loss.sum(logits, part_targets) / total_weight
+        device.backward(part_loss)
+        batch_loss += part_loss.detach()
+        outputs.append(logits.detach())
+    finite = batch_loss.isfinite() if device.scaler.is_enabled() else gradients_are_finite(batch_loss, optimizer)
+    device.update(optimizer, clip_grad_norm=training.clip_grad_norm, finite=finite)
+    return Update(batch_loss, torch.cat(outputs), finite, micro_batch_size)
+
+
+def guarded_step(
+    network: nn.Module, inputs: Tensor, targets: Tensor, *, training: Training, loss: Loss, seed: int
+) -> Update:
+    """Make a training step that leaves nothing half done.
+
+    Where memory runs out, the forward and backward passes start again from the same random numbers with micro-batches
+    of half the size. A step that fails, or whose numbers are not finite, leaves gradients and batch norm's statistics
+    as they were.
+
+    Args:
+        network: As in `training_step`.
+        inputs: As in `training_step`.
+        targets: As in `training_step`.
+        training: As in `training_step`.
+        loss: As in `training_step`.
+        seed: Dropout depends on it.
 
     Raises:
-        OutOfMemoryError: One image is too much, or there is no room for the optimizer's state; nothing was changed.
+        OutOfMemoryError: When one image is too much or there is no room for the optimizer's state, and nothing was
+            changed; or when memory runs out in the middle of the update.
     """
-    buffers = BufferCopies(model)
+    buffers = BufferCopies(network)
 
-    def accumulate(size: int) -> tuple[Tensor, Tensor]:
-        with seeded(seed, device.torch_device):
-            return _accumulate_gradients(model, images, targets, size, device=device, cross_entropy=cross_entropy)
+    def attempt(size: int) -> Update:
+        with seeded(seed, training.device.torch_device), update_not_repeated(training.optimizer, training.device):
+            return training_step(network, inputs, targets, training=training, loss=loss, micro_batch_size=size)
 
     def undo() -> None:
-        optimizer.zero_grad(set_to_none=True)
+        training.optimizer.zero_grad(set_to_none=True)
         buffers.restore()
 
+    size = min(training.micro_batch_size or len(targets), len(targets))
     try:
-        (loss, correct), size = within_memory(
-            accumulate, min(micro_batch_size, len(targets)), device=device, what="a training step", undo=undo
-        )
-        reserve_state(optimizer, device)
+        update, _ = within_memory(attempt, size, device=training.device, what="a training step", undo=undo)
     except BaseException:
         undo()  # nothing of a step that failed reaches the next
         raise
-    finite = loss.isfinite() if device.scaler.is_enabled() else gradients_are_finite(loss, optimizer)
-    buffers.restore_unless(finite)
-    device.update(optimizer, clip_grad_norm=clip_grad_norm, finite=finite)
-    return Update(loss, correct, finite, size)
+    buffers.restore_unless(update.finite)
+    return update
 
 
-def _accumulate_gradients(
-    model: nn.Module,
-    images: Tensor,
-    targets: Tensor,
-    size: int,
-    *,
-    device: Device,
-    cross_entropy: CrossEntropy,
-) -> tuple[Tensor, Tensor]:
-    total_weight = cross_entropy.total_weight(targets)
-    batch_loss = torch.zeros((), device=images.device)
-    batch_correct = torch.zeros((), dtype=torch.int64, device=images.device)
-    for part, part_targets in zip(torch.split(images, size), torch.split(targets, size), strict=True):
-        with device.autocast():
-            logits = model(part)
-        loss = cross_entropy.sum(logits, part_targets) / total_weight
-        device.backward(loss)
-        batch_loss += loss.detach()
-        batch_correct += count_correct(logits, part_targets)
-    return batch_loss, batch_correct
+@contextmanager
+def update_not_repeated(optimizer: Optimizer, device: Device) -> Iterator[None]:
+    """Ask for the memory of the optimizer's state before its step, and let nobody repeat a step that has begun.
+
+    Raises:
+        OutOfMemoryError: When memory runs out for the optimizer.
+    """
+    begun = False
+
+    def begin(*_: Any) -> None:
+        nonlocal begun
+        reserve_state(optimizer, device)
+        begun = True
+
+    hook = optimizer.register_step_pre_hook(begin)
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if begun and is_out_of_memory(error):
+            raise OutOfMemoryError(
+                f"the optimizer ran out of memory in the middle of its update; weights may be half updated: {error}. "
+                "Load a checkpoint, then freeze more layers or take a smaller head."
+            ) from error
+        raise
+    finally:
+        hook.remove()
 
 
 def evaluation_step(model: nn.Module, images: Tensor, *, device: Device) -> Tensor:

@@ -1,0 +1,76 @@
+"""The callbacks of one run, and when each is called."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transferkit.errors import ArgumentError
+from transferkit.results.history import EpochReport
+
+
+class CallbackList:
+    """Calls the callbacks of a run.
+
+    A callback is a function of `(trainer, report)`, called after each epoch; True ends the run. An object may also have
+    any of these:
+
+    - `order`, a number: those with a lower one are called first, those with none count 0. `GradualUnfreezing` has -1,
+      early stopping and the loggers 1, so that they see what others add to the report, and `Checkpoint` 2.
+    - `before_run(trainer, validated=...)`, called before anything changes, to refuse a run it cannot serve.
+    - `before_first_step(global_step, resumed_from=...)`, called once it is known where the run begins.
+    - `after_step(trainer)`.
+    - `on_stop(trainer)`, called when something ends the run early between two steps; returns the path it saved to.
+    - `after_run()`, called at the very end of a run that nothing interrupted.
+
+    Args:
+        trainer: What callbacks are called with.
+        callbacks: In the order in which the user gave them.
+
+    Raises:
+        ArgumentError: When `callbacks` is no list of functions.
+    """
+
+    def __init__(self, trainer: Any, callbacks: object) -> None:
+        if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+            raise ArgumentError(
+                f"callbacks={callbacks!r} cannot be used: expected a list of functions of (trainer, report)."
+            )
+        self._trainer = trainer
+        self._callbacks: list[Any] = sorted(callbacks, key=lambda callback: getattr(callback, "order", 0))
+        self._after_step = [callback.after_step for callback in self._having("after_step")]
+
+    def __bool__(self) -> bool:
+        return bool(self._callbacks)
+
+    def before_run(self, *, validated: bool) -> None:
+        """Let each refuse the run; `validated` says whether there is validation data."""
+        for callback in self._having("before_run"):
+            callback.before_run(self._trainer, validated=validated)
+
+    def before_first_step(self, global_step: int, *, resumed_from: Path | None) -> None:
+        """Tell each where the run begins, before anything is assigned."""
+        for callback in self._having("before_first_step"):
+            callback.before_first_step(global_step, resumed_from=resumed_from)
+
+    def after_step(self) -> None:
+        """Call those that want every step."""
+        for after_step in self._after_step:
+            after_step(self._trainer)
+
+    def after_epoch(self, report: EpochReport) -> bool:
+        """Call each with the report; return whether one of them ends the run."""
+        return any([callback(self._trainer, report) is True for callback in self._callbacks])  # noqa: C419 - call all
+
+    def on_stop(self) -> list[Path] | None:
+        """Save where a run stands that ends early; None if no callback saves."""
+        saving = self._having("on_stop")
+        paths = [callback.on_stop(self._trainer) for callback in saving]
+        return [path for path in paths if path is not None] if saving else None
+
+    def after_run(self) -> None:
+        """Let each raise what it kept to itself during the run."""
+        for callback in self._having("after_run"):
+            callback.after_run()
+
+    def _having(self, method: str) -> list[Any]:
+        return [callback for callback in self._callbacks if hasattr(callback, method)]

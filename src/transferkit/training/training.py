@@ -1,0 +1,45 @@
+"""What training changes and needs: the one object that a step, an epoch and a run share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from transferkit.compute.device import Device
+from transferkit.model.head import TransferModel
+from transferkit.training.loss import Loss
+from transferkit.training.schedules import Schedule
+
+
+@dataclass(slots=True)
+class Training:
+    """A model in training, and how far it has come.
+
+    Attributes:
+        model: On the device.
+        device: Where and in which precision it is computed.
+        optimizer: One group of parameters for each block and one for the head.
+        loss: The loss as the user described it; a run computes what depends on its data (`Loss.for_run`).
+        metrics: From `check_metrics`.
+        schedule: Progress through a run, 0 to 1, to a factor of the learning rate.
+        clip_grad_norm: Largest Euclidean norm of all gradients together, or None.
+        max_skipped: Steps of one run that may be skipped because a number is not finite.
+        seed: Order of images, augmentation and dropout depend on it.
+        micro_batch_size: Images that pass through the network at once; None is the whole batch.
+        epoch: Epochs finished so far.
+        global_step: Steps made so far.
+    """
+
+    model: TransferModel
+    device: Device
+    optimizer: Optimizer
+    loss: Loss
+    metrics: Mapping[str, Any]
+    schedule: Schedule
+    clip_grad_norm: float | None
+    max_skipped: int
+    seed: int
+    micro_batch_size: int | None = None
+    epoch: int = 0
+    global_step: int = 0
