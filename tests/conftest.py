@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torchvision.models.vgg import make_layers
 
+import tiny
 import transferkit as tk
-from transferkit.data.preprocessing import CONVENTIONS
 from transferkit.features.prefix import Prefix
 
 ASSETS = Path(__file__).parent.parent / "examples" / "assets"
@@ -54,13 +53,7 @@ def _process_state() -> dict[str, object]:
 @pytest.fixture
 def make_backbone() -> BackboneMaker:
     """A VGG of five blocks with one narrow convolution each: 32x32 pixels to 8 features, in microseconds."""
-
-    def make(*, batch_norm: bool = False, image_size: int = 32, seed: int = 0) -> tk.Backbone:
-        torch.manual_seed(seed)
-        features = make_layers([4, "M", 4, "M", 8, "M", 8, "M", 8, "M"], batch_norm=batch_norm)
-        return tk.Backbone("tiny", features, CONVENTIONS["IMAGENET1K_V1"].with_image_size(image_size))
-
-    return make
+    return tiny.make_backbone
 
 
 @pytest.fixture
@@ -71,17 +64,20 @@ def backbone(make_backbone: BackboneMaker) -> tk.Backbone:
 @pytest.fixture
 def model(backbone: tk.Backbone) -> tk.TransferModel:
     """The tiny backbone with a head of three classes, nothing frozen."""
-    return tk.attach_head(backbone, ["cat", "dog", "owl"], hidden=(16,))
+    return tk.attach_head(backbone, tiny.CLASSES, hidden=(16,))
 
 
 @pytest.fixture
 def data() -> tuple[Tensor, Tensor]:
     """24 raw images of three classes that can be told apart: each has one bright channel."""
-    generator = torch.Generator().manual_seed(0)
-    targets = torch.arange(24) % 3
-    images = torch.randint(0, 120, (24, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    images[torch.arange(24), targets] += 120
-    return images, targets
+    return tiny.make_images()
+
+
+@pytest.fixture
+def half_device(monkeypatch: pytest.MonkeyPatch) -> tk.Device:
+    """A CPU that says it can do fp16: the real gradient scaler, without a GPU."""
+    monkeypatch.setattr("transferkit.compute.device.supported_precisions", lambda device: ("fp16", "fp32"))
+    return tk.Device("cpu", "fp16")
 
 
 @pytest.fixture

@@ -6,15 +6,11 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-import transferkit as tk
+from tiny import make_trainer
 from transferkit.data.augmentation import augment_batch, build_augmentation
 from transferkit.errors import ArgumentError, ImageError
 
 NAMES = ["flip", "crop", "color", "trivial"]
-
-
-def make_trainer(model, **arguments):
-    return tk.Trainer(model, **{"device": "cpu", "precision": "fp32", "lr": 1e-2, **arguments})
 
 
 def pixels(count: int) -> torch.Tensor:

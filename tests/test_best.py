@@ -1,28 +1,12 @@
 """The best epoch's weights come back bit for bit, whatever a callback froze or unfroze since."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
 
 import transferkit as tk
+from tiny import changed, make_model, weights_of
 from transferkit.training.progress import BestWeights
-
-CLASSES = ["cat", "dog", "owl"]
-
-
-def make_model(make_backbone, boundary, *, batch_norm=False):
-    torch.manual_seed(1)
-    return tk.freeze_until(tk.attach_head(make_backbone(batch_norm=batch_norm), CLASSES, hidden=(16,)), boundary)
-
-
-def weights_of(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def changed(before, model):
-    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
 
 def overwrite(model):
@@ -44,7 +28,7 @@ def overwrite(model):
 @pytest.mark.parametrize("boundary", [None, "block3", "head"])
 def test_what_trains_comes_back(make_backbone, boundary, batch_norm):
     """Everything that training changed, batch norm's statistics included, is put back bit for bit."""
-    model = make_model(make_backbone, boundary, batch_norm=batch_norm).train()
+    model = make_model(make_backbone(batch_norm=batch_norm), boundary, hidden=(16,)).train()
     best, before = BestWeights(model), weights_of(model)
     best.take()
     overwrite(model)
@@ -96,7 +80,7 @@ def test_restoring_keeps_the_parameters(model):
 
 def test_the_memory_is_taken_once(make_backbone):
     """A second `take` and a `before_training` take no new memory."""
-    model = make_model(make_backbone, "block3", batch_norm=True).train()
+    model = make_model(make_backbone(batch_norm=True), "block3", hidden=(16,)).train()
     best = BestWeights(model)
     best.take()
     before = {name: copy.data_ptr() for name, copy in best._copies.items()}
@@ -108,7 +92,7 @@ def test_the_memory_is_taken_once(make_backbone):
 
 def test_what_is_frozen_is_not_copied(make_backbone):
     """Frozen weights and statistics take no memory."""
-    model = make_model(make_backbone, "head", batch_norm=True).train()
+    model = make_model(make_backbone(batch_norm=True), "head", hidden=(16,)).train()
     best = BestWeights(model)
     best.take()
     assert set(best._copies) == {name for name in model.state_dict() if name.startswith("head.")}
@@ -117,7 +101,7 @@ def test_what_is_frozen_is_not_copied(make_backbone):
 @pytest.mark.parametrize("boundary", ["block5", "block3", None])
 def test_what_is_unfrozen_later_comes_back(make_backbone, boundary):
     """Layers unfrozen after the `take` are put back as they were then, batch norm's statistics included."""
-    model = make_model(make_backbone, "head", batch_norm=True).train()
+    model = make_model(make_backbone(batch_norm=True), "head", hidden=(16,)).train()
     best, before = BestWeights(model), weights_of(model)
     best.take()
     tk.freeze_until(model, boundary).train()
@@ -132,7 +116,7 @@ def test_what_is_unfrozen_later_comes_back(make_backbone, boundary):
 
 def test_statistics_come_back_where_the_model_was_left_in_eval_mode(make_backbone):
     """So it is where the model is in eval mode when it is unfrozen, and goes into training mode afterwards."""
-    model = make_model(make_backbone, "head", batch_norm=True).train()
+    model = make_model(make_backbone(batch_norm=True), "head", hidden=(16,)).train()
     best, before = BestWeights(model), weights_of(model)
     best.take()
     tk.freeze_until(model.eval(), "block5")
@@ -144,7 +128,7 @@ def test_statistics_come_back_where_the_model_was_left_in_eval_mode(make_backbon
 
 def test_what_is_frozen_later_comes_back(make_backbone):
     """Layers that trained until the `take` and are frozen afterwards are put back too."""
-    model = make_model(make_backbone, "block5").train()
+    model = make_model(make_backbone(), "block5", hidden=(16,)).train()
     best, before = BestWeights(model), weights_of(model)
     best.take()
     overwrite(model)
@@ -157,7 +141,7 @@ def test_what_is_frozen_later_comes_back(make_backbone):
 
 def test_frozen_taken_unfrozen_comes_back(make_backbone):
     """Layers that trained at one `take`, were frozen at the next and train again come back as at the second."""
-    model = make_model(make_backbone, "block5").train()
+    model = make_model(make_backbone(), "block5", hidden=(16,)).train()
     best = BestWeights(model)
     best.take()
     overwrite(model)
@@ -175,7 +159,7 @@ def test_frozen_taken_unfrozen_comes_back(make_backbone):
 
 def test_a_batch_norm_frozen_by_hand_comes_back(make_backbone):
     """Where only `requires_grad` was turned off statistics still change in training, and come back."""
-    model = make_model(make_backbone, None, batch_norm=True).train()
+    model = make_model(make_backbone(batch_norm=True), None, hidden=(16,)).train()
     model.backbone.requires_grad_(False)
     best, before = BestWeights(model), weights_of(model)
     best.take()
@@ -230,7 +214,10 @@ class UnfreezeAfter:
 @pytest.mark.parametrize("boundary", ["block5", "block3", None])
 def test_unfreezing_in_the_middle_of_a_run(make_backbone, data, boundary, batch_norm, cache):
     """Where a callback unfreezes layers after the best epoch, the whole model comes back as it was in that epoch."""
-    again = partial(make_model, make_backbone, "head", batch_norm=batch_norm)
+
+    def again():
+        return make_model(make_backbone(batch_norm=batch_norm), "head", hidden=(16,))
+
     model, unfreeze = again(), UnfreezeAfter(1, boundary)
     validation = liked_best_at_first(again, data, epochs=2)
     trainer = trainer_of(model, cache=cache)
@@ -245,7 +232,10 @@ def test_unfreezing_in_the_middle_of_a_run(make_backbone, data, boundary, batch_
 
 def test_unfreezing_in_a_callback_that_leaves_eval_mode(make_backbone, data):
     """So it is where the callback leaves the model in eval mode, as one that predicts by hand does."""
-    again = partial(make_model, make_backbone, "head", batch_norm=True)
+
+    def again():
+        return make_model(make_backbone(batch_norm=True), "head", hidden=(16,))
+
     model, unfreeze = again(), UnfreezeAfter(1, "block5", leave_in_eval=True)
     validation = liked_best_at_first(again, data, epochs=2)
     history = trainer_of(model).fit(
@@ -257,7 +247,7 @@ def test_unfreezing_in_a_callback_that_leaves_eval_mode(make_backbone, data):
 
 def test_the_best_epoch_after_unfreezing(make_backbone, data):
     """Where the best epoch comes after unfreezing, the unfrozen layers come back as they were in that epoch."""
-    model = make_model(make_backbone, "head")
+    model = make_model(make_backbone(), "head", hidden=(16,))
     trainer = trainer_of(model, lr=1e-2)
     unfreeze = UnfreezeAfter(0, "block3")
     history = trainer.fit(data, validation_data=data, epochs=12, batch_size=8, callbacks=[unfreeze], verbose=0)
@@ -268,7 +258,10 @@ def test_the_best_epoch_after_unfreezing(make_backbone, data):
 
 def test_a_run_that_fails_after_unfreezing(make_backbone, data):
     """An error in a later epoch leaves the whole model as it was in the best one."""
-    again = partial(make_model, make_backbone, "head", batch_norm=True)
+
+    def again():
+        return make_model(make_backbone(batch_norm=True), "head", hidden=(16,))
+
     model, unfreeze = again(), UnfreezeAfter(0, "block5")
     trainer = trainer_of(model)
 

@@ -8,11 +8,11 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 from torchvision.datasets import ImageFolder
 
 import transferkit as tk
+from tiny import CLASSES
 from transferkit.data.open import open_data
 from transferkit.errors import ArgumentError, CheckpointError
 from transferkit.training.loss import check_class_weights, find_class_weights
 
-CLASSES = ["cat", "dog", "owl"]
 TARGETS = [0] * 12 + [1] * 5 + [2] * 3
 
 

@@ -11,17 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import transferkit as tk
+from tiny import CLASSES, Stream, make_trainer
 from transferkit.data.open import open_data
 from transferkit.data.sources import epoch_order
 from transferkit.errors import ArgumentError, EmptyDataError, HeadMismatchError, ImageError, TargetError
 
 ASSETS = Path(__file__).parent.parent / "examples" / "assets"
-CLASSES = ["cat", "dog", "owl"]
 
 
 class Samples(Dataset):
@@ -39,20 +39,6 @@ class Samples(Dataset):
         self.read.append(index)
         image, target = self.samples[index]
         return (self.transform(image) if self.transform else image), target
-
-
-class Stream(IterableDataset):
-    """Samples without a length."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __iter__(self):
-        return iter(zip(*self.data, strict=True))
-
-
-def make_trainer(model, **arguments):
-    return tk.Trainer(model, **{"device": "cpu", "precision": "fp32", "lr": 1e-2, **arguments})
 
 
 def pil_samples(count=6):

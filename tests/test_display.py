@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import transferkit as tk
+from tiny import environment
 from transferkit.base.display import REDRAW_S, Display
 from transferkit.errors import ArgumentError
 
@@ -23,13 +24,8 @@ LIMIT_S = 60  # against hangs alone
 
 PROGRAM = textwrap.dedent(
     """
-    import sys, torch, transferkit as tk
-    from torchvision.models.vgg import make_layers
-    from transferkit.data.preprocessing import CONVENTIONS
-    torch.manual_seed(0)
-    layers = make_layers([4, "M", 4, "M", 8, "M", 8, "M", 8, "M"])
-    backbone = tk.Backbone("tiny", layers, CONVENTIONS["IMAGENET1K_V1"].with_image_size(32))
-    data = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8), torch.arange(24) % 3
+    import sys, tiny, transferkit as tk
+    backbone, data = tiny.make_backbone(), tiny.make_images()
     def build(): return tk.attach_head(backbone, 3)
     model = tk.freeze_until(build(), "block5")
     trainer = tk.Trainer(model, device="cpu", precision="fp32")
@@ -132,8 +128,7 @@ def test_without_a_terminal_bars_are_lines(trainer, data, capsys):
 
 
 def run_program(verbose, **streams):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(verbose)], env=environment, **streams)
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(verbose)], env=environment(TERM="xterm"), **streams)
 
 
 def read_all(descriptor):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import transferkit as tk
+from tiny import changed, weights_of
 from transferkit.data.preprocessing import CONVENTIONS
 from transferkit.errors import UnknownLayerError
 from transferkit.model.freezing import describe_frozen, first_trainable
@@ -42,14 +43,6 @@ def frozen_names(model: nn.Module) -> list[str]:
 
 def eval_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if not module.training]
-
-
-def copies(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def changed(before: dict[str, Tensor], model: nn.Module) -> set[str]:
-    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
 
 class Nested(nn.Module):
@@ -364,7 +357,7 @@ def test_training_changes_no_bit_of_what_is_frozen(
 
     tk.freeze_until(model, boundary)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    before = copies(model)
+    before = weights_of(model)
     for _ in range(3):
         model.train()
         nn.functional.cross_entropy(model(images), targets).backward()
@@ -424,7 +417,7 @@ def test_a_copy_of_a_frozen_model_is_frozen(make_backbone: Maker, copied: Callab
 
 def test_a_frozen_state_dict_is_an_ordinary_one(model: tk.TransferModel) -> None:
     """Freezing adds nothing to the state dict and takes nothing from it."""
-    before = copies(model)
+    before = weights_of(model)
 
     tk.freeze_until(model, "block4")
 
@@ -463,7 +456,7 @@ def test_unfreezing_a_model_in_eval_mode_leaves_it_there(model: tk.TransferModel
 def test_unfrozen_parameters_train(make_backbone: Maker) -> None:
     """After unfreezing a step changes the parameters that were frozen, and batch norm counts again."""
     model = tk.freeze_until(tk.freeze_until(tk.attach_head(make_backbone(batch_norm=True), 3), "head"), None).train()
-    before = copies(model)
+    before = weights_of(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     nn.functional.cross_entropy(model(torch.randn(8, 3, 32, 32)), torch.arange(8) % 3).backward()

@@ -1,6 +1,7 @@
 """A sweep over learning rates leaves nothing changed, whatever ends it."""
 
 import contextlib
+import copy
 import os
 import random
 import signal
@@ -12,48 +13,24 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+import tiny
 import transferkit as tk
+from tiny import CLASSES, differences, make_trainer
 from transferkit.base.randomness import derive_seed, seeded
 from transferkit.data.sources import epoch_order
 from transferkit.errors import ArgumentError, NothingToTrainError
 from transferkit.results.lr_sweep import LearningRateSweep
 
-CLASSES = ["cat", "dog", "owl"]
-
-
-def make_trainer(model, **arguments):
-    return tk.Trainer(model, **{"device": "cpu", "precision": "fp32", "lr": 1e-2, **arguments})
-
 
 def make_model(make_backbone, *, frozen="block4", batch_norm=False, dropout=0.5):
-    torch.manual_seed(1)
-    model = tk.attach_head(make_backbone(batch_norm=batch_norm), CLASSES, hidden=(16,), dropout=dropout)
-    return tk.freeze_until(model, frozen)
-
-
-@pytest.fixture
-def half_device(monkeypatch):
-    """A CPU that says it can do fp16: the real gradient scaler, without a GPU."""
-    monkeypatch.setattr("transferkit.compute.device.supported_precisions", lambda device: ("fp16", "fp32"))
-    return tk.Device("cpu", "fp16")
-
-
-def frozen_copy(value):
-    """Copy a value of any depth, tensors and keys by what they hold."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: frozen_copy(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [frozen_copy(part) for part in value]
-    return value
+    return tiny.make_model(make_backbone(batch_norm=batch_norm), frozen, hidden=(16,), dropout=dropout)
 
 
 def snapshot(trainer):
     """Return all that must not change, as copies."""
     model = trainer.model
     torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
-    return frozen_copy(
+    return copy.deepcopy(
         {
             "weights": model.state_dict(),
             "buffers": dict(model.named_buffers()),
@@ -73,21 +50,6 @@ def snapshot(trainer):
             "numpy": [torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in numpy_state],
         }
     )
-
-
-def differences(one, other, path=""):
-    """Return the places at which two snapshots differ."""
-    if type(one) is not type(other):
-        return [path]
-    if isinstance(one, torch.Tensor):
-        same = one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
-        return [] if same else [path]
-    if isinstance(one, dict | list):
-        keys = one if isinstance(one, dict) else range(len(one))
-        if len(one) != len(other) or (isinstance(one, dict) and set(one) != set(other)):
-            return [f"{path} (other entries)"]
-        return [found for key in keys for found in differences(one[key], other[key], f"{path}/{key}")]
-    return [] if one == other else [path]
 
 
 def assert_nothing_changed(before, trainer):
@@ -335,7 +297,7 @@ def test_a_callback_may_call_it(make_backbone, data):
 
         with pytest.raises(KeyboardInterrupt, match="stopped after step 6"):
             trainer.fit(data, batch_size=8, epochs=4, callbacks=[look], verbose=0)
-        results.append(frozen_copy(trainer.model.state_dict()))
+        results.append(copy.deepcopy(trainer.model.state_dict()))
     assert differences(*results) == []
 
 
@@ -367,7 +329,7 @@ def test_a_loss_that_is_not_a_number_at_once_ends_it(make_backbone, data, capsys
     with torch.no_grad():
         trainer.model.head.fc1.bias[0] = torch.nan
     weights = {n: v.nan_to_num(nan=1e9) if v.is_floating_point() else v for n, v in trainer.model.state_dict().items()}
-    before = {**snapshot(trainer), "weights": frozen_copy(weights)}
+    before = {**snapshot(trainer), "weights": copy.deepcopy(weights)}
     found = trainer.lr_find(data, batch_size=8, verbose=2)
     after = snapshot(trainer)
     after["weights"] = {n: v.nan_to_num(nan=1e9) if v.is_floating_point() else v for n, v in after["weights"].items()}

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torchvision.models import VGG16_Weights
-from torchvision.models.vgg import make_layers
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 import transferkit as tk
+from tiny import make_backbone
 from transferkit.data.preprocessing import CONVENTIONS, find_convention
 from transferkit.errors import ArgumentError, ImageError
 
@@ -45,10 +45,8 @@ def test_keras_pixels_are_its_formula() -> None:
 
 def test_keras_and_features_conventions_describe_one_network() -> None:
     """With the input channels of the first convolution flipped, the Keras convention gives the FEATURES network's."""
-    layers = make_layers([8, "M", 8, "M", 8, "M", 8, "M", 8, "M"])
+    layers, flipped_layers = make_backbone().features, make_backbone().features
     original = tk.Backbone("tiny", layers, CONVENTIONS["IMAGENET1K_FEATURES"].with_image_size(32))
-    flipped_layers = make_layers([8, "M", 8, "M", 8, "M", 8, "M", 8, "M"])
-    flipped_layers.load_state_dict(layers.state_dict())
     with torch.no_grad():
         flipped_layers[0].weight.copy_(layers[0].weight.flip(1))
     flipped = tk.Backbone("tiny", flipped_layers, CONVENTIONS["KERAS"].with_image_size(32))

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 import transferkit as tk
+from tiny import CLASSES
 from transferkit.data import resized as resized_images
 from transferkit.data.inputs import Inputs
 from transferkit.data.open import open_data
@@ -15,7 +16,6 @@ from transferkit.data.preprocessing import CONVENTIONS
 from transferkit.data.resized import resized
 from transferkit.errors import HeadMismatchError, ImageError, TargetError, TransferKitError
 
-CLASSES = ("cat", "dog", "owl")
 PREPROCESS = CONVENTIONS["IMAGENET1K_V1"].with_image_size(32)
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 import transferkit as tk
+from tiny import CLASSES, differences, figures
 from transferkit.base.randomness import derive_seed, generator_states, seeded
 from transferkit.errors import (
     ArgumentError,
@@ -31,8 +32,6 @@ from transferkit.errors import (
 from transferkit.model.freezing import first_trainable
 from transferkit.results.history import EpochReport, History
 from transferkit.search import SearchResult, Trial
-
-CLASSES = ["cat", "dog", "owl"]
 
 
 @pytest.fixture
@@ -58,15 +57,6 @@ def by_hand(build, train, *, frozen="head", seed=0, fit=None, head=None, **train
     trainer = tk.Trainer(tk.freeze_until(model, frozen), **arguments)
     history = trainer.fit(train, verbose=0, **(fit or {}))
     return model, history
-
-
-def figures(history):
-    return {name: values for name, values in history.history.items() if name != "epoch_s"}
-
-
-def assert_same_weights(one, other):
-    assert one.keys() == other.keys()
-    assert [name for name, value in one.items() if not torch.equal(value, other[name])] == []
 
 
 @pytest.fixture
@@ -213,7 +203,7 @@ def test_a_trial_is_a_fit_by_hand(search, data, folder, case, form):
     assert figures(trial.history) == figures(history)
     assert trial.score == max(history.history["val_accuracy"])
     alone = search({**space, "freeze_until": [frozen]}, train, seed=5, **own)
-    assert_same_weights(alone.best_model_.state_dict(), model.state_dict())
+    assert differences(alone.best_model_.state_dict(), model.state_dict()) == []
 
 
 def test_images_resized_in_memory_train_as_files_do(search, folder, monkeypatch):
@@ -224,7 +214,7 @@ def test_images_resized_in_memory_train_as_files_do(search, folder, monkeypatch)
     monkeypatch.setattr(sys.modules["transferkit.search"], "resized", lambda *_, **__: None)
     from_files = search(space, dataset, validation_split=0.4)
     assert figures(in_memory.trials[0].history) == figures(from_files.trials[0].history)
-    assert_same_weights(in_memory.best_model_.state_dict(), from_files.best_model_.state_dict())
+    assert differences(in_memory.best_model_.state_dict(), from_files.best_model_.state_dict()) == []
 
 
 def test_image_sizes_may_be_tried(make_backbone, folder):
@@ -283,7 +273,7 @@ def test_the_backbone_is_never_changed(search, data, make_backbone):
     search.backbone.train()
     before = {name: value.clone() for name, value in search.backbone.state_dict().items()}
     search({"lr": [0.1], "freeze_until": [None, "block3", "head"], "epochs": [2]}, data, validation_data=data)
-    assert_same_weights(before, search.backbone.state_dict())
+    assert differences(before, search.backbone.state_dict()) == []
     assert all(parameter.requires_grad for parameter in search.backbone.parameters())
     assert all(parameter.grad is None for parameter in search.backbone.parameters())
     assert all(module.training and "train" not in vars(module) for module in search.backbone.modules())

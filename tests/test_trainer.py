@@ -10,53 +10,17 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
+from tiny import CLASSES, Stream, changed, differences, figures, make_model, make_trainer, weights_of
 from transferkit.errors import ArgumentError, ImageError, NothingToTrainError, TargetError
 from transferkit.model.freezing import first_trainable
-
-CLASSES = ["cat", "dog", "owl"]
-
-
-def make_trainer(model, **arguments):
-    return tk.Trainer(model, **{"device": "cpu", "precision": "fp32", "lr": 1e-2, **arguments})
-
-
-def make_model(make_backbone, **arguments):
-    torch.manual_seed(1)
-    return tk.attach_head(make_backbone(), CLASSES, **arguments)
-
-
-def weights_of(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_same_weights(one, other):
-    assert [name for name, value in one.items() if not torch.equal(value, other[name])] == []
-
-
-def changed(before, model):
-    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-
-
-def figures(history):
-    return {name: values for name, values in history.history.items() if name != "epoch_s"}
 
 
 def wrong(data):
     """The same images with wrong targets: the more is learned, the worse is this accuracy."""
     return data[0], (data[1] + 1) % 3
-
-
-class Stream(IterableDataset):
-    """Samples without a length."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __iter__(self):
-        return iter(zip(*self.data, strict=True))
 
 
 # ---- learning
@@ -65,7 +29,7 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(("optimizer", "lr"), [("adam", 1e-2), ("adamw", 1e-2), ("sgd", 2e-2), ("rmsprop", 3e-3)])
 def test_fit_learns(make_backbone, data, optimizer, lr):
     """The loss falls and three classes that can be told apart are told apart."""
-    trainer = make_trainer(make_model(make_backbone), optimizer=optimizer, lr=lr, clip_grad_norm=1.0)
+    trainer = make_trainer(make_model(make_backbone()), optimizer=optimizer, lr=lr, clip_grad_norm=1.0)
     history = trainer.fit(data, epochs=30, batch_size=8, verbose=0)
     assert history.history["loss"][-1] < history.history["loss"][0] / 2
     assert trainer.evaluate(data)["accuracy"] > 0.9
@@ -73,14 +37,14 @@ def test_fit_learns(make_backbone, data, optimizer, lr):
 
 def test_bf16_learns(make_backbone, data):
     """So it is in bf16, with parameters that stay fp32."""
-    trainer = make_trainer(make_model(make_backbone), precision="bf16")
+    trainer = make_trainer(make_model(make_backbone()), precision="bf16")
     history = trainer.fit(data, epochs=15, batch_size=8, verbose=0)
     assert history.history["loss"][-1] < history.history["loss"][0] / 2
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
 def trained(make_backbone, data, *, seed=0, **arguments):
-    model = make_model(make_backbone, hidden=(16,), dropout=0.5)
+    model = make_model(make_backbone(), hidden=(16,), dropout=0.5)
     trainer = make_trainer(model, seed=seed)
     history = trainer.fit(data, epochs=3, batch_size=8, augment=["flip", "color"], verbose=0, **arguments)
     return figures(history), weights_of(model)
@@ -92,7 +56,7 @@ def test_same_seed_same_bits(make_backbone, data):
     torch.rand(7), random.random()
     second = trained(make_backbone, data, validation_split=0.25)
     assert first[0] == second[0]
-    assert_same_weights(first[1], second[1])
+    assert differences(first[1], second[1]) == []
 
 
 def test_another_seed_gives_another_result(make_backbone, data):
@@ -106,7 +70,7 @@ def test_dropout_follows_the_seed(make_backbone, data):
     """Dropout alone, with one batch in one order, follows the seed and changes from step to step."""
     losses = []
     for seed in (0, 0, 1):
-        model = make_model(make_backbone, hidden=(64,), dropout=0.5)
+        model = make_model(make_backbone(), hidden=(64,), dropout=0.5)
         loader = DataLoader(TensorDataset(*data), batch_size=24)
         steps = make_trainer(model, seed=seed, lr=1e-30, optimizer="sgd").steps(loader, epochs=2)
         losses.append([step.loss.item() for step in steps])
@@ -130,7 +94,7 @@ def test_seed_that_cannot_be_used_is_refused(model, seed):
 
 def test_fit_leaves_the_global_generators_alone(make_backbone, data):
     """The user's own random numbers are the same after a run as without it."""
-    model = make_model(make_backbone, hidden=(16,), dropout=0.5)
+    model = make_model(make_backbone(), hidden=(16,), dropout=0.5)
     trainer = make_trainer(model)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     trainer.fit(data, validation_split=0.25, epochs=2, batch_size=8, augment="trivial", verbose=0)
@@ -260,7 +224,7 @@ def test_rates_of_the_groups_are_used(make_backbone, data):
     """A mapping gives backbone and head different rates: the one's update is that many times smaller."""
     updates = []
     for lr in ({"backbone": 1e-3, "head": 1e-3}, {"backbone": 1e-5, "head": 1e-3}):
-        model = make_model(make_backbone)
+        model = make_model(make_backbone())
         before = weights_of(model)
         next(make_trainer(model, lr=lr, optimizer="sgd").steps(data, batch_size=24))
         updates.append(
@@ -272,11 +236,11 @@ def test_rates_of_the_groups_are_used(make_backbone, data):
 
 def test_optimizer_instance_is_used(make_backbone, data):
     """An instance trains the model as the same optimizer by class does."""
-    first, second = make_model(make_backbone), make_model(make_backbone)
+    first, second = make_model(make_backbone()), make_model(make_backbone())
     instance = torch.optim.SGD(first.parameters(), lr=1e-2, fused=True)
     tk.Trainer(first, optimizer=instance, device="cpu", precision="fp32").fit(data, batch_size=8, verbose=0)
     make_trainer(second, optimizer=torch.optim.SGD).fit(data, batch_size=8, verbose=0)
-    assert_same_weights(first.state_dict(), second.state_dict())
+    assert differences(first.state_dict(), second.state_dict()) == []
 
 
 # ---- the best epoch
@@ -295,7 +259,7 @@ def test_best_epoch_is_restored(model, data):
         callbacks=[lambda trainer, report: after.append(weights_of(model))],
     )
     assert history.best_epoch < 11
-    assert_same_weights(weights_of(model), after[history.best_epoch])
+    assert differences(weights_of(model), after[history.best_epoch]) == []
     assert not torch.equal(after[-1]["head.logits.weight"], model.head.logits.weight)
     assert trainer.evaluate(wrong(data), batch_size=8)["accuracy"] == max(history.history["val_accuracy"])
 
@@ -315,7 +279,7 @@ def test_best_epoch_is_restored_whatever_ends_the_run(model, data, error):
         make_trainer(model).fit(data, validation_data=wrong(data), epochs=20, batch_size=8, verbose=0, callbacks=[stop])
     best = tk.History(reports).best_epoch
     assert best < 11
-    assert_same_weights(weights_of(model), after[best])
+    assert differences(weights_of(model), after[best]) == []
 
 
 def test_best_epoch_is_restored_after_unfreezing(make_backbone, data):
@@ -332,7 +296,7 @@ def test_best_epoch_is_restored_after_unfreezing(make_backbone, data):
         data, validation_data=wrong(data), epochs=12, batch_size=8, verbose=0, callbacks=[unfreeze]
     )
     assert history.best_epoch < 11
-    assert_same_weights(weights_of(model), after[history.best_epoch])
+    assert differences(weights_of(model), after[history.best_epoch]) == []
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -364,7 +328,7 @@ def test_last_weights_stay_where_nothing_is_to_be_restored(model, data, argument
         **validation,
         **arguments,
     )
-    assert_same_weights(weights_of(model), after[-1])
+    assert differences(weights_of(model), after[-1]) == []
 
 
 # ---- callbacks
@@ -439,22 +403,22 @@ def test_steps_are_made_when_asked_for(model, data):
 
 def test_steps_give_what_fit_gives(make_backbone, data):
     """The same training with `steps` and with `fit` gives the same weights."""
-    first, second = (make_model(make_backbone, hidden=(16,), dropout=0.5) for _ in range(2))
+    first, second = (make_model(make_backbone(), hidden=(16,), dropout=0.5) for _ in range(2))
     list(make_trainer(first).steps(data, epochs=2, batch_size=8, augment="flip"))
     make_trainer(second).fit(data, epochs=2, batch_size=8, augment="flip", verbose=0)
-    assert_same_weights(first.state_dict(), second.state_dict())
+    assert differences(first.state_dict(), second.state_dict()) == []
 
 
 def test_evaluating_between_steps_changes_nothing(make_backbone, data):
     """`evaluate` and `predict` between steps leave training mode, random numbers and result as without them."""
-    first, second = (make_model(make_backbone, hidden=(16,), dropout=0.5) for _ in range(2))
+    first, second = (make_model(make_backbone(), hidden=(16,), dropout=0.5) for _ in range(2))
     list(make_trainer(first).steps(data, epochs=2, batch_size=8))
     trainer = make_trainer(second)
     for _ in trainer.steps(data, epochs=2, batch_size=8):
         trainer.evaluate(data)
         trainer.predict(data[0])
         assert second.training
-    assert_same_weights(first.state_dict(), second.state_dict())
+    assert differences(first.state_dict(), second.state_dict()) == []
 
 
 BAD_ARGUMENTS = [
@@ -727,7 +691,7 @@ def test_history_of_a_resumed_run_has_the_epochs_before(make_backbone, data, tmp
     seen = []
 
     def fit(epochs):
-        trainer = make_trainer(tk.freeze_until(make_model(make_backbone), "head"))
+        trainer = make_trainer(tk.freeze_until(make_model(make_backbone()), "head"))
         count = lambda trainer, report: seen.append([one.epoch for one in trainer.history.reports])  # noqa: E731
         callbacks = [count, tk.Checkpoint(tmp_path / "run")]
         return trainer, trainer.fit(data, epochs=epochs, callbacks=callbacks, resume_from=tmp_path / "run", verbose=0)
@@ -769,7 +733,7 @@ def test_micro_batches_give_the_update_of_the_batch(make_backbone, data, argumen
     """5 images in parts of 2, 2 and 1 give the update of 5 at once (rtol 1e-5: sums in another order)."""
     trained = []
     for micro_batch_size in (None, 2):
-        model = make_model(make_backbone)
+        model = make_model(make_backbone())
         trainer = make_trainer(model, optimizer="sgd", lr=0.1, micro_batch_size=micro_batch_size, **arguments)
         trainer.fit((data[0][:10], data[1][:10]), batch_size=5, epochs=2, verbose=0)
         trained.append(model.state_dict())
@@ -781,7 +745,7 @@ def test_clipping_bounds_the_update(make_backbone, data):
     """With SGD and rate 1 the whole update has the norm of the limit, where it would be larger without."""
     norms = []
     for clip_grad_norm in (None, 0.01):
-        model = make_model(make_backbone)
+        model = make_model(make_backbone())
         before = weights_of(model)
         trainer = make_trainer(model, optimizer=torch.optim.SGD, lr=1.0, clip_grad_norm=clip_grad_norm)
         next(trainer.steps(data, batch_size=24))

@@ -19,10 +19,10 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 from torchvision.datasets import ImageFolder
 
 import transferkit as tk
+from tiny import CLASSES, make_trainer
 from transferkit.data.open import open_data
 from transferkit.errors import ArgumentError, EmptyDataError, HeadMismatchError, ImageError, TargetError
 
-CLASSES = ["cat", "dog", "owl"]
 ORIENTATION = 0x0112
 
 
@@ -71,10 +71,6 @@ KINDS = {
     "own, lazy": lambda folder: Files(folder, lazy=True),
     "subset": lambda folder: Subset(ImageFolder(folder), range(12)),
 }
-
-
-def make_trainer(model, **arguments):
-    return tk.Trainer(model, **{"device": "cpu", "precision": "fp32", "lr": 1e-2, "seed": 1, **arguments})
 
 
 def encoded(image, kind, **arguments):

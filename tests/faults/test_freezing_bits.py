@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 import transferkit as tk
+from tiny import CLASSES
 from transferkit.data.sources import ArraySource, epoch_order
 from transferkit.errors import HeadMismatchError, NonFiniteError, NothingToTrainError, UnknownLayerError
 
-CLASSES = ["cat", "dog", "owl"]
 SETTINGS = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -19,13 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import Dataset
-from torchvision.models.vgg import make_layers
 
+import tiny
 import transferkit as tk
+from tiny import differences, environment, in_head, make_backbone, make_model
 from transferkit.base.interrupts import Interrupts
-from transferkit.data.preprocessing import CONVENTIONS
 
 LIMIT_S = 40  # against hangs alone
 NUMBERS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}
@@ -51,17 +50,8 @@ class Images(Dataset):
 
 
 def make_trainer(*, frozen=None, init=0, **options):
-    torch.manual_seed(init)
-    layers = make_layers([4, "M", 4, "M", 8, "M", 8, "M", 8, "M"], batch_norm=True)
-    backbone = tk.Backbone("vgg16", layers, CONVENTIONS["IMAGENET1K_V1"].with_image_size(32))
-    model = tk.attach_head(backbone, ["cat", "dog", "owl"], hidden=(16,), dropout=0.5)
-    options = {"lr": 1e-2, "schedule": "cosine", "device": "cpu", "precision": "fp32", **options}
-    return tk.Trainer(tk.freeze_until(model, frozen), **options)
-
-
-def in_head(trainer, look):
-    layer = next(module for module in trainer.model.head.modules() if isinstance(module, nn.ReLU))
-    return layer.register_forward_pre_hook(lambda _module, inputs: look(inputs[0]))
+    model = make_model(make_backbone(batch_norm=True, seed=init), frozen, seed=init, hidden=(16,), dropout=0.5)
+    return tiny.make_trainer(model, **{"schedule": "cosine", **options})
 
 
 class Sender:
@@ -116,13 +106,7 @@ def placed_run(place, number, folder, *, init=0, **changes):
 
 def differing(first, second):
     one, two = first.state_dict(), second.state_dict()
-    mine, other = one["model"]["weights"], two["model"]["weights"]
-    found = [name for name in mine if not torch.equal(mine[name], other[name])]
-    for name, values in one["optimizer"]["state"].items():
-        found += [
-            f"{name}/{key}" for key in values if not torch.equal(values[key], two["optimizer"]["state"][name][key])
-        ]
-    return found
+    return differences(*([state["model"], state["optimizer"]["state"]] for state in (one, two)))
 
 
 def losses(history):
@@ -136,14 +120,13 @@ def outcome(folder, name):
 
 
 def start(scenario, folder, number=signal.SIGINT, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [sys.executable, __file__, scenario, str(folder), str(int(number))],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env=environment,
+        env=environment(PYTHONUNBUFFERED="1"),
         **options,
     )
 

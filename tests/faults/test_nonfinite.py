@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+import tiny
 import transferkit as tk
+from tiny import CLASSES, differences
 from transferkit.compute.device import step_where
 from transferkit.errors import ArgumentError, NonFiniteError, TargetError
 
-CLASSES = ["cat", "dog", "owl"]
 MARK = 50.0  # a pixel of this value makes a batch bad
 BAD = 3  # number of the bad batch, of 10
 GRADIENTS = ["NaN gradient", "infinite gradient", "one entry"]
@@ -76,7 +77,7 @@ def make_trainer(make_backbone):
         if callable(arguments.get("optimizer")):
             arguments["optimizer"] = arguments["optimizer"](model.parameters())
             arguments["lr"] = None
-        return tk.Trainer(model, **{"device": "cpu", "precision": "fp32", "lr": 1e-2, **arguments})
+        return tiny.make_trainer(model, **arguments)
 
     return make
 
@@ -95,22 +96,6 @@ def make_batches(kind=None, *, bad=(BAD,), number=10, without=()):
         images[4 * batch + 1, 2, 5, 7] = math.nan if kind == "NaN pixel" else MARK
     kept = [place for place in range(4 * number) if place // 4 not in without]
     return DataLoader(TensorDataset(images[kept], targets[kept]), batch_size=4)
-
-
-def differences(one, other, name=""):
-    """Names of the parts of two nested states that are not the same to the bit."""
-    if isinstance(one, torch.Tensor):
-        same = isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-        return [] if same else [name]
-    if isinstance(one, dict):
-        if not isinstance(other, dict) or list(one) != list(other):
-            return [name]
-        return [found for key in one for found in differences(one[key], other[key], f"{name}.{key}")]
-    if isinstance(one, list | tuple):
-        if len(one) != len(other):
-            return [name]
-        return [f for i, pair in enumerate(zip(one, other, strict=True)) for f in differences(*pair, f"{name}.{i}")]
-    return [] if one == other else [name]
 
 
 def trained_state(trainer):

@@ -3,7 +3,6 @@
 import copy
 import functools
 import json
-import subprocess
 import sys
 
 import pytest
@@ -11,13 +10,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+import tiny
 import transferkit as tk
+from tiny import CLASSES, differences, python
 from transferkit.compute.out_of_memory import is_out_of_memory, reserve_state
 from transferkit.errors import NonFiniteError, OutOfMemoryError
 from transferkit.features.prefix import Prefix
-
-CLASSES = ["cat", "dog", "owl"]
-
 
 ERRORS = {
     "torch": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free."),
@@ -81,26 +79,13 @@ def make_trainer(make_backbone):
         torch.manual_seed(1)
         make_error = error if callable(error) else ERRORS[error]
         model = tk.attach_head(backbone, CLASSES, head=Head(limit, make_error, where, width=width))
-        return tk.Trainer(model, **{"device": "cpu", "precision": "fp32", "lr": 1e-2, **arguments})
+        return tiny.make_trainer(model, **arguments)
 
     return make
 
 
 def copied(trainer):
     return copy.deepcopy({name: trainer.state_dict()[name] for name in ("model", "optimizer")})
-
-
-def differences(one, other, name=""):
-    """Names of the parts of two nested states that are not the same to the bit."""
-    if isinstance(one, torch.Tensor):
-        return [] if isinstance(other, torch.Tensor) and torch.equal(one, other) else [name]
-    if isinstance(one, dict):
-        if list(one) != list(other):
-            return [name]
-        return [found for key in one for found in differences(one[key], other[key], f"{name}.{key}")]
-    if isinstance(one, list | tuple):
-        return [f for i, pair in enumerate(zip(one, other, strict=True)) for f in differences(*pair, f"{name}.{i}")]
-    return [] if one == other else [name]
 
 
 def assert_same_state(one, other):
@@ -433,23 +418,14 @@ def test_a_run_on_frozen_layers_that_fall_back(make_backbone, data, cache):
 
 
 REAL = """
-import copy, json, resource, sys, torch
+import copy, json, resource
 from torch import nn
-from torchvision.models.vgg import make_layers
-import transferkit as tk
-from transferkit.data.preprocessing import CONVENTIONS
+from tiny import changed, make_backbone, make_images, make_model, make_trainer
 
-torch.set_num_threads(1)
-features = make_layers([4, "M", 4, "M", 8, "M", 8, "M", 8, "M"], batch_norm=True)
-backbone = tk.Backbone("vgg16", features, CONVENTIONS["IMAGENET1K_V1"].with_image_size(32))
 head = nn.Sequential(nn.Flatten(), nn.Linear(8, 60000), nn.ReLU(), nn.Dropout(0.5), nn.Linear(60000, 3))
-models = [tk.attach_head(backbone, 3, head=head)]
+models = [make_model(make_backbone(batch_norm=True), head=head)]
 models.append(copy.deepcopy(models[0]))
-data = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8), torch.arange(256) % 3
-
-
-def make(model, **arguments):
-    return tk.Trainer(model, device="cpu", precision="fp32", **arguments)
+data = make_images(256)
 
 
 def limit(free):
@@ -457,8 +433,8 @@ def limit(free):
     resource.setrlimit(resource.RLIMIT_AS, (free if free < 0 else size + free, resource.RLIM_INFINITY))
 
 
-make(copy.deepcopy(models[0])).fit((data[0][:2], data[1][:2]), verbose=0)  # what torch allocates once
-trainer = make(models[0])
+make_trainer(copy.deepcopy(models[0])).fit((data[0][:2], data[1][:2]), verbose=0)  # what torch allocates once
+trainer = make_trainer(models[0])
 result = {}
 limit(150 * 2**20)
 try:
@@ -469,9 +445,8 @@ limit(-1)
 size = trainer.micro_batch_size
 result["size"] = size
 if size is not None and "error" not in result:
-    make(models[1], micro_batch_size=size).fit(data, batch_size=256, verbose=0)
-    other = models[1].state_dict()
-    result["differ"] = [name for name, value in models[0].state_dict().items() if not torch.equal(value, other[name])]
+    make_trainer(models[1], micro_batch_size=size).fit(data, batch_size=256, verbose=0)
+    result["differ"] = list(changed(models[1].state_dict(), models[0]))
 print("\\n" + json.dumps(result))
 """
 
@@ -480,10 +455,9 @@ print("\\n" + json.dumps(result))
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space")
 def test_memory_that_really_runs_out():
     """In a process that may take 150 MB more, a batch that needs 400 goes through in parts, with the parts' bits."""
-    done = subprocess.run([sys.executable, "-c", REAL], check=False, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    printed = python(REAL)
+    result = json.loads(printed.splitlines()[-1])
     assert "error" not in result
     assert 1 <= result["size"] < 256
     assert result["differ"] == []
-    assert f"in parts of {result['size']} from here on" in done.stdout
+    assert f"in parts of {result['size']} from here on" in printed

@@ -6,23 +6,20 @@ import sys
 
 import pytest
 
+from tiny import environment
+
 RANK = """
-import copy, json, os, sys, torch
+import json, os, sys
 from torch import distributed
-from torchvision.models.vgg import make_layers
+from tiny import changed, make_backbone, make_images, make_model, make_trainer, weights_of
 import transferkit as tk
 from transferkit.errors import DeviceError
-from transferkit.data.preprocessing import CONVENTIONS
 
 rank, world, meeting, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-torch.set_num_threads(1)
-torch.manual_seed(0)
-features = make_layers([4, "M", 4, "M", 8, "M", 8, "M", 8, "M"], batch_norm=True)
-backbone = tk.Backbone("vgg16", features, CONVENTIONS["IMAGENET1K_V1"].with_image_size(32))
-model = tk.attach_head(backbone, 3, hidden=(16,))
-images, targets = torch.randint(0, 256, (9, 3, 32, 32), dtype=torch.uint8), torch.arange(9) % 3
-trainer = tk.Trainer(model, device="cpu", precision="fp32", lr=1e-2)
-before = {name: value.clone() for name, value in model.state_dict().items()}
+model = make_model(make_backbone(batch_norm=True), hidden=(16,))
+images, targets = make_images(9)
+trainer = make_trainer(model)
+before = weights_of(model)
 if world:
     distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
 mine = slice(None) if not world or world == 1 else slice(0, 5) if rank == 0 else slice(5, 9)
@@ -38,7 +35,7 @@ for call in (
             call()
         except DeviceError as error:
             result["errors"].append(str(error))
-result["same"] = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+result["same"] = not changed(before, model)
 result["steps"] = trainer.global_step
 result["figures"] = trainer.evaluate((images, targets), batch_size=4)
 result["predictions"] = trainer.predict(images, batch_size=4).tolist()
@@ -63,6 +60,7 @@ def results(tmp_path_factory):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=environment(),
         )
         for rank, world in ((0, 2), (1, 2), (0, 1), (0, 0))
     }

@@ -3,6 +3,7 @@
 This file is also the program of that other process: it resumes every run of a folder and writes what became of them.
 """
 
+import copy
 import json
 import os
 import random
@@ -16,16 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from torchvision.models.vgg import make_layers
 
 import transferkit as tk
-from transferkit.data.preprocessing import CONVENTIONS
+from tiny import CLASSES, differences, environment, in_head, make_backbone, make_images, make_model
 from transferkit.errors import ArgumentError, CheckpointError, DataChangedError, HeadMismatchError, NonFiniteError
 from transferkit.saving.archive import read_checkpoint, write_checkpoint
 
-CLASSES = ["cat", "dog", "owl"]
 COUNT, BATCH, EPOCHS, STEPS = 20, 8, 2, 6  # batches of 8, 8 and 4
 
 EVERYTHING = {
@@ -94,16 +92,8 @@ class Images(Dataset):
         return image, self.targets[index]
 
 
-def make_images(count=COUNT, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    targets = torch.arange(count) % 3
-    images = torch.randint(0, 120, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    images[torch.arange(count), targets] += 60
-    return images, targets
-
-
 def make_data(kind):
-    images, targets = make_images()
+    images, targets = make_images(COUNT)
     if kind == "loader":
         return DataLoader(TensorDataset(images, targets), batch_size=BATCH)
     if kind in ("files", "random"):
@@ -112,11 +102,8 @@ def make_data(kind):
 
 
 def make_trainer(case, *, init, folder=None):
-    torch.manual_seed(init)
-    layers = make_layers([4, "M", 4, "M", 8, "M", 8, "M", 8, "M"], batch_norm=case.get("batch_norm", False))
-    backbone = tk.Backbone("vgg16", layers, CONVENTIONS["IMAGENET1K_V1"].with_image_size(32))
-    model = tk.attach_head(backbone, CLASSES, hidden=(16,), dropout=0.5)
-    tk.freeze_until(model, case.get("frozen"))
+    backbone = make_backbone(batch_norm=case.get("batch_norm", False), seed=init)
+    model = make_model(backbone, case.get("frozen"), seed=init, hidden=(16,), dropout=0.5)
     options = {"device": "cpu", "precision": "fp32", "seed": 5, **case["trainer"]}
     trainer = tk.Trainer(model, **options, cache_dir=folder / "features" if case.get("cache_dir") else None)
     if case.get("scaler"):
@@ -124,12 +111,6 @@ def make_trainer(case, *, init, folder=None):
     if case.get("memory"):
         in_head(trainer, lambda inputs: memory_fault(trainer, inputs))
     return trainer
-
-
-def in_head(trainer, look):
-    """Call `look` with what goes through the head, whatever part of the model is run."""
-    layer = next(module for module in trainer.model.head.modules() if isinstance(module, nn.ReLU))
-    return layer.register_forward_pre_hook(lambda _module, inputs: look(inputs[0]))
 
 
 def memory_fault(trainer, inputs):
@@ -211,31 +192,6 @@ def state_of(trainer):
     return {part: state[part] for part in ("model", "optimizer", "scaler", "progress")}
 
 
-def leaves(state, path=""):
-    if isinstance(state, dict):
-        state = list(state.items())
-    elif isinstance(state, list | tuple):
-        state = list(enumerate(state))
-    else:
-        return {path: state}
-    return {place: leaf for key, part in state for place, leaf in leaves(part, f"{path}/{key}").items()} or {path: ()}
-
-
-def differing(first, second):
-    """Where two states differ, in any bit."""
-    one, two = leaves(first), leaves(second)
-    found = list(one.keys() ^ two.keys())
-    for place in one.keys() & two.keys():
-        mine, other = one[place], two[place]
-        if isinstance(mine, torch.Tensor) and isinstance(other, torch.Tensor):
-            same = mine.dtype == other.dtype and torch.equal(mine, other)
-        else:
-            same = type(mine) is type(other) and mine == other
-        if not same:
-            found.append(place)
-    return sorted(found)
-
-
 def perturb_generators():
     torch.manual_seed(987)
     random.seed(654)
@@ -270,9 +226,7 @@ def resume_all(root):
 
 
 def in_another_process(root):
-    subprocess.run(
-        [sys.executable, __file__, str(root)], check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    subprocess.run([sys.executable, __file__, str(root)], check=True, timeout=300, env=environment())
     return torch.load(root / "outcomes.pt", weights_only=False)
 
 
@@ -328,7 +282,7 @@ def test_resumed_is_uninterrupted(resumed, whole, name, stop):
     folder = f"{name}-{stop}".replace(" ", "-")
     assert stopped[folder].startswith("error of the user" if stop.startswith("error") else "stopped after step")
     assert not isinstance(outcomes[folder], str), outcomes[folder]
-    assert differing(outcomes[folder], whole[name]) == []
+    assert differences(outcomes[folder], whole[name]) == []
 
 
 @pytest.mark.slow
@@ -467,7 +421,7 @@ def test_every_entry_of_a_state_matters(tmp_path, uninterrupted, name, stop, ent
         outcome = run(name, tmp_path / "run", init=1)
     except CheckpointError:
         return
-    assert differing(outcome, uninterrupted(name))
+    assert differences(outcome, uninterrupted(name))
 
 
 @pytest.mark.slow
@@ -476,7 +430,7 @@ def test_an_untouched_state_is_the_control(tmp_path, uninterrupted, stop):
     """The comparison that the entries must fail holds when a state is only written anew."""
     path = stop_at(tmp_path, "images", stop)
     edit(path, "run/batches", lambda value: value)
-    assert differing(run("images", tmp_path / "run", init=1), uninterrupted("images")) == []
+    assert differences(run("images", tmp_path / "run", init=1), uninterrupted("images")) == []
 
 
 @pytest.mark.slow
@@ -484,7 +438,7 @@ def test_the_best_weights_are_the_first_epochs(tmp_path, uninterrupted):
     """Where the first epoch was the best, a run resumed after it ends with that epoch's weights."""
     assert uninterrupted("best")["histories"][0][0]["val_loss"] < uninterrupted("best")["histories"][0][1]["val_loss"]
     stop_at(tmp_path, "best", "step 4")
-    assert differing(run("best", tmp_path / "run", init=1), uninterrupted("best")) == []
+    assert differences(run("best", tmp_path / "run", init=1), uninterrupted("best")) == []
 
 
 ALL_PARTS = [
@@ -513,23 +467,16 @@ def test_a_state_that_lacks_an_entry_is_refused(tmp_path, stopped_run, entry):
     path.write_bytes(stopped_run.read_bytes())
     edit(path, entry, "drop")
     trainer = make_trainer(CASES["images"], init=1)
-    before = frozen_copy(trainer)
+    before = copy.deepcopy(state_of(trainer))
     with pytest.raises(CheckpointError):
         fit_images(trainer, resume_from=path)
-    assert differing(frozen_copy(trainer), before) == []
-
-
-def frozen_copy(trainer):
-    return {
-        place: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
-        for place, leaf in leaves(state_of(trainer)).items()
-    }
+    assert differences(state_of(trainer), before) == []
 
 
 def fit_images(trainer, data=None, **changes):
     options = {"epochs": EPOCHS, "batch_size": BATCH, "verbose": 0, "augment": ["flip", "crop"]}
     options |= {"validation_data": make_images(9, seed=1), **changes}
-    return trainer.fit(make_images() if data is None else data, **options)
+    return trainer.fit(make_images(COUNT) if data is None else data, **options)
 
 
 def test_what_a_checkpoint_counts_for_fits_to_come(tmp_path):
@@ -548,7 +495,7 @@ def test_what_a_checkpoint_counts_for_fits_to_come(tmp_path):
         trainer = make_trainer(CASES["no-validation"], init=1)
         trainer.load(path)
         fit_images(trainer, augment=None, validation_data=None, epochs=1)
-        again[entry] = differing(state_of(trainer)["model"], state_of(first)["model"])
+        again[entry] = differences(state_of(trainer)["model"], state_of(first)["model"])
     assert again[None] == []
     assert again["progress/epoch"]
     assert again["progress/global_step"]
@@ -588,7 +535,7 @@ def test_the_same_precision_warns_of_nothing(tmp_path):
 
 
 def other_data(change):
-    images, targets = make_images()
+    images, targets = make_images(COUNT)
     if change == "order":
         images, targets = images.flip(0), targets.flip(0)
     elif change == "one image":
@@ -607,17 +554,17 @@ def test_other_data_is_refused(tmp_path, change, which, kind):
     """Data of other length, order or content than the run's is refused, and nothing is changed."""
     wrap = (lambda pair: pair) if kind == "arrays" else (lambda pair: Images(*pair, noisy=False))
     trainer = make_trainer({"trainer": PLAIN}, init=0)
-    arguments = {"training": make_images(), "validation": make_images()}
+    arguments = {"training": make_images(COUNT), "validation": make_images(COUNT)}
     checkpoint = tk.Checkpoint(tmp_path / "a", every_steps=2)
     data, validation = wrap(arguments["training"]), wrap(arguments["validation"])
     fit_images(trainer, data, validation_data=validation, callbacks=[checkpoint], augment=None)
     arguments[which] = other_data(change)
     data, validation = wrap(arguments["training"]), wrap(arguments["validation"])
     trainer = make_trainer({"trainer": PLAIN}, init=1)
-    before = frozen_copy(trainer)
+    before = copy.deepcopy(state_of(trainer))
     with pytest.raises(DataChangedError, match=f"{which} data: .* began with 20 images .* Expected the same images"):
         fit_images(trainer, data, validation_data=validation, resume_from=tmp_path / "a", augment=None)
-    assert differing(frozen_copy(trainer), before) == []
+    assert differences(state_of(trainer), before) == []
 
 
 @pytest.mark.parametrize("data", ["training", "validation"])
@@ -660,10 +607,10 @@ OTHER = [
 def test_other_arguments_are_refused(stopped_run, name, trainer, fit):
     """An argument on which the result depends and which is not the run's is refused by name; nothing is changed."""
     trainer = make_trainer({**CASES["images"], "trainer": {**EVERYTHING, **trainer}}, init=1)
-    before = frozen_copy(trainer)
+    before = copy.deepcopy(state_of(trainer))
     with pytest.raises(CheckpointError, match=f"{name}=.*expected the same"):
         fit_images(trainer, resume_from=stopped_run, **fit)
-    assert differing(frozen_copy(trainer), before) == []
+    assert differences(state_of(trainer), before) == []
 
 
 def test_a_refused_call_leaves_a_trainer_that_trains_as_before(stopped_run):
@@ -673,20 +620,18 @@ def test_a_refused_call_leaves_a_trainer_that_trains_as_before(stopped_run):
         fit_images(refused, resume_from=stopped_run, lr=0.5)
     for trainer in (refused, other):
         fit_images(trainer, epochs=1)
-    assert differing(state_of(refused), state_of(other)) == []
+    assert differences(state_of(refused), state_of(other)) == []
 
 
 def test_another_optimizer_or_head_is_refused(stopped_run):
     """Another optimizer or number of classes is refused, and nothing is changed."""
     trainer = make_trainer({**CASES["images"], "trainer": {**EVERYTHING, "optimizer": "sgd"}}, init=1)
-    before = frozen_copy(trainer)
+    before = copy.deepcopy(state_of(trainer))
     with pytest.raises(CheckpointError, match="optimizer is AdamW"):
         fit_images(trainer, resume_from=stopped_run)
-    assert differing(frozen_copy(trainer), before) == []
-    layers = make_layers([4, "M", 4, "M", 8, "M", 8, "M", 8, "M"], batch_norm=True)
-    backbone = tk.Backbone("vgg16", layers, CONVENTIONS["IMAGENET1K_V1"].with_image_size(32))
+    assert differences(state_of(trainer), before) == []
     four = tk.Trainer(
-        tk.attach_head(backbone, [*CLASSES, "yak"], hidden=(16,), dropout=0.5),
+        tk.attach_head(make_backbone(batch_norm=True), [*CLASSES, "yak"], hidden=(16,), dropout=0.5),
         **EVERYTHING | {"class_weights": None},
         device="cpu",
         precision="fp32",
@@ -717,7 +662,7 @@ def test_a_finished_run_is_resumed_with_no_step(tmp_path):
     again = fit_images(trainer, resume_from=tmp_path / "a", callbacks=[tk.Checkpoint(tmp_path / "a")])
     assert again == history
     assert seen == []
-    assert differing(state_of(trainer), state_of(whole)) == []
+    assert differences(state_of(trainer), state_of(whole)) == []
 
 
 def test_a_run_of_constant_lr_may_be_lengthened(tmp_path):
@@ -728,7 +673,7 @@ def test_a_run_of_constant_lr_may_be_lengthened(tmp_path):
     fit_images(make_trainer(case, init=0), epochs=1, callbacks=[tk.Checkpoint(tmp_path / "a")])
     trainer = make_trainer(case, init=1)
     fit_images(trainer, resume_from=tmp_path / "a")
-    assert differing(state_of(trainer), state_of(whole)) == []
+    assert differences(state_of(trainer), state_of(whole)) == []
 
 
 def test_a_run_that_a_callback_ended_stays_ended(tmp_path):
@@ -750,7 +695,7 @@ def test_a_file_saved_by_a_callback_can_be_resumed(tmp_path):
     fit_images(whole, callbacks=[lambda trainer, report: trainer.save(tmp_path / f"{report.epoch}.pt")])
     trainer = make_trainer(case, init=1)
     fit_images(trainer, resume_from=tmp_path / "0.pt")
-    assert differing(state_of(trainer), state_of(whole)) == []
+    assert differences(state_of(trainer), state_of(whole)) == []
 
 
 def test_an_older_state_can_be_resumed_in_the_same_folder(tmp_path):
@@ -775,7 +720,7 @@ def test_a_schedule_of_numpy_numbers_can_be_saved(tmp_path):
     fit_images(whole, callbacks=[tk.Checkpoint(tmp_path / "a", every_steps=4, keep_last=9)])
     trainer = make_trainer(case, init=1)
     fit_images(trainer, resume_from=tmp_path / "a" / "step-00000004.pt")
-    assert differing(state_of(trainer), state_of(whole)) == []
+    assert differences(state_of(trainer), state_of(whole)) == []
 
 
 def test_whole_numbers_of_numpy_can_be_saved(tmp_path):
@@ -806,9 +751,9 @@ def test_a_batch_that_ended_a_run_is_not_passed_over(tmp_path):
 
 def test_skipped_steps_are_counted_once(tmp_path):
     """Steps left out for NaN before and after a stop are those of the uninterrupted run."""
-    marked = make_images()[0].float() / 255 - 0.5
+    marked = make_images(COUNT)[0].float() / 255 - 0.5
     marked[7, :, 0, 0] = 2.4
-    data = (marked, make_images()[1])
+    data = (marked, make_images(COUNT)[1])
 
     def script(init, *, folder=None, stop=None):
         case = {"trainer": {**EVERYTHING, "on_nonfinite": "skip"}, "batch_norm": True}
@@ -830,17 +775,17 @@ def test_skipped_steps_are_counted_once(tmp_path):
     for number in range(1, 5):
         with pytest.raises(KeyboardInterrupt):
             script(0, folder=tmp_path / str(number), stop=f"step {number}")
-        assert differing(script(1, folder=tmp_path / str(number)), whole) == []
+        assert differences(script(1, folder=tmp_path / str(number)), whole) == []
 
 
 def test_the_folder_of_another_run_is_refused(tmp_path):
     """A new run does not write among the checkpoints of a longer one."""
     fit_images(make_trainer(CASES["images"], init=0), callbacks=[tk.Checkpoint(tmp_path / "a")])
     trainer = make_trainer(CASES["images"], init=0)
-    before = frozen_copy(trainer)
+    before = copy.deepcopy(state_of(trainer))
     with pytest.raises(ArgumentError, match="holds the checkpoints of another run"):
         fit_images(trainer, callbacks=[tk.Checkpoint(tmp_path / "a")])
-    assert differing(frozen_copy(trainer), before) == []
+    assert differences(state_of(trainer), before) == []
 
 
 if __name__ == "__main__":

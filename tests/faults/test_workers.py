@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+import tiny
 import transferkit as tk
+from tiny import CLASSES, changed, python
 from transferkit.data import workers
 from transferkit.data.open import open_data
 from transferkit.errors import ImageError, NonFiniteError, WorkerError
 
-CLASSES = ["cat", "dog", "owl"]
 VICTIM = 21
 
 
@@ -44,9 +45,7 @@ class Pictures(Dataset):
 
 
 def make_trainer(make_backbone, *, frozen=None, **arguments):
-    torch.manual_seed(3)
-    model = tk.attach_head(tk.freeze_until(make_backbone(), frozen), CLASSES)
-    return tk.Trainer(model, **{"device": "cpu", "precision": "fp32", "lr": 1e-2, "seed": 1, **arguments})
+    return tiny.make_trainer(tiny.make_model(make_backbone(), frozen), **arguments)
 
 
 def children():
@@ -117,9 +116,7 @@ def test_a_worker_that_dies_or_hangs_is_one_error_in_time(make_backbone, tmp_pat
         other = make_trainer(make_backbone)
         other.load(newest[-1])
         assert other.global_step == trainer.global_step
-        assert all(
-            torch.equal(value, trainer.model.state_dict()[name]) for name, value in other.model.state_dict().items()
-        )
+        assert changed(trainer.model.state_dict(), other.model) == set()
     step = trainer.global_step
     trainer.fit(Pictures(), batch_size=4, num_workers=num_workers, verbose=0)
     assert trainer.global_step == step + 8
@@ -347,10 +344,10 @@ print("left:", multiprocessing.active_children())
 @pytest.mark.slow
 def test_shared_memory_that_is_too_small_is_told():
     """Where images do not fit the shared memory between processes: an error in time that speaks of it."""
-    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, timeout=60, check=False)
-    assert "told: the processes that read images" in done.stdout, done.stderr[-2000:]
-    assert "/dev/shm" in done.stdout
-    assert "left: []" in done.stdout
+    printed = python(FULL)
+    assert "told: the processes that read images" in printed
+    assert "/dev/shm" in printed
+    assert "left: []" in printed
 
 
 @pytest.mark.slow
