@@ -8,10 +8,11 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 from torchvision.datasets import ImageFolder
 
 import transferkit as tk
-from tiny import CLASSES
+from tiny import CLASSES, differences
 from transferkit.data.open import open_data
+from transferkit.data.selection import split_validation
 from transferkit.errors import ArgumentError, CheckpointError
-from transferkit.training.loss import check_class_weights, find_class_weights
+from transferkit.training.loss import CrossEntropy
 
 TARGETS = [0] * 12 + [1] * 5 + [2] * 3
 
@@ -27,8 +28,13 @@ def balanced(rows):
     return [len(rows) / (occurring * count) if count > 0 else 0.0 for count in counts]
 
 
+def weights_of_run(class_weights, source):
+    loss = CrossEntropy(class_weights=class_weights)
+    return loss.for_run(source, len(CLASSES), torch.device("cpu")).class_weights
+
+
 def weights_for(data, **arguments):
-    found = find_class_weights("balanced", open_data(data, CLASSES, **arguments), len(CLASSES))
+    found = weights_of_run("balanced", open_data(data, CLASSES, **arguments))
     assert found.dtype == torch.float32
     assert found.shape == (len(CLASSES),)
     return found.tolist()
@@ -109,7 +115,7 @@ def test_a_class_without_images_counts_nothing(soft, model):
     given = torch.nn.functional.one_hot(targets, 3).float() if soft else targets
     data = (images_for(targets), given)
     assert weights_for(data) == pytest.approx([4 / (2 * 3), 0.0, 4 / (2 * 1)], rel=1e-6)
-    trainer = tk.Trainer(model, device="cpu", precision="fp32", class_weights="balanced")
+    trainer = tk.Trainer(model, device="cpu", precision="fp32", loss=CrossEntropy(class_weights="balanced"))
     assert np.isfinite(trainer.fit(data, batch_size=2, verbose=0).history["loss"]).all()
 
 
@@ -123,7 +129,7 @@ def test_many_images_lose_no_precision():
     source = open_data((torch.zeros(1, 3, 1, 1, dtype=torch.uint8), [0]), CLASSES)
     targets = torch.tensor([[0.7, 0.2, 0.1]]).repeat(200_000, 1)
     source.targets = targets
-    found = find_class_weights("balanced", source, 3)
+    found = weights_of_run("balanced", source)
     assert found.tolist() == pytest.approx([1 / 2.1, 1 / 0.6, 1 / 0.3], rel=1e-6)
 
 
@@ -160,7 +166,7 @@ def test_a_subset(folder):
 
 
 def trained(model_for, data, weights, **arguments):
-    trainer = tk.Trainer(model_for(), device="cpu", precision="fp32", lr=1e-2, class_weights=weights)
+    trainer = tk.Trainer(model_for(), device="cpu", precision="fp32", lr=1e-2, loss=CrossEntropy(class_weights=weights))
     trainer.fit(data, batch_size=5, epochs=2, verbose=0, **arguments)
     return trainer
 
@@ -183,32 +189,39 @@ def test_a_part_to_train_on_is_weighed_by_itself(model_for, form):
     if form == "listed":
         data.targets = TARGETS
     one = trained(model_for, data, "balanced", validation_split=0.4)
-    found = one.cross_entropy.class_weights.tolist()
+    source = open_data(data, CLASSES)
+    found = weights_of_run("balanced", split_validation(source, 0.4, seed=0)[0]).tolist()
     assert found != pytest.approx(balanced(TARGETS), rel=1e-3)
     assert sum(1 / weight for weight in found) == pytest.approx(3.0, rel=1e-5)  # sum of counts is N of the part
     other = trained(model_for, data, found, validation_split=0.4)
-    for name, value in one.model.state_dict().items():
-        assert torch.equal(value, other.model.state_dict()[name]), name
+    assert differences(one.model.state_dict(), other.model.state_dict()) == []
 
 
 def test_images_left_out_are_not_read_for_their_targets(model_for):
     """A broken image that on_bad_image="skip" left out is not read again, and its target does not count."""
     with_broken = Unlisted([*TARGETS, 2], broken=[20])
-    trainer = trained(model_for, with_broken, "balanced", on_bad_image="skip")
-    assert trainer.cross_entropy.class_weights.tolist() == pytest.approx(balanced(TARGETS), rel=1e-6)
+    skipping = trained(model_for, with_broken, "balanced", on_bad_image="skip")
+    assert with_broken.read.count(20) == 1
+    whole = trained(model_for, Unlisted(TARGETS), "balanced")
+    assert differences(skipping.model.state_dict(), whole.model.state_dict()) == []
 
 
 def test_each_call_weighs_its_own_data(model_for):
     """Other data of a later call gives other weights."""
-    trainer = trained(model_for, (images_for(TARGETS), TARGETS), "balanced")
     second = [0, 1, 2, 2]
-    next(trainer.steps((images_for(second), second), batch_size=4))
-    assert trainer.cross_entropy.class_weights.tolist() == pytest.approx(balanced(second), rel=1e-6)
+    data = (images_for(second), second)
+    trainer = trained(model_for, (images_for(TARGETS), TARGETS), "balanced")
+    given = trained(model_for, (images_for(TARGETS), TARGETS), "balanced")
+    given._training.loss = CrossEntropy(class_weights=balanced(second))
+    losses = [next(one.steps(data, batch_size=4)).loss.item() for one in (trainer, given)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    given._training.loss = CrossEntropy(class_weights=balanced(TARGETS))
+    assert next(given.steps(data, batch_size=4)).loss.item() != pytest.approx(losses[0], rel=1e-3)
 
 
 def test_a_loader_is_refused(model_for):
     """A DataLoader does not tell its targets before the first step: it is refused with what to do, in each call."""
-    trainer = tk.Trainer(model_for(), device="cpu", precision="fp32", class_weights="balanced")
+    trainer = tk.Trainer(model_for(), device="cpu", precision="fp32", loss=CrossEntropy(class_weights="balanced"))
     loader = DataLoader(TensorDataset(images_for(TARGETS), torch.tensor(TARGETS)), batch_size=4)
     for call in (trainer.fit, trainer.steps, trainer.lr_find):
         with pytest.raises(ArgumentError, match=r'"balanced" needs all targets.*pass its Dataset, or the weights'):
@@ -219,15 +232,15 @@ def test_a_run_is_resumed(model_for, tmp_path):
     """A run with balanced weights goes on to the bits of one that never stopped; with other weights it is refused."""
     data = (images_for(TARGETS), TARGETS)
     arguments = {"epochs": 3, "batch_size": 5, "verbose": 0}
-    whole = tk.Trainer(model_for(), device="cpu", precision="fp32", class_weights="balanced")
+    whole = tk.Trainer(model_for(), device="cpu", precision="fp32", loss=CrossEntropy(class_weights="balanced"))
     whole.fit(data, **arguments)
-    stopped = tk.Trainer(model_for(), device="cpu", precision="fp32", class_weights="balanced")
+    stopped = tk.Trainer(model_for(), device="cpu", precision="fp32", loss=CrossEntropy(class_weights="balanced"))
     stopped.fit(data, callbacks=[tk.Checkpoint(tmp_path / "run")], **{**arguments, "epochs": 1})
-    resumed = tk.Trainer(model_for(), device="cpu", precision="fp32", class_weights="balanced")
+    resumed = tk.Trainer(model_for(), device="cpu", precision="fp32", loss=CrossEntropy(class_weights="balanced"))
     resumed.fit(data, resume_from=tmp_path / "run", **arguments)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
-    other = tk.Trainer(model_for(), device="cpu", precision="fp32", class_weights=[1.0, 2.0, 3.0])
+    other = tk.Trainer(model_for(), device="cpu", precision="fp32", loss=CrossEntropy(class_weights=[1.0, 2.0, 3.0]))
     with pytest.raises(CheckpointError, match="class_weights"):
         other.fit(data, resume_from=tmp_path / "run", **arguments)
 
@@ -239,14 +252,12 @@ def test_a_run_is_resumed(model_for, tmp_path):
 def test_other_values_are_refused(values, model):
     """What is neither three numbers nor "balanced" is refused with what is expected."""
     with pytest.raises(ArgumentError, match=r"expected 3 finite numbers of 0 or more.*or 'balanced'"):
-        tk.Trainer(model, device="cpu", class_weights=values)
+        tk.Trainer(model, device="cpu", loss=CrossEntropy(class_weights=values))
 
 
 def test_numbers_and_none_pass():
-    """Numbers become a tensor; None and "balanced" are as they were, and need no data where they are numbers."""
-    assert check_class_weights(None, 3) is None
-    assert check_class_weights("balanced", 3) == "balanced"
-    numbers = check_class_weights((1, 2.5, 0), 3)
-    assert numbers.tolist() == [1.0, 2.5, 0.0]
-    assert find_class_weights(numbers, None, 3) is numbers
-    assert find_class_weights(None, None, 3) is None
+    """Numbers become a float32 tensor; neither they nor None need data."""
+    assert weights_of_run(None, None) is None
+    for values in ((1, 2.5, 0), torch.tensor([1, 2.5, 0]).double(), np.array([1, 2.5, 0])):
+        found = weights_of_run(values, None)
+        assert (found.dtype, found.tolist()) == (torch.float32, [1.0, 2.5, 0.0])

@@ -82,7 +82,7 @@ def test_a_data_loader_reads_it(frozen, data):
 def test_workers_read_it(frozen, data, tmp_path):
     """Processes of a `DataLoader` read it, from memory and from a file."""
     for folder in (None, tmp_path):
-        features = cached(frozen, data, cache_dir=folder)
+        features = cached(frozen, data, cache=folder)
         batches = list(DataLoader(features, batch_size=10, num_workers=2))
         assert torch.equal(torch.cat([batch for batch, _ in batches]), end_to_end(frozen, data[0]))
 
@@ -163,7 +163,7 @@ def test_numpy_gives_copies_of_targets(frozen, data):
 
 def test_numpy_gives_arrays_that_can_be_written_from_a_file(frozen, data, tmp_path):
     """So it is where the features are a mapped file, which cannot be written to: the arrays are no part of it."""
-    features = cached(frozen, data, cache_dir=tmp_path)
+    features = cached(frozen, data, cache=tmp_path)
     kept = features.features
     address = features.numpy()[0].__array_interface__["data"][0]
     size = kept.numel() * kept.element_size()
@@ -202,11 +202,11 @@ def test_views_follow_the_seed(frozen, data):
 
 def test_a_folder_keeps_them(frozen, data, tmp_path, monkeypatch):
     """With `cache_dir` a second call computes nothing, and a trainer in the same folder neither."""
-    first = cached(frozen, data, cache_dir=tmp_path)
+    first = cached(frozen, data, cache=tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".features"]
     monkeypatch.setattr(Prefix, "__call__", only_the_example)
-    assert torch.equal(cached(frozen, data, cache_dir=str(tmp_path)).features, first.features)
-    trainer = tk.Trainer(frozen, device="cpu", precision="fp32", cache_dir=tmp_path)
+    assert torch.equal(cached(frozen, data, cache=str(tmp_path)).features, first.features)
+    trainer = tk.Trainer(frozen, device="cpu", precision="fp32", cache=tmp_path)
     trainer.fit(data, epochs=1, verbose=0)
 
 
@@ -328,4 +328,4 @@ def test_a_folder_that_cannot_be_used_is_refused(frozen, data, tmp_path):
     """`cache_dir` that is a file is refused with its path."""
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheError, match="file"):
-        cached(frozen, data, cache_dir=tmp_path / "file")
+        cached(frozen, data, cache=tmp_path / "file")

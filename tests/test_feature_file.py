@@ -279,7 +279,7 @@ def test_the_disk_is_asked_before_the_first_byte(tmp_path, features, monkeypatch
 def test_a_missing_folder_is_refused(tmp_path, features):
     """A folder that was deleted meanwhile is an error with its path and the remedy."""
     folder = tmp_path / "gone"
-    with pytest.raises(CacheError, match="cache_dir") as caught:
+    with pytest.raises(CacheError, match="cache") as caught:
         FeatureFile(folder, KEY).write(parts_of(features), tuple(features.shape), features.dtype)
     assert str(folder) in str(caught.value)
 
@@ -288,7 +288,7 @@ def test_a_folder_that_cannot_be_written_is_refused(open_folder, features):
     """A read-only folder is an error with its path and the remedy."""
     open_folder.chmod(0o555)
     file = FeatureFile(open_folder, KEY)
-    with ordinary_user(), pytest.raises(CacheError, match="cache_dir") as caught:
+    with ordinary_user(), pytest.raises(CacheError, match="cache") as caught:
         file.write(parts_of(features), tuple(features.shape), features.dtype)
     assert str(open_folder) in str(caught.value)
     assert list(open_folder.iterdir()) == []

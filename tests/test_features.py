@@ -402,7 +402,7 @@ def test_memory_is_taken_up_to_the_share_of_what_is_free(setup, data, monkeypatc
     if spare == 0:
         assert setup.keep(data)[1] == "computed"
     else:
-        with pytest.raises(CacheError, match="cache_dir"):
+        with pytest.raises(CacheError, match="cache"):
             setup.keep(data)
 
 
@@ -418,7 +418,7 @@ def test_where_free_memory_is_unknown_there_is_a_fixed_limit(setup, data, monkey
 def test_the_message_says_how_much_and_what_to_do(setup, data, monkeypatch):
     """Too little memory is an error with both sizes and the remedy, before any image is computed."""
     monkeypatch.setattr(features_module, "MEMORY_SHARE", 0)
-    with pytest.raises(CacheError, match=r"they take \d.* MB, and may take 0 MB .*Trainer\(cache_dir=\.\.\.\)"):
+    with pytest.raises(CacheError, match=r"they take \d.* MB, and may take 0 MB .*Trainer\(cache=\.\.\.\)"):
         setup.keep(data)
 
 
@@ -508,7 +508,7 @@ def test_a_missing_folder_is_made(tmp_path):
 def test_what_can_be_no_folder_is_refused(tmp_path, place):
     """A file, or a folder whose parent is missing, is refused with the path."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(CacheError, match="cache_dir=") as caught:
+    with pytest.raises(CacheError, match="cache=") as caught:
         open_folder(tmp_path / place)
     assert str(tmp_path / place) in str(caught.value)
 

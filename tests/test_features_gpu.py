@@ -39,8 +39,8 @@ def test_features_that_do_not_fit_there_lie_in_pinned_memory(model, data, monkey
 
 def test_a_file_is_copied_to_the_gpu(model, data, tmp_path):
     """A second trainer finds the features in the folder and has them on the GPU."""
-    first = trained(model, data, cache_dir=tmp_path)
-    second = trained(model, data, cache_dir=tmp_path)
+    first = trained(model, data, cache=tmp_path)
+    second = trained(model, data, cache=tmp_path)
     assert all(kept.features.is_cuda for kept in second._features._kept)
     for name, value in first.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name])

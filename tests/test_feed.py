@@ -123,7 +123,7 @@ def test_same_run_at_every_seed_and_batch_size(make_backbone, data, seed, batch_
     [
         {"micro_batch_size": 3},
         {"class_weights": [1.0, 2.0, 5.0]},
-        {"label_smoothing": 0.1, "clip_grad_norm": 0.01},
+        {"loss": tk.CrossEntropy(label_smoothing=0.1), "clip_grad_norm": 0.01},
         {"optimizer": "sgd", "weight_decay": 0.1, "schedule": "cosine", "warmup_steps": 2},
     ],
     ids="+".join,
@@ -412,10 +412,10 @@ def test_raw_and_preprocessed_between_fits(two_trainers, data):
 
 def test_two_views_and_twice_the_images(make_backbone, data, tmp_path):
     """Files of two equal views are not taken for twice as many images."""
-    fit(make_trainer(make_model(make_backbone), cache_dir=tmp_path), data, n_views=2)
+    fit(make_trainer(make_model(make_backbone), cache=tmp_path), data, n_views=2)
     twice = torch.cat([data[0], data[0]]), torch.cat([data[1], data[1]])
     cached, uncached = (
-        make_trainer(make_model(make_backbone), cache_dir=tmp_path),
+        make_trainer(make_model(make_backbone), cache=tmp_path),
         make_trainer(make_model(make_backbone)),
     )
     assert_same_run(cached, through_the_whole_model(uncached), twice)
@@ -531,7 +531,7 @@ def test_what_is_kept_is_told_once(make_backbone, data, validation, capsys):
 def test_quiet_is_quiet(make_backbone, data, capsys, tmp_path, arguments):
     """`verbose=0` prints nothing, and neither does `steps`, whatever is or is not kept."""
     for folder in (None, tmp_path):
-        trainer = make_trainer(make_model(make_backbone), cache_dir=folder)
+        trainer = make_trainer(make_model(make_backbone), cache=folder)
         fit(trainer, data, validation_data=data, epochs=1, **arguments)
         list(trainer.steps(data, **arguments))
     captured = capsys.readouterr()
@@ -715,8 +715,8 @@ def test_too_little_memory(make_backbone, data, monkeypatch, capsys):
     assert_same_run(cached, uncached, data, verbose=1)
     lines = refusals(lines_of(capsys))
     assert len(lines) == 1
-    assert "cache_dir" in lines[0]
-    with pytest.raises(CacheError, match="cache_dir"):
+    assert "cache" in lines[0]
+    with pytest.raises(CacheError, match="cache"):
         fit(make_trainer(make_model(make_backbone), cache=True), data)
 
 
@@ -854,9 +854,9 @@ def test_validation_in_several_batches_is_evaluation_afterwards(make_backbone, d
 
 def test_a_second_trainer_computes_nothing(make_backbone, data, validation, tmp_path, images_seen):
     """Another trainer with the same folder computes nothing and trains the same."""
-    cached, uncached = (make_trainer(make_model(make_backbone), cache_dir=tmp_path) for _ in range(2))
+    cached, uncached = (make_trainer(make_model(make_backbone), cache=tmp_path) for _ in range(2))
     through_the_whole_model(uncached)
-    fit(make_trainer(make_model(make_backbone), cache_dir=str(tmp_path)), data, validation_data=validation)
+    fit(make_trainer(make_model(make_backbone), cache=str(tmp_path)), data, validation_data=validation)
     assert len(list(tmp_path.glob("*.features"))) == len(list(tmp_path.iterdir())) == 2
     images_seen.clear()
     assert_same_run(cached, uncached, data, validation_data=validation)
@@ -886,7 +886,7 @@ backbone = tk.Backbone("tiny", features, CONVENTIONS["IMAGENET1K_V1"].with_image
 model = tk.attach_head(backbone, ["cat", "dog", "owl"], hidden=(16,), dropout=0.5)
 model.load_state_dict(state["model"])
 trainer = tk.Trainer(
-    tk.freeze_until(model, "head"), device="cpu", precision="bf16", lr=1e-2, cache_dir=f"{folder}/features"
+    tk.freeze_until(model, "head"), device="cpu", precision="bf16", lr=1e-2, cache=f"{folder}/features"
 )
 trainer.fit(state["data"], epochs=2, batch_size=7, verbose=0)
 torch.save(model.state_dict(), f"{folder}/end.pt")
@@ -899,7 +899,7 @@ def test_a_second_process_computes_nothing(make_backbone, data, tmp_path):
     """Another process with the same folder computes nothing and ends with the same weights."""
     model = make_model(make_backbone)
     torch.save({"model": model.state_dict(), "data": data}, tmp_path / "start.pt")
-    fit(make_trainer(model, cache_dir=tmp_path / "features"), data, epochs=2)
+    fit(make_trainer(model, cache=tmp_path / "features"), data, epochs=2)
     process = subprocess.run(
         [sys.executable, "-c", SECOND_PROCESS, str(tmp_path)], capture_output=True, text=True, check=True
     )
@@ -938,13 +938,13 @@ def of_another_key(path):
 )
 def test_a_damaged_file_is_told_and_computed_anew(make_backbone, data, tmp_path, capsys, damage):
     """A file that cannot be used is passed over with a line that has its path, and a good one takes its place."""
-    fit(make_trainer(make_model(make_backbone), cache_dir=tmp_path), data)
+    fit(make_trainer(make_model(make_backbone), cache=tmp_path), data)
     path = next(tmp_path.iterdir())
     good = path.read_bytes()
     damage(path)
     capsys.readouterr()
     cached, uncached = (
-        make_trainer(make_model(make_backbone), cache_dir=tmp_path),
+        make_trainer(make_model(make_backbone), cache=tmp_path),
         make_trainer(make_model(make_backbone)),
     )
     through_the_whole_model(uncached)
@@ -957,12 +957,12 @@ def test_a_damaged_file_is_told_and_computed_anew(make_backbone, data, tmp_path,
 
 def test_a_directory_in_a_files_place(make_backbone, data, tmp_path, capsys):
     """A directory under the file's name is told, and the run goes on in memory."""
-    fit(make_trainer(make_model(make_backbone), cache_dir=tmp_path), data)
+    fit(make_trainer(make_model(make_backbone), cache=tmp_path), data)
     path = next(tmp_path.iterdir())
     path.unlink()
     path.mkdir()
     cached, uncached = (
-        make_trainer(make_model(make_backbone), cache_dir=tmp_path),
+        make_trainer(make_model(make_backbone), cache=tmp_path),
         make_trainer(make_model(make_backbone)),
     )
     capsys.readouterr()
@@ -990,7 +990,7 @@ def test_a_read_only_folder(make_backbone, data, capsys):
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o555)
         with ordinary_user():
-            cached = make_trainer(make_model(make_backbone), cache_dir=name)
+            cached = make_trainer(make_model(make_backbone), cache=name)
             assert_same_run(cached, uncached, data, verbose=1)
         told = [line for line in lines_of(capsys) if "not kept in a file" in line]
         assert len(told) == 1
@@ -1000,7 +1000,7 @@ def test_a_read_only_folder(make_backbone, data, capsys):
 
 def test_a_full_disk(make_backbone, data, tmp_path, capsys, monkeypatch, images_seen):
     """Without room on the disk the run goes on in memory, one line says so, and no image is computed twice."""
-    cached = make_trainer(make_model(make_backbone), cache_dir=tmp_path)
+    cached = make_trainer(make_model(make_backbone), cache=tmp_path)
     uncached = through_the_whole_model(make_trainer(make_model(make_backbone)))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12 - 10, 10))
     assert_same_run(cached, uncached, data, verbose=1)
@@ -1013,9 +1013,9 @@ def test_a_full_disk(make_backbone, data, tmp_path, capsys, monkeypatch, images_
 
 def test_a_file_of_a_shallower_boundary_serves_another_trainer(make_backbone, data, tmp_path, images_seen):
     """A trainer with a deeper boundary derives its features from another one's file."""
-    fit(make_trainer(make_model(make_backbone, "block3"), cache_dir=tmp_path), data)
+    fit(make_trainer(make_model(make_backbone, "block3"), cache=tmp_path), data)
     cached, uncached = (
-        make_trainer(make_model(make_backbone), cache_dir=tmp_path),
+        make_trainer(make_model(make_backbone), cache=tmp_path),
         make_trainer(make_model(make_backbone)),
     )
     through_the_whole_model(uncached)
@@ -1027,8 +1027,8 @@ def test_a_file_of_a_shallower_boundary_serves_another_trainer(make_backbone, da
 def test_a_folder_that_cannot_be_used_is_refused(make_backbone, tmp_path):
     """A `cache_dir` that is a file is refused when the trainer is made."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(CacheError, match="cache_dir"):
-        make_trainer(make_model(make_backbone), cache_dir=tmp_path / "file")
+    with pytest.raises(CacheError, match="cache"):
+        make_trainer(make_model(make_backbone), cache=tmp_path / "file")
 
 
 # ---- kinds of data

@@ -72,7 +72,7 @@ CASES = {
     "uncached": {"cache": False},
     "by block": {"lr": {"backbone": 1e-5, "block5": 1e-4, "head": 1e-3}, "schedule": "cosine", "warmup_steps": 2},
     "balanced": {"class_weights": "balanced"},
-    "smoothed": {"label_smoothing": 0.1, "class_weights": [1.0, 2.0, 3.0]},
+    "smoothed": {"loss": tk.CrossEntropy(label_smoothing=0.1), "class_weights": [1.0, 2.0, 3.0]},
 }
 
 
@@ -455,9 +455,9 @@ def test_weights_of_classes_and_smoothing_count(make_backbone, data):
     """The losses are weighted and smoothed as those of fit; "balanced" comes from the data that is given."""
     targets = torch.tensor([0] * 16 + [1] * 6 + [2] * 2)
     weights = torch.tensor([24 / (3 * 16), 24 / (3 * 6), 24 / (3 * 2)])
-    trainer = make_trainer(make_model(make_backbone, frozen=None), class_weights="balanced", label_smoothing=0.2)
+    trainer = make_trainer(make_model(make_backbone, frozen=None), loss=tk.CrossEntropy(class_weights="balanced"), loss=tk.CrossEntropy(label_smoothing=0.2))
     found = trainer.lr_find((data[0], targets), batch_size=8, num_steps=4, lr_min=1e-4, lr_max=1e-2, verbose=0)
-    options = {"weight": weights, "label_smoothing": 0.2}
+    options = {"weight": weights, "loss": tk.CrossEntropy(label_smoothing=0.2)}
     expected = by_hand(trainer, (data[0], targets), found.lrs, batch_size=8, network=trainer.model, **options)
     assert found.losses == pytest.approx(expected, rel=1e-5)
 

@@ -128,11 +128,11 @@ def test_clipping_gives_the_weights_of_a_plain_loop(backbone, boundary):
 @pytest.mark.parametrize(
     ("criterion", "arguments"),
     [
-        (nn.CrossEntropyLoss(label_smoothing=0.1), {"label_smoothing": 0.1}),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), {"loss": tk.CrossEntropy(label_smoothing=0.1)}),
         (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0])), {"class_weights": [1.0, 2.0, 5.0]}),
         (
-            nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]), label_smoothing=0.1),
-            {"class_weights": [1.0, 2.0, 5.0], "label_smoothing": 0.1},
+            nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]), loss=tk.CrossEntropy(label_smoothing=0.1)),
+            {"class_weights": [1.0, 2.0, 5.0], "loss": tk.CrossEntropy(label_smoothing=0.1)},
         ),
     ],
     ids=["label smoothing", "class weights", "both"],

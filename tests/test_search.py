@@ -299,9 +299,9 @@ def test_random_generators_are_left_alone(search, folder):
 def test_a_cache_folder_is_used(search, data, tmp_path, images_seen):
     """With cache_dir a second search computes nothing."""
     space = {"lr": [1e-2], "freeze_until": ["block5", "head"]}
-    search(space, data, validation_data=data, cache_dir=tmp_path / "cache")
+    search(space, data, validation_data=data, cache=tmp_path / "cache")
     images_seen.clear()
-    search(space, data, validation_data=data, cache_dir=tmp_path / "cache")
+    search(space, data, validation_data=data, cache=tmp_path / "cache")
     assert images_seen == []
 
 

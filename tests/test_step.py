@@ -8,30 +8,31 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import transferkit as tk
-from transferkit.errors import ArgumentError
-from transferkit.training.loss import CrossEntropy, check_class_weights
+from transferkit.training.loss import CrossEntropy
 from transferkit.training.metrics import Sums, count_correct
 from transferkit.training.optimizers import build_optimizer
-from transferkit.training.step import evaluation_step, training_step
+from transferkit.training.schedules import SCHEDULES
+from transferkit.training.step import evaluation_step, guarded_step
+from transferkit.training.training import Training
 
 WEIGHTS = torch.tensor([1.0, 2.0, 5.0])
 
 
+def training_of(model, optimizer, **settings):
+    """What a trainer of the model would share with its steps."""
+    device = settings.pop("device", None) or tk.Device("cpu", "fp32")
+    settings = {"loss": CrossEntropy(), "metrics": {}, "clip_grad_norm": None, **settings}
+    return Training(model, device, optimizer, schedule=SCHEDULES["constant"], max_skipped=0, seed=0, **settings)
+
+
 def one_step(model, images, targets, *, micro_batch_size=None, cross_entropy=None, clip_grad_norm=None):
     """Loss, hits and weights after one step of SGD on a copy of the model."""
-    model = copy.deepcopy(model).train()
-    loss, correct, *_ = training_step(
-        model,
-        model.backbone.preprocess(images),
-        targets,
-        device=tk.Device("cpu", "fp32"),
-        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-        cross_entropy=cross_entropy or CrossEntropy(),
-        seed=0,
-        micro_batch_size=micro_batch_size or len(targets),
-        clip_grad_norm=clip_grad_norm,
-    )
-    return loss, correct, model
+    model, loss = copy.deepcopy(model).train(), cross_entropy or CrossEntropy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    training = training_of(model, optimizer, clip_grad_norm=clip_grad_norm, micro_batch_size=micro_batch_size)
+    inputs = model.backbone.preprocess(images)
+    update = guarded_step(model, inputs, targets, training=training, loss=loss, seed=0)
+    return update.loss, count_correct(update.logits, targets), model
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -132,41 +133,9 @@ def test_hits_are_counted_for_indices_and_rows():
 def test_sums_weigh_batches_by_their_images():
     """Mean loss and accuracy are over images, not over batches."""
     sums = Sums(torch.device("cpu"))
-    sums.add(torch.tensor(1.0), torch.tensor(2), 6)
-    sums.add(torch.tensor(4.0), torch.tensor(1), 2)
+    sums.add(torch.tensor(1.0), torch.tensor(2), torch.zeros(6, 3), torch.zeros(6))
+    sums.add(torch.tensor(4.0), torch.tensor(1), torch.zeros(2, 3), torch.zeros(2))
     assert sums.means() == ((1.0 * 6 + 4.0 * 2) / 8, 3 / 8)
-
-
-@pytest.mark.parametrize("values", [[1, 2, 5], (1.0, 2.0, 5.0), WEIGHTS, WEIGHTS.double(), WEIGHTS.numpy()])
-def test_class_weights_become_float32(values):
-    """Any sequence of numbers becomes a float32 tensor."""
-    weights = check_class_weights(values, 3)
-    assert weights.dtype == torch.float32
-    assert weights.tolist() == [1.0, 2.0, 5.0]
-
-
-@pytest.mark.parametrize(
-    "values", [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0], [1.0, -1.0, 2.0], [1.0, float("nan"), 1.0], [1.0, float("inf"), 1.0]]
-)
-def test_class_weights_that_cannot_be_used_are_refused(values):
-    """One finite number of 0 or more is needed for each class."""
-    with pytest.raises(
-        ArgumentError, match=r"class_weights=\[1.0, .*expected 3 finite numbers of 0 or more, one for e"
-    ):
-        check_class_weights(values, 3)
-
-
-@pytest.mark.parametrize("values", [{0: 1.0, 1: 2.0, 2: 5.0}, "even", ["a", "b", "c"]])
-def test_class_weights_of_another_type_are_refused(values):
-    """A dict, as Keras takes, or a word is refused by name, not with torch's own error."""
-    with pytest.raises(ArgumentError, match=r"class_weights=.*expected 3 finite numbers of 0 or more"):
-        check_class_weights(values, 3)
-
-
-def test_weights_of_zero_alone_are_refused():
-    """Weights under which nothing counts are refused."""
-    with pytest.raises(ArgumentError, match=r"class_weights=\[0, 0, 0\] cannot be used.*not 0 for all"):
-        check_class_weights([0, 0, 0], 3)
 
 
 class HostReads(TorchDispatchMode):
@@ -188,21 +157,12 @@ def test_a_step_reads_nothing_back_to_the_host(model, data, optimizer, weights):
     """A step with clipping, parts and class weights, and adding up its figures, makes no host sync."""
     device, sums = tk.Device("cpu", "bf16"), Sums(torch.device("cpu"))
     built = build_optimizer(optimizer, device.prepare(model), 1e-3, 0.01)
-    images = model.backbone.preprocess(data[0])
+    training = training_of(model, built, device=device, clip_grad_norm=1.0, micro_batch_size=10)
+    images, loss = model.backbone.preprocess(data[0]), CrossEntropy(0.1, weights)
 
     def step():
-        loss, correct, *_ = training_step(
-            model,
-            images,
-            data[1],
-            device=device,
-            optimizer=built,
-            cross_entropy=CrossEntropy(0.1, weights),
-            seed=0,
-            micro_batch_size=10,
-            clip_grad_norm=1.0,
-        )
-        sums.add(loss, correct, 24)
+        update = guarded_step(model, images, data[1], training=training, loss=loss, seed=0)
+        sums.add(update.loss, count_correct(update.logits, data[1]), update.logits, data[1])
 
     step()  # the first one makes the optimizer's state
     with HostReads() as reads:

@@ -308,7 +308,7 @@ def test_a_run_that_diverged_does_not_leave_nan(model, data):
             model.head.logits.weight.fill_(float("nan"))
 
     zeros = (data[0], torch.zeros(24, dtype=torch.int64))  # the largest of logits that are not numbers is the first
-    make_trainer(model, lr=1e-30, on_nonfinite="skip").fit(
+    make_trainer(model, lr=1e-30, max_skipped=10).fit(
         wrong(data), validation_data=zeros, epochs=2, batch_size=24, verbose=0, callbacks=[break_model]
     )
     assert model.head.logits.weight.isfinite().all()
@@ -489,7 +489,7 @@ def test_batch_size_of_a_loader_is_its_own(model, data, call):
         ({"micro_batch_size": 0}, r"micro_batch_size=0 cannot be used: expected a whole number of 1"),
         ({"micro_batch_size": 1.5}, r"micro_batch_size=1.5 cannot be used: expected a whole number of 1"),
         (
-            {"label_smoothing": 1.0},
+            {"loss": tk.CrossEntropy(label_smoothing=1.0)},
             r"label_smoothing=1.0 is out of range: expected a share from 0 up to but not including 1",
         ),
         ({"label_smoothing": -0.1}, r"label_smoothing=-0.1 is out of range: expected a share from 0 up to"),
@@ -577,7 +577,7 @@ def test_evaluation_leaves_the_mode(model, data, mode):
 @pytest.mark.parametrize("batch_size", [1, 7, 24, 100])
 def test_evaluate_is_the_mean_over_images(model, data, batch_size):
     """Loss and accuracy are the means over all images, whatever the batches, unsmoothed and unweighted."""
-    trainer = make_trainer(model, label_smoothing=0.3, class_weights=[1.0, 5.0, 9.0])
+    trainer = make_trainer(model, loss=tk.CrossEntropy(label_smoothing=0.3, loss=tk.CrossEntropy(class_weights=[1.0, 5.0, 9.0])))
     images, targets = data[0], data[1].sort().values  # so that batches differ
     with torch.no_grad():
         logits = model.eval()(model.backbone.preprocess(images))
@@ -601,8 +601,8 @@ def test_reported_loss_includes_smoothing_and_weights(model, data):
     with torch.no_grad():
         logits = model(model.backbone.preprocess(data[0]))
     weights = torch.tensor([1.0, 5.0, 9.0])
-    expected = functional.cross_entropy(logits, data[1], weights, label_smoothing=0.3).item()
-    trainer = make_trainer(model, lr=1e-30, optimizer="sgd", label_smoothing=0.3, class_weights=weights)
+    expected = functional.cross_entropy(logits, data[1], weights, loss=tk.CrossEntropy(label_smoothing=0.3)).item()
+    trainer = make_trainer(model, lr=1e-30, optimizer="sgd", loss=tk.CrossEntropy(label_smoothing=0.3), class_weights=weights)
     history = trainer.fit(data, validation_data=data, batch_size=24, verbose=0)
     assert history.history["loss"] == pytest.approx([expected], rel=1e-5)
     assert history.history["val_loss"] == pytest.approx([functional.cross_entropy(logits, data[1]).item()], rel=1e-6)
@@ -728,7 +728,7 @@ def test_balanced_weights_let_every_class_count_alike(make_backbone, data):
 # ---- the update
 
 
-@pytest.mark.parametrize("arguments", [{}, {"class_weights": [1.0, 2.0, 5.0]}, {"label_smoothing": 0.1}])
+@pytest.mark.parametrize("arguments", [{}, {"class_weights": [1.0, 2.0, 5.0]}, {"loss": tk.CrossEntropy(label_smoothing=0.1)}])
 def test_micro_batches_give_the_update_of_the_batch(make_backbone, data, arguments):
     """5 images in parts of 2, 2 and 1 give the update of 5 at once (rtol 1e-5: sums in another order)."""
     trained = []

@@ -157,7 +157,7 @@ class Trainer:
         if isinstance(device, Device) and precision not in ("auto", device.precision):
             raise ArgumentError(f"precision={precision!r} contradicts {device}: say it in one place.")
         place = device if isinstance(device, Device) else Device(device, precision)
-        found = find_loss(loss, model.threshold, place.torch_device)
+        found = find_loss(loss, model, place.torch_device)
         self._training = Training(
             model=place.prepare(model),
             device=place,

@@ -41,7 +41,7 @@ def train(make_backbone, data, capsys):
         torch.manual_seed(3)
         model = tk.attach_head(tk.freeze_until(make_backbone(), "head"), CLASSES)
         trainer = tk.Trainer(
-            model, device="cpu", precision="fp32", lr=1e-2, seed=1, cache_dir=folder, **arguments.pop("trainer", {})
+            model, device="cpu", precision="fp32", lr=1e-2, seed=1, cache=folder, **arguments.pop("trainer", {})
         )
         trainer.fit(data, epochs=2, batch_size=8, **arguments)
         return model.state_dict(), capsys.readouterr().out.splitlines(), trainer
@@ -264,7 +264,7 @@ def test_a_disk_that_fills_up_in_mid_write_keeps_features_in_memory(small_disk, 
         torch.manual_seed(3)
         model = tk.attach_head(tk.freeze_until(make_backbone(), "block3"), CLASSES)
         dataset = FillsTheDisk((images, torch.arange(150) % 3), small_disk)
-        trainer = tk.Trainer(model, device="cpu", precision="fp32", seed=1, cache_dir=folder)
+        trainer = tk.Trainer(model, device="cpu", precision="fp32", seed=1, cache=folder)
         trainer.fit(dataset, batch_size=64)
         trained.append(model.state_dict())
         assert dataset.full is (folder is not None)
@@ -285,7 +285,7 @@ def test_a_file_size_limit_keeps_features_in_memory(tmp_path, make_backbone):
     for folder in (None, tmp_path):
         torch.manual_seed(3)
         model = tk.attach_head(tk.freeze_until(make_backbone(), "block3"), CLASSES, pooling="avg")
-        trainer = tk.Trainer(model, device="cpu", precision="fp32", seed=1, cache_dir=folder)
+        trainer = tk.Trainer(model, device="cpu", precision="fp32", seed=1, cache=folder)
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))

@@ -282,7 +282,7 @@ def test_buffers_that_a_head_assigns_anew_are_put_back(make_backbone, data):
 def test_a_step_left_out_is_as_if_its_batch_had_not_been_there(make_trainer, kind, arguments, bad):
     """9 updates of 10, and the bits of a run without the bad batch, be it the first: dropout, moments, means."""
     arguments = {"batch_norm": True, "dropout": 0.5, **arguments}
-    skipping = make_trainer(kind, on_nonfinite="skip", **arguments)
+    skipping = make_trainer(kind, max_skipped=10, **arguments)
     reference = make_trainer(kind, **arguments)
     torch.full((10_000,), 1e30)  # what memory that is not cleared may hold
     history = skipping.fit(make_batches(kind, bad=(bad,)), verbose=0)
@@ -296,7 +296,7 @@ def test_a_step_left_out_is_as_if_its_batch_had_not_been_there(make_trainer, kin
 
 def test_it_is_counted_and_printed_and_the_schedule_moves_with_the_updates(make_trainer, capsys):
     """The line of the epoch tells how many were left out; the last of 9 updates is at progress 8/10."""
-    trainer = make_trainer("NaN gradient", on_nonfinite="skip", schedule="linear", lr=1.0)
+    trainer = make_trainer("NaN gradient", max_skipped=10, schedule="linear", lr=1.0)
     rates = [step.lr for step in trainer.steps(make_batches("NaN gradient"))]
     assert rates == pytest.approx([1 - made / 10 for made in range(9)])
     history = trainer.fit(make_batches("NaN gradient"), lr=1e-3)
@@ -307,7 +307,7 @@ def test_it_is_counted_and_printed_and_the_schedule_moves_with_the_updates(make_
 
 def test_the_budget_holds_over_a_run(make_trainer):
     """Two of a budget of two pass in the first epoch; the third, in the second, is an error."""
-    trainer = make_trainer("NaN gradient", on_nonfinite="skip", max_skipped=2)
+    trainer = make_trainer("NaN gradient", max_skipped=2)
     reports = []
     with pytest.raises(NonFiniteError, match=r"step 9 \(epoch 1, batch 1, .*max_skipped=2"):
         trainer.fit(
@@ -317,14 +317,14 @@ def test_the_budget_holds_over_a_run(make_trainer):
             verbose=0,
         )
     assert reports == [2]
-    none = make_trainer("NaN gradient", on_nonfinite="skip", max_skipped=0)
+    none = make_trainer("NaN gradient", max_skipped=0)
     with pytest.raises(NonFiniteError, match="step 3 "):
         none.fit(make_batches("NaN gradient"), verbose=0)
 
 
 def test_what_was_left_out_is_remembered_over_a_stop(make_trainer, tmp_path):
     """A run that stops behind a bad batch and is resumed has the report and the bits of one that did not."""
-    make = functools.partial(make_trainer, "NaN gradient", on_nonfinite="skip", max_skipped=1, dropout=0.5)
+    make = functools.partial(make_trainer, "NaN gradient", max_skipped=1, dropout=0.5)
     whole, stopped, resumed = make(), make(), make()
     expected = whole.fit(make_batches("NaN gradient"), verbose=0)
     checkpoint = tk.Checkpoint(tmp_path, every_steps=5)
@@ -344,7 +344,7 @@ def test_what_was_left_out_is_remembered_over_a_stop(make_trainer, tmp_path):
 
 def test_an_epoch_of_nothing_but_bad_steps_has_no_loss(make_trainer):
     """A mean over no image is not a loss of 0, which would be the best there is."""
-    trainer = make_trainer("NaN gradient", on_nonfinite="skip")
+    trainer = make_trainer("NaN gradient", max_skipped=10)
     report = trainer.fit(make_batches("NaN gradient", bad=(0, 1), number=2), verbose=0).reports[0]
     assert report.skipped == 2
     assert math.isnan(report.loss)

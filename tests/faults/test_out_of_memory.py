@@ -116,7 +116,7 @@ def test_the_step_is_that_of_smaller_parts_from_the_start(make_trainer, data, ca
         {"precision": "bf16"},
         {"optimizer": "sgd", "clip_grad_norm": 0.1},
         {"optimizer": "rmsprop"},
-        {"label_smoothing": 0.1, "class_weights": [1.0, 2.0, 5.0]},
+        {"loss": tk.CrossEntropy(label_smoothing=0.1), "class_weights": [1.0, 2.0, 5.0]},
         {"micro_batch_size": 7},
     ],
     ids=str,
@@ -194,7 +194,7 @@ def test_a_ragged_last_part_gives_the_gradient_of_the_whole(model, data, precisi
             device="cpu",
             precision=precision,
             lr=1.0,
-            class_weights=[1.0, 2.0, 5.0],
+            loss=tk.CrossEntropy(class_weights=[1.0, 2.0, 5.0]),
         )
         trainer.fit((data[0][:5], data[1][:5]), batch_size=5, verbose=0)
         before = dict(model.named_parameters())

@@ -34,7 +34,7 @@ EVERYTHING = {
     "warmup_steps": 2,
     "clip_grad_norm": 1.0,
     "micro_batch_size": 3,
-    "label_smoothing": 0.1,
+    "loss": tk.CrossEntropy(label_smoothing=0.1),
     "class_weights": [1.0, 2.0, 0.5],
 }
 PLAIN = {"lr": 1e-2, "schedule": "linear"}
@@ -52,7 +52,7 @@ CASES = {
         "frozen": "head",
         "data": "files",
     },
-    "folder": {"trainer": {**EVERYTHING, "cache": True}, "frozen": "head", "cache_dir": True, "data": "files"},
+    "folder": {"trainer": {**EVERYTHING, "cache": True}, "frozen": "head", "cache": True, "data": "files"},
     "split": {"trainer": EVERYTHING, "fit": {"validation_split": 0.3}, "validate": False, "batch": 6},
     "no-validation": {"trainer": {**EVERYTHING, "schedule": "constant"}, "validate": False},
     "loader": {"trainer": EVERYTHING, "data": "loader", "batch_norm": True},
@@ -105,7 +105,7 @@ def make_trainer(case, *, init, folder=None):
     backbone = make_backbone(batch_norm=case.get("batch_norm", False), seed=init)
     model = make_model(backbone, case.get("frozen"), seed=init, hidden=(16,), dropout=0.5)
     options = {"device": "cpu", "precision": "fp32", "seed": 5, **case["trainer"]}
-    trainer = tk.Trainer(model, **options, cache_dir=folder / "features" if case.get("cache_dir") else None)
+    trainer = tk.Trainer(model, **options, cache=folder / "features" if case.get("cache") else None)
     if case.get("scaler"):
         trainer.device.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     if case.get("memory"):
@@ -590,7 +590,7 @@ OTHER = [
     ("epochs", {}, {"epochs": 3}),
     ("warmup_steps", {"warmup_steps": 3}, {}),
     ("clip_grad_norm", {"clip_grad_norm": None}, {}),
-    ("label_smoothing", {"label_smoothing": 0.2}, {}),
+    ("label_smoothing", {"loss": tk.CrossEntropy(label_smoothing=0.2)}, {}),
     ("class_weights", {"class_weights": [1.0, 2.0, 1.0]}, {}),
     ("class_weights", {"class_weights": None}, {}),
     ("seed", {"seed": 6}, {}),

@@ -156,7 +156,7 @@ def test_a_death_while_measuring_is_the_same_error(make_backbone, method):
 @pytest.mark.slow
 def test_a_death_while_features_are_computed_leaves_no_part_of_a_file(make_backbone, tmp_path):
     """A worker that dies in the pass that fills the cache is that error too, and the folder stays empty."""
-    trainer = make_trainer(make_backbone, frozen="head", cache_dir=tmp_path)
+    trainer = make_trainer(make_backbone, frozen="head", cache=tmp_path)
     with pytest.raises(WorkerError, match=r"was reading image 21 "):
         trainer.fit(Pictures(DEATHS["SIGKILL"]), batch_size=4, num_workers=2, verbose=0)
     assert list(tmp_path.iterdir()) == []

@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from transferkit.errors import ArgumentError, ImageError, close_matches
 from transferkit.base.randomness import derive_seed, seeded
+from transferkit.errors import ArgumentError, ImageError, close_matches
 
 Transform = Callable[[Tensor], Tensor]
 Augment = str | Transform | Sequence[str | Transform]

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from transferkit.data.augmentation import Transform, augment_batch
-from transferkit.data.sources import Batch, Source
+from transferkit.base.randomness import derive_seed
 from transferkit.compute.device import Device
-from transferkit.errors import ImageError
+from transferkit.data.augmentation import Transform, augment_batch
 from transferkit.data.images import check_image_size, check_normalized
 from transferkit.data.preprocessing import Preprocessing
-from transferkit.base.randomness import derive_seed
+from transferkit.data.sources import Batch, Source
+from transferkit.errors import ImageError
 
 Watch = Callable[[Tensor | list[Tensor]], None]
 

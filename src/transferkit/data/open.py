@@ -1,33 +1,25 @@
 """Images given one by one, to predict from: files, PIL images, arrays, and lists of these."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
-
-from transferkit.errors import ImageError
-from transferkit.data.images import upright_rgb
-import hashlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from os import PathLike
-from typing import Any, Protocol
-import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
+
 from transferkit.base.arguments import whole_number
-from transferkit.base.arrays import digest_tensors
-from transferkit.errors import ArgumentError, EmptyDataError, HeadMismatchError, ImageError, TargetError, TransferKitError
-from transferkit.data.images import as_images
-from transferkit.base.randomness import derive_seed, shuffled
-from transferkit.data.samples import SKIP_HINT, Sample, Samples, probes
-from transferkit.data.targets import as_targets
-from transferkit.data.workers import read_in_workers
+from transferkit.data.images import upright_rgb
 from transferkit.data.sources import ArraySource, DatasetSource, LoaderSource, Source
+from transferkit.errors import (
+    ArgumentError,
+    HeadMismatchError,
+    ImageError,
+    TargetError,
+)
 
 
 class GivenImages:

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from transferkit.data.sources import ArraySource
-from transferkit.data.open import open_data
 from transferkit.compute.device import Device
 from transferkit.compute.host_memory import host_bytes
+from transferkit.data.open import open_data
 from transferkit.data.preprocessing import Preprocessing
+from transferkit.data.sources import ArraySource
 
 MEMORY_SHARE = 0.25
 """How much of the host's free memory they may take."""

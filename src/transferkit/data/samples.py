@@ -11,9 +11,9 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import default_loader
 
-from transferkit.errors import ImageError, TargetError, TransferKitError
-from transferkit.data.images import as_image, upright_rgb
 from transferkit.base.randomness import generator_states, seeded
+from transferkit.data.images import as_image, upright_rgb
+from transferkit.errors import ImageError, TargetError, TransferKitError
 
 Sample = tuple[Tensor, Any, int]
 """Image, target, place in the data set."""

@@ -3,23 +3,26 @@
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
-from os import PathLike
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from transferkit.base.arguments import whole_number
 from transferkit.base.arrays import digest_tensors
-from transferkit.errors import ArgumentError, EmptyDataError, HeadMismatchError, ImageError, TargetError, TransferKitError
-from transferkit.data.images import as_images
 from transferkit.base.randomness import derive_seed, shuffled
+from transferkit.data.images import as_images
 from transferkit.data.samples import SKIP_HINT, Sample, Samples, probes
 from transferkit.data.targets import as_targets
 from transferkit.data.workers import read_in_workers
-
+from transferkit.errors import (
+    ArgumentError,
+    EmptyDataError,
+    ImageError,
+    TargetError,
+    TransferKitError,
+)
 
 Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]
 """Images, targets (none at all, `(0,)`, where they are not wanted) and places in the data set."""
@@ -49,8 +52,6 @@ class Source(Protocol):
 
     def digest(self, places: Tensor | None = None) -> str:
         """Return a digest of the targets, where they are listed, and of some images, by which other data is noticed."""
-
-
 
 
 def epoch_order(num_images: int | None, seed: int, epoch: int) -> Tensor | None:
@@ -218,8 +219,8 @@ class LoaderSource:
 
     def all_targets(self, places: Tensor | None = None) -> Tensor:
         raise ArgumentError(
-            'weights="balanced" in a loss needs all targets before the first step, which a DataLoader does not tell: '
-            "pass its Dataset, or the weights as numbers."
+            '"balanced" needs all targets before the first step, which a DataLoader does not tell: pass its Dataset, or '
+            "the weights as numbers."
         )
 
     def digest(self, places: Tensor | None = None) -> str:
@@ -251,8 +252,6 @@ def _collate(
             ) from error
         labels = read_targets(stacked, places=places)
     return torch.stack(images) if same_size else images, labels, places
-
-
 
 
 def _digest(**tensors: Tensor) -> str:

@@ -92,7 +92,7 @@ def _checked_labels(values: Tensor, num_classes: int, places: Sequence[int] | No
         raise TargetError(
             f"targets have shape {tuple(values.shape)} and type {values.dtype}: the loss is for images with several "
             f"labels, so expected rows (N, {num_classes}) of 0 and 1. Class indices become rows with "
-            f"torch.nn.functional.one_hot(torch.as_tensor(targets), {num_classes}); for exactly one label an image pass "
+            f"torch.nn.functional.one_hot(torch.as_tensor(targets), {num_classes}); for one label an image pass "
             "Trainer(loss=transferkit.CrossEntropy())."
         )
     rows = values.float()

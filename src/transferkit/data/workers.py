@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
-from transferkit.errors import TransferKitError, WorkerError
 from transferkit.data.samples import Sample, Samples, path_of
+from transferkit.errors import TransferKitError, WorkerError
 
 TIMEOUT_S = 300.0
 """Seconds without a batch after which workers count as hanging."""

@@ -13,6 +13,7 @@ from typing_extensions import Self
 from transferkit.base.arguments import positive, share
 from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError
+from transferkit.model.head import TransferModel
 
 BALANCED = "balanced"
 
@@ -209,20 +210,25 @@ class FunctionLoss:
             )
 
 
-def find_loss(loss: Loss | LossFunction | None, threshold: float | None, device: torch.device) -> Loss:
+def find_loss(loss: Loss | LossFunction | None, model: TransferModel, device: torch.device) -> Loss:
     """Return the loss a trainer was given, or the one that suits its model.
 
     Args:
         loss: `CrossEntropy`, `BinaryCrossEntropy`, a function or module of (logits, targets), or None.
-        threshold: The model's: a number where it gives several labels to an image.
+        model: Its `threshold` is a number where it gives several labels to an image.
         device: Where a module is moved to.
 
     Raises:
-        ArgumentError: When `loss` cannot be called, or has parameters to train.
+        ArgumentError: When `loss` cannot be called, has parameters to train, or has not one weight for each class.
     """
+    threshold = model.threshold
     if loss is None:
         return CrossEntropy() if threshold is None else BinaryCrossEntropy(threshold)
-    if isinstance(loss, CrossEntropy | BinaryCrossEntropy):
+    if isinstance(loss, CrossEntropy):
+        _check_weights("class_weights", loss.class_weights, len(model.classes))
+        return loss
+    if isinstance(loss, BinaryCrossEntropy):
+        _check_weights("positive_weights", loss.positive_weights, len(model.classes))
         return loss
     if isinstance(loss, type) or not callable(loss):
         raise ArgumentError(
