@@ -358,7 +358,8 @@ def test_without_fp16_there_is_no_scaling():
 def test_fp16_training_goes_on_after_overflow(half_device, model, data):
     """`Trainer` in fp16 skips the first steps that overflow, then learns, with clipping and micro-batches."""
     half_device.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
-    trainer = tk.Trainer(model, device=half_device, lr=1e-2, clip_grad_norm=1.0, micro_batch_size=3)
+    trainer = tk.Trainer(model, device=half_device, lr=1e-2, clip_grad_norm=1.0)
+    trainer.micro_batch_size = 3
     before = model.head.logits.weight.clone()
     next(trainer.steps(data, batch_size=8))
     assert torch.equal(model.head.logits.weight, before)

@@ -70,9 +70,9 @@ CASES = {
     "clipped": {"clip_grad_norm": 0.1},
     "micro-batches": {"micro_batch_size": 3},
     "uncached": {"cache": False},
-    "by block": {"lr": {"backbone": 1e-5, "block5": 1e-4, "head": 1e-3}, "schedule": "cosine", "warmup_steps": 2},
-    "balanced": {"class_weights": "balanced"},
-    "smoothed": {"loss": tk.CrossEntropy(label_smoothing=0.1), "class_weights": [1.0, 2.0, 3.0]},
+    "by block": {"lr": {"backbone": 1e-5, "block5": 1e-4, "head": 1e-3}, "schedule": tk.warmup("cosine", 0.2)},
+    "balanced": {"loss": tk.CrossEntropy(class_weights="balanced")},
+    "smoothed": {"loss": tk.CrossEntropy(label_smoothing=0.1, class_weights=[1.0, 2.0, 3.0])},
 }
 
 
@@ -409,8 +409,8 @@ def by_hand(trainer, data, rates, *, batch_size, network, **options):
         with seeded(derive_seed(trainer.seed, "lr_find", index)):
             loss = functional.cross_entropy(network(images[places]), data[1][places], **options)
         loss.backward()
-        if trainer.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(network.parameters(), trainer.clip_grad_norm)
+        if trainer._training.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(network.parameters(), trainer._training.clip_grad_norm)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         losses.append(loss.item())
@@ -430,9 +430,9 @@ def test_losses_are_those_of_a_plain_loop(make_backbone, data, optimizer, clip_g
     assert found.losses == pytest.approx(by_hand(trainer, data, rates, batch_size=10, network=trainer.model), rel=1e-6)
 
 
-@pytest.mark.parametrize("arguments", [{"recompute_activations": True}, {"cache": False}, {"micro_batch_size": 5}])
+@pytest.mark.parametrize("arguments", [{"cache": False}, {"micro_batch_size": 5}])
 def test_ways_of_computing_give_the_same_losses(make_backbone, data, arguments):
-    """Recomputed activations, no cache and micro-batches change no loss (rtol 1e-4: other sums), and nothing else."""
+    """No cache and micro-batches change no loss (rtol 1e-4: other sums), and nothing else."""
     sweeps = []
     for given in ({}, arguments):
         trainer = make_trainer(make_model(make_backbone, frozen="block3", dropout=0.0), **given)
@@ -455,26 +455,22 @@ def test_weights_of_classes_and_smoothing_count(make_backbone, data):
     """The losses are weighted and smoothed as those of fit; "balanced" comes from the data that is given."""
     targets = torch.tensor([0] * 16 + [1] * 6 + [2] * 2)
     weights = torch.tensor([24 / (3 * 16), 24 / (3 * 6), 24 / (3 * 2)])
-    trainer = make_trainer(make_model(make_backbone, frozen=None), loss=tk.CrossEntropy(class_weights="balanced"), loss=tk.CrossEntropy(label_smoothing=0.2))
+    trainer = make_trainer(
+        make_model(make_backbone, frozen=None), loss=tk.CrossEntropy(label_smoothing=0.2, class_weights="balanced")
+    )
     found = trainer.lr_find((data[0], targets), batch_size=8, num_steps=4, lr_min=1e-4, lr_max=1e-2, verbose=0)
-    options = {"weight": weights, "loss": tk.CrossEntropy(label_smoothing=0.2)}
+    options = {"weight": weights, "label_smoothing": 0.2}
     expected = by_hand(trainer, (data[0], targets), found.lrs, batch_size=8, network=trainer.model, **options)
     assert found.losses == pytest.approx(expected, rel=1e-5)
 
 
-def test_batches_go_through_in_parts_and_are_recomputed(make_backbone, data):
-    """Micro-batches and recomputed activations reach the sweep: a layer sees parts, or sees the batch twice."""
-    for arguments, expected in (({"micro_batch_size": 3}, [3, 3, 2]), ({"recompute_activations": True}, [8, 8])):
-        trainer = make_trainer(make_model(make_backbone, frozen=None), **arguments)
-        sizes = []
-
-        def look(_module, inputs, _output, sizes=sizes):
-            sizes.append(len(inputs[0]))
-
-        hook = trainer.model.backbone.features[0].register_forward_hook(look)
-        trainer.lr_find(data, batch_size=8, num_steps=2, lr_max=1e-4, verbose=0)
-        hook.remove()
-        assert sizes == expected * 2
+def test_batches_pass_through_in_micro_batches(make_backbone, data):
+    """Micro-batches reach the sweep: a layer sees parts of the batch."""
+    trainer = make_trainer(make_model(make_backbone, frozen=None), micro_batch_size=3)
+    sizes = []
+    trainer.model.backbone.features[0].register_forward_hook(lambda _module, inputs, _: sizes.append(len(inputs[0])))
+    trainer.lr_find(data, batch_size=8, num_steps=2, lr_max=1e-4, verbose=0)
+    assert sizes == [3, 3, 2] * 2
 
 
 def test_a_second_sweep_is_the_first(make_backbone, data):
@@ -543,13 +539,6 @@ def test_a_rate_of_zero_is_refused(make_backbone, data):
     groups = [{"params": model.head.parameters()}, {"params": model.backbone.parameters(), "lr": 0.0}]
     trainer = make_trainer(model, lr=None, optimizer=torch.optim.SGD(groups, lr=0.1))
     with pytest.raises(ArgumentError, match=r"the optimizer's last group is 0.*expected one above 0"):
-        trainer.lr_find(data, verbose=0)
-
-
-def test_batch_norm_that_trains_is_refused_with_recomputed_activations(make_backbone, data):
-    """As in fit, before anything is computed."""
-    trainer = make_trainer(make_model(make_backbone, frozen=None, batch_norm=True), recompute_activations=True)
-    with pytest.raises(ArgumentError, match="recompute_activations cannot be used while batch norm trains"):
         trainer.lr_find(data, verbose=0)
 
 

@@ -129,10 +129,13 @@ def test_clipping_gives_the_weights_of_a_plain_loop(backbone, boundary):
     ("criterion", "arguments"),
     [
         (nn.CrossEntropyLoss(label_smoothing=0.1), {"loss": tk.CrossEntropy(label_smoothing=0.1)}),
-        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0])), {"class_weights": [1.0, 2.0, 5.0]}),
         (
-            nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]), loss=tk.CrossEntropy(label_smoothing=0.1)),
-            {"class_weights": [1.0, 2.0, 5.0], "loss": tk.CrossEntropy(label_smoothing=0.1)},
+            nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0])),
+            {"loss": tk.CrossEntropy(class_weights=[1.0, 2.0, 5.0])},
+        ),
+        (
+            nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]), label_smoothing=0.1),
+            {"loss": tk.CrossEntropy(label_smoothing=0.1, class_weights=[1.0, 2.0, 5.0])},
         ),
     ],
     ids=["label smoothing", "class weights", "both"],

@@ -1,14 +1,17 @@
 """Learning-rate schedules."""
 
+import math
+import pickle
+
 import pytest
 import torch
 
 from transferkit.errors import ArgumentError
-from transferkit.training.schedules import SCHEDULES, check_schedule, find_schedule, lr_factor
+from transferkit.training.schedules import SCHEDULES, Schedule, check_schedule, find_schedule, lr_factor, warmup
 
 
-def factors(name: str, num_steps: int, warmup_steps: int = 0) -> list[float]:
-    return [lr_factor(find_schedule(name), step, num_steps, warmup_steps) for step in range(num_steps)]
+def factors(schedule: str | Schedule, num_steps: int) -> list[float]:
+    return [lr_factor(find_schedule(schedule), step, num_steps) for step in range(num_steps)]
 
 
 @pytest.mark.parametrize(
@@ -44,21 +47,29 @@ def test_one_cycle_is_torchs():
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 def test_warm_up_rises_to_one_and_the_schedule_follows(name):
-    """The last warm-up step has the full rate, and the schedule then runs over the steps that remain."""
-    assert factors(name, 7, warmup_steps=3) == pytest.approx([1 / 3, 2 / 3, 1.0, *factors(name, 4)])
+    """The rate rises from 1/25, and the schedule then runs over the steps that remain."""
+    rise = [1 / 25 + 24 / 25 * step / 3 for step in range(3)]
+    assert factors(warmup(name, 3 / 7), 7) == pytest.approx([*rise, *factors(name, 4)])
 
 
-@pytest.mark.parametrize("warmup_steps", [4, 10])
-def test_warm_up_may_be_the_whole_run_or_more(warmup_steps):
-    """A run no longer than its warm-up only rises."""
-    assert factors("cosine", 4, warmup_steps) == pytest.approx([(step + 1) / warmup_steps for step in range(4)])
+def test_a_warm_up_of_a_users_function():
+    """What follows a warm-up may be a function, and what comes before it a pickled copy."""
+    schedule = pickle.loads(pickle.dumps(warmup(math.sqrt, 0.5)))
+    assert factors(schedule, 8)[4:] == pytest.approx([0.0, 0.5, math.sqrt(0.5), math.sqrt(0.75)])
+
+
+@pytest.mark.parametrize("fraction", [0, 1, 1.5, -0.1, "a", True])
+def test_a_warm_up_of_no_fraction_is_refused(fraction):
+    """The fraction is above 0 and below 1."""
+    with pytest.raises(ArgumentError, match="fraction="):
+        warmup("cosine", fraction)
 
 
 def test_a_function_of_progress_serves():
     """A user's function gets progress from 0 to just under 1, and its value is the factor."""
     seen = []
     for step in range(4):
-        assert lr_factor(lambda progress: seen.append(progress) or 0.1, step, 4, 0) == 0.1
+        assert lr_factor(lambda progress: seen.append(progress) or 0.1, step, 4) == 0.1
     assert seen == [0.0, 0.25, 0.5, 0.75]
 
 
@@ -72,9 +83,8 @@ def test_unknown_schedule_is_refused(name, hint):
 
 
 def test_constant_does_without_the_number_of_steps():
-    """The constant schedule, with or without warm-up, needs no length."""
-    constant = SCHEDULES["constant"]
-    assert [lr_factor(constant, step, None, 2) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    """The constant schedule needs no length."""
+    assert [lr_factor(SCHEDULES["constant"], step, None) for step in range(4)] == [1.0, 1.0, 1.0, 1.0]
 
 
 def test_another_schedule_needs_the_number_of_steps():

@@ -142,13 +142,15 @@ def test_names_go_where_they_belong(search, data, monkeypatch):
         return search.build(**options)
 
     space = {
-        "optimizer": ["sgd"], "lr": [1e-2], "schedule": ["cosine"], "class_weights": ["balanced"], "cache": [False],
+        "optimizer": ["sgd"], "lr": [1e-2], "schedule": ["cosine"],
+        "loss": [tk.CrossEntropy(class_weights="balanced")],
         "epochs": [2], "batch_size": [5], "augment": ["flip"], "n_views": [2], "hidden": [(6,)], "dropout": [0.1],
         "freeze_until": ["block5"],
     }  # fmt: skip
     search(space, data, build=build, validation_data=data, seed=2)
     assert {name: value for name, value in seen["__init__"].items() if name in space} == {
-        "optimizer": "sgd", "lr": 1e-2, "schedule": "cosine", "class_weights": "balanced", "cache": False
+        "optimizer": "sgd", "lr": 1e-2, "schedule": "cosine",
+        "loss": tk.CrossEntropy(class_weights="balanced"),
     }  # fmt: skip
     assert {name: value for name, value in seen["fit"].items() if name in space} == {
         "epochs": 2, "batch_size": 5, "augment": "flip", "n_views": 2
@@ -175,7 +177,7 @@ CASES = {
     "split": {"fit": {"validation_split": 0.25}},
     "augmented": {"frozen": "block5", "fit": {"augment": ["flip", "color"]}},
     "views": {"fit": {"augment": "crop", "n_views": 2, "epochs": 3}},
-    "weighed": {"optimizer": "sgd", "class_weights": "balanced", "schedule": "one_cycle"},
+    "weighed": {"optimizer": "sgd", "loss": tk.CrossEntropy(class_weights="balanced"), "schedule": "one_cycle"},
 }
 
 
@@ -297,7 +299,7 @@ def test_random_generators_are_left_alone(search, folder):
 
 
 def test_a_cache_folder_is_used(search, data, tmp_path, images_seen):
-    """With cache_dir a second search computes nothing."""
+    """With a cache folder a second search computes nothing."""
     space = {"lr": [1e-2], "freeze_until": ["block5", "head"]}
     search(space, data, validation_data=data, cache=tmp_path / "cache")
     images_seen.clear()

@@ -35,9 +35,11 @@ def make_model(
     return tk.freeze_until(tk.attach_head(backbone, CLASSES, **head), boundary)
 
 
-def make_trainer(model: tk.TransferModel, **arguments: object) -> tk.Trainer:
+def make_trainer(model: tk.TransferModel, *, micro_batch_size: int | None = None, **arguments: object) -> tk.Trainer:
     """Return a trainer that computes in fp32 on the CPU, with a learning rate for so small a network."""
-    return tk.Trainer(model, **{"device": "cpu", "precision": "fp32", "lr": 1e-2, **arguments})
+    trainer = tk.Trainer(model, **{"device": "cpu", "precision": "fp32", "lr": 1e-2, **arguments})
+    trainer.micro_batch_size = micro_batch_size
+    return trainer
 
 
 def make_images(count: int = 24, *, seed: int = 0) -> tuple[Tensor, Tensor]:

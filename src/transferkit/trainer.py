@@ -105,6 +105,7 @@ class Trainer:
         global_step: Steps made so far.
         history: The `History` of the current run, which callbacks may read, else of the last one; None before.
         metrics: The metrics by name.
+        seed: What the order of images, augmentation and dropout depend on.
 
     Raises:
         ArgumentError: When a value is out of range.
@@ -190,6 +191,10 @@ class Trainer:
     @property
     def optimizer(self) -> Optimizer:
         return self._training.optimizer
+
+    @property
+    def seed(self) -> int:
+        return self._training.seed
 
     @property
     def metrics(self) -> Mapping[str, Any]:

@@ -429,9 +429,7 @@ def test_an_image_that_fails_in_the_second_epoch_ends_the_run_with_a_checkpoint(
         torch.manual_seed(3)
         model = tk.attach_head(make_backbone(), CLASSES)
         trainer = make_trainer(model)
-        trainer.fit(
-            dataset, epochs=3, batch_size=2, verbose=0, callbacks=callbacks, resume_from=resume_from, restore_best=False
-        )
+        trainer.fit(dataset, epochs=3, batch_size=2, verbose=0, callbacks=callbacks, resume_from=resume_from)
         return model.state_dict()
 
     broken = ImageFolder(folder)
@@ -547,7 +545,7 @@ def test_validation_images_are_skipped_too(model, folder, tmp_path, capsys):
     """A bad validation image is left out with a line, and the measure is that of the others."""
     validation = ImageFolder(make_folder(tmp_path / "val", count=7))
     Path(validation.samples[3][0]).write_bytes(b"")
-    trainer, lines = fit_lines(capsys, model, ImageFolder(folder), validation_data=validation, restore_best=False)
+    trainer, lines = fit_lines(capsys, model, ImageFolder(folder), validation_data=validation)
     assert [validation.samples[3][0] in line for line in lines if "left out" in line] == [True]
     expected = trainer.evaluate(without(validation, 3))
     assert f"{expected['accuracy']:.3f}"[:4] in lines[-1]

@@ -43,7 +43,7 @@ trainer = tk.Trainer(model, device="cpu", precision="fp32")
 
 
 def become(number):  # every weight is the number
-    trainer.global_step = number
+    trainer._training.global_step = number
     with torch.no_grad():
         for weight in model.parameters():
             weight.fill_(number)
@@ -131,7 +131,7 @@ def saved(trainer, tmp_path):
     path = tmp_path / "run" / "last.pt"
     path.parent.mkdir()
     trainer.save(path)
-    trainer.global_step = 7
+    trainer._training.global_step = 7
     return path
 
 
@@ -502,7 +502,7 @@ def test_a_state_that_does_not_verify_is_an_error_and_nothing_older_goes(trainer
         damage(path)
         return replace(path, target)
 
-    trainer.global_step = 1
+    trainer._training.global_step = 1
     monkeypatch.setattr(Path, "replace", unsound)
     with pytest.raises(CheckpointWriteError, match=r"step-00000001\.pt was written and does not verify.*Nothing older"):
         callback.save(trainer)

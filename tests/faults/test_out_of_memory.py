@@ -107,7 +107,7 @@ def test_the_step_is_that_of_smaller_parts_from_the_start(make_trainer, data, ca
     assert_same_state(falling, small)
     assert history.history["loss"] == expected.history["loss"]
     assert falling.micro_batch_size == 2
-    assert said.count("memory did not suffice: batches go through in parts of 2 from here on, the same update") == 1
+    assert said.count("out of memory: from here on micro-batches of 2; the updates stay the same") == 1
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_the_step_is_that_of_smaller_parts_from_the_start(make_trainer, data, ca
         {"precision": "bf16"},
         {"optimizer": "sgd", "clip_grad_norm": 0.1},
         {"optimizer": "rmsprop"},
-        {"loss": tk.CrossEntropy(label_smoothing=0.1), "class_weights": [1.0, 2.0, 5.0]},
+        {"loss": tk.CrossEntropy(label_smoothing=0.1, class_weights=[1.0, 2.0, 5.0])},
         {"micro_batch_size": 7},
     ],
     ids=str,
@@ -187,11 +187,10 @@ def test_a_ragged_last_part_gives_the_gradient_of_the_whole(model, data, precisi
     """5 = 2+2+1 images, each for its share: the update of all five at once, but for rounding."""
     updates = []
     for micro_batch_size in (None, size):
-        trainer = tk.Trainer(
+        trainer = tiny.make_trainer(
             copy.deepcopy(model),
             optimizer=functools.partial(torch.optim.SGD, momentum=0),
             micro_batch_size=micro_batch_size,
-            device="cpu",
             precision=precision,
             lr=1.0,
             loss=tk.CrossEntropy(class_weights=[1.0, 2.0, 5.0]),

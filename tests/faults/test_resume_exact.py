@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import transferkit as tk
@@ -26,16 +27,21 @@ from transferkit.saving.archive import read_checkpoint, write_checkpoint
 
 COUNT, BATCH, EPOCHS, STEPS = 20, 8, 2, 6  # batches of 8, 8 and 4
 
+
+def top_2(probabilities, targets):
+    """Fraction of the images whose class is among the two most probable ones."""
+    return (probabilities.topk(2).indices == targets[:, None]).any(dim=1).float().mean()
+
+
 EVERYTHING = {
     "optimizer": "adamw",
     "lr": {"backbone": 1e-2, "head": 3e-2},
     "weight_decay": 0.01,
-    "schedule": "cosine",
-    "warmup_steps": 2,
+    "schedule": tk.warmup("cosine", 0.3),
     "clip_grad_norm": 1.0,
     "micro_batch_size": 3,
-    "loss": tk.CrossEntropy(label_smoothing=0.1),
-    "class_weights": [1.0, 2.0, 0.5],
+    "loss": tk.CrossEntropy(label_smoothing=0.1, class_weights=[1.0, 2.0, 0.5]),
+    "metrics": {"top2": top_2},
 }
 PLAIN = {"lr": 1e-2, "schedule": "linear"}
 
@@ -60,8 +66,7 @@ CASES = {
     "memory": {"trainer": PLAIN, "memory": True},
     "memory-bf16": {"trainer": {**PLAIN, "precision": "bf16", "cache": False}, "memory": True, "frozen": "head"},
     "unfrozen": {"trainer": EVERYTHING, "frozen": "head", "second": "block5"},
-    "recomputed": {"trainer": {**PLAIN, "recompute_activations": True, "optimizer": "sgd"}},
-    "last-weights": {"trainer": {**PLAIN, "optimizer": "rmsprop"}, "fit": {"restore_best": False}},
+    "last-weights": {"trainer": {**PLAIN, "optimizer": "rmsprop"}, "validate": False},
     "workers": {"trainer": EVERYTHING, "data": "random", "workers": (0, 2, 4)},
 }
 STOPS = [
@@ -105,7 +110,11 @@ def make_trainer(case, *, init, folder=None):
     backbone = make_backbone(batch_norm=case.get("batch_norm", False), seed=init)
     model = make_model(backbone, case.get("frozen"), seed=init, hidden=(16,), dropout=0.5)
     options = {"device": "cpu", "precision": "fp32", "seed": 5, **case["trainer"]}
-    trainer = tk.Trainer(model, **options, cache=folder / "features" if case.get("cache") else None)
+    if case.get("cache"):
+        options["cache"] = folder / "features"
+    micro_batch_size = options.pop("micro_batch_size", None)
+    trainer = tk.Trainer(model, **options)
+    trainer.micro_batch_size = micro_batch_size
     if case.get("scaler"):
         trainer.device.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     if case.get("memory"):
@@ -588,16 +597,16 @@ OTHER = [
     ("schedule", {"schedule": "constant"}, {}),
     ("schedule", {"schedule": lambda progress: 1 - progress}, {}),
     ("epochs", {}, {"epochs": 3}),
-    ("warmup_steps", {"warmup_steps": 3}, {}),
+    ("schedule", {"schedule": tk.warmup("cosine", 0.2)}, {}),
     ("clip_grad_norm", {"clip_grad_norm": None}, {}),
-    ("label_smoothing", {"loss": tk.CrossEntropy(label_smoothing=0.2)}, {}),
-    ("class_weights", {"class_weights": [1.0, 2.0, 1.0]}, {}),
-    ("class_weights", {"class_weights": None}, {}),
+    ("loss", {"loss": tk.CrossEntropy(label_smoothing=0.2, class_weights=[1.0, 2.0, 0.5])}, {}),
+    ("loss", {"loss": tk.CrossEntropy(label_smoothing=0.1, class_weights=[1.0, 2.0, 1.0])}, {}),
+    ("loss", {"loss": nn.MultiMarginLoss()}, {}),
+    ("metrics", {"metrics": None}, {}),
     ("seed", {"seed": 6}, {}),
     ("weight_decay", {"weight_decay": 0.5}, {}),
     ("micro_batch_size", {"micro_batch_size": 5}, {}),
     ("augment", {}, {"augment": "color"}),
-    ("restore_best", {}, {"restore_best": False}),
 ]
 
 
@@ -632,7 +641,7 @@ def test_another_optimizer_or_head_is_refused(stopped_run):
     assert differences(state_of(trainer), before) == []
     four = tk.Trainer(
         tk.attach_head(make_backbone(batch_norm=True), [*CLASSES, "yak"], hidden=(16,), dropout=0.5),
-        **EVERYTHING | {"class_weights": None},
+        **{name: value for name, value in EVERYTHING.items() if name not in ("loss", "micro_batch_size")},
         device="cpu",
         precision="fp32",
         seed=5,
@@ -725,7 +734,7 @@ def test_a_schedule_of_numpy_numbers_can_be_saved(tmp_path):
 
 def test_whole_numbers_of_numpy_can_be_saved(tmp_path):
     """Arguments that are numpy's numbers are saved as plain ones."""
-    trainer = make_trainer({"trainer": {**PLAIN, "warmup_steps": np.int64(1), "lr": np.float32(1e-2)}}, init=0)
+    trainer = make_trainer({"trainer": {**PLAIN, "max_skipped": np.int64(1), "lr": np.float32(1e-2)}}, init=0)
     checkpoint = tk.Checkpoint(tmp_path / "a")
     fit_images(trainer, epochs=np.int64(1), batch_size=np.int64(8), callbacks=[checkpoint])
     assert (tmp_path / "a" / "step-00000003.pt").exists()
@@ -756,7 +765,7 @@ def test_skipped_steps_are_counted_once(tmp_path):
     data = (marked, make_images(COUNT)[1])
 
     def script(init, *, folder=None, stop=None):
-        case = {"trainer": {**EVERYTHING, "on_nonfinite": "skip"}, "batch_norm": True}
+        case = {"trainer": {**EVERYTHING, "max_skipped": 10}, "batch_norm": True}
         trainer = make_trainer(case, init=init)
 
         def spoil(_module, inputs):

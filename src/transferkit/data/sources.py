@@ -219,8 +219,8 @@ class LoaderSource:
 
     def all_targets(self, places: Tensor | None = None) -> Tensor:
         raise ArgumentError(
-            '"balanced" needs all targets before the first step, which a DataLoader does not tell: pass its Dataset, or '
-            "the weights as numbers."
+            '"balanced" needs all targets before the first step, which a DataLoader does not tell: pass its Dataset, '
+            "or the weights as numbers."
         )
 
     def digest(self, places: Tensor | None = None) -> str:

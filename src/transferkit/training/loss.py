@@ -75,12 +75,14 @@ class CrossEntropy:
         share("label_smoothing", self.label_smoothing)
 
     def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:
+        """Return the loss with its weights computed from the training data, on the device."""
         weights = _check_weights("class_weights", self.class_weights, num_classes)
         if isinstance(weights, str):
             weights = _balanced_class_weights(source, num_classes)
         return dataclasses.replace(self, class_weights=None if weights is None else weights.to(device))
 
     def total_weight(self, targets: Tensor) -> Tensor | int:
+        """Return what the sum over a batch is divided by."""
         if self.class_weights is None or targets.ndim == 2:
             return len(targets)
         weights: Any = self.class_weights
@@ -88,15 +90,18 @@ class CrossEntropy:
         return total
 
     def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum over part of a batch, float32 `()`, from logits `(N, K)` and targets."""
         weights: Any = self.class_weights
         return functional.cross_entropy(
             logits.float(), targets, weights, label_smoothing=self.label_smoothing, reduction="sum"
         )
 
     def each(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each image without smoothing and weights, float32 `(N,)`."""
         return functional.cross_entropy(logits, targets, reduction="none")
 
     def describe(self) -> str:
+        """Return the settings as text."""
         return f"CrossEntropy(label_smoothing={self.label_smoothing}, class_weights={_text(self.class_weights)})"
 
 
@@ -133,6 +138,7 @@ class BinaryCrossEntropy:
         check_threshold(self.threshold)
 
     def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:
+        """Return the loss with its weights computed from the training data, on the device."""
         weights = _check_weights("positive_weights", self.positive_weights, num_classes)
         if isinstance(weights, str):
             positives = source.all_targets().sum(dim=0)
@@ -143,9 +149,11 @@ class BinaryCrossEntropy:
         return dataclasses.replace(self, positive_weights=None if weights is None else weights.to(device))
 
     def total_weight(self, targets: Tensor) -> Tensor | int:
+        """Return what the sum over a batch is divided by."""
         return len(targets)
 
     def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum over part of a batch, float32 `()`, from logits `(N, K)` and targets."""
         smoothed = targets * (1 - self.label_smoothing) + self.label_smoothing / 2
         weights: Any = self.positive_weights
         losses = functional.binary_cross_entropy_with_logits(
@@ -154,9 +162,11 @@ class BinaryCrossEntropy:
         return losses.mean(dim=1).sum()
 
     def each(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each image without smoothing and weights, float32 `(N,)`."""
         return functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
 
     def describe(self) -> str:
+        """Return the settings as text."""
         weights = _text(self.positive_weights)
         return f"BinaryCrossEntropy(label_smoothing={self.label_smoothing}, positive_weights={weights})"
 
@@ -174,22 +184,27 @@ class FunctionLoss:
     threshold: float | None = None
 
     def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:
+        """Return the loss with its weights computed from the training data, on the device."""
         if source.num_images is not None:  # a DataLoader shows its targets with the first batch
             targets = source.all_targets(torch.arange(min(2, source.num_images))).to(device)
             self._check(torch.zeros(len(targets), num_classes, device=device, requires_grad=True), targets)
         return self
 
     def total_weight(self, targets: Tensor) -> Tensor | int:
+        """Return what the sum over a batch is divided by."""
         return len(targets)
 
     def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum over part of a batch, float32 `()`, from logits `(N, K)` and targets."""
         return self.function(logits.float(), targets) * len(targets)
 
     def each(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each image without smoothing and weights, float32 `(N,)`."""
         rows = zip(torch.split(logits, 1), torch.split(targets, 1), strict=True)
         return torch.stack([self.function(*row).float().reshape(()) for row in rows])
 
     def describe(self) -> str:
+        """Return the settings as text."""
         own = getattr(self.function, "__qualname__", None)
         return own if own is not None else repr(self.function)
 

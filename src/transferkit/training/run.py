@@ -66,7 +66,7 @@ def open_run(training: Training, train: Feed, validation: Feed | None, *, epochs
         TransferKitError: When an argument or the data cannot be used.
     """
     _check_alone()
-    whole_number("epochs", epochs)
+    epochs = whole_number("epochs", epochs)
     source = train.inputs.source
     size = choose_batch_size(source, batch_size)
     num_batches = source.num_batches(size)
