@@ -451,7 +451,7 @@ def test_other_errors_end_the_search(search, data):
     with pytest.raises(ArgumentError, match="lr=-1"):
         search({"lr": [1e-3, -1]}, data, validation_data=data)
     with pytest.raises(CacheError, match="augment"):
-        search({"cache": [True], "augment": ["flip"], "freeze_until": ["head"]}, data, validation_data=data)
+        search({"augment": ["flip"], "freeze_until": ["head"]}, data, validation_data=data, cache=True)
 
 
 # ---- what is refused
