@@ -327,8 +327,9 @@ def test_an_error_with_workers_ends_the_process(ended):
 # In this process: what is left behind
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("number", list(NUMBERS))
+@pytest.mark.parametrize(
+    ("place", "number"), [*((place, "SIGINT") for place in PLACES), ("step", "SIGTERM"), ("callback", "SIGTERM")]
+)
 def test_interrupted_anywhere_and_resumed(tmp_path, place, number):
     """A signal anywhere in a run is raised again after it was saved, and the resumed run is the uninterrupted one."""
     raised = {"SIGINT": KeyboardInterrupt, "SIGTERM": SystemExit}[number]
