@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import tiny
 import transferkit as tk
-from tiny import CLASSES, differences
+from tiny import CLASSES, changed, differences, weights_of
 from transferkit.compute.device import step_where
 from transferkit.errors import ArgumentError, NonFiniteError, TargetError
 
@@ -356,13 +356,18 @@ def test_an_epoch_of_nothing_but_bad_steps_has_no_loss(make_trainer):
 
 
 def test_a_parameter_without_elements_is_looked_past(make_backbone, data):
-    """A head may hold an empty parameter: there is no number in its gradient."""
+    """A head may hold an empty parameter: its gradient, which has no number, neither stops a run nor hides a bad one."""
     head = Head(None)
     head.empty = nn.Parameter(torch.empty(0, 3))
     head.register_forward_hook(lambda module, inputs, logits: logits + module.empty.sum())
     model = tk.attach_head(make_backbone(), CLASSES, head=head)
     for precision in ("fp32", "bf16"):
-        tk.Trainer(model, device="cpu", precision=precision, lr=1e-2).fit(data, verbose=0)
+        before = weights_of(model)
+        tiny.make_trainer(model, precision=precision).fit(data, verbose=0)
+        assert {"head.fc1.weight", "head.logits.bias"} < changed(before, model)
+    head.fc1.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(NonFiniteError, match=r"first in the gradient of head\.fc1\.weight"):
+        tiny.make_trainer(model).fit(data, verbose=0)
 
 
 @pytest.mark.parametrize("policy", ["raise", "skip"])
