@@ -151,7 +151,7 @@ def test_predictions_of_images_of_different_sizes():
     figure.savefig(io.BytesIO())
     shapes = [part.images[0].get_array().shape for part in figure.axes[0].child_axes]
     assert shapes == [(*sizes[place].shape[1:], 3) for place in given.worst(2)]
-    floats = tk.plot_predictions(given, (torch.randn(2, 3, 8, 8), given.targets))
+    floats = tk.plot_predictions(given, (torch.randn(2, 3, 8, 8) / 10, given.targets))
     for part in floats.axes[0].child_axes:
         shown = part.images[0].get_array()
         assert (shown.min(), shown.max()) == (0.0, 1.0)

@@ -356,7 +356,7 @@ def test_an_epoch_of_nothing_but_bad_steps_has_no_loss(make_trainer):
 
 
 def test_a_parameter_without_elements_is_looked_past(make_backbone, data):
-    """A head may hold an empty parameter: its gradient, which has no number, neither stops a run nor hides a bad one."""
+    """A head may hold an empty parameter: its gradient, without a number, neither stops a run nor hides a bad one."""
     head = Head(None)
     head.empty = nn.Parameter(torch.empty(0, 3))
     head.register_forward_hook(lambda module, inputs, logits: logits + module.empty.sum())
