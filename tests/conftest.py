@@ -1,5 +1,6 @@
 """Small real networks and data, and a guard that no test leaves the process changed."""
 
+import gc
 import os
 import random
 import signal
@@ -25,6 +26,12 @@ signal.signal(
 )  # a process in the background may ignore it, as would its children
 
 BackboneMaker = Callable[..., tk.Backbone]
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of collected tests stay to the end: garbage collections, of which many tests ask for, pass them by."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -385,11 +385,6 @@ def test_memory_of_another_device_is_refused(monkeypatch):
         device.memory()
 
 
-def test_synchronize_on_the_cpu_returns():
-    """On the CPU there is nothing to wait for."""
-    tk.Device("cpu").synchronize()
-
-
 # ---- CUDA
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import transferkit
+from transferkit.base import torch_files
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -47,6 +48,15 @@ def test_calls_that_pages_show_are_there() -> None:
     assert len(public) > 8
     assert public - set(transferkit.__all__) == set()
     assert {name for name in methods if not hasattr(transferkit.Trainer, name)} == set()
+
+
+def test_the_limits_that_security_quotes_are_those_of_the_code() -> None:
+    """SECURITY.md has the numbers of parts and of bytes of pickle above which a file is refused."""
+    text = (ROOT / "SECURITY.md").read_text()
+    assert re.findall(r"more than ([\d,]+) parts", text) == [f"{torch_files.MAX_MEMBERS:,}"]
+    assert [int(size) * 2**20 for size in re.findall(r"over (\d+) MiB of\s+pickle", text)] == [
+        torch_files.MAX_PICKLE_BYTES
+    ]
 
 
 def test_the_reference_has_every_public_name_once() -> None:

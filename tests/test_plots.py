@@ -101,10 +101,14 @@ def test_history_without_epochs_is_refused():
 
 
 def test_a_loss_that_is_no_number_is_drawn_around():
-    """NaN in a history is a gap, not an error."""
-    tk.History(
-        [tk.EpochReport(0, float("nan"), 0.5, 1e-3, 1.0), tk.EpochReport(1, 1.0, 0.5, 1e-3, 1.0)]
-    ).plot().savefig(io.BytesIO())
+    """NaN in a history is a gap in its line, whose other epochs are there and within the axes."""
+    losses = [2.0, float("nan"), 1.0]
+    figure = tk.History([tk.EpochReport(epoch, loss, 0.5, 1e-3, 1.0) for epoch, loss in enumerate(losses)]).plot()
+    figure.savefig(io.BytesIO())
+    part = figure.axes[0].child_axes[0]
+    assert np.array_equal(part.lines[0].get_ydata(), losses, equal_nan=True)
+    low, high = part.get_ylim()
+    assert 0.5 < low < 1.0 < 2.0 < high < 2.5
 
 
 def test_confusion_matrix_writes_counts_or_shares():
@@ -143,9 +147,14 @@ def test_predictions_of_images_of_different_sizes():
     """A data set's images may differ in size; preprocessed ones are stretched to what can be shown."""
     given = assessment(count=2)
     sizes = [torch.zeros(3, 8, 9, dtype=torch.uint8), torch.zeros(3, 20, 5, dtype=torch.uint8)]
-    tk.plot_predictions(given, list(zip(sizes, given.targets.tolist(), strict=True))).savefig(io.BytesIO())
-    floats = (torch.randn(2, 3, 8, 8), given.targets)
-    tk.plot_predictions(given, floats).savefig(io.BytesIO())
+    figure = tk.plot_predictions(given, list(zip(sizes, given.targets.tolist(), strict=True)))
+    figure.savefig(io.BytesIO())
+    shapes = [part.images[0].get_array().shape for part in figure.axes[0].child_axes]
+    assert shapes == [(*sizes[place].shape[1:], 3) for place in given.worst(2)]
+    floats = tk.plot_predictions(given, (torch.randn(2, 3, 8, 8) / 10, given.targets))
+    for part in floats.axes[0].child_axes:
+        shown = part.images[0].get_array()
+        assert (shown.min(), shown.max()) == (0.0, 1.0)
 
 
 def test_predictions_of_other_data_are_refused():

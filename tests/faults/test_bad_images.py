@@ -100,9 +100,9 @@ def _queues_are_closed():
     """The threads of queues to workers end by themselves, a moment after the queues are closed."""
     threads = threading.active_count()
     yield
-    gc.collect()
     ends = time.monotonic() + 5
     while threading.active_count() > threads and time.monotonic() < ends:
+        gc.collect()
         time.sleep(0.01)
 
 
