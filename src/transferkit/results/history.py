@@ -94,7 +94,7 @@ class History:
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """The values of each figure, one for each epoch: NaN where an epoch lacks a figure that another one has."""
+        """The values of each figure, one for each epoch, NaN where an epoch lacks a figure that another one has."""
         rows = [report.figures for report in self.reports]
         names = list(dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "skipped")))
         return {name: [row.get(name, math.nan) for row in rows] for name in names}

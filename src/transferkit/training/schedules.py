@@ -50,6 +50,9 @@ class _Warmup:
     schedule: Schedule
     fraction: float
 
+    def __repr__(self) -> str:
+        return describe_schedule(self)
+
     def __call__(self, progress: float) -> float:
         if progress < self.fraction:
             return _FIRST + (1.0 - _FIRST) * progress / self.fraction
