@@ -20,7 +20,7 @@ import transferkit as tk
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", type=Path, help="folder with one folder of images per class, or image files")
+    parser.add_argument("paths", nargs="+", type=Path, help="folder with one subfolder per class, or image files")
     parser.add_argument("--validation", type=Path, help="the same for validation images")
     parser.add_argument("--predict", type=Path, metavar="CHECKPOINT", help="predict the classes of image files instead")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (1e-3)")

@@ -23,7 +23,7 @@ def main() -> None:
     device = tk.Device("auto")
     metrics = MetricCollection(
         {
-            "accuracy": MulticlassAccuracy(len(classes), average="micro"),  # the default, "macro", averages over classes
+            "accuracy": MulticlassAccuracy(len(classes), average="micro"),  # not "macro", the default
             "f1": MulticlassF1Score(len(classes)),
             "auroc": MulticlassAUROC(len(classes)),
         }
@@ -45,7 +45,7 @@ def main() -> None:
     test_features = tk.cache_features(model, (test_images, test_targets), device=device)
     trainer = tk.Trainer(model, lr=1e-3, device=device.torch_device, precision=device.precision)
     trainer.fit((images, targets), epochs=8, batch_size=32, callbacks=[measure], verbose=0)
-    print(f"accuracy {trainer.evaluate((test_images, test_targets))['accuracy']:.3f}")  # transferkit's: equals the last one above
+    print(f"accuracy {trainer.evaluate((test_images, test_targets))['accuracy']:.3f}")  # equals the last one above
 
 
 if __name__ == "__main__":
