@@ -76,7 +76,7 @@ def main() -> None:
         print(json.dumps(measure(options.image_size, **ROWS[options.row])))
         return
     results = {}
-    print(f"{'trains':36} peak MB   required MB   of these activations of a batch   ratio")
+    print(f"{'trains':36} peak MB{'required MB':>15}{'activations MB':>23}{'ratio':>20}")
     for row in ROWS:
         command = [sys.executable, __file__, "--image-size", str(options.image_size), "--row", row]
         results[row] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
