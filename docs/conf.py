@@ -97,7 +97,7 @@ OWN_PAGES = {
 
 
 def lead_out_of_docs(_app: Any, docname: str, source: list[str]) -> None:
-    """Redirect relative links to files outside docs/, which work on a repository's web page, to pages or copies here."""
+    """Redirect relative links to files outside docs/, which work on a repository's web page, to pages here."""
 
     def lead(match: re.Match[str]) -> str:
         place = DOCS / docname
