@@ -1,4 +1,4 @@
-# The commands a developer runs. PYTHON is the environment that `pip install -e ".[dev]"` went into.
+# Developer commands. PYTHON is the interpreter of the environment with `pip install -e ".[dev]"`.
 PYTHON ?= .venv/bin/python
 
 .PHONY: help check test test-all test-gpu examples docs bench mutations fuzz build clean
@@ -6,18 +6,18 @@ PYTHON ?= .venv/bin/python
 help:            ## list these commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/:/'
 
-check:           ## lint, formatting, types
+check:           ## check lint, formatting and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-test:            ## the tests that take seconds
+test:            ## run the fast tests
 	$(PYTHON) -m pytest
 
-test-all:        ## the slow ones too
+test-all:        ## run the slow tests, too
 	$(PYTHON) -m pytest -m "not gpu"
 
-test-gpu:        ## the ones that need CUDA
+test-gpu:        ## run the tests that need CUDA
 	$(PYTHON) -m pytest -m gpu
 
 examples:        ## run the quickstart
@@ -26,7 +26,7 @@ examples:        ## run the quickstart
 docs:            ## build the documentation into build/docs (needs `pip install -e ".[docs]"`)
 	$(PYTHON) -m sphinx -W --keep-going -n -b html docs build/docs
 
-bench:           ## install the other libraries and measure all (an hour; two cores, nothing else running)
+bench:           ## install the other libraries and run all benchmarks (an hour; two idle cores)
 	$(PYTHON) -m pip install -e ".[bench]"
 	$(PYTHON) benchmarks/limits.py
 	$(PYTHON) benchmarks/compare.py --job head64 --json head64.json
@@ -38,14 +38,14 @@ bench:           ## install the other libraries and measure all (an hour; two co
 	$(PYTHON) benchmarks/safety.py
 	$(PYTHON) benchmarks/bars.py
 
-mutations:       ## break each line of tests/MUTATIONS.md and see its test fail (five minutes)
+mutations:       ## break each line in tests/MUTATIONS.md and check that a test fails (five minutes)
 	$(PYTHON) tests/run_mutations.py
 
 fuzz:            ## mutate checkpoint and feature files for three minutes
 	$(PYTHON) fuzz/fuzz_files.py --minutes 3
 
-build:           ## wheel and source archive
+build:           ## build wheel and source archive
 	$(PYTHON) -m build
 
-clean:           ## remove what the above left
+clean:           ## remove build and cache folders
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

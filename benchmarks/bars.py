@@ -1,7 +1,7 @@
-"""Measures what a bar costs: microseconds of each step, milliseconds of each picture, of which there are two a second.
+"""Measure what a progress bar costs: microseconds per step, and milliseconds per redraw, twice a second.
 
-Drawn into a pseudo-terminal that somebody reads, and in a notebook (needs nbclient and ipykernel); loss and accuracy
-are read for each picture. The aim is 1 % of a training step:
+The bar is drawn in a pseudo-terminal and in a notebook (needs nbclient and ipykernel). Each redraw reads loss and
+accuracy. The limit is 1 % of a training step:
 
     python benchmarks/bars.py
 """

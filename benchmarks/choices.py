@@ -1,15 +1,16 @@
-"""What each choice of fine-tuning does: depth, learning rate, epochs, batch size, schedule, rates by block, unfreezing.
+"""Measure what each choice of fine-tuning does: depth, learning rate, epochs, batch size, schedule, rates by block, ...
 
-Trains on the 2,000 CIFAR-10 images in examples/assets at 32 px and tests on the 500 beside them, or with --data on the
-images of a folder with test/<class>/*.jpg, at most 2,000. Each question writes its runs to one JSON file:
+Trains on the 2,000 CIFAR-10 images in examples/assets at 32 px. Tests on the 500 images beside them or, with --data, on
+at most 2,000 images of a folder with test/<class>/*.jpg. Each question writes its runs to one JSON file:
 
     python benchmarks/choices.py depth --json choices_depth.json
 
-Accuracies, not seconds, are what these runs are for: every question's runs differ in what the question names alone.
+These runs measure accuracy, not time. The runs of a question differ only in what the question names.
 """
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import zipfile
@@ -77,7 +78,7 @@ def questions() -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
 
 
 def train_once(train: Data, test: Data, classes: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """Make one run, and return its settings with what came of it."""
+    """Make one run, and return its settings and results."""
     seed = settings.get("seed", 0)
     torch.manual_seed(seed)
     backbone = tk.load_backbone(
@@ -90,16 +91,19 @@ def train_once(train: Data, test: Data, classes: list[str], settings: dict[str, 
     lr = settings["lr"]
     if isinstance(lr, dict) and "factor" in lr:
         lr = tk.discriminative_lr(model, lr["head"], factor=lr["factor"])
-    options = {name: settings[name] for name in ("schedule", "warmup_steps") if name in settings}
-    trainer = tk.Trainer(model, lr=lr, seed=seed, **options)
+    batch_size = settings.get("batch_size", 32)
+    schedule = settings.get("schedule", "constant")
+    if "warmup_steps" in settings:
+        num_steps = settings["epochs"] * math.ceil(len(train[0]) / batch_size)
+        schedule = tk.warmup(schedule, settings["warmup_steps"] / num_steps)
+    trainer = tk.Trainer(model, lr=lr, seed=seed, schedule=schedule)
     layers = {int(epoch): layer for epoch, layer in settings.get("unfreezing", {}).items()}
     history = trainer.fit(
         train,
         validation_data=test,
         epochs=settings["epochs"],
-        batch_size=settings.get("batch_size", 32),
+        batch_size=batch_size,
         callbacks=[tk.GradualUnfreezing(layers)] if layers else [],
-        restore_best=False,
         verbose=0,
     )
     figures = {

@@ -1,11 +1,11 @@
-"""Transfer learning with VGG16: transferkit beside PyTorch, Lightning, fastai, Keras and skorch, one process each.
+"""Compare transfer learning with VGG16 in transferkit, PyTorch, Lightning, fastai, Keras and skorch, one process each.
 
     python benchmarks/compare.py --job head64 --json head64.json
     python benchmarks/compare.py --from head64.json --markdown
 
-The jobs are in job.py, the contestants in peers/: each at its defaults, and as fast as a user who knows it well can set
-it. They run one after another, in rounds, on the CPU. Given the same --json, a run that was stopped goes on.
-A peer that is not installed is left out: pip install -e ".[bench]" installs all.
+The jobs are in job.py, the contestants in peers/: each at its defaults, and as fast as a user who knows it well can
+make it. They run one after another, in rounds, on the CPU. With the same --json, a stopped comparison continues.
+Libraries that are not installed are skipped: pip install -e ".[bench]" installs all.
 """
 
 import argparse
@@ -29,7 +29,7 @@ RUN_ONE = Path(__file__).resolve().parent / "peers" / "run_one.py"
 def choose_contestants(only: str | None, job: Job) -> list[tuple[str, str]]:
     """Return pairs of contestant and configuration; `only` names either a contestant or `contestant/configuration`."""
     everyone = [(name, configuration) for name, several in CONFIGURATIONS.items() for configuration in several]
-    if not job.frozen:  # nothing is frozen, so there are no features to keep
+    if not job.frozen:  # nothing is frozen, so there are no features to cache
         everyone = [pair for pair in everyone if pair[1] not in ("uncached", "kept")]
     if only is None:
         return everyone
@@ -73,14 +73,14 @@ def extrapolate(result: dict, epochs: int) -> dict:
 
 
 def open_report(path: Path | None, job: Job, peer_epochs: int) -> dict:
-    """Return the report to go on with: the one at `path` if it is of the same job, else a new one."""
+    """Return the report to continue: the one at `path` if it is of the same job, else a new one."""
     report = {"job": dataclasses.asdict(job), "peer_epochs": peer_epochs, "machine": describe_machine(), "runs": []}
     if path is None or not path.exists():
         return report
     earlier = json.loads(path.read_text())
     if any(earlier[name] != report[name] for name in ("job", "peer_epochs", "machine")):
         raise SystemExit(f"{path} is of another job or another machine: give another --json, or remove it.")
-    earlier["runs"] = [run for run in earlier["runs"] if "total_s" in run]  # what failed is tried again
+    earlier["runs"] = [run for run in earlier["runs"] if "total_s" in run]  # retry what failed
     return earlier
 
 
@@ -116,13 +116,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", choices=JOBS, default="head64")
     parser.add_argument("--epochs", type=int, help="10; 2 for full64")
-    parser.add_argument("--peer-epochs", type=int, help="let the peers run so many and estimate the rest")
+    parser.add_argument("--peer-epochs", type=int, help="epochs of the other libraries; the rest is estimated")
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--only", help="names, as in transferkit,pytorch/best")
     parser.add_argument("--training-images", type=int)
     parser.add_argument("--validation-images", type=int)
-    parser.add_argument("--json", type=Path, help="write the results there after every contestant, and go on from them")
-    parser.add_argument("--from", dest="source", type=Path, help="only print the results of this file")
+    parser.add_argument("--json", type=Path, help="write results there after every contestant, and continue from them")
+    parser.add_argument("--from", dest="source", type=Path, help="only print the results in this file")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     if options.source is not None:

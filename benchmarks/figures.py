@@ -1,6 +1,6 @@
-"""Draws the tutorial's figures from docs/results/choices_*.json; run python benchmarks/figures.py.
+"""Draw the tutorial's figures from docs/results/choices_*.json: python benchmarks/figures.py.
 
-The JSON files are what benchmarks/choices.py wrote. Two figures show a model, which is trained here on the images in
+benchmarks/choices.py writes these JSON files. Two figures show a model, which this script trains on the images in
 examples/assets (half a minute).
 """
 
@@ -41,7 +41,7 @@ def axes(width: float = 5.5, height: float = 3.4) -> tuple[Figure, Axes]:
 
 
 def draw_depth() -> None:
-    """Accuracy over the learning rate, a line for each depth."""
+    """Accuracy over the learning rate, one line per depth."""
     figure, ax = axes()
     for depth, name in NAMES.items():
         own = [run for run in runs("depth") if run["freeze_until"] == depth]
@@ -52,7 +52,7 @@ def draw_depth() -> None:
 
 
 def draw_epochs() -> None:
-    """What `History.plot` shows of two long runs."""
+    """`History.plot` of two long runs."""
     for run in runs("epochs"):
         names = run["history"]
         reports = [
@@ -63,7 +63,7 @@ def draw_epochs() -> None:
 
 
 def draw_batch_size() -> None:
-    """Accuracy over the batch size, a line for each learning rate, a dot for each seed."""
+    """Accuracy over the batch size, one line per learning rate, one dot per seed."""
     figure, ax = axes()
     every = runs("batch_size")
     for lr in sorted({run["lr"] for run in every}):
@@ -82,7 +82,7 @@ def draw_batch_size() -> None:
 
 
 def draw_groups(question: str, label: Any, name: str) -> None:
-    """A row for each setting: a dot for each seed, a bar for their mean."""
+    """One row per setting: a dot per seed, and a bar for their mean."""
     groups: dict[str, list[float]] = {}
     for run in runs(question):
         groups.setdefault(label(run), []).append(last(run))
@@ -117,7 +117,7 @@ def mean(values: list[float]) -> float:
 
 
 def draw_sweeps() -> None:
-    """What `lr_find` saw, for the head alone and with block 5."""
+    """The sweeps of `lr_find`, for the head alone and with block 5."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     for ax, depth in zip(figure.subplots(1, 2), ("head", "block5"), strict=True):
         run = next(run for run in runs("lr_find") if run["freeze_until"] == depth)
@@ -135,7 +135,7 @@ def draw_model() -> None:
         backbone = tk.load_backbone(weights=weights, preprocessing="IMAGENET1K_FEATURES", image_size=32)
         torch.manual_seed(0)
         model = tk.freeze_until(tk.attach_head(backbone, train.classes, hidden=(256,)), "block5")
-        trainer = tk.Trainer(model, lr=1e-4, schedule="cosine", warmup_steps=30)
+        trainer = tk.Trainer(model, lr=1e-4, schedule=tk.warmup("cosine", 30 / 252))  # 30 of 4 * 63 steps
         trainer.fit(train, validation_data=test, epochs=4, verbose=0)
         assessment = trainer.assess(test)
         save(tk.plot_confusion_matrix(assessment), "confusion_matrix")

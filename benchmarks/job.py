@@ -1,4 +1,4 @@
-"""The jobs that `compare.py` gives to every contestant, and the images they are given: defined here and nowhere else.
+"""The jobs of `compare.py` and their images, the same for every contestant.
 
 Nothing here imports a training library, so that a contestant's memory is its own.
 """
@@ -24,15 +24,15 @@ SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Fine-tune VGG16 with a head of 4096-4096-10, Adam, cross-entropy, batch 32, shuffled, validated each epoch.
+    """Fine-tune VGG16 with a head of 4096-4096-10, Adam, cross-entropy, batch size 32; shuffle, validate each epoch.
 
     Attributes:
         name: One of `JOBS`.
-        image_size: The 32 px images are resized to this, bilinear and antialiased.
+        image_size: Size to which the 32 px images are resized, bilinear and antialiased.
         frozen: True: every convolution is frozen. False: everything trains.
         lr: Adam's learning rate.
-        num_training: Training images, as many of each class.
-        num_validation: Validation images, likewise.
+        num_training: Training images, the same number per class.
+        num_validation: Validation images, the same number per class.
         epochs: Number of epochs.
     """
 
@@ -87,7 +87,7 @@ def read_data(job: Job) -> Data:
 
 
 class Record:
-    """What a contestant's run gives. Made when the images are decoded and the model is built: its clock starts then."""
+    """The times and accuracies of a run. Create it once images and model are ready: its clock starts then."""
 
     def __init__(self) -> None:
         self.epoch_s: list[float] = []

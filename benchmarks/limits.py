@@ -1,11 +1,11 @@
-"""Each stage of training as a share of what the machine can do at most.
+"""Measure each stage of training against the machine's limits.
 
     python benchmarks/limits.py [--image-size 64] [--repetitions 9] [--json limits.json]
 
-The ceilings, a square matrix product in the device's number format and a copy of memory, are measured in turns with
-every stage, so that a busy machine slows both. A stage's floor is its arithmetic over the rate of the product plus, for
-training steps, 28 bytes a parameter over the bandwidth of the copy: what Adam reads (weight, gradient, two moments) and
-writes (weight, two moments), in float32.
+The limits are a square matrix product in the device's precision and a memory copy. They are measured in turns with
+every stage, so that a busy machine slows both. A stage's floor is its arithmetic at the rate of the product plus, for
+training steps, 28 bytes per parameter at the bandwidth of the copy: Adam reads weight, gradient and two moments and
+writes weight and two moments, in float32.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def seconds(run: Callable[[], object], device: tk.Device) -> float:
 
 
 def convolution_flop(model: tk.TransferModel, layers: int, *, first: int = 0) -> float:
-    """Return the floating-point operations that convolutions `first` to `layers` make of one image, forward."""
+    """Return the floating-point operations of the forward pass of layers `first` to `layers`, for one image."""
     side, flop = model.backbone.image_size, 0.0
     for index, layer in enumerate(model.backbone.features[:layers]):
         if isinstance(layer, torch.nn.MaxPool2d):
@@ -53,7 +53,7 @@ def make_model(image_size: int, frozen_until: str | None) -> tk.TransferModel:
 
 
 def training(device: tk.Device, image_size: int, frozen_until: str | None) -> tuple[Callable[[], object], float, float]:
-    """Return one step over kept features, its operations and its bytes."""
+    """Return one training step on cached features, its operations and its bytes."""
     model = make_model(image_size, frozen_until)
     images = torch.randint(0, 256, (4 * BATCH_SIZE, 3, image_size, image_size), dtype=torch.uint8)
     data = (images, torch.arange(len(images)) % 10)

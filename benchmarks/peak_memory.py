@@ -1,11 +1,11 @@
-"""Peak resident memory of training on the CPU, against the sum of what must be held.
+"""Measure the peak resident memory of training on the CPU against what must be in memory.
 
     python benchmarks/peak_memory.py [--image-size 64] [--json peak_memory.json]
 
-Each row is a process of its own, under Linux. Counted is what comes on top of a process that has imported torch and the
-library. What must be held: parameters, gradients, Adam's two moments, the copy of the best weights, kept features, and
-the activations of one batch: those that are kept for the backward pass, or the two largest that are alive at once while
-features are computed.
+Each row is a process of its own, under Linux. The peak is above that of a process that has imported torch and the
+library. What must be in memory: parameters, gradients, Adam's two moments, the copy of the best weights, cached
+features, and the activations of one batch. These are the ones needed for the backward pass, or the two largest that
+exist at once while features are computed.
 """
 
 import argparse
@@ -22,7 +22,6 @@ ROWS: dict[str, dict[str, object]] = {
     "head": {"frozen_until": "head"},
     "block5": {"frozen_until": "block5"},
     "everything": {"frozen_until": None},
-    "everything, activations recomputed": {"frozen_until": None, "recompute_activations": True},
     "everything, micro-batches of 8": {"frozen_until": None, "micro_batch_size": 8},
 }
 BATCH_SIZE = 32
@@ -35,7 +34,7 @@ def resident_bytes(field: str) -> int:
 
 
 def output_bytes(model: tk.TransferModel, batch_size: int) -> list[int]:
-    """Return the size of each layer's output that is not made in place."""
+    """Return the bytes of each layer's output, except those computed in place."""
     shape = (1, 3, model.backbone.image_size, model.backbone.image_size)
     outputs, images = [], torch.zeros(shape, device="meta")
     for layer in model.backbone.features:
@@ -45,12 +44,13 @@ def output_bytes(model: tk.TransferModel, batch_size: int) -> list[int]:
     return outputs
 
 
-def measure(image_size: int, frozen_until: str | None, **arguments: object) -> dict[str, float]:
+def measure(image_size: int, frozen_until: str | None, micro_batch_size: int | None = None) -> dict[str, float]:
     images = torch.randint(0, 256, (IMAGES, 3, image_size, image_size), dtype=torch.uint8)
     data = (images, torch.arange(IMAGES) % 10)
     before = resident_bytes("VmRSS")
     model = tk.attach_head(tk.load_backbone(weights=None, image_size=image_size), 10, hidden=(4096, 4096))
-    trainer = tk.Trainer(tk.freeze_until(model, frozen_until), lr=1e-4, device="cpu", **arguments)
+    trainer = tk.Trainer(tk.freeze_until(model, frozen_until), lr=1e-4, device="cpu")
+    trainer.micro_batch_size = micro_batch_size
     trainer.fit(data, validation_data=data, epochs=2, batch_size=BATCH_SIZE, verbose=0)
     peak = resident_bytes("VmHWM") - before
     frozen = len(model.split()[0])
@@ -76,7 +76,7 @@ def main() -> None:
         print(json.dumps(measure(options.image_size, **ROWS[options.row])))
         return
     results = {}
-    print(f"{'trains':36} peak MB   must be held MB   of it activations of a batch   ratio")
+    print(f"{'trains':36} peak MB{'required MB':>15}{'activations MB':>23}{'ratio':>20}")
     for row in ROWS:
         command = [sys.executable, __file__, "--image-size", str(options.image_size), "--row", row]
         results[row] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

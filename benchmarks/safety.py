@@ -1,12 +1,11 @@
-"""What the safety of training costs, as a share of a training step.
+"""Measure what the safety of training costs, as a percentage of a training step.
 
     python benchmarks/safety.py [--image-size 64] [--precision bf16] [--repetitions 40] [--json safety.json]
 
-Timed are the calls that a step makes for safety alone: looking at every gradient for NaN and infinity before the
-update, copies of batch norm's statistics and putting them back, asking for room for the optimizer's state, reading
-the flag. Their sum is given as a share of the step, median and quartiles. (Steps with and without them, in turns,
-differ by less than such a machine's noise.) A checkpoint's cost is measured beside it: one save, with fsync and
-verification, against one epoch of 63 steps.
+Times the calls that a step makes only for safety: checking every gradient for NaN and infinity before the update,
+copying and restoring batch norm's statistics, and reserving memory for the optimizer's state. Their sum is a
+percentage of the step, median and quartiles. (Steps with and without them, run in turns, differ by less than the
+machine's noise.) Also times one save of a checkpoint, with fsync and verification, against one epoch of 63 steps.
 """
 
 import argparse
@@ -24,7 +23,7 @@ import torch
 from limits import BATCH_SIZE, seconds
 
 import transferkit as tk
-from transferkit.compute.finite import BufferCopies, FiniteFlags
+from transferkit.compute.finite import BufferCopies
 from transferkit.training import step
 
 ROWS: dict[str, str | None] = {"head": "head", "block5 and head": "block5", "everything": None}
@@ -50,14 +49,13 @@ class Clock:
 
 
 def watch_checks(clock: Clock) -> ExitStack:
-    """Time the checks of every step inside."""
+    """Time the checks of every step made inside."""
     stack = ExitStack()
     places = [
         (step, "gradients_are_finite"),
         (step, "reserve_state"),
         (BufferCopies, "__init__"),
         (BufferCopies, "restore_unless"),
-        (FiniteFlags, "add"),
     ]
     for owner, name in places:
         stack.enter_context(mock.patch.object(owner, name, clock.timed(getattr(owner, name))))
@@ -87,13 +85,13 @@ def main() -> None:
                 clock.seconds = 0.0
                 times.append(seconds(run, device))
                 shares.append(100 * clock.seconds / times[-1])
-                if number < 3:  # the first ones allocate, and compute features
+                if number < 3:  # the first steps allocate, and compute features
                     times, shares = [], []
         step_s = statistics.median(times)
         low, median, high = statistics.quantiles(shares, n=4)
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = tk.Checkpoint(folder)
-            checkpoint.save(trainer)  # writes what is frozen, once
+            checkpoint.save(trainer)  # writes the frozen weights, once
             save = statistics.median(seconds(partial(checkpoint.save, trainer), device) for _ in range(3))
         row = {"trains": name, "step_ms": 1e3 * step_s, "checks_percent": [low, median, high], "save_s": save}
         row["save_percent_of_epoch"] = 100 * save / (STEPS_OF_AN_EPOCH * step_s)

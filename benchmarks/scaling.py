@@ -1,9 +1,10 @@
-"""How the time of `fit` grows with images, image size, epochs and frozen depth, with kept features and without.
+"""Measure how the time of `fit` scales with images, image size, epochs and frozen depth, cached and uncached.
 
     python benchmarks/scaling.py [--json scaling.json] [--plot scaling.png]   # the plot needs matplotlib
 
-VGG16 with a head of 4096-4096-10, Adam, batch 32, on random images: time does not depend on what they show. One figure
-varies at a time, around 250 images of 64 px, 4 epochs, every convolution frozen. Kept and recomputed run in turns.
+VGG16 with a head of 4096-4096-10, Adam, batch size 32, on random images: time does not depend on what they show. One
+setting varies at a time, around 250 images of 64 px, 4 epochs and every convolution frozen. "kept" trains on cached
+features, "recomputed" without the cache; the two run in turns.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--from", dest="source", type=Path, help="draw a JSON that was written before")
+    parser.add_argument("--from", dest="source", type=Path, help="draw the results in this JSON file")
     options = parser.parse_args()
     if options.source:
         results = json.loads(options.source.read_text())["seconds"]

@@ -1,4 +1,4 @@
-"""Sphinx's settings for `make docs`. Nothing here needs a network."""
+"""Sphinx settings for `make docs`. The build works offline."""
 
 import builtins
 import os
@@ -16,11 +16,11 @@ project_copyright = "The transferkit developers"
 release = metadata.version("transferkit")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-nitpicky = True  # a reference to a name that is not on a page is a warning, and warnings are errors
+nitpicky = True  # a reference to a name that is on no page is a warning, and warnings are errors
 
 myst_heading_anchors = 3
 
-default_role = "py:obj"  # what docstrings put in backticks is code, and a link where it is a name of the library
+default_role = "py:obj"  # backticks in docstrings are code, and a link if they name something in the library
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
@@ -39,14 +39,15 @@ html_copy_source = False
 html_static_path = ["_static"]
 html_css_files = ["transferkit.css"]
 html_theme_options = {"navigation_with_keys": True}
-copybutton_exclude = ".go, .gp"  # of a doctest only what one types is copied, without prompts
+copybutton_exclude = ".go, .gp"  # copy only the input lines of a doctest, without prompts
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
 nitpick_ignore = [
-    ("py:class", "transferkit.training.checkpoint.Resumable"),  # a protocol: what it asks for is said in words
+    ("py:class", "transferkit.training.checkpoint.Resumable"),  # a protocol, described in words
+    ("py:class", "transferkit.training.loss.Loss"),  # a protocol, too
 ]
-nitpick_ignore_regex = [("py:class", r"transferkit\.\w+\._\w+")]  # variables of types
+nitpick_ignore_regex = [("py:class", r"transferkit\.[\w.]+\._\w+")]  # type variables
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -68,9 +69,9 @@ FOREIGN = (
 
 
 def link(app: Any, env: Any, node: Any, contnode: Any) -> Any:
-    """Link a public name written as its module has it; leave names of other libraries, and mere code, without a link.
+    """Link public names, wherever their module is; leave names of other libraries and plain code without a link.
 
-    What is left after that is a warning: a name of this library that is on no page.
+    Any other name is a warning: it belongs to this library but is on no page.
     """
     import transferkit
     from transferkit import errors
@@ -97,7 +98,7 @@ OWN_PAGES = {
 
 
 def lead_out_of_docs(_app: Any, docname: str, source: list[str]) -> None:
-    """Lead relative links to files outside docs/, right where a repository is looked at, to pages or copies here."""
+    """Redirect relative links to files outside docs/, which work on a repository's web page, to pages here."""
 
     def lead(match: re.Match[str]) -> str:
         place = DOCS / docname
@@ -107,26 +108,26 @@ def lead_out_of_docs(_app: Any, docname: str, source: list[str]) -> None:
         name = target.relative_to(ROOT).as_posix()
         if name in OWN_PAGES:
             return f"]({os.path.relpath(DOCS / OWN_PAGES[name], place.parent)})"
-        return f"](path:{match[1]})"  # a copy of the file
+        return f"](path:{match[1]})"  # Sphinx copies the file
 
     source[0] = re.sub(r"\]\(((?:\.\./)+[^)#\s]+)\)", lead, source[0])
 
 
 def name_attributes(_app: Any, doctree: Any) -> None:
-    """Head the attributes of a class with the word that the docstrings have."""
+    """Title the attributes of a class "Attributes", as in the docstrings."""
     for heading in doctree.findall(lambda node: node.tagname == "field_name" and node.astext() == "Variables"):
         heading[0] = type(heading[0])("Attributes")
 
 
 class Array:
-    """Stands in for `numpy.typing.NDArray`, which is written out as `ndarray[tuple[Any, ...], dtype[float32]]`."""
+    """Replaces `numpy.typing.NDArray`, which would print as `ndarray[tuple[Any, ...], dtype[float32]]`."""
 
     def __class_getitem__(cls, kind: Any) -> GenericAlias:
         return GenericAlias(np.ndarray, (kind,))
 
 
 def setup(app: Any) -> None:
-    """Register the above, before the library is imported."""
+    """Register all of this before the library is imported."""
     npt.NDArray = Array  # type: ignore[misc]
     npt.ArrayLike = type("ArrayLike", (), {"__module__": "numpy.typing"})  # type: ignore[misc]
     app.connect("doctree-read", name_attributes)

@@ -1,10 +1,10 @@
-"""VGG16 on CIFAR-10, with the four hyper-parameters of fine-tuning as flags.
+"""Fine-tune VGG16 on CIFAR-10, with the four hyper-parameters of fine-tuning as flags.
 
     python examples/finetune_cifar10.py --frozen-until head --epochs 10 --lr 1e-3
     python examples/finetune_cifar10.py --frozen-until block5 --epochs 5 --lr 1e-4 --schedule cosine
     python examples/finetune_cifar10.py --frozen-until none --image-size 64
 
-Weights and images are downloaded through torchvision. Without a network pass --weights and --data.
+Torchvision downloads weights and images. Without a network, pass --weights and --data.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import transferkit as tk
 
 OFFLINE = """{error}
 
-Without a network pass both:
+Without a network, pass both:
   --weights FILE --preprocessing IMAGENET1K_FEATURES   a state dict of VGG16, such as
                  examples/assets/vgg16_imagenet_features_bf16.pt of this repository
   --data FOLDER  with train/<class>/*.jpg and test/<class>/*.jpg, or with CIFAR-10's own cifar-10-batches-py"""
@@ -32,23 +32,23 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (1e-3)")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the training images (10)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images in a step (32)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per step (32)")
     parser.add_argument(
         "--frozen-until", default="head", help='first layer that trains: "head", "block5", "none" (head)'
     )
     parser.add_argument("--hidden", type=int, nargs="*", default=(4096, 4096), help="widths of the head (4096 4096)")
-    parser.add_argument("--schedule", default="constant", help="constant, linear or cosine (constant)")
-    parser.add_argument("--warmup-steps", type=int, default=0, help="steps of rising learning rate (0)")
-    parser.add_argument("--augment", nargs="*", help="flip, crop, color, trivial (nothing)")
+    parser.add_argument("--schedule", default="constant", help="constant, linear, cosine or one_cycle (constant)")
+    parser.add_argument("--warmup", type=float, default=0.0, help="fraction of the run that is warm-up (0)")
+    parser.add_argument("--augment", nargs="*", help="flip, crop, color, trivial (none)")
     parser.add_argument("--image-size", type=int, default=32, help="pixels (32)")
     parser.add_argument("--weights", default="IMAGENET1K_FEATURES", help="name or path (IMAGENET1K_FEATURES)")
-    parser.add_argument("--preprocessing", default="auto", help="convention of the weights, needed with a path")
-    parser.add_argument("--data", type=Path, help="folder of the images (downloaded to ./data)")
+    parser.add_argument("--preprocessing", default="auto", help="input convention of the weights, required with a path")
+    parser.add_argument("--data", type=Path, help="folder of the images (downloads to ./data)")
     parser.add_argument("--device", default="auto", help="auto, cuda, cpu (auto)")
     parser.add_argument("--precision", default="auto", help="auto, bf16, fp16, fp32 (auto)")
-    parser.add_argument("--cache-dir", type=Path, help="keep the features of frozen layers here for later runs")
+    parser.add_argument("--cache", type=Path, help="folder in which to cache features for later runs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", type=Path, help="write a checkpoint here")
+    parser.add_argument("--save", type=Path, help="write a checkpoint of the best epoch here")
     parser.add_argument("--json", type=Path, help="write settings, history and test scores here")
     return parser.parse_args()
 
@@ -79,24 +79,23 @@ def main() -> None:
     trainer = tk.Trainer(
         model,
         lr=options.lr,
-        schedule=options.schedule,
-        warmup_steps=options.warmup_steps,
+        schedule=tk.warmup(options.schedule, options.warmup) if options.warmup else options.schedule,
         device=options.device,
         precision=options.precision,
-        cache_dir=options.cache_dir,
+        cache=options.cache or "auto",
         seed=options.seed,
     )
     started = time.perf_counter()
     history = trainer.fit(
         train,
-        validation_data=test,  # for the record only: the last weights are the ones tested
+        validation_data=test,  # for the record only: the score below is that of the last epoch
         epochs=options.epochs,
         batch_size=options.batch_size,
         augment=options.augment,
-        restore_best=False,
     )
     fit_s = time.perf_counter() - started
-    scores = trainer.evaluate(test)
+    last = history.reports[-1]  # not the best epoch, which the test images would have chosen
+    scores = {"loss": last.val_loss, "accuracy": last.val_accuracy}
     print(f"test accuracy {scores['accuracy']:.4f}, {fit_s:.0f} s on {trainer.device}")
     if options.save:
         trainer.save(options.save)

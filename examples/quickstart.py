@@ -1,7 +1,7 @@
-"""The main job in small: VGG16 pretrained on ImageNet, its convolutions frozen, a new head, CIFAR-10. No network.
+"""A small version of the main job: pretrained VGG16, convolutions frozen, a new head, CIFAR-10. Runs offline.
 
 Run from a clone: python examples/quickstart.py
-The weights and the 2,500 images lie in examples/assets; where they come from is in the README there.
+The weights and the 2,500 images are in examples/assets; the README there says where they come from.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ ASSETS = Path(__file__).parent / "assets"
 LEARNING_RATE = 1e-3
 EPOCHS = 10
 BATCH_SIZE = 32
-FROZEN_UNTIL = "head"  # every convolution is frozen; with "block5" the last three would train too
+FROZEN_UNTIL = "head"  # freezes every convolution; "block5" would train the last three, too
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         zipfile.ZipFile(ASSETS / "cifar10_subset.zip").extractall(folder)
-        train = ImageFolder(Path(folder) / "train")  # one folder for each class
+        train = ImageFolder(Path(folder) / "train")  # one folder per class
         test = ImageFolder(Path(folder) / "test")
 
         backbone = tk.load_backbone(
@@ -45,7 +45,7 @@ def main() -> None:
         image, target = test[0]  # a PIL image
         predicted = trainer.predict([image])[0]
     print(f"accuracy {scores['accuracy']:.3f} on 500 test images, after {time.perf_counter() - started:.0f} s")
-    print(f"the first of them is of class {model.classes[target]!r}; predicted: {model.classes[predicted]!r}")
+    print(f"the first test image is of class {model.classes[target]!r}; predicted: {model.classes[predicted]!r}")
 
 
 if __name__ == "__main__":

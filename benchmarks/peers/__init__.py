@@ -1,4 +1,4 @@
-"""Who is compared: a contestant is a file `with_<name>.py`, a configuration is a function `(job, data)` in it."""
+"""The contestants: each is a file `with_<name>.py`, with one function `(job, data)` per configuration."""
 
 CONFIGURATIONS = {
     "transferkit": ("default", "uncached", "kept"),
@@ -8,7 +8,7 @@ CONFIGURATIONS = {
     "keras": ("default", "best"),
     "skorch": ("default", "best"),
 }
-PACKAGES = {  # what must be installed, and whose versions are noted
+PACKAGES = {  # packages that must be installed, and whose versions are recorded
     "transferkit": ("transferkit", "torch"),
     "pytorch": ("torch", "torchvision"),
     "lightning": ("lightning", "torch", "torchvision"),

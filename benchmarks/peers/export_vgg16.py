@@ -1,6 +1,6 @@
 """Write the pretrained convolutions, and their features of given images, as numpy arrays for the Keras peer.
 
-In a process of its own, so that PyTorch is not in the memory that is measured:
+Runs in its own process, so that PyTorch does not count in the measured memory:
 python benchmarks/peers/export_vgg16.py weights.pt images.npy output.npz (images float `(N, 3, H, W)`, preprocessed)
 """
 

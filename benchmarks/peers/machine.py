@@ -1,4 +1,4 @@
-"""What the machine is, and how fast it is just now: a noisy neighbour shows in the rates around a contestant's run."""
+"""Describe the machine and measure its current speed, which shows noisy neighbours around a contestant's run."""
 
 import os
 import platform
@@ -41,7 +41,7 @@ def best_time(work: Callable[[], object], repetitions: int) -> float:
 
 
 def measure_rates() -> dict[str, float]:
-    """Return the rate at which memory is copied and that of a bf16 matrix product, each the best of a few."""
+    """Return the rates of a memory copy and of a bf16 matrix product, each the best of a few runs."""
     source = torch.ones(COPY_BYTES, dtype=torch.uint8)
     target = torch.zeros_like(source)
     a = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, dtype=torch.bfloat16)

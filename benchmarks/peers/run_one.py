@@ -1,4 +1,4 @@
-"""Run one configuration of one contestant in this process and print what it took, as one line of JSON.
+"""Run one configuration of one contestant in this process and print the results as one line of JSON.
 
 `compare.py` starts it: python benchmarks/peers/run_one.py pytorch best '{"name": "head64", ...}' [cache folder]
 """
@@ -19,7 +19,7 @@ from peers import PACKAGES  # noqa: E402
 
 
 def version_of(package: str) -> str:
-    """Return the version of the distribution that holds a package: tensorflow may be tensorflow-cpu."""
+    """Return the version of the distribution that provides a package: tensorflow may be tensorflow-cpu."""
     distributions = importlib.metadata.packages_distributions().get(package, [package])
     return importlib.metadata.version(package if package in distributions else distributions[0])
 

@@ -25,7 +25,7 @@ def median_epoch(runs: list[dict]) -> float | None:
 
 
 def comparison(report: dict) -> tuple[Callable[[list[dict]], float | None], str]:
-    """Return what ratios are taken of, and its name: `full64` is there for the speed of its epochs only."""
+    """Return the figure that ratios compare, and its name: for `full64` the time of an epoch, else the total."""
     return (median_epoch, "seconds per epoch") if report["job"]["name"] == "full64" else (median_total, "total")
 
 
@@ -72,7 +72,7 @@ def format_rows(rows: list[list[str]], *, markdown: bool) -> list[str]:
 
 
 def headlines(report: dict) -> list[str]:
-    """Return the two ratios that sum it up: the fastest peer to transferkit, and the fastest one at its defaults."""
+    """Return two ratios to transferkit: of the fastest peer, and of the fastest peer at its defaults."""
     measure, unit = comparison(report)
     groups = rows_by_contestant(report)
     reference = measure(groups.get(("transferkit", "default"), []))

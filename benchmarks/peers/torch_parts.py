@@ -1,4 +1,4 @@
-"""What the contestants on PyTorch share: the network, and the images as a data set or as preprocessed tensors."""
+"""Shared by the contestants on PyTorch: the network, and the images as a data set or as preprocessed tensors."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torchvision import transforms
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms.v2 import functional
 
-VALIDATION_BATCH_SIZE = 128  # of the best configurations: without gradients larger batches go a little faster
+VALIDATION_BATCH_SIZE = 128  # in the best configurations: without gradients, larger batches are slightly faster
 
 
 def build_body(job: Job) -> nn.Sequential:
@@ -38,7 +38,7 @@ def build_model(job: Job) -> nn.Sequential:
 
 
 def build_fast_model(job: Job) -> nn.Sequential:
-    """Return the network for bf16 autocast: channels-last, and what is frozen cast to bf16 once, not in each step."""
+    """Return the network for bf16 autocast: channels-last, frozen layers cast to bf16 once instead of in each step."""
     model = build_model(job).to(memory_format=torch.channels_last)
     if job.frozen:
         model[0].to(torch.bfloat16)
@@ -50,7 +50,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 class ImageDataset(Dataset):
-    """Images as PIL gives them, resized and normalised whenever they are read."""
+    """PIL images, resized and normalized at every read."""
 
     def __init__(self, images: np.ndarray, targets: np.ndarray, image_size: int) -> None:
         self.images = images
@@ -67,19 +67,19 @@ class ImageDataset(Dataset):
 
 
 def image_datasets(job: Job, data: Data) -> tuple[ImageDataset, ImageDataset]:
-    """Return the training and the validation images as PyTorch's tutorials have them."""
+    """Return training and validation images as in PyTorch's tutorials."""
     train = ImageDataset(data.train_images, data.train_targets, job.image_size)
     return train, ImageDataset(data.validation_images, data.validation_targets, job.image_size)
 
 
 def preprocess(images: np.ndarray, image_size: int) -> Tensor:
-    """Return all images resized and normalised, float32 `(N, 3, S, S)`."""
+    """Return all images resized and normalized, float32 `(N, 3, S, S)`."""
     resized = functional.resize(torch.from_numpy(images).permute(0, 3, 1, 2), [image_size, image_size], antialias=True)
     return functional.normalize(functional.to_dtype(resized, torch.float32, scale=True), MEAN, DEVIATION, inplace=True)
 
 
 def tensor_datasets(job: Job, data: Data) -> tuple[TensorDataset, TensorDataset]:
-    """Return the training and the validation images preprocessed once and for all."""
+    """Return training and validation images, preprocessed once."""
     train = TensorDataset(preprocess(data.train_images, job.image_size), torch.from_numpy(data.train_targets))
     validation_images = preprocess(data.validation_images, job.image_size)
     return train, TensorDataset(validation_images, torch.from_numpy(data.validation_targets))

@@ -19,9 +19,9 @@ from peers.torch_parts import VALIDATION_BATCH_SIZE, build_fast_model, build_mod
 
 
 class Clock(Callback):
-    """Notes each epoch, validation included."""
+    """Records each epoch, validation included."""
 
-    order = 60  # after the Recorder, which adds up the accuracy
+    order = 60  # after the Recorder, which computes the accuracy
 
     def __init__(self, record: Record) -> None:
         self.record = record
@@ -34,7 +34,7 @@ class Clock(Callback):
 
 
 class Autocast(Callback):
-    """Runs the network in bf16 on a CPU: fastai's own MixedPrecision asks for autocast on CUDA, nothing else."""
+    """Runs the network in bf16 on a CPU: fastai's own MixedPrecision supports only CUDA."""
 
     order = 10
 

@@ -20,7 +20,7 @@ VALIDATION_BATCH_SIZE = 128
 
 
 class Clock(keras.callbacks.Callback):
-    """Notes each epoch; Keras validates before it calls an epoch ended."""
+    """Records each epoch; Keras validates before `on_epoch_end`."""
 
     def __init__(self, record: Record) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def convert_weights(body: keras.Model, exported: dict[str, np.ndarray]) -> None:
 
 
 def exported_weights(images: np.ndarray) -> dict[str, np.ndarray]:
-    """Return PyTorch's weights, and as `features` what it makes of images as Keras has them: BGR, channels last."""
+    """Return PyTorch's weights and, as `features`, its output for images in Keras's form: BGR, channels last."""
     with tempfile.TemporaryDirectory() as folder:
         images_path, output_path = Path(folder) / "images.npy", Path(folder) / "weights.npz"
         np.save(images_path, np.ascontiguousarray(images[..., ::-1].transpose(0, 3, 1, 2)))
@@ -54,7 +54,7 @@ def exported_weights(images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def preprocess(images: np.ndarray, image_size: int) -> np.ndarray:
-    """Return images resized and as `VGG16` wants them: BGR, 0..255 less the mean."""
+    """Return images resized and preprocessed for `VGG16`: BGR, 0..255, minus the mean."""
     resized = [
         tf.image.resize(part, (image_size, image_size), antialias=True).numpy()
         for part in np.array_split(images, -(-len(images) // 256))
@@ -63,7 +63,7 @@ def preprocess(images: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def build_model(job: Job, data: Data) -> keras.Model:
-    """Return VGG16 with the head, compiled but for how; its features are first compared with PyTorch's, in float32."""
+    """Return VGG16 with the head, not yet compiled, after comparing its float32 features with PyTorch's."""
     keras.utils.set_random_seed(SEED)
     shape = (job.image_size, job.image_size, 3)
     images = preprocess(data.train_images[:8], job.image_size)

@@ -45,7 +45,7 @@ class Classifier(lightning.LightningModule):
 
 
 class Clock(lightning.Callback):
-    """Notes each epoch; Lightning validates before it calls an epoch of training ended."""
+    """Records each epoch; Lightning validates before `on_train_epoch_end`."""
 
     def __init__(self, record: Record) -> None:
         self.record = record

@@ -1,4 +1,4 @@
-"""PyTorch without a library on top: the loop of its tutorials, and the same loop with what its tuning guide names."""
+"""Plain PyTorch: the loop of its tutorials, and the same loop with the settings of its tuning guide."""
 
 import torch
 from job import BATCH_SIZE, SEED, Data, Job, Record
@@ -49,7 +49,7 @@ def autocast(job: Job, data: Data) -> Record:
 
 
 def best(job: Job, data: Data) -> Record:
-    """What `autocast` does, and the frozen body cast once, fused Adam, validation in larger batches."""
+    """Like `autocast`, with the frozen body cast once, fused Adam, and validation in larger batches."""
     torch.manual_seed(SEED)
     model = build_fast_model(job)
     return _train(job, data, model, torch.optim.Adam(trainable(model), lr=job.lr, fused=True))

@@ -17,7 +17,7 @@ from peers.torch_parts import (
 
 
 class FastClassifier(NeuralNetClassifier):
-    """Runs the network in bf16 and channels-last; `infer` is where skorch lets that be said."""
+    """Runs the network in bf16 and channels-last; `infer` is skorch's hook for that."""
 
     def infer(self, x: Tensor, **fit_params: object) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -36,7 +36,7 @@ def fit(
     net = net_class(
         model,
         criterion=nn.CrossEntropyLoss,
-        classes=range(NUM_CLASSES),  # a Dataset does not tell them
+        classes=range(NUM_CLASSES),  # skorch cannot infer them from a Dataset
         optimizer=torch.optim.Adam,
         lr=job.lr,
         max_epochs=job.epochs,

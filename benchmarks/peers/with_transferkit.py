@@ -1,4 +1,4 @@
-"""transferkit: as it comes, without its cache of features, and with features kept in a folder from an earlier run."""
+"""transferkit: at its defaults, without the feature cache, and with features that an earlier run cached in a folder."""
 
 import torch
 from job import BATCH_SIZE, HIDDEN, NUM_CLASSES, SEED, WEIGHTS, Data, Job, Record
@@ -37,5 +37,5 @@ def uncached(job: Job, data: Data) -> Record:
 
 
 def kept(job: Job, data: Data, cache_folder: str) -> Record:
-    """Use the features of an earlier run; `compare.py` makes that run first, in a process of its own."""
-    return train(job, data, cache_dir=cache_folder)
+    """Use the features of an earlier run, which `compare.py` makes first, in its own process."""
+    return train(job, data, cache=cache_folder)

@@ -15,14 +15,14 @@ import transferkit as tk
 
 def main() -> None:
     set_seed(0)
-    accelerator = Accelerator()  # it places the model and picks the number format here: tk.Device is not needed
+    accelerator = Accelerator()  # handles device and precision, so tk.Device is not needed
     images, targets, classes = read_images("train", per_class=40)
     backbone = tk.load_backbone("vgg16", weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=32)
-    preprocess = backbone.preprocess  # the prepared model may be wrapped, and then has no .backbone
+    preprocess = backbone.preprocess  # a prepared model may be wrapped and then has no .backbone
     model = tk.freeze_until(tk.attach_head(backbone, classes, hidden=(256,)), "block5")
     frozen = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if not p.requires_grad}
 
-    # every parameter may go in: what is frozen has no gradient, and optimizers pass over it
+    # pass every parameter: frozen ones have no gradient, and optimizers skip these
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.01)
     loader = DataLoader(TensorDataset(images, targets), batch_size=32, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

@@ -2,9 +2,9 @@
 
 Run from a clone: python examples/embedding/lightning_finetuning.py
 
-Who freezes what: freeze_until freezes what is never to change, BackboneFinetuning what is to wait for some epochs. The
-callback freezes, and later trains, all of the LightningModule's `backbone`, whatever else had frozen it. So `backbone`
-here is block 5 alone, and blocks 1 to 4 are out of its reach.
+freeze_until freezes the layers that never change, BackboneFinetuning those that wait for some epochs. The callback
+freezes and later unfreezes all of the LightningModule's `backbone`, even layers that were frozen before. So here
+`backbone` is block 5 alone, and blocks 1 to 4 stay out of the callback's reach.
 """
 
 import warnings
@@ -21,23 +21,23 @@ import transferkit as tk
 
 FIRST_TRAINED = "block5_conv1"
 warnings.filterwarnings("ignore", message=".*does not have many workers")  # the images are in memory
-warnings.filterwarnings("ignore", message="Found .* in eval mode at the start")  # so they shall be: they are frozen
+warnings.filterwarnings("ignore", message="Found .* in eval mode at the start")  # the frozen ones, as intended
 
 
 class FineTuned(lightning.LightningModule):
-    """Raw images and targets in; nothing here knows what is frozen."""
+    """Takes raw images and targets; knows nothing about freezing."""
 
     def __init__(self, model: tk.TransferModel) -> None:
         super().__init__()
         self.model = model
 
-    @property  # not an attribute: its weights would be in checkpoints twice
+    @property  # not an attribute, which would put its weights into checkpoints twice
     def backbone(self) -> nn.Module:
         first = self.model.backbone.layer_names.index(FIRST_TRAINED)
         return self.model.backbone.features[first:]
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(self.model.backbone.preprocess(images))  # raw images in, on whatever device they are
+        return self.model(self.model.backbone.preprocess(images))  # raw images, on any device
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return cross_entropy(self(batch[0]), batch[1])

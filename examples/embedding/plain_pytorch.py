@@ -16,26 +16,26 @@ def main() -> None:
     images, targets, classes = read_images("train", per_class=50)
     test_images, test_targets, _ = read_images("test", per_class=25)
 
-    device = tk.Device("auto")  # CUDA, MPS or the CPU, in bf16 where the hardware computes it natively
+    device = tk.Device("auto")  # CUDA, MPS or the CPU, in bf16 where the hardware supports it
     backbone = tk.load_backbone("vgg16", weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=32)
     model = tk.attach_head(backbone, classes, hidden=(256,))
-    tk.freeze_until(model, "head")  # through every model.train() below, too
-    before = backbone.fingerprint  # of all weights and the preprocessing
+    tk.freeze_until(model, "head")  # stays frozen through model.train() below
+    before = backbone.fingerprint  # a digest of all weights and the preprocessing
 
-    # the convolutions see each image once; every epoch trains on what they made of it
+    # the convolutions run once per image; every epoch trains on their output
     features = tk.cache_features(model, (images, targets), device=device)
     loader = DataLoader(features, batch_size=32, shuffle=True)
-    _, suffix = model.split()  # what trains: here the head
+    _, suffix = model.split()  # the trainable part, here the head
     optimizer = torch.optim.Adam(suffix.parameters(), lr=1e-3)
     for epoch in range(10):
         model.train()
         for inputs, labels in device.batches(loader):  # copies one batch ahead
             with device.autocast():
                 loss = cross_entropy(suffix(inputs), labels)
-            device.step(loss, optimizer, clip_grad_norm=1.0)  # scales gradients in fp16; clears them
+            device.step(loss, optimizer, clip_grad_norm=1.0)  # scales gradients in fp16, and clears them
         print(f"epoch {epoch + 1}  loss {loss.item():.3f}")
 
-    # the head was trained in place: the whole model takes it from raw images of any size
+    # the head was trained in place, so the whole model now classifies raw images of any size
     model.eval()
     with torch.no_grad(), device.autocast():
         logits = model(backbone.preprocess(device.move(test_images)))

@@ -2,7 +2,7 @@
 
 Run from a clone: python examples/embedding/skorch_grid_search.py
 
-The convolutions see each image once. The 18 fits of the search, and the last one, train heads on what they made of it.
+The convolutions run once per image. The 18 fits of the search, and the final one, train heads on their output.
 """
 
 import torch
@@ -34,7 +34,7 @@ def main() -> None:
         optimizer=torch.optim.Adam,
         max_epochs=10,
         batch_size=32,
-        train_split=None,  # the search holds images back
+        train_split=None,  # the search makes its own folds
         device=device.torch_device,
         verbose=0,
     )
@@ -43,7 +43,7 @@ def main() -> None:
     search.fit(features, labels)
     print(f"best of {len(search.cv_results_['params'])}: {search.best_params_}, {search.best_score_:.3f} in 3 folds")
 
-    # the best head goes onto the backbone: from raw images again
+    # attach the best head to the backbone, and classify raw images
     best = tk.attach_head(backbone, classes, head=search.best_estimator_.module_)
     scores = tk.Trainer(best, device=device.torch_device).evaluate((test_images, test_targets))
     print(f"accuracy {scores['accuracy']:.3f}")

@@ -1,4 +1,4 @@
-"""The images and weights that the examples here share; what they show is not in this file."""
+"""Images and weights shared by the examples in this folder."""
 
 import tempfile
 import zipfile

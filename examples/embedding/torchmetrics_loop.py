@@ -1,6 +1,8 @@
-"""Any metric of torchmetrics beside transferkit.
+"""Torchmetrics in a callback, on cached features of the test images.
 
 Run from a clone: python examples/embedding/torchmetrics_loop.py
+
+For metrics of the validation data, `tk.Trainer(model, metrics={"f1": MulticlassF1Score(10)})` is enough.
 """
 
 import torch
@@ -21,14 +23,14 @@ def main() -> None:
     device = tk.Device("auto")
     metrics = MetricCollection(
         {
-            "accuracy": MulticlassAccuracy(len(classes), average="micro"),  # "macro", its default, is per class
+            "accuracy": MulticlassAccuracy(len(classes), average="micro"),  # not "macro", the default
             "f1": MulticlassF1Score(len(classes)),
             "auroc": MulticlassAUROC(len(classes)),
         }
     ).to(device.torch_device)
 
     def measure(_: tk.Trainer, report: tk.EpochReport) -> None:
-        """After each epoch: on features of the test images, which the frozen layers compute once."""
+        """Run after each epoch, on the features of the test images, which are computed once."""
         model.eval()
         _, suffix = model.split()
         for inputs, labels in device.batches(torch.utils.data.DataLoader(test_features, batch_size=125)):
@@ -43,7 +45,7 @@ def main() -> None:
     test_features = tk.cache_features(model, (test_images, test_targets), device=device)
     trainer = tk.Trainer(model, lr=1e-3, device=device.torch_device, precision=device.precision)
     trainer.fit((images, targets), epochs=8, batch_size=32, callbacks=[measure], verbose=0)
-    print(f"accuracy {trainer.evaluate((test_images, test_targets))['accuracy']:.3f}")  # ours: the last one above
+    print(f"accuracy {trainer.evaluate((test_images, test_targets))['accuracy']:.3f}")  # equals the last one above
 
 
 if __name__ == "__main__":
