@@ -53,7 +53,7 @@ def test_calls_that_pages_show_are_there() -> None:
 def test_the_limits_that_security_quotes_are_those_of_the_code() -> None:
     """SECURITY.md has the numbers of parts and of bytes of pickle above which a file is refused."""
     text = (ROOT / "SECURITY.md").read_text()
-    assert re.findall(r"more than ([\d,]+) parts", text) == [f"{torch_files.MAX_MEMBERS:,}"]
+    assert re.findall(r"more than ([\d,]+) members", text) == [f"{torch_files.MAX_MEMBERS:,}"]
     assert [int(size) * 2**20 for size in re.findall(r"over (\d+) MiB of\s+pickle", text)] == [
         torch_files.MAX_PICKLE_BYTES
     ]
