@@ -101,5 +101,5 @@ def test_tensorboard_reads_what_is_written(model, data, tmp_path):
 def test_without_tensorboard_the_command_is_named(monkeypatch):
     """The message says what to install."""
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match=r"pip install 'transferkit\[tensorboard\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install '\.\[tensorboard\]'"):
         tk.TensorBoardLogger("logs")

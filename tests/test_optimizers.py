@@ -229,5 +229,5 @@ def test_instance_that_lacks_parameters_is_refused(model):
 def test_instance_together_with_options_is_refused(model, lr, weight_decay):
     """A rate or decay that an instance would not get is refused, not ignored."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    with pytest.raises(ArgumentError, match=rf"lr={lr} and weight_decay={weight_decay} do not reach an optimizer"):
+    with pytest.raises(ArgumentError, match=rf"lr={lr} and weight_decay={weight_decay} have no effect on an optimizer"):
         build_optimizer(optimizer, model, lr, weight_decay)

@@ -166,5 +166,5 @@ def test_predictions_of_other_data_are_refused():
 def test_without_matplotlib_the_command_is_named(monkeypatch):
     """The message says what to install."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingPackageError, match=r"matplotlib.*pip install 'transferkit\[notebook\]'"):
+    with pytest.raises(MissingPackageError, match=r"matplotlib.*pip install '\.\[notebook\]'"):
         tk.plot_lr_find(SWEEP)

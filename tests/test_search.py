@@ -477,7 +477,7 @@ def test_other_errors_end_the_search(search, data):
         ({"device": ["cpu"]}, {}, "device is an argument of search"),
         ({"lr": [1e-3]}, {"seed": -1}, "seed=-1"),
         ({"lr": [1e-3]}, {"verbose": 7}, "verbose=7 is not known"),
-        ({"lr": [1e-3]}, {"validation_data": None}, "nothing to compare trials by: pass validation_data or valid"),
+        ({"lr": [1e-3]}, {"validation_data": None}, "compared on validation data: pass validation_data or valid"),
         ({"lr": [1e-3]}, {"validation_split": 0.5}, "validation_data and validation_split are both given"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`search` trains a model for each set of hyper-parameters, over one feature cache, and says which is best."""
+"""`search` trains a model for each set of hyper-parameters over one feature cache, and returns the best."""
 
 import copy
 import html
@@ -36,13 +36,13 @@ Space = Mapping[str, Sequence[Any] | Callable[[random.Random], Any]]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One set of hyper-parameters and what came of it.
+    """One set of hyper-parameters and its result.
 
     Attributes:
         params: The hyper-parameters.
-        history: Of its run; without epochs if it failed.
+        history: The history of its run; without epochs if it failed.
         score: Validation accuracy of its best epoch, 0 to 1; NaN if it failed.
-        seconds: What it took.
+        seconds: How long it took.
         error: Why it failed, or an empty string.
     """
 
@@ -54,7 +54,7 @@ class Trial:
 
 
 class SearchResult:
-    """What a search found; from `search`. The names are scikit-learn's.
+    """The trials of a search, and the best of them. Attribute names are scikit-learn's.
 
     Attributes:
         trials: A `Trial` for each set of hyper-parameters.
@@ -67,10 +67,10 @@ class SearchResult:
 
     @property
     def best_index_(self) -> int:
-        """Place of the trial with the highest score, the first of equal ones.
+        """Index of the trial with the highest score, the first of equal ones.
 
         Raises:
-            NonFiniteError: Every trial failed.
+            NonFiniteError: When every trial failed.
         """
         best = max((trial.score for trial in self.trials if not math.isnan(trial.score)), default=None)
         if best is None:
@@ -139,31 +139,32 @@ def search(
 ) -> SearchResult:
     """Train a model for each set of hyper-parameters and compare them by validation accuracy.
 
-    All trials share one feature cache: what the frozen layers make of an image is computed once for all of them. Every
-    trial begins with the same random numbers. One whose loss becomes infinite or that does not fit into memory has
-    failed; the others go on.
+    All trials share one feature cache: the frozen layers run once for each image. Every trial begins with the same
+    random numbers. A trial whose loss becomes infinite, or that does not fit into memory, is recorded as failed and the
+    search continues.
 
     Args:
-        build: Returns a model from `attach_head`; called with those names of `space` that nothing below takes. What
-            it returns is copied, so it may use one and the same backbone each time.
-        space: The values of each hyper-parameter: `lr`, `epochs`, `batch_size`, `freeze_until` (without it, what is
-            frozen is as `build` returns it), any other argument of `Trainer`, `augment` and `n_views` of `fit`, and
-            whatever `build` takes. Lists; with `num_trials` also functions of a `random.Random` that draw a value.
-        train: As in `Trainer.fit`. A `Dataset` without randomness is read once and its images, resized, kept in memory
-            if they take at most a quarter of what is free.
-        validation_data: Likewise.
+        build: Returns a model from `attach_head`. It is called with those names of `space` that neither `Trainer` nor
+            `fit` takes. Its result is copied, so it may use the same backbone each time.
+        space: A list of values for each hyper-parameter: `lr`, `epochs`, `batch_size`, `freeze_until` (without it,
+            layers stay frozen as `build` returns them), any other argument of `Trainer`, `augment` and `n_views` of
+            `fit`, and whatever `build` takes. With `num_trials`, also functions of a `random.Random` that draw a value.
+        train: As in `Trainer.fit`. A `Dataset` without randomness is read once: its resized images stay in memory if
+            they take at most a quarter of what is free.
+        validation_data: As in `Trainer.fit`.
         validation_split: As in `Trainer.fit`; the same images in every trial.
-        num_trials: How many sets to draw at random; None tries every combination.
+        num_trials: Number of sets to draw at random; None tries every combination.
         device: As in `Trainer`.
         precision: As in `Trainer`.
         cache: As in `Trainer`.
         num_workers: Processes that read a `Dataset`.
-        seed: Draws, head's initial weights, order of images, everything depends on it.
+        seed: Everything random depends on it: draws, the head's initial weights, the order of images.
         verbose: 1 shows a line for each trial, and a bar where it can be seen; 2 the lines alone; 0 nothing.
 
     Raises:
-        ArgumentError: An empty or impossible space, nothing to validate on, or a `build` that takes other names.
-        TransferKitError: As `Trainer` and `Trainer.fit`, at the first trial that they refuse.
+        ArgumentError: When the space is empty or cannot be used, there is no validation data, or `build` takes other
+            names.
+        TransferKitError: As in `Trainer` and `Trainer.fit`, at the first trial they refuse.
 
     Example:
         >>> from transferkit import attach_head, load_backbone
@@ -183,14 +184,16 @@ def search(
         Bergstra and Bengio, 2012, "Random Search for Hyper-Parameter Optimization", JMLR 13.
     """
     if validation_data is None and validation_split is None:
-        raise ArgumentError("there is nothing to compare trials by: pass validation_data or validation_split.")
+        raise ArgumentError(
+            "trials are compared on validation data: pass validation_data or validation_split."
+        )
     display, seed = Display(verbose), whole_number("seed", seed, at_least=0)
     check_same_classes(train, validation_data)
     sets = _choose(space, num_trials, seed)
     place = device if isinstance(device, Device) else Device(device, precision)
     first = _build(build, sets[0], seed)
     order = sorted(range(len(sets)), key=lambda number: _depth(first, sets[number]))
-    data: dict[int, tuple[object, object]] = {}  # to train and to validate on, by image size
+    data: dict[int, tuple[object, object]] = {}  # training and validation data by image size
     trials: dict[int, Trial] = {}
     best, best_model, features = (-1.0, 0), None, None
     with display.bar("search", len(sets), unit="trials") as bar:
@@ -240,7 +243,7 @@ def _try(trainer: Trainer, params: dict[str, Any], train: object, validation_dat
         error = str(failure)
     score = _score(history)
     if math.isnan(score) and not error:
-        error = "the loss on the images to validate on was a finite number after no epoch: a lower lr may help."
+        error = "validation loss was never finite: try a lower learning rate."
     return Trial(params, history, score, time.perf_counter() - started, error)
 
 

@@ -65,10 +65,11 @@ from transferkit.training.training import Training
 
 
 class Trainer:
-    """Trains a `TransferModel`, evaluates it and predicts with it, always from raw images or the same input.
+    """Trains a `TransferModel`, evaluates it and predicts with it.
 
     Args:
-        model: It is moved to the device. What is frozen may change between two calls of `fit`.
+        model: From `attach_head`; it is moved to the device. More or less of it may be frozen between two calls of
+            `fit`.
         optimizer: `"adam"`, `"adamw"`, `"sgd"` (momentum 0.9), `"rmsprop"`, an optimizer class or
             `functools.partial` of one, or an instance over the model's parameters. Fused where torch can.
         lr: Learning rate, above 0: one number, or `{"backbone": 1e-5, "head": 1e-3}`, in which blocks may have their
@@ -344,10 +345,10 @@ class Trainer:
         n_views: int | None = None,
         num_workers: int = 0,
     ) -> Iterator[Step]:
-        """Return an iterator that makes one training step each time it is asked for the next.
+        """Return an iterator that makes one training step each time it is advanced.
 
-        Your code runs between the steps. The arguments are those of `fit`, and they are checked at once. What is frozen
-        is looked at when an epoch begins.
+        Your code runs between the steps. The arguments are those of `fit` and are checked at once. Layers may be frozen
+        or unfrozen between two epochs.
 
         Example:
             >>> for step in trainer.steps(train, epochs=3):  # doctest: +SKIP
@@ -377,25 +378,25 @@ class Trainer:
         num_workers: int = 0,
         verbose: int = 1,
     ) -> LearningRateSweep:
-        """Make training steps at learning rates from low to high, and say which rate suits.
+        """Make training steps at learning rates from low to high, and suggest a rate.
 
-        Model, optimizer, counters and the global random generators are afterwards as they were, bit for bit, also
-        where Ctrl-C or an error ends it. What the frozen layers make of the images is computed once and kept, for
-        `fit` too: with the backbone frozen, the rest takes seconds.
+        Model, optimizer, counters and the global random generators are the same afterwards, bit for bit, even if Ctrl-C
+        or an error ends the sweep. Features of frozen layers are computed once and stay cached for `fit`: with the
+        backbone frozen, the rest takes seconds.
 
         Args:
-            data: As in `fit`; it is gone through again where it is too small.
-            batch_size: That of `fit` to come.
-            num_steps: Steps, 2 or more. It ends earlier where the loss diverges.
-            lr_min: Learning rate of the first step, of the head; blocks keep their proportion to it.
-            lr_max: Of the last.
+            data: As in `fit`; it is repeated if it has fewer batches than steps.
+            batch_size: The one that `fit` will use.
+            num_steps: 2 or more. The sweep ends earlier if the loss diverges.
+            lr_min: Learning rate of the head in the first step; blocks keep their proportion to it.
+            lr_max: Learning rate of the head in the last step.
             augment: As in `fit`.
             n_views: As in `fit`.
             num_workers: Processes that read a `Dataset`.
             verbose: As in `fit`.
 
         Raises:
-            ArgumentError: A value out of range.
+            ArgumentError: When a value is out of range.
             TransferKitError: As in `fit`.
 
         Example:
@@ -413,7 +414,7 @@ class Trainer:
             run.check_feeds()
             found = sweep(self._training, run, rates, interrupts=self._interrupts, display=display)
         if found.suggestion is None:
-            why = "the loss fell nowhere. Is the model trained already?"
+            why = "the loss never fell. Is the model trained already?"
             if not math.isfinite(found.losses[0]):
                 why = "the loss of the first step is not finite. Look at the images and at the weights."
             display.say(f"lr_find suggests nothing: {why}")
@@ -505,45 +506,45 @@ class Trainer:
         return training_state(self._training, self._progress)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned, what is frozen included; on any difference nothing is changed.
+        """Load what `state_dict` returned, including which layers are frozen. On any difference nothing changes.
 
         Raises:
-            HeadMismatchError: Other classes.
-            CheckpointError: Another backbone, head, preprocessing or optimizer.
+            HeadMismatchError: When the classes differ.
+            CheckpointError: When backbone, head, preprocessing or optimizer differ.
         """
         check_training_state(self._training, state, origin="the checkpoint")
         assign_training_state(self._training, state)
 
     def save(self, path: str | os.PathLike[str], *, frozen: bool = True) -> None:
-        """Write a checkpoint, whole or not at all; `load` and `transferkit.load_model` read it.
+        """Write a checkpoint; `load` and `transferkit.load_model` read it. The file appears whole or not at all.
 
         Args:
             path: Of the file.
-            frozen: False leaves out the weights that are frozen; whoever reads it must have them, and is told by their
-                SHA-256 whether they are the same.
+            frozen: False leaves out the frozen weights. Whoever reads the file must have them; their SHA-256 is
+                compared.
 
         Raises:
-            CheckpointWriteError: The folder is missing, read-only or full; what was there before still is.
+            CheckpointWriteError: When the folder is missing, read-only or full. The file that was there before remains.
         """
         state = self.state_dict()
         model = state["model"] if frozen else model_state.leave_out_frozen(state["model"], self.model)[0]
         archive.write_checkpoint(path, {**state, "model": model})
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Take over a checkpoint that `save` or a `Checkpoint` wrote; see `load_state_dict`.
+        """Load a checkpoint that `save` or a `Checkpoint` wrote; see `load_state_dict`.
 
         Raises:
-            CheckpointError: No such file, a damaged one, or one that does not fit.
-            HeadMismatchError: It has other classes.
+            CheckpointError: When there is no such file, it is damaged, or it does not fit.
+            HeadMismatchError: When it has other classes.
         """
         assign_training_state(
             self._training, complete_training_state(self._training, archive.read_checkpoint(path), Path(path))
         )
 
     def share_features(self, other: "Trainer") -> None:
-        """Use the kept features of another trainer on the same device, and add to them.
+        """Use the cached features of another trainer on the same device, and add to them.
 
-        Which of them belong to this trainer's data and frozen layers is told by their key, as always.
+        Their keys say which of them belong to this trainer's images and frozen layers.
         """
         self._features.share(other._features)
 

@@ -26,18 +26,18 @@ Integers = npt.NDArray[np.int64]
 
 
 def confusion_matrix(targets: npt.ArrayLike, predicted: npt.ArrayLike, num_classes: int) -> Integers:
-    """Count how often which class was taken for which.
+    """Count how often each class was taken for each other.
 
     Args:
         targets: True class indices, `(N,)`.
         predicted: Predicted ones, `(N,)`.
-        num_classes: They run from 0 to `num_classes - 1`.
+        num_classes: Indices run from 0 to `num_classes - 1`.
 
     Returns:
         int64 `(num_classes, num_classes)`: rows are true classes, columns predicted ones.
 
     Raises:
-        ArgumentError: Indices out of range, or different numbers of them.
+        ArgumentError: When indices are out of range, or there are not as many of one as of the other.
 
     Example:
         >>> confusion_matrix([0, 0, 1], [0, 1, 1], num_classes=2)
@@ -60,12 +60,12 @@ def confusion_matrix(targets: npt.ArrayLike, predicted: npt.ArrayLike, num_class
 
 
 class ClassFigures(NamedTuple):
-    """How well one class is told from the others.
+    """How well one class is distinguished from the others.
 
     Attributes:
         name: Of the class.
-        precision: Share of the images predicted as this class that are of it; NaN if none was.
-        recall: Share of this class's images that were predicted as it; NaN if there is none.
+        precision: Fraction of the images predicted as this class that have it; NaN if none was predicted so.
+        recall: Fraction of this class's images that were predicted as it; NaN if it has none.
         f1: Harmonic mean of both, 0 where nothing was right; NaN if the class occurs nowhere.
         support: Number of its images.
     """
@@ -287,17 +287,17 @@ def plot_predictions(
 ) -> "Figure":
     """Show images with their true and predicted class and the probability of the predicted one, the worst first.
 
-    The worst are those with the highest loss: sure, and wrong. Wrong ones have a red title.
+    The worst have the highest loss: the model was sure and wrong. Wrong predictions have a red title.
 
     Args:
         assessment: From `Trainer.assess(data)`.
-        data: The same data: `(images, targets)` or a `Dataset`. Only the images that are shown are read.
+        data: The same data, `(images, targets)` or a `Dataset`. Only the images shown are read.
         num_images: How many, 1 or more.
         ax: Where to draw; None makes a figure.
 
     Raises:
-        ArgumentError: The data has another number of images than the assessment, or is a `DataLoader`.
-        MissingPackageError: matplotlib is not installed.
+        ArgumentError: When the data has another number of images than the assessment, or is a `DataLoader`.
+        MissingPackageError: When matplotlib is not installed.
 
     Example:
         >>> images, targets = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), np.array([0, 1, 1, 0])

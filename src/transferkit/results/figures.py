@@ -1,7 +1,6 @@
-"""Pictures of what the library returns. Each is a matplotlib `Figure`, also where no window or notebook is.
+"""matplotlib figures without pyplot, which would keep every figure in the process.
 
-matplotlib is optional (`pip install 'transferkit[notebook]'`) and imported when a picture is made; pyplot, which keeps
-figures of its own in the process, is not used.
+matplotlib is optional and imported when a figure is made.
 """
 
 import io
@@ -22,11 +21,11 @@ def open_axes(ax: "Axes | None", *, width: float, height: float) -> "tuple[Axes,
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingPackageError(
-            "plots need the package matplotlib, which is not installed: pip install 'transferkit[notebook]'."
+            "plots need the package matplotlib, which is not installed. From a clone: pip install '.[notebook]'."
         ) from error
 
     class ShownFigure(Figure):
-        """A figure that a notebook shows although pyplot knows nothing of it."""
+        """A figure that a notebook shows although pyplot does not know it."""
 
         def _repr_png_(self) -> bytes:
             picture = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What a sweep over learning rates showed, and the rate that it suggests."""
+"""What a sweep over learning rates showed, and the rate it suggests."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 SMOOTHING = 0.9
-"""Share of the past in the smoothed loss: single batches are noisy."""
+"""Weight of the past in the smoothed loss, because single batches are noisy."""
 
 DIVERGED = 4.0
 """A smoothed loss this many times the lowest one has diverged: the sweep ends."""
@@ -24,12 +24,12 @@ BELOW_LOWEST = 10.0
 
 
 FELL = 0.8
-"""The smoothed loss must fall to this share of what it began with, or the sweep says nothing about learning rates."""
+"""The smoothed loss must fall to this fraction of its first value, or the sweep says nothing about learning rates."""
 
 
 @dataclass(frozen=True, slots=True)
 class LearningRateSweep:
-    """The loss of training steps at learning rates that rise from one to the next; from `Trainer.lr_find`.
+    """The loss of training steps at rising learning rates; from `Trainer.lr_find`.
 
     Attributes:
         lrs: Learning rate of each step, of the head's group.
@@ -56,8 +56,8 @@ class LearningRateSweep:
     def suggestion(self) -> float | None:
         """A tenth of the learning rate with the lowest smoothed loss.
 
-        None if the loss fell nowhere by a fifth of what it was in the first tenth of the steps: the model is trained
-        already, say, or `lr_max` is too small.
+        None if the loss never fell by a fifth of its mean over the first tenth of the steps: the model may be trained
+        already, or `lr_max` too small.
         """
         start = max(1, len(self.losses) // 10)
         later = zip(self.smoothed[start:], self.lrs[start:], strict=True)
@@ -68,7 +68,7 @@ class LearningRateSweep:
 
     @property
     def diverged(self) -> bool:
-        """Whether the smoothed loss has risen so far that larger rates need not be tried."""
+        """Whether the smoothed loss has risen so far that trying larger rates is pointless."""
         smoothed = self.smoothed
         lowest = min((loss for loss in smoothed if math.isfinite(loss)), default=math.inf)
         return bool(smoothed) and not smoothed[-1] <= DIVERGED * lowest
@@ -102,7 +102,7 @@ def plot_lr_find(sweep: LearningRateSweep, *, ax: "Axes | None" = None) -> "Figu
         ax: Where to draw; None makes a figure.
 
     Raises:
-        MissingPackageError: matplotlib is not installed.
+        MissingPackageError: When matplotlib is not installed.
 
     Example:
         >>> from transferkit import LearningRateSweep

@@ -36,8 +36,8 @@ class Resumable(Protocol):
 class Checkpoint:
     """A callback of `Trainer.fit` that saves the run after epochs, after steps, and when something ends it early.
 
-    `fit(resume_from=folder)` goes on from there with the same result as if it had never stopped. What is frozen is
-    written once, to a file of its own. Files appear whole or not at all, and an old one is removed once the new one has
+    `fit(resume_from=folder)` continues from there with the same result as if it had never stopped. Frozen weights are
+    written once, to a separate file. Files appear whole or not at all, and an old one is removed once the new one has
     been read back and verified. A save that fails is a warning, and an error at the end of `fit` unless a later one
     succeeds.
 

@@ -1,4 +1,4 @@
-"""Callbacks that write each epoch's figures where other programs read them."""
+"""Callbacks that write each epoch's figures for other programs."""
 
 import csv
 import importlib.util
@@ -20,14 +20,14 @@ COLUMNS = tuple(field.name for field in fields(EpochReport))
 class CSVLogger:
     """A callback that writes a file with one line for each epoch: `epoch,loss,accuracy,lr,epoch_s,val_loss,...`.
 
-    The file is written anew after each epoch, whole or not at all. Lines of earlier runs of the same trainer stay, by
-    the number of their epoch; a resumed run's file has every epoch once.
+    The file is replaced as a whole after each epoch. Lines of earlier epochs of the same trainer stay; the file of a
+    resumed run has every epoch once. Metrics and figures that callbacks add have columns at the end.
 
     Args:
         path: Of the file.
 
     Raises:
-        ArgumentError: At the start of a run: there is another file of that name, or no such folder.
+        ArgumentError: When a run starts, if the file is not one that CSVLogger wrote or its folder is missing.
 
     Example:
         >>> import tempfile
@@ -47,7 +47,7 @@ class CSVLogger:
         self.path = Path(path)
 
     def before_run(self, trainer: Running, *, validated: bool) -> None:
-        """Refuse a file that cannot be written or is not one of these, before the first step."""
+        """Refuse a file that cannot be written or is no log, before the first step."""
         if not self.path.parent.is_dir():
             raise ArgumentError(f"CSVLogger cannot write {self.path}: there is no folder {self.path.parent}. Make it.")
         self._read()
@@ -88,7 +88,7 @@ class TensorBoardLogger:
         folder: Of the run, as in `tensorboard --logdir`.
 
     Raises:
-        MissingPackageError: `tensorboard` is not installed.
+        MissingPackageError: When `tensorboard` is not installed.
 
     Example:
         >>> trainer.fit(train, callbacks=[TensorBoardLogger("logs/first")])  # doctest: +SKIP
@@ -100,7 +100,7 @@ class TensorBoardLogger:
         if importlib.util.find_spec("tensorboard") is None:
             raise MissingPackageError(
                 "TensorBoardLogger needs the package tensorboard, which is not installed: "
-                "pip install 'transferkit[tensorboard]'. CSVLogger needs none."
+                "from a clone, pip install '.[tensorboard]'. CSVLogger needs no package."
             )
         self.folder = Path(folder)
 

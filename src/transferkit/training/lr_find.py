@@ -1,4 +1,4 @@
-"""A sweep of training steps over learning rates, after which everything is as it was."""
+"""A sweep of training steps over learning rates that changes nothing in the end."""
 
 import copy
 import itertools
@@ -28,10 +28,10 @@ from transferkit.training.training import Training
 
 
 def spaced_rates(lr_min: float, lr_max: float, num_steps: int) -> list[float]:
-    """Return learning rates from `lr_min` to `lr_max`, each the same factor above the one before.
+    """Return learning rates from `lr_min` to `lr_max`, evenly spaced on a logarithmic scale.
 
     Raises:
-        ArgumentError: A value out of range.
+        ArgumentError: When a value is out of range.
 
     Example:
         >>> [f"{rate:.0e}" for rate in spaced_rates(1e-4, 1e-1, 4)]
@@ -100,7 +100,7 @@ def _batches(training: Training, run: Run) -> Generator[tuple[nn.Module, Tensor,
 
 @contextmanager
 def unchanged(model: nn.Module, optimizer: Optimizer, device: Device) -> Iterator[None]:
-    """Let a model be trained, and put every bit of it, of its optimizer and of the gradient scale back afterwards.
+    """Let a model be trained, then put back every bit of model, optimizer and gradient scale.
 
     Inside, gradients are clear and the optimizer works on copies of its state.
 

@@ -1,7 +1,7 @@
 """The optimizer: one group of parameters for each block and one for the head, frozen parameters included.
 
-The groups never change, so freezing more or less breaks neither optimizer, schedule nor resume. A frozen parameter
-has no gradient, and optimizers pass over what has none.
+The groups never change, so freezing more or less breaks neither optimizer, schedule nor resume. Frozen parameters have
+no gradient, and optimizers skip parameters without one.
 """
 
 import functools
@@ -50,14 +50,14 @@ def build_optimizer(
             says.
 
     Raises:
-        ArgumentError: An unknown name, a number out of range, an instance over other parameters, or `lr` or
-            `weight_decay` together with an instance.
+        ArgumentError: When a name is unknown, a number is out of range, an instance holds other parameters, or `lr` or
+            `weight_decay` comes with an instance.
     """
     if isinstance(optimizer, Optimizer):
         if lr is not None or weight_decay is not None:
             raise ArgumentError(
-                f"lr={lr} and weight_decay={weight_decay} do not reach an optimizer that is already built: set them "
-                "there, or pass its class."
+                f"lr={lr} and weight_decay={weight_decay} have no effect on an optimizer that is already built: set "
+                "them there, or pass its class."
             )
         _check_parameters(optimizer, model)
         for group in optimizer.param_groups:
@@ -100,20 +100,20 @@ def parameter_groups(model: TransferModel) -> dict[str, list[nn.Parameter]]:
 
 
 def discriminative_lr(model: TransferModel, lr: float, *, factor: float = 0.3) -> dict[str, float]:
-    """Return a learning rate for each block, smaller by a factor from each block to the one before it.
+    """Return a learning rate for each block, each smaller by a factor than that of the block after it.
 
-    Early layers hold what images have in common and need to change less than late ones.
+    Early layers detect what all images have in common and need to change less than late ones.
 
     Args:
         model: From `attach_head`.
-        lr: Of the head, above 0.
-        factor: From the head to the last block, from there to the one before, and so on; above 0.
+        lr: Learning rate of the head, above 0.
+        factor: Ratio between neighbouring blocks, and between the last block and the head; above 0.
 
     Returns:
         A mapping that `Trainer(lr=...)` and `fit(lr=...)` take.
 
     Raises:
-        ArgumentError: A value out of range.
+        ArgumentError: When a value is out of range.
 
     Example:
         >>> from transferkit import attach_head, load_backbone
@@ -131,15 +131,15 @@ def discriminative_lr(model: TransferModel, lr: float, *, factor: float = 0.3) -
 
 
 def find_lr(optimizer: Optimizer, lr: LearningRate | None) -> dict[str, float]:
-    """Return the base learning rate of each group: what `lr` says or, if that is None, what it has.
+    """Return the base learning rate of each group: that of `lr` or, if it is None, the present one.
 
     Args:
         optimizer: Of a `Trainer`.
-        lr: One number for all groups, or a mapping from their names. `"backbone"` stands for every block that has no
+        lr: One number for all groups, or a mapping from their names. `"backbone"` stands for every block without an
             entry of its own: `{"backbone": 1e-5, "block5": 1e-4, "head": 1e-3}`.
 
     Raises:
-        ArgumentError: Not positive and finite, a name that is no group's, or a group without a rate.
+        ArgumentError: When a rate is not positive and finite, a name is that of no group, or a group has no rate.
     """
     names = [group.get("name", str(index)) for index, group in enumerate(optimizer.param_groups)]
     if lr is None:
@@ -150,7 +150,7 @@ def find_lr(optimizer: Optimizer, lr: LearningRate | None) -> dict[str, float]:
     rates = {name: positive(f"lr of {name}", rate) for name, rate in lr.items()}
     every = {**(dict.fromkeys(blocks, rates[BACKBONE]) if BACKBONE in rates else {}), **rates}
     if set(every) - ({BACKBONE} if blocks else set()) != set(names):
-        shorthand = f' ("{BACKBONE}" for all blocks that are not named)' if blocks else ""
+        shorthand = f' ("{BACKBONE}" for all blocks not named)' if blocks else ""
         raise ArgumentError(
             f"lr names the groups {sorted(lr)}: expected a rate for each of {names}{shorthand}, or one number for all."
         )

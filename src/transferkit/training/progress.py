@@ -1,4 +1,4 @@
-"""How far a call of `fit` has come: what a checkpoint holds so that the run can go on as if it had never stopped."""
+"""How far a call of `fit` has come, and its best weights: what a checkpoint needs to continue the run exactly."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,10 +30,10 @@ PARTS: dict[str, tuple[type, ...]] = {
 
 
 class BestWeights:
-    """Remembers what training changes of a model, as it was at one moment, in memory taken once.
+    """Remembers the weights that training changes, as they were at one moment.
 
-    What is frozen is not copied: it stays as it is. Where more begins to train later, `before_training` copies it
-    while it still is what it was.
+    Frozen weights are not copied, since they stay the same. If more layers begin to train later, `before_training`
+    copies them before they change. Memory is allocated once.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -50,7 +50,7 @@ class BestWeights:
         self._copies: dict[str, Tensor] | None = None
 
     def take(self) -> None:
-        """Copy the weights as they are now, in place of those copied before."""
+        """Copy the weights as they are now, over those copied before."""
         live = trainable_state(self.model)
         copies = {} if self._copies is None else self._copies
         self._copies = {
@@ -58,14 +58,14 @@ class BestWeights:
         }
 
     def before_training(self) -> None:
-        """Copy what was frozen when the weights were taken and is no longer."""
+        """Copy weights that were frozen when the others were taken and no longer are."""
         if self._copies is not None:
             for name, value in trainable_state(self.model).items():
                 if name not in self._copies:
                     self._copies[name] = value.clone()
 
     def state(self) -> dict[str, Tensor] | None:
-        """Return the weights that were taken, which are not copies; None if none were."""
+        """Return the remembered weights, which are not copies; None if there are none."""
         return self._copies
 
     def load(self, copies: Mapping[str, Tensor] | None) -> None:
@@ -74,7 +74,7 @@ class BestWeights:
         self._copies = None if copies is None else {name: copy.to(live[name].device) for name, copy in copies.items()}
 
     def restore(self) -> None:
-        """Put the weights back, if any were taken."""
+        """Put the remembered weights back, if there are any."""
         if self._copies is not None:
             live = self.model.state_dict()
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A trainer's state: what a checkpoint holds of it, compared before anything is assigned, and taken over."""
+"""A trainer's state in a checkpoint: compared before anything is assigned, then assigned."""
 
 import os
 import warnings
@@ -36,7 +36,7 @@ PARTS: dict[str, dict[str, tuple[type, ...]]] = {
 
 
 def training_state(training: Training, progress: Progress | None) -> dict[str, Any]:
-    """Return model, optimizer, position and the run under way as plain types and tensors, which are not copies."""
+    """Return model, optimizer, counters and the current run as plain types and tensors, which are not copies."""
     return {
         "model": model_state.model_state(training.model),
         "optimizer": optimizer_state.optimizer_state(training.optimizer, training.model),
@@ -54,7 +54,7 @@ def training_state(training: Training, progress: Progress | None) -> dict[str, A
 
 
 def complete_training_state(training: Training, state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return a state read from a file, with the frozen weights it left out, once it is known to fit."""
+    """Return a state from a file, with the frozen weights it left out, after checking that it fits."""
     archive.check_parts(state, PARTS, origin=str(path))
     state = {**state, "model": model_state.put_back(state["model"], path, training.model.state_dict())}
     check_training_state(training, state, origin=str(path))
@@ -65,8 +65,8 @@ def check_training_state(training: Training, state: Mapping[str, Any], *, origin
     """Compare a state with a live trainer before anything is assigned.
 
     Raises:
-        HeadMismatchError: Other classes.
-        CheckpointError: Another backbone, head, preprocessing or optimizer.
+        HeadMismatchError: When the classes differ.
+        CheckpointError: When backbone, head, preprocessing or optimizer differ.
     """
     archive.check_parts(state, PARTS, origin=origin)
     model_state.check_model_state(training.model, state["model"])
@@ -77,13 +77,13 @@ def check_training_state(training: Training, state: Mapping[str, Any], *, origin
 
 
 def assign_training_state(training: Training, state: Mapping[str, Any]) -> None:
-    """Take over a state that is known to fit."""
+    """Assign a state that was checked."""
     position = state["progress"]
     here = {"precision": training.device.precision, "device": training.device.torch_device.type}
     there = {name: position[name] for name in here}
     if here != there:
         warnings.warn(
-            f"the checkpoint is from {there['device']} in {there['precision']}, and goes on on {here['device']} in "
+            f"the checkpoint is from {there['device']} in {there['precision']} and continues on {here['device']} in "
             f"{here['precision']}: numbers will differ from those of a run that stayed there"
             + (", and its gradient scale is dropped." if state["scaler"] and here["precision"] != "fp16" else "."),
             stacklevel=3,
@@ -104,15 +104,15 @@ def read_run(
     callbacks: CallbackList,
     display: Display,
 ) -> dict[str, Any] | None:
-    """Return the state to resume from, known to fit; None if the folder has none yet.
+    """Return the state to resume from, checked; None if the folder has none yet.
 
     Raises:
-        CheckpointError: It cannot be used.
-        DataChangedError: The run began with other data.
+        CheckpointError: When it cannot be used.
+        DataChangedError: When the run began with other data.
     """
     found = read_newest(path)
     if found is None:
-        display.say(f"{path} has no checkpoint yet: the run begins")
+        display.say(f"{path} has no checkpoint yet: a new run starts")
         return None
     file, state = found
     state = complete_training_state(training, state, file)
