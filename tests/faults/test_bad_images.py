@@ -155,7 +155,7 @@ def test_a_file_that_cannot_be_read_is_named_by_path_and_index(model, folder, ki
     BREAKAGES[breakage](path)
     message = fit_error(model, dataset)
     assert message.startswith(f"cannot read image 5 ({path}): ")
-    assert "Expected a whole image file" in message
+    assert "Expected a complete image file" in message
     assert "on_bad_image" in message
 
 

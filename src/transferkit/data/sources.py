@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transferkit.base.arrays import digest_tensors
 from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.data.images import as_images
-from transferkit.data.samples import SKIP_HINT, Sample, Samples, probes
+from transferkit.data.samples import SKIP_HINT, Sample, Samples, evenly_spaced
 from transferkit.data.targets import as_targets
 from transferkit.data.workers import read_in_workers
 from transferkit.errors import (
@@ -107,7 +107,7 @@ class ArraySource:
         return self.targets if places is None else self.targets[places]
 
     def digest(self, places: Tensor | None = None) -> str:
-        images = torch.stack([self.images[place] for place in probes(self.num_images, places)])
+        images = torch.stack([self.images[place] for place in evenly_spaced(self.num_images, places)])
         return _digest(targets=self.targets, places=_NO_TARGETS if places is None else places, images=images)
 
 
@@ -147,7 +147,7 @@ class DatasetSource:
             yield _collate(samples, self.read_targets if self.samples.with_targets else None, self.num_classes)
 
     def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
-        return self.samples.why_not_repeatable(probes(self.num_images, places))
+        return self.samples.why_not_repeatable(evenly_spaced(self.num_images, places))
 
     def all_targets(self, places: Tensor | None = None) -> Tensor:
         if self.targets_listed:
@@ -159,7 +159,7 @@ class DatasetSource:
         listed = self.samples.dataset.targets if self.targets_listed else []
         tensors = {"targets": torch.as_tensor(listed), "places": _NO_TARGETS if places is None else places}
         if self.why_not_repeatable(places) is None:
-            tensors |= {str(place): self.samples.read(place, 0)[0] for place in probes(self.num_images, places)}
+            tensors |= {str(place): self.samples.read(place, 0)[0] for place in evenly_spaced(self.num_images, places)}
         return _digest(**tensors)
 
     def failures(self) -> Generator[tuple[int, dict[int, str]], None, None]:
