@@ -479,7 +479,7 @@ def test_batch_size_of_a_loader_is_its_own(model, data, call):
             {"loss": tk.CrossEntropy(class_weights=[1.0, 2.0])},
             r"class_weights=\[1.0, 2.0\] cannot be used: expected 3 finite numbers",
         ),
-        ({"precision": "bf17"}, r"precision='bf17' is no number format. Did you mean 'bf16'"),
+        ({"precision": "bf17"}, r"precision='bf17' is not known. Did you mean 'bf16'"),
         (
             {"device": tk.Device("cpu", "fp32"), "precision": "bf16"},
             r"'bf16' contradicts Device\('cpu', precision='fp32'",

@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption(BaseException):
-    """Ends a loop from inside; `Interrupts` replaces it with what the signal stands for. No `except Exception` sees it."""
+    """Ends a loop from inside, past handlers of errors; `Interrupts` replaces it with the signal's own exception."""
 
 
 class Interrupts:
