@@ -419,7 +419,7 @@ BAD_ARGUMENTS = [
     ({"lr": math.inf}, ArgumentError, r"lr=inf cannot be used: expected a finite number"),
     ({"lr": "x"}, ArgumentError, r"lr='x' cannot be used: expected a finite number"),
     ({"lr": {"neck": 1e-3}}, ArgumentError, r"lr names the groups \['neck'\]: expected a rate for each of"),
-    ({"augment": "flop"}, ArgumentError, r"augment='flop' is no known augmentation. Did you mean 'flip'"),
+    ({"augment": "flop"}, ArgumentError, r"augment='flop' is not known. Did you mean 'flip'"),
     ({"num_workers": -1}, ArgumentError, r"num_workers=-1 cannot be used: expected a whole number of 0"),
 ]
 
