@@ -225,8 +225,8 @@ class LoaderSource:
 
     def all_targets(self, indices: Tensor | None = None) -> Tensor:
         raise ArgumentError(
-            '"balanced" needs all targets before the first step, but a DataLoader does not list them: pass its Dataset, '
-            "or the weights as numbers."
+            '"balanced" needs all targets before the first step, but a DataLoader does not list them: pass its '
+            "Dataset, or the weights as numbers."
         )
 
     def digest(self, indices: Tensor | None = None) -> str:
