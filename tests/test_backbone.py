@@ -152,10 +152,20 @@ def test_features_are_torchvisions_bit_for_bit(name: str) -> None:
         assert torch.equal(ours(images), theirs(images))
 
 
+def test_layers_of_another_network_are_refused() -> None:
+    """A `Backbone` of layers that are not VGG's is refused with the layer's index and type and the types expected."""
+    resnet = torchvision.models.resnet18(weights=None)
+    layers = nn.Sequential(resnet.conv1, resnet.relu, resnet.maxpool, resnet.layer1)
+    with pytest.raises(
+        ArgumentError, match=r"features\[3\] is a Sequential: expected .*Conv2d, BatchNorm2d, ReLU and Max"
+    ):
+        tk.Backbone("resnet18", layers, CONVENTIONS["IMAGENET1K_V1"])
+
+
 @pytest.mark.parametrize(
     ("images", "fault"),
     [
-        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"\(1, 3, 32, 32\) and type torch.uint8"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"\(1, 3, 32, 32\) and dtype torch.uint8"),
         (torch.zeros(1, 1, 32, 32), r"\(1, 1, 32, 32\)"),
         (torch.zeros(1, 4, 32, 32), r"\(1, 4, 32, 32\)"),
         (torch.zeros(1, 32, 32, 3), r"\(1, 32, 32, 3\)"),
@@ -246,7 +256,7 @@ def test_unknown_preprocessing_of_a_path_is_refused(tmp_path: Path, vgg11_state:
     torch.save(vgg11_state, tmp_path / "mine.pt")
 
     with pytest.raises(
-        PreprocessingError, match=r"mine\.pt.*not known.*preprocessing=.*IMAGENET1K_V1.*IMAGENET1K_FEATURES.*KERAS"
+        PreprocessingError, match=r"mine\.pt.*unknown.*preprocessing=.*IMAGENET1K_V1.*IMAGENET1K_FEATURES.*KERAS"
     ):
         tk.load_backbone("vgg11", weights=tmp_path / "mine.pt")
 
@@ -302,7 +312,7 @@ def test_a_file_with_only_the_name_of_a_published_one_tells_nothing(
     path = published_vgg11(tmp_path, vgg11_state, monkeypatch)
     torch.save({**vgg11_state, "features.0.bias": torch.ones(64)}, path)
 
-    with pytest.raises(PreprocessingError, match=r"not known.*preprocessing="):
+    with pytest.raises(PreprocessingError, match=r"unknown.*preprocessing="):
         tk.load_backbone("vgg11", weights=path)
 
 

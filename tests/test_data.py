@@ -261,7 +261,7 @@ def test_workers_train_the_same_weights(make_backbone):
 def test_bad_target_in_a_worker_is_named(model):
     """The message about a bad image reaches the user out of a worker process."""
     samples = [*pil_samples(5), (Image.new("I;16", (32, 32)), 0)]
-    with pytest.raises(ImageError, match=r"image 5 has mode 'I;16': expected eight bits"):
+    with pytest.raises(ImageError, match=r"image 5 has mode 'I;16': expected 8 bits"):
         make_trainer(model).evaluate(Samples(samples), num_workers=2)
     gc.collect()  # the traceback holds the loader and so a thread of its queues
 
@@ -332,7 +332,7 @@ def test_reading_a_data_set_leaves_the_global_generators_alone():
             TargetError,
             r"4 images but 2 targets: expected one target for each",
         ),
-        (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), TargetError, r"images without targets: expected a pair"),
+        (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), TargetError, r"images but no targets: expected a pair"),
         (TensorDataset(torch.zeros(4, 3, 32, 32)), TargetError, r"sample 0 is a tuple: expected a pair"),
         ([{"image": 1, "label": 2}], TargetError, r"sample 0 is a dict: expected a pair \(image, target\)"),
         (Stream([]), ArgumentError, r"a Stream, which has no length or order: wrap it in a DataLoader"),
@@ -350,7 +350,7 @@ def test_data_that_cannot_be_used_is_refused(data, error, match):
 
 def test_list_of_arrays_is_refused(data):
     """A list of images in a pair is refused with the remedy."""
-    with pytest.raises(ImageError, match=r"images are a list: expected .* in one tensor or array.*come in a Dataset"):
+    with pytest.raises(ImageError, match=r"images are a list: expected .* in one tensor or array.*pass a Dataset"):
         open_data((list(data[0]), data[1]), CLASSES)
 
 
@@ -411,14 +411,14 @@ def test_sixteen_bit_image_is_refused_with_its_place(model):
     """A 16-bit PIL image deep in a data set is refused with its place there, though the epoch is shuffled."""
     samples = pil_samples(9)
     samples[7] = (Image.new("I;16", (32, 32)), 0)
-    with pytest.raises(ImageError, match=r"image 7 has mode 'I;16': expected eight bits a channel"):
+    with pytest.raises(ImageError, match=r"image 7 has mode 'I;16': expected 8 bits per channel"):
         make_trainer(model).fit(Samples(samples), batch_size=2, verbose=0)
 
 
 def test_mixed_raw_and_preprocessed_images_are_refused():
     """uint8 and float images in one batch are refused with their places."""
     samples = [(torch.zeros(3, 4, 4, dtype=dtype), 0) for dtype in (torch.uint8, torch.uint8, torch.float32)]
-    with pytest.raises(ImageError, match=r"images \[0, 1, 2\] mix raw \(uint8\) and preprocessed \(float\)"):
+    with pytest.raises(ImageError, match=r"images \[0, 1, 2\] are partly raw .* and partly preprocessed"):
         all_batches(open_data(samples, CLASSES))
 
 
@@ -437,7 +437,7 @@ def test_images_scaled_to_0_to_1_are_refused_before_a_step(model, data, kind):
     kinds = {"tensors": (images, targets), "data set": dataset, "loader": DataLoader(dataset, batch_size=8)}
     trainer = make_trainer(model)
     before = model.head.logits.weight.clone()
-    with pytest.raises(ImageError, match=r"values from 0 to .*not preprocessed.*drop ToTensor or the division by 255"):
+    with pytest.raises(ImageError, match=r"values from 0 to .*not preprocessed.*without ToTensor or a division by 255"):
         trainer.fit(kinds[kind], verbose=0)
     assert torch.equal(model.head.logits.weight, before)
 
@@ -445,7 +445,7 @@ def test_images_scaled_to_0_to_1_are_refused_before_a_step(model, data, kind):
 def test_preprocessed_images_of_another_size_are_refused(model, data):
     """Preprocessed images of another size than the backbone's are refused with both sizes."""
     images = model.backbone.preprocess.with_image_size(48)(data[0])
-    with pytest.raises(ImageError, match=r"are 48x48 pixels: expected 32x32. Pass raw uint8 images"):
+    with pytest.raises(ImageError, match=r"have 48x48 pixels: expected 32x32. Pass raw uint8 images"):
         make_trainer(model).fit((images, data[1]), verbose=0)
 
 
@@ -460,7 +460,7 @@ def test_loader_that_makes_no_batch_is_refused_when_read():
     """A loader without length that turns out empty is refused when it is read."""
     source = open_data(DataLoader(Stream(([], []))), CLASSES)
     assert source.num_batches(4) is None
-    with pytest.raises(EmptyDataError, match=r"made no batch this time: expected 1 or more in every epoch"):
+    with pytest.raises(EmptyDataError, match=r"made no batch in this epoch: expected 1 or more in every epoch"):
         all_batches(source)
 
 

@@ -46,7 +46,7 @@ def test_the_cpu_has_one_name(device):
 def test_absent_device_is_refused_with_those_present(device):
     """A device that the machine lacks is refused with what there is."""
     with pytest.raises(
-        DeviceError, match=rf"device '{device}' is not on this machine: expected one of \['cpu'\].*auto"
+        DeviceError, match=rf"device '{device}' is not available on this machine: expected one of \['cpu'\].*auto"
     ):
         tk.Device(device)
 
@@ -56,7 +56,7 @@ def test_absent_device_is_refused_with_those_present(device):
 def test_unknown_device_is_refused_with_those_present(device):
     """A device that torch does not know is refused with what there is."""
     with pytest.raises(
-        DeviceError, match=r"device .* is no device torch knows: expected \['cpu'\], 'auto' or a torch.d"
+        DeviceError, match=r"device .* is not known to torch: expected one of \['cpu'\], 'auto' or a torch.d"
     ):
         tk.Device(device)
 
@@ -120,7 +120,7 @@ def test_mps_computes_in_fp32():
 def test_fp16_on_the_cpu_is_refused_with_the_alternatives():
     """fp16 on a CPU is refused with the formats that it has."""
     with pytest.raises(
-        DeviceError, match=r"'fp16' cannot be used on cpu: it computes in .*bf16.*Pass precision=\"auto\""
+        DeviceError, match=r"'fp16' is not supported on cpu: expected one of .*bf16.*precision=\"auto\""
     ):
         tk.Device("cpu", "fp16")
 
@@ -131,7 +131,7 @@ def test_fp16_on_the_cpu_is_refused_with_the_alternatives():
 )
 def test_unknown_format_is_refused(precision, hint):
     """An unknown format is refused with those that come close."""
-    with pytest.raises(ArgumentError, match=rf"precision={precision!r} is no number format. .*{hint}"):
+    with pytest.raises(ArgumentError, match=rf"precision={precision!r} is not known. .*{hint}"):
         tk.Device("cpu", precision)
 
 
@@ -381,7 +381,7 @@ def test_memory_of_another_device_is_refused(monkeypatch):
     """Where the system does not tell, that is what the message says."""
     device = tk.Device("cpu")
     monkeypatch.setattr(device, "torch_device", torch.device("mps"))
-    with pytest.raises(DeviceError, match=r"memory of mps is not known: expected CUDA, or a CPU under Linux"):
+    with pytest.raises(DeviceError, match=r"free memory of mps is unknown: expected CUDA, or a CPU under Linux"):
         device.memory()
 
 

@@ -124,7 +124,7 @@ def test_images_of_differing_sizes(setup):
     images = [Image.effect_noise(size, 60).convert("RGB") for size in sizes]
     kept, _ = setup.keep([(image, index % 3) for index, image in enumerate(images)])
     inputs = [
-        setup.backbone.preprocess(open_data([image], CLASSES, with_targets=False).samples[0, 0][0][None])
+        setup.backbone.preprocess(open_data([image], CLASSES, with_targets=False).samples.read(0, 0)[0][None])
         for image in images
     ]
     assert torch.equal(kept.features[0], setup.prefix()(torch.cat(inputs)).permute(0, 2, 3, 1))

@@ -77,7 +77,7 @@ def test_sixteen_bits_are_refused_with_the_path(trainer, tmp_path):
 
 def test_a_missing_file_and_a_folder_are_refused_before_anything_is_read(trainer, path, tmp_path):
     """The message has the place and the path; for a folder, how to predict what is in it."""
-    with pytest.raises(ImageError, match=r"image 1: there is no file .*gone\.jpg"):
+    with pytest.raises(ImageError, match=r"image 1: file .*gone\.jpg does not exist"):
         trainer.predict([path, tmp_path / "gone.jpg"])
     with pytest.raises(ImageError, match=r"image 0 is the folder .*glob\('\*\.jpg'\)"):
         trainer.predict(tmp_path)
@@ -99,5 +99,5 @@ def test_an_empty_list_is_refused(trainer):
 
 def test_a_path_does_not_train(trainer, path):
     """What `predict` takes without targets `fit` refuses."""
-    with pytest.raises(ValueError, match="expected the images themselves"):
+    with pytest.raises(ValueError, match="expected images, not a path"):
         trainer.fit(path)

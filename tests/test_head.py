@@ -129,14 +129,14 @@ def test_number_of_classes_may_be_any_whole_number(backbone: tk.Backbone, number
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (1, r"classes=.*makes 1 classes: expected 2 or more.*\[\"no\", \"yes\"\]"),
-        (0, r"makes 0 classes: expected 2 or more.*\[\"no\", \"yes\"\]"),
-        (-4, r"makes 0 classes: expected 2 or more"),
+        (1, r"classes=.*gives 1 classes: expected 2 or more.*\[\"no\", \"yes\"\]"),
+        (0, r"gives 0 classes: expected 2 or more.*\[\"no\", \"yes\"\]"),
+        (-4, r"gives 0 classes: expected 2 or more"),
         (True, r"expected 2 or more"),
-        (["cat"], r"makes 1 classes: expected 2 or more.*\[\"no\", \"yes\"\]"),
-        ([], r"makes 0 classes: expected 2 or more"),
+        (["cat"], r"gives 1 classes: expected 2 or more.*\[\"no\", \"yes\"\]"),
+        ([], r"gives 0 classes: expected 2 or more"),
         ("abc", r"classes='abc' is one string: expected a list of class names, or their number"),
-        (["cat", "dog", "cat"], r"class names repeat: cat\. Expected each of the 3 once"),
+        (["cat", "dog", "cat"], r"class names repeat: cat\. Expected 3 different names"),
         (10.0, r"classes=10\.0.*expected"),
         (None, r"classes=None.*expected"),
     ],
@@ -175,7 +175,7 @@ def test_unknown_pooling_is_refused(backbone: tk.Backbone, pooling: str, remedy:
 
 def test_a_second_head_is_refused(model: tk.TransferModel) -> None:
     """A model that has a head already is refused with the way to its backbone."""
-    with pytest.raises(HeadMismatchError, match=r"to a TransferModel: expected a Backbone.*use model\.backbone"):
+    with pytest.raises(HeadMismatchError, match=r"to a TransferModel: expected a Backbone.*pass model\.backbone"):
         tk.attach_head(model, 2)  # type: ignore[arg-type]
 
 
@@ -245,7 +245,7 @@ def test_a_head_for_other_features_is_refused(backbone: tk.Backbone, head: nn.Mo
     """A head that does not take the features is refused with their shape and the layer to begin with."""
     with pytest.raises(
         HeadMismatchError,
-        match=r"does not take the backbone's features: .*takes \(N, 8, 1, 1\); begin it with nn\.Flat",
+        match=r"does not accept the backbone's features: .*inputs \(N, 8, 1, 1\); start it with nn\.Flat",
     ):
         tk.attach_head(backbone, 3, head=head)
 
@@ -269,7 +269,7 @@ def test_a_head_for_other_classes_is_refused(backbone: tk.Backbone, head: nn.Mod
     """A head that gives anything but one logit for each image and class is refused with got and expected."""
     with pytest.raises(
         HeadMismatchError,
-        match=rf"head gives {got} for 2 images: expected logits of shape \(2, 3\).*last layer, or cla",
+        match=rf"head returns {got} for 2 images: expected logits of shape \(2, 3\).*last layer, or cla",
     ):
         tk.attach_head(backbone, 3, head=head)
 
@@ -277,7 +277,7 @@ def test_a_head_for_other_classes_is_refused(backbone: tk.Backbone, head: nn.Mod
 @pytest.mark.parametrize("argument", [{"hidden": (8,)}, {"dropout": 0.5}, {"pooling": "avg"}])
 def test_an_own_head_and_built_in_arguments_exclude_each_other(backbone: tk.Backbone, argument: dict) -> None:
     """Arguments of the built-in head together with a head of one's own are refused, not ignored."""
-    with pytest.raises(ArgumentError, match=r"describe the built-in head, but head= gives one already\. Pass one or"):
+    with pytest.raises(ArgumentError, match=r"describe the built-in head, but head= is also given\. Pass one or"):
         tk.attach_head(backbone, 3, head=own_head(), **argument)
 
 

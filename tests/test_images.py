@@ -65,20 +65,20 @@ def test_array_with_a_negative_stride_is_taken():
     [
         (
             pixels(3, 5, 7),
-            r"shape \(3, 5, 7\) and type torch.uint8: expected raw images.*batch dimension: image\[None\]",
+            r"shape \(3, 5, 7\) and dtype torch.uint8: expected raw images.*batch dimension: image\[None\]",
         ),
-        (pixels(2, 1, 5, 7), r"shape \(2, 1, 5, 7\).*no 3 channels: expected.*Repeat a gray channel three times"),
-        (pixels(2, 5, 7, 1), r"shape \(2, 5, 7, 1\).*no 3 channels: expected.*Repeat a gray channel three times"),
-        (pixels(2, 4, 5, 7), r"shape \(2, 4, 5, 7\).*no 3 channels: expected.*Drop an alpha channel"),
-        (pixels(2, 5, 7, 4), r"shape \(2, 5, 7, 4\).*no 3 channels: expected.*Drop an alpha channel"),
-        (pixels(2, 3, 0, 7), r"shape \(2, 3, 0, 7\).*no pixels: expected raw images"),
+        (pixels(2, 1, 5, 7), r"shape \(2, 1, 5, 7\).*without 3 channels: expected.*Repeat a gray channel three times"),
+        (pixels(2, 5, 7, 1), r"shape \(2, 5, 7, 1\).*without 3 channels: expected.*Repeat a gray channel three times"),
+        (pixels(2, 4, 5, 7), r"shape \(2, 4, 5, 7\).*without 3 channels: expected.*Drop an alpha channel"),
+        (pixels(2, 5, 7, 4), r"shape \(2, 5, 7, 4\).*without 3 channels: expected.*Drop an alpha channel"),
+        (pixels(2, 3, 0, 7), r"shape \(2, 3, 0, 7\).*without pixels: expected raw images"),
         (
             torch.zeros(2, 3, 5, 7, dtype=torch.int32),
             r"type torch.int32: expected raw images, uint8.*astype\('uint8'\)",
         ),
         (np.zeros((2, 5, 7, 3), np.int64), r"type torch.int64: expected raw images, uint8.*astype\('uint8'\)"),
         (np.zeros((2, 3, 5, 7), bool), r"type torch.bool: expected raw images, uint8"),
-        ([np.zeros((5, 7, 3), np.uint8)], r"images are a list: expected raw images.*different sizes come in a Dataset"),
+        ([np.zeros((5, 7, 3), np.uint8)], r"images are a list: expected raw images.*different sizes pass a Dataset"),
         (np.array([None, None]), r"images are a ndarray: expected raw images"),
         ("photos", r"images are a str: expected raw images"),
     ],
@@ -97,7 +97,7 @@ def test_array_of_strings_is_refused():
 
 def test_float_images_with_channels_last_are_refused_with_the_order_named():
     """Float `(N, H, W, 3)` does have 3 channels: the message says that they come second."""
-    with pytest.raises(ImageError, match=r"shape \(2, 5, 7, 3\) and type torch.float32.*channels second.*permute"):
+    with pytest.raises(ImageError, match=r"shape \(2, 5, 7, 3\) and dtype torch.float32.*channels second.*permute"):
         as_images(torch.randn(2, 5, 7, 3))
 
 
@@ -113,7 +113,7 @@ def test_pil_image_of_any_eight_bit_mode_is_converted_to_rgb(mode):
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_pil_image_of_more_bits_is_refused(mode):
     """A PIL image of 16 or 32 bits, which conversion to RGB would clip to white, is refused with its place."""
-    with pytest.raises(ImageError, match=rf"image 7 has mode '{mode}': expected eight bits a channel.*Scale it to 0"):
+    with pytest.raises(ImageError, match=rf"image 7 has mode '{mode}': expected 8 bits per channel.*Scale it to 0"):
         as_image(Image.new(mode, (7, 5)), 7)
 
 
@@ -148,5 +148,5 @@ def test_float_images_without_a_negative_value_are_refused(value):
 
 def test_float_images_of_another_size_are_refused():
     """Preprocessed images of another size are refused with both sizes and the remedy."""
-    with pytest.raises(ImageError, match=r"are 48x32 pixels: expected 32x32. Pass raw uint8.*image_size=48"):
+    with pytest.raises(ImageError, match=r"have 48x32 pixels: expected 32x32. Pass raw uint8.*image_size=48"):
         check_image_size(-torch.ones(2, 3, 48, 32), 32)

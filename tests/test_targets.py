@@ -65,19 +65,19 @@ def test_reversed_array_of_targets_is_taken():
     [
         ([0, 1, -1], r"target -1 at index 2 is out of range: expected 0 to 2 for 3 classes"),
         ([0, 3, 1], r"target 3 at index 1 is out of range: expected 0 to 2.*attach_head"),
-        ([1, 2, 3], r"target 3 at index 2 .*expected 0 to 2.*begin with 1 need 1 subtracted"),
+        ([1, 2, 3], r"target 3 at index 2 .*expected 0 to 2.*start at 1, subtract 1"),
         ([[0], [7]], r"target 7 at index 1 is out of range: expected 0 to 2"),
-        ([0.0, 1.0], r"shape \(2,\) and type torch.float64: expected class indices.*astype\('int64'\)"),
-        ([[0.0], [1.0]], r"shape \(2, 1\) and type torch.float64: expected class indices.*astype\('int64'\)"),
-        ([True, False], r"shape \(2,\) and type torch.bool: expected class indices"),
-        ([[1, 0], [0, 1]], r"shape \(2, 2\).*expected class indices.*or rows \(N, 3\).*another number of classes"),
+        ([0.0, 1.0], r"shape \(2,\) and dtype torch.float64: expected class indices.*astype\('int64'\)"),
+        ([[0.0], [1.0]], r"shape \(2, 1\) and dtype torch.float64: expected class indices.*astype\('int64'\)"),
+        ([True, False], r"shape \(2,\) and dtype torch.bool: expected class indices"),
+        ([[1, 0], [0, 1]], r"shape \(2, 2\).*expected class indices.*or rows \(N, 3\).*number of classes is wrong"),
         (
             [[0.5, 0.5, 0.0], [1.0, 1.0, 0.0]],
-            r"row 1 sums to 2 with smallest entry 0: expected fractions.*several labels.*BinaryCrossEntropy",
+            r"row 1 sums to 2, and its smallest entry is 0: expected numbers.*several labels",
         ),
-        ([[1.0, 0.0, 0.0], [1.5, -0.5, 0.0]], r"row 1 sums to 1 with smallest entry -0.5: expected fractions"),
-        ([[0.0, 0.0, 0.0]], r"row 0 sums to 0 .*expected fractions from 0 to 1 that sum to 1"),
-        ([[float("nan"), 1.0, 0.0]], r"row 0 sums to nan .*expected fractions"),
+        ([[1.0, 0.0, 0.0], [1.5, -0.5, 0.0]], r"row 1 sums to 1, and its smallest entry is -0.5: expected numbers"),
+        ([[0.0, 0.0, 0.0]], r"row 0 sums to 0, .*expected numbers from 0 to 1 that sum to 1"),
+        ([[float("nan"), 1.0, 0.0]], r"row 0 sums to nan, .*expected numbers"),
         (["cat", "dog"], r"targets are not numbers .*expected class indices 0 to 2. Turn names into indices"),
         ([[0], [1, 2]], r"targets are not numbers .*expected class indices 0 to 2"),
     ],
@@ -94,7 +94,7 @@ def test_other_targets_are_refused(targets, match):
 def test_the_place_in_the_data_set_is_named(targets, match):
     """A bad target is named by its place in the data set, not in the batch."""
     with pytest.raises(TargetError, match=match):
-        as_targets(targets, 2, places=[17, 41])
+        as_targets(targets, 2, indices=[17, 41])
 
 
 def test_class_of_a_row_is_its_largest_share():

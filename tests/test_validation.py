@@ -116,20 +116,20 @@ def test_a_shuffled_column_keeps_its_images():
 @pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, float("nan"), 5, "a fifth"])
 def test_a_share_out_of_range_is_refused(share):
     """A share that is no number above 0 and below 1 is refused by name."""
-    with pytest.raises(ArgumentError, match=rf"validation_split={share!r} .*expected a share"):
+    with pytest.raises(ArgumentError, match=rf"validation_split={share!r} .*expected a"):
         split(numbered(20), share)
 
 
-@pytest.mark.parametrize(("count", "share", "left"), [(4, 0.1, "4 to train and 0"), (4, 0.9, "0 to train and 4")])
+@pytest.mark.parametrize(("count", "share", "left"), [(4, 0.1, "4 training and 0"), (4, 0.9, "0 training and 4")])
 def test_a_part_without_images_is_refused(count, share, left):
     """A share that leaves one part empty is refused with the counts."""
-    with pytest.raises(EmptyDataError, match=rf"of 4 images leaves {left} to validate: expected at least 1 each"):
+    with pytest.raises(EmptyDataError, match=rf"of 4 images gives {left} validation images: expected at least 1"):
         split(numbered(count), share)
 
 
 def test_a_loader_is_refused():
     """A DataLoader cannot be divided; the message says what can be done."""
-    with pytest.raises(ArgumentError, match=r"cannot divide a DataLoader.*pass .*validation_data= instead"):
+    with pytest.raises(ArgumentError, match=r"cannot split a DataLoader.*pass .*validation_data= instead"):
         split(DataLoader(TensorDataset(*numbered(20))), 0.25)
 
 
@@ -172,6 +172,6 @@ def test_fit_validates_on_the_held_out_images(model, data):
         callbacks=[lambda trainer, report: counts.append(trainer.global_step)],
     )
     assert counts == [5]  # 18 images in batches of 4
-    places = split_validation(open_data(data, model.classes), 0.25, seed=5)[1].places
+    places = split_validation(open_data(data, model.classes), 0.25, seed=5)[1].indices
     measured = trainer.evaluate((data[0][places], data[1][places]), batch_size=4)
     assert history.history["val_loss"] == [measured["loss"]]

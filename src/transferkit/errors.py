@@ -1,8 +1,7 @@
 """Every error transferkit raises.
 
-Each is a `TransferKitError` and also a builtin, so that code which knows nothing of transferkit can
-catch `ValueError` or `OSError` as usual. A message says what failed, what was got, what was expected
-and what to do.
+Each is a `TransferKitError` and a builtin error, so code that does not know transferkit can catch `ValueError` or
+`OSError` as usual. A message says what failed, what was got, what was expected and what to do.
 """
 
 import difflib
@@ -18,7 +17,7 @@ class ArgumentError(TransferKitError, ValueError):
 
 
 class CacheError(TransferKitError, RuntimeError):
-    """Features cannot be kept, or a file of kept features cannot be used."""
+    """Features cannot be cached, or a file of cached features cannot be used."""
 
 
 class CheckpointError(TransferKitError, ValueError):
@@ -26,39 +25,39 @@ class CheckpointError(TransferKitError, ValueError):
 
 
 class CheckpointTypeError(CheckpointError, TypeError):
-    """A checkpoint would hold something else than plain types and tensors."""
+    """A checkpoint would hold something other than plain types and tensors."""
 
 
 class CheckpointWriteError(TransferKitError, OSError):
-    """A checkpoint could not be written; what was there before still is."""
+    """A checkpoint could not be written. An older one under the same name is intact."""
 
 
 class DataChangedError(TransferKitError, ValueError):
-    """The data is not what the run began with."""
+    """The data differs from what the run started with."""
 
 
 class DeviceError(TransferKitError, RuntimeError):
-    """The device or number format asked for is not to be had on this machine."""
+    """The requested device or precision is not available on this machine."""
 
 
 class EmptyDataError(TransferKitError, ValueError):
-    """There is not one image, or not one batch, to work on."""
+    """The data holds no images or no batches."""
 
 
 class HeadMismatchError(TransferKitError, ValueError):
-    """A head does not fit its backbone, its classes or its data."""
+    """A head does not match its backbone, its classes or its data."""
 
 
 class ImageError(TransferKitError, ValueError):
-    """An image has a shape, number type, channel count or size that cannot be used."""
+    """An image cannot be read, or has an unsupported shape, dtype, channel count or size."""
 
 
 class MissingPackageError(TransferKitError, ImportError):
-    """An optional package that a part of the library needs is not installed."""
+    """An optional package is needed but not installed."""
 
 
 class NonFiniteError(TransferKitError, ArithmeticError):
-    """A loss or a gradient is infinite or not a number."""
+    """A loss or a gradient is infinite or NaN."""
 
 
 class NothingToTrainError(TransferKitError, ValueError):
@@ -66,23 +65,23 @@ class NothingToTrainError(TransferKitError, ValueError):
 
 
 class OutOfMemoryError(TransferKitError, RuntimeError):
-    """One image at a time is more than the memory holds."""
+    """Memory does not suffice, even for one image at a time."""
 
 
 class PreprocessingError(TransferKitError, ValueError):
-    """It is not known which preprocessing a weight file was trained with."""
+    """The preprocessing that belongs to a weight file is unknown."""
 
 
 class TargetError(TransferKitError, ValueError):
-    """A target is out of range or of a form that cannot be used."""
+    """A target is out of range, or has an unsupported shape or dtype."""
 
 
 class TorchvisionMismatchError(TransferKitError, ImportError):
-    """The installed torchvision was built for another torch."""
+    """torchvision is missing, or was built for another version of torch."""
 
 
 class UnknownLayerError(TransferKitError, ValueError):
-    """A layer name is not a layer of the model."""
+    """The model has no layer of that name."""
 
 
 class WeightsError(TransferKitError, ValueError):
@@ -90,15 +89,15 @@ class WeightsError(TransferKitError, ValueError):
 
 
 class WeightsDownloadError(TransferKitError, OSError):
-    """A weight file could not be downloaded whole."""
+    """A weight file could not be downloaded completely."""
 
 
 class WorkerError(TransferKitError, RuntimeError):
-    """A process that reads images died or hangs."""
+    """A worker process that reads images could not start, died or hangs."""
 
 
 def close_matches(name: object, known: Iterable[str]) -> str:
-    """Say which of `known` lie closest to a misspelt `name`, else the first twelve of them.
+    """Return a sentence with the names in `known` closest to a misspelt `name`, or with the first twelve.
 
     Example:
         >>> close_matches("addam", ["adam", "sgd"])

@@ -155,7 +155,7 @@ def test_a_file_that_cannot_be_read_is_named_by_path_and_index(model, folder, ki
     BREAKAGES[breakage](path)
     message = fit_error(model, dataset)
     assert message.startswith(f"cannot read image 5 ({path}): ")
-    assert "Expected a whole image file" in message
+    assert "Expected a complete image file" in message
     assert "on_bad_image" in message
 
 
@@ -242,7 +242,7 @@ def test_a_16_bit_gray_file_is_refused(model, folder, kind):
     Image.fromarray((np.arange(34 * 40, dtype=np.uint16) * 40).reshape(34, 40)).save(path)
     message = fit_error(model, dataset)
     assert str(path) in message
-    assert "image 5 has mode 'I;16': expected eight bits" in message
+    assert "image 5 has mode 'I;16': expected 8 bits" in message
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
@@ -251,7 +251,7 @@ def test_a_tiff_of_32_bits_is_refused(model, folder, mode):
     path = folder / "cat" / "000.png"
     path.unlink()
     Image.fromarray(np.full((34, 40), 1000, np.float32 if mode == "F" else np.int32)).save(path.with_suffix(".tiff"))
-    assert f"has mode {mode!r}: expected eight bits" in fit_error(model, ImageFolder(folder))
+    assert f"has mode {mode!r}: expected 8 bits" in fit_error(model, ImageFolder(folder))
 
 
 # ---- files that are converted
@@ -585,7 +585,7 @@ def test_one_in_a_hundred_may_be_bad_and_no_more(model, capsys):
         (False, True),
     ]
     trainer = make_trainer(model)
-    with pytest.raises(ImageError, match=r"3 of the first 1\d\d images .* more than 1% of all 200.*picture 17 is bad"):
+    with pytest.raises(ImageError, match=r"3 of the first 1\d\d images .* at most 1% of all 200.*picture 17 is bad"):
         trainer.fit(Counted(200, [17, 100, 150]), on_bad_image="skip", verbose=0)
     assert trainer.global_step == 0
 
@@ -650,7 +650,7 @@ def test_skipping_does_not_reach_a_loader(model, data):
     trainer = make_trainer(model)
     loader = DataLoader(TensorDataset(*data), batch_size=8, shuffle=True)
     for arguments in ({"data": loader}, {"data": data, "validation_data": loader}):
-        with pytest.raises(ArgumentError, match=r'on_bad_image="skip" does not reach a DataLoader.*its Dataset'):
+        with pytest.raises(ArgumentError, match=r'on_bad_image="skip" does not work with a DataLoader.*its Dataset'):
             trainer.fit(arguments.pop("data"), on_bad_image="skip", verbose=0, **arguments)
     assert trainer.global_step == 0
 
@@ -735,10 +735,10 @@ def test_a_bad_label_is_named_before_it_reaches_the_loss(model, num_workers, tar
 @pytest.mark.parametrize(
     ("image", "match"),
     [
-        (torch.zeros(1, 32, 32, dtype=torch.uint8), r"image 5.*no 3 channels.*Repeat a gray channel"),
-        (torch.zeros(4, 32, 32, dtype=torch.uint8), r"image 5.*no 3 channels.*Drop an alpha channel"),
+        (torch.zeros(1, 32, 32, dtype=torch.uint8), r"image 5.*without 3 channels.*Repeat a gray channel"),
+        (torch.zeros(4, 32, 32, dtype=torch.uint8), r"image 5.*without 3 channels.*Drop an alpha channel"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"image 5.*\(1, 1, 3, 32, 32\)"),
-        (torch.zeros(3, 32, 0, dtype=torch.uint8), r"image 5.*no pixels"),
+        (torch.zeros(3, 32, 0, dtype=torch.uint8), r"image 5.*without pixels"),
         (np.zeros((32, 32, 3), np.int64), r"image 5.*astype\('uint8'\)"),
         (None, r"image 5.*NoneType"),
         (b"\xff\xd8", r"image 5.*bytes"),
@@ -768,6 +768,6 @@ def test_a_data_set_that_is_empty_in_the_second_epoch_only(model, data):
             return iter(zip(*data, strict=True) if self.rounds == 1 else ())
 
     trainer = make_trainer(model)
-    with pytest.raises(EmptyDataError, match=r"made no batch this time"):
+    with pytest.raises(EmptyDataError, match=r"made no batch in this epoch"):
         trainer.fit(DataLoader(Once(), batch_size=8), epochs=2, verbose=0)
     assert trainer.global_step == 3

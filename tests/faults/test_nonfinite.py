@@ -125,7 +125,7 @@ def assert_stops_before_the_bad_step(make, kind):
 
 
 FIRST = {
-    "NaN pixel": "what the network is given for image 1 of the batch",
+    "NaN pixel": "the network's input for image 1 of the batch",
     "infinite loss": "the loss",
     "NaN gradient": "the gradient of ",
     "infinite gradient": "the gradient of ",
@@ -371,7 +371,7 @@ def test_a_nan_pixel_in_the_first_batch_is_no_other_than_in_the_fourth(make_trai
     if policy == "skip":
         assert trainer.fit(make_batches("NaN pixel", bad=(0,)), verbose=0).reports[0].skipped == 1
     else:
-        with pytest.raises(NonFiniteError, match=r"step 0 .*what the network is given for image 1"):
+        with pytest.raises(NonFiniteError, match=r"step 0 .*the network's input for image 1"):
             trainer.fit(make_batches("NaN pixel", bad=(0,)), verbose=0)
 
 
@@ -425,7 +425,7 @@ def test_a_scale_that_collapses_is_an_error(make_trainer, half, number):
     """Gradients that overflow in every step end the run, after 50 steps or an epoch at most, and change nothing."""
     trainer = make_trainer("NaN gradient", precision="fp16")
     changes = differences_to_copy(trainer)
-    with pytest.raises(NonFiniteError, match=r'gradient scale of fp16 fell to .*precision="bf16"'):
+    with pytest.raises(NonFiniteError, match=r'fp16 gradient scale fell to .*precision="bf16"'):
         trainer.fit(make_batches("NaN gradient", bad=range(number), number=number), epochs=2, verbose=0)
     assert trainer.global_step <= 50
     assert 0 < trainer.device.scaler.get_scale() < 1

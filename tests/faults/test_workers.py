@@ -68,7 +68,7 @@ def _no_child_stays():
     yield
     gc.collect()
     ends = time.monotonic() + 5
-    while threading.active_count() > threads and time.monotonic() < ends:  # those of closed queues end by themselves
+    while threading.active_count() > threads and time.monotonic() < ends:  # those of libraries end by themselves
         time.sleep(0.01)
     assert children() == before
 
@@ -279,7 +279,7 @@ def test_no_worker_outlives_an_error_between_two_steps(make_backbone, tmp_path, 
 
 @pytest.mark.slow
 def test_a_death_in_another_thread_is_told_as_well(make_backbone):
-    """Outside the main thread, which alone hears of dead children, the time limit ends the wait."""
+    """Outside the main thread too, a dead worker is one error that names the image."""
     caught = []
 
     def run():
@@ -345,7 +345,7 @@ print("left:", multiprocessing.active_children())
 def test_shared_memory_that_is_too_small_is_told():
     """Where images do not fit the shared memory between processes: an error in time that speaks of it."""
     printed = python(FULL)
-    assert "told: the processes that read images" in printed
+    assert "told: worker processes died (samples cannot be sent" in printed
     assert "/dev/shm" in printed
     assert "left: []" in printed
 

@@ -1,4 +1,4 @@
-"""What long work shows of itself: lines of text, and a bar where somebody can watch it move."""
+"""Progress of long work: lines of text, and bars where someone can watch them move."""
 
 import importlib.util
 import sys
@@ -13,14 +13,14 @@ from torch import Tensor
 from transferkit.errors import ArgumentError
 
 REDRAW_S = 0.5
-"""Seconds between two pictures of a bar: reading loss and accuracy for one waits for the device, drawing takes 1 ms."""
+"""Seconds between redraws of a bar: reading loss and accuracy waits for the device, and drawing takes 1 ms."""
 
 
 class Bar:
-    """How far one piece of work has come, in images.
+    """The progress of one task, in images.
 
     Args:
-        draw: Makes a `tqdm` bar, with the first image; None draws nothing.
+        draw: Makes a `tqdm` bar at the first image; None draws nothing.
     """
 
     def __init__(self, draw: Callable[[], Any] | None = None) -> None:
@@ -29,11 +29,11 @@ class Bar:
         self._due = 0.0
 
     def advance(self, count: int, figures: Callable[[], str] = str) -> None:
-        """Count images; a few times a second, show them.
+        """Add to the count of images, and redraw the bar if `REDRAW_S` has passed.
 
         Args:
             count: Images done since the last call.
-            figures: Gives what else to show; called only where it is shown, since it may wait for the device.
+            figures: Returns text to show beside the bar. Called only for a redraw, since it may wait for the device.
         """
         if self._draw is None:
             return
@@ -46,25 +46,25 @@ class Bar:
             self._due = time.perf_counter() + REDRAW_S
 
     def close(self) -> None:
-        """Wipe the bar away."""
+        """Remove the bar."""
         if self._drawn is not None:
             self._drawn.close()
 
     def over(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Yield batches of inputs and targets as they are, and count their images."""
+        """Yield batches of inputs and targets unchanged, and count their images."""
         for batch in batches:
             yield batch
             self.advance(len(batch[1]))
 
 
 class Display:
-    """Lines of text on the standard output, and bars where it is a terminal or a notebook and `tqdm` is installed.
+    """Lines of text on standard output, and bars in a terminal or a notebook if `tqdm` is installed.
 
     Args:
-        verbose: 0 shows nothing, 1 lines and bars, 2 lines alone.
+        verbose: 0 shows nothing, 1 lines and bars, 2 lines only.
 
     Raises:
-        ArgumentError: Another `verbose`.
+        ArgumentError: `verbose` is not 0, 1 or 2.
 
     Example:
         >>> display = Display(2)
@@ -77,30 +77,30 @@ class Display:
     def __init__(self, verbose: int) -> None:
         if verbose not in (0, 1, 2):
             raise ArgumentError(
-                f"verbose={verbose!r} is not known: expected 0 (nothing), 1 (a line for each epoch, and bars where "
-                "they can be seen) or 2 (the lines alone)."
+                f"verbose={verbose!r} is not known: expected 0 (nothing), 1 (a line for each epoch, and progress bars) "
+                "or 2 (lines only)."
             )
         self.verbose = int(verbose)
         self._tqdm = _find_tqdm() if verbose == 1 else None
 
     def say(self, line: str) -> None:
-        """Show a line of text; bars stay below it."""
+        """Print a line of text above any bar."""
         if self.verbose == 0:
             return
         if self._tqdm is None:
             print(line, flush=True)  # noqa: T201
         else:
             self._tqdm.write(line)
-            sys.stdout.flush()  # it may be a file or a pipe while the bar is in a terminal
+            sys.stdout.flush()  # stdout may be a file or a pipe while the bar is in a terminal
 
     @contextmanager
     def bar(self, what: str, total: int | None, *, unit: str = "images") -> Iterator[Bar]:
-        """Show how far a piece of work has come, until it ends.
+        """Show a bar for as long as the `with` block runs.
 
         Args:
-            what: The work, in a few words.
-            total: Images in it; None where that is not known.
-            unit: What is counted, if not images.
+            what: The task, in a few words.
+            total: Number of images; None if unknown.
+            unit: What is counted instead of images.
         """
         options = {"desc": what, "total": total, "unit": f" {unit}", "leave": False, "dynamic_ncols": True}
         bar = Bar(None if self._tqdm is None else partial(self._tqdm, **options))
@@ -114,17 +114,17 @@ QUIET = Display(0)
 
 
 def _find_tqdm() -> Any:
-    """Return the class of bars, or None where there is none or nobody could see one move."""
+    """Return tqdm's class of bars; None if tqdm is missing or output is neither a terminal nor a notebook."""
     notebook = type(_shell()).__name__ == "ZMQInteractiveShell"
     terminal = sys.stderr is not None and sys.stderr.isatty()
     if not (notebook or terminal) or importlib.util.find_spec("tqdm") is None:
         return None
     from tqdm.auto import tqdm  # takes 0.1 s: not at import
 
-    return type("Tqdm", (tqdm,), {"monitor_interval": 0})  # no thread of its own to watch slow bars
+    return type("Tqdm", (tqdm,), {"monitor_interval": 0})  # no extra thread that watches slow bars
 
 
 def _shell() -> object:
-    """Return IPython's shell, if this is one."""
+    """Return the running IPython shell, or None."""
     ipython = sys.modules.get("IPython")
     return None if ipython is None else ipython.get_ipython()

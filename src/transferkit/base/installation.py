@@ -1,4 +1,4 @@
-"""Is the installed torchvision the one built for the installed torch?"""
+"""Check that the installed torchvision was built for the installed torch."""
 
 import re
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -7,19 +7,19 @@ from transferkit.errors import TorchvisionMismatchError
 
 
 def check_torchvision() -> None:
-    """Import torchvision, and explain the failure if it was built for another torch.
+    """Import torchvision, and explain the failure if it does not load.
 
     Raises:
-        TorchvisionMismatchError: torchvision is missing, or its compiled operators do not load into this torch.
+        TorchvisionMismatchError: torchvision is not installed, or its compiled operators do not load into this torch.
 
     Example:
         >>> check_torchvision()
     """
     try:
-        import torchvision  # noqa: F401 - the import itself is what is tested
+        import torchvision  # noqa: F401 - only to see whether it loads
     except (ImportError, RuntimeError, OSError) as error:
-        # A mismatch shows itself as "operator torchvision::nms does not exist" (RuntimeError) or as an
-        # undefined symbol (ImportError, OSError).
+        # A mismatch raises "operator torchvision::nms does not exist" (RuntimeError) or an undefined symbol
+        # (ImportError, OSError).
         raise TorchvisionMismatchError(
             f"torchvision does not load: {error}. Got torch {_installed('torch')} with torchvision "
             f"{_installed('torchvision')}; expected {_wanted()}. Install a matching pair: "
@@ -39,4 +39,4 @@ def _wanted() -> str:
         needs = [need for need in requires("torchvision") or () if re.match(r"torch\b", need)]
     except PackageNotFoundError:
         needs = []
-    return f"{needs[0]}, which this torchvision asks for" if needs else "two built for each other"
+    return f"{needs[0]}, which this torchvision requires" if needs else "two built for each other"

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while something long runs: the first ends it at the next good moment, the second at once."""
+"""SIGINT and SIGTERM during long work: the first stops it at the next safe point, the second at once."""
 
 import signal
 import threading
@@ -6,26 +6,27 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
+from typing_extensions import Self
+
 _Item = TypeVar("_Item")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption(BaseException):
-    """Ends a loop from inside; `Interrupts` turns it into what the signal stands for. No error: nobody catches it."""
+    """Ends a loop from inside, past handlers of errors; `Interrupts` replaces it with the signal's own exception."""
 
 
 class Interrupts:
-    """Holds signals back inside `with`, and re-raises on leaving what was received.
+    """Delays signals inside a `with` block, and raises the one received when the block ends.
 
-    SIGINT becomes `KeyboardInterrupt` and SIGTERM the exit status 143 (`SystemExit`), unless the process had a handler
-    of its own, which is then called first. The handlers that were there are back by then. Outside the main thread,
-    which alone gets signals, and for signals that were ignored, nothing is changed. Where one `with` stands inside
-    another of the same `Interrupts`, the outer one does all this.
+    SIGINT becomes `KeyboardInterrupt` and SIGTERM exit status 143 (`SystemExit`). If the process had its own handler,
+    that is restored and called first. Nothing changes outside the main thread, which alone receives signals, or for
+    signals that were ignored. In nested blocks of the same `Interrupts` the outermost does all this.
 
     Attributes:
-        received: The signal that is held back, or None.
-        twice: Whether another one came.
+        received: The delayed signal, or None.
+        twice: Whether a second signal came.
 
     Example:
         >>> interrupts = Interrupts()
@@ -40,7 +41,7 @@ class Interrupts:
         self._before: dict[int, Any] = {}
         self._depth = 0
 
-    def __enter__(self) -> "Interrupts":
+    def __enter__(self) -> Self:
         self._depth += 1
         if self._depth > 1:
             return self
@@ -48,7 +49,7 @@ class Interrupts:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 before = signal.getsignal(number)
-                if before not in (signal.SIG_IGN, None):  # None was installed from C: it could not be put back
+                if before not in (signal.SIG_IGN, None):  # None was installed from C, and could not be restored
                     self._before[number] = before
                     signal.signal(number, self._receive)
         return self
@@ -57,22 +58,22 @@ class Interrupts:
         self._depth -= 1
         if self._depth > 0:
             return
-        self._put_back()
-        received, self.received = self.received, None  # it must not end what is checked later, outside of `with`
+        self._restore_handlers()
+        received, self.received = self.received, None  # or a later `check` outside the block would raise
         if received is not None and (error is None or isinstance(error, Interruption)):
-            _raise_again(received, str(error or ""))
+            _reraise(received, str(error or ""))
 
     def check(self) -> None:
         """Raise if a signal was received.
 
         Raises:
-            Interruption: So it was.
+            Interruption: A signal was received inside the `with` block.
         """
         if self.received is not None:
             raise Interruption
 
     def watched(self, items: Iterable[_Item]) -> Iterator[_Item]:
-        """Yield the items, and `check` after each was used."""
+        """Yield the items, and `check` after each."""
         for item in items:
             yield item
             self.check()
@@ -80,20 +81,20 @@ class Interrupts:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             self.twice = True
-            self._put_back()
-            _raise_again(number, "interrupted twice: stopped at once, without another checkpoint")
+            self._restore_handlers()
+            _reraise(number, "interrupted twice: stopped at once, without another checkpoint")
         self.received = number
 
-    def _put_back(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before = {}
 
 
-def _raise_again(number: int, message: str) -> None:
+def _reraise(number: int, message: str) -> None:
     handler = signal.getsignal(number)
     if handler not in (signal.SIG_DFL, signal.default_int_handler):
-        signal.raise_signal(number)  # the process's own handler
+        signal.raise_signal(number)  # calls the process's own handler
     if number == signal.SIGINT:
         raise KeyboardInterrupt(message) from None
     raise SystemExit(128 + number) from None

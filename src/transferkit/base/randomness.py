@@ -1,6 +1,6 @@
-"""Random numbers that depend on where they are used and on nothing that happened before.
+"""Random numbers that depend only on where they are used, not on what was drawn before.
 
-A run that is stopped and continued, or read by another number of workers, draws the same numbers.
+A run that is resumed, or that reads its data with another number of workers, draws the same numbers.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Return a seed of 63 bits that depends on every part and on their order.
+    """Return a 63-bit seed that depends on every part and on their order.
 
     Example:
         >>> derive_seed(0, "order", 1) == derive_seed(0, "order", 1)
@@ -27,7 +27,7 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def shuffled(count: int, seed: int) -> torch.Tensor:
-    """Return the numbers 0 to `count - 1`, int64, in the order that `seed` stands for.
+    """Return a random permutation of 0 to `count - 1`, int64 `(count,)`, determined by `seed`.
 
     Example:
         >>> sorted(shuffled(3, seed=0).tolist())
@@ -38,11 +38,11 @@ def shuffled(count: int, seed: int) -> torch.Tensor:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed the generators of torch, numpy and Python inside, and put them back as they were after.
+    """Seed the global generators of torch, numpy and Python inside the block, and restore them afterwards.
 
     Args:
         seed: 0 to 2**63 - 1.
-        device: A CUDA device whose generator is seeded too.
+        device: A CUDA device whose generator is seeded too; other devices and None are ignored.
 
     Example:
         >>> with seeded(1):
@@ -51,10 +51,10 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         ...     assert torch.equal(torch.rand(1), first)
     """
     cuda = device if device is not None and device.type == "cuda" else None
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - a user's transform may use it
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - users' transforms draw from it
     cuda_state = torch.cuda.get_rng_state(cuda) if cuda else None
     try:
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         if cuda:
@@ -70,6 +70,6 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
 
 def generator_states() -> tuple[bytes, ...]:
-    """Return the states of the generators of torch, Python and numpy: equal as long as none of them was drawn from."""
+    """Return the states of the global generators of torch, Python and numpy, which differ once one was drawn from."""
     state: Any = np.random.get_state()  # noqa: NPY002
     return torch.get_rng_state().numpy().tobytes(), state[1].tobytes(), repr((state[2:], random.getstate())).encode()

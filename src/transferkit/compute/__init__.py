@@ -1,4 +1,4 @@
-"""Where the arithmetic runs and what can go wrong there: devices, precision, memory, numbers that are not finite.
+"""Where computation runs and what can go wrong there: devices, precision, memory, infinite and NaN values.
 
 May import `base`.
 """

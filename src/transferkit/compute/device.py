@@ -1,6 +1,6 @@
-"""Where the arithmetic runs and in which number format.
+"""Where computation runs and in which precision.
 
-`Device` stands alone: it serves `Trainer`, and it serves anybody's own loop.
+`Device` does not depend on `Trainer`: use it in your own training loop.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,27 +21,27 @@ _Data = TypeVar("_Data")
 
 
 class Device:
-    """A torch device together with a number format, and the calls a training loop makes of the two.
+    """A torch device and a precision, with the methods that a training loop needs.
 
     Args:
-        device: `"auto"` (CUDA if there is one, then Apple's MPS, then the CPU), `"cuda"`, `"cuda:1"`, `"mps"`,
-            `"cpu"` or a `torch.device`.
-        precision: `"fp32"`, `"bf16"`, `"fp16"` or `"auto"`: bf16 where the hardware computes it natively
-            (CUDA capability 8.0 and up; CPUs with AVX512-BF16 or AMX), else fp16 with gradient scaling on CUDA,
-            else fp32. With bf16 and fp16 the parameters stay fp32 and matrix products run in the short format
-            (`torch.autocast`). fp32 on CUDA lets products use TF32 inside `autocast` and `backward`.
+        device: `"auto"` (CUDA if available, else Apple's MPS, else the CPU), `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`
+            or a `torch.device`.
+        precision: `"fp32"`, `"bf16"`, `"fp16"` or `"auto"`: bf16 if the hardware computes it natively (CUDA
+            capability 8.0 and up; CPUs with AVX512-BF16 or AMX), else fp16 with gradient scaling on CUDA, else fp32.
+            In bf16 and fp16 the parameters stay fp32 and matrix products run in the lower precision
+            (`torch.autocast`). In fp32 on CUDA, products may use TF32 inside `autocast` and `backward`.
 
-    On the CPU it also makes the process keep the memory blocks it frees (see `host_memory`).
+    A CPU `Device` also makes the process keep the memory blocks it frees (see `host_memory`).
 
     Attributes:
         torch_device: The `torch.device`, with its index on CUDA.
         precision: `"fp32"`, `"bf16"` or `"fp16"`, never `"auto"`.
         dtype: The matching `torch.dtype`.
-        scaler: The gradient scaler; it does nothing unless `precision` is `"fp16"`.
+        scaler: The gradient scaler, which is disabled unless `precision` is `"fp16"`.
 
     Raises:
-        DeviceError: The machine has no such device, or the device does not compute in that precision.
-        ArgumentError: `precision` is no known name.
+        DeviceError: The machine has no such device, or the device does not support that precision.
+        ArgumentError: `precision` is not one of the names above.
 
     Example:
         >>> device = Device("cpu", precision="fp32")
@@ -64,22 +64,22 @@ class Device:
         return f"Device({str(self.torch_device)!r}, precision={self.precision!r})"
 
     def prepare(self, module: _Module) -> _Module:
-        """Move a module to the device, in place, lay its convolutions out channels-last, and return it.
+        """Move a module to the device in channels-last layout, in place, and return it.
 
-        Channels-last convolutions ran 1.2 to 1.4 times as fast in every format measured on CPUs, and it is
-        the layout of the tensor cores.
+        Channels-last convolutions ran 1.2 to 1.4 times as fast in every precision measured on CPUs, and tensor cores
+        use that layout.
         """
         module.to(self.torch_device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module
 
     def move(self, data: _Data) -> _Data:
-        """Copy a tensor, or each tensor of a list, to the device; whatever else it is comes back as it is.
+        """Return a tensor or a list of tensors on the device; anything else is returned unchanged.
 
-        From the host to CUDA the copy leaves pinned memory and nobody waits for it.
+        A copy from the host to CUDA goes through pinned memory, and the host does not wait for it.
         """
         moved: Any = data
-        if isinstance(data, list):
-            moved = [self.move(part) for part in data]
+        if isinstance(data, list) and data and isinstance(data[0], Tensor):  # not a list of indices
+            moved = [self.move(tensor) for tensor in data]
         elif isinstance(data, Tensor) and self.torch_device.type == "cuda" and data.device.type == "cpu":
             moved = data.pin_memory().to(self.torch_device, non_blocking=True)
         elif isinstance(data, Tensor):
@@ -87,10 +87,10 @@ class Device:
         return cast("_Data", moved)
 
     def batches(self, loader: Iterable[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
-        """Yield each batch of `loader` with its tensors on the device, one batch ahead of the caller.
+        """Yield each batch of `loader` with its tensors on the device, reading one batch ahead.
 
-        The next batch is read and its copy begun before the current one is handed out, so on CUDA, where
-        kernels run behind the host, reading and copying overlap with computing.
+        The next batch is read and its copy started before the current one is yielded. On CUDA, where kernels run
+        asynchronously, reading and copying therefore overlap with computation.
         """
         ahead: tuple[Any, ...] | None = None
         for batch in loader:
@@ -103,13 +103,13 @@ class Device:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Run what stands inside in the device's number format."""
-        short = self.precision != "fp32"
-        with self._tf32(), torch.autocast(self.torch_device.type, self.dtype, enabled=short):
+        """Run the operations inside the block in the device's precision."""
+        enabled = self.precision != "fp32"
+        with self._tf32(), torch.autocast(self.torch_device.type, self.dtype, enabled=enabled):
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a scalar loss, scaled against fp16 underflow, to those already there."""
+        """Add the gradients of a scalar loss to those present, scaled in fp16 so that small ones do not underflow."""
         with self._tf32():
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
@@ -118,18 +118,18 @@ class Device:
     ) -> None:
         """Unscale, clip and apply the gradients, then clear them.
 
-        In fp16 an update whose gradients overflowed is skipped, and the scale shrinks.
+        In fp16, an update whose gradients overflowed is skipped and the scale is reduced.
 
         Args:
-            optimizer: Its gradients are used up.
-            clip_grad_norm: Largest allowed Euclidean norm of all gradients together, or None.
-            finite: bool `()`, on the device: where false, no weight is changed. With a fused optimizer nobody waits
-                for it, but in the first step. None is true.
+            optimizer: Holds the parameters and their gradients.
+            clip_grad_norm: Largest allowed Euclidean norm of all gradients together; None does not clip.
+            finite: bool `()`, on the device. If false, the update is skipped. Fused optimizers read it on the device
+                without a host sync, except on the first step. None always updates.
         """
         if finite is not None and self.scaler.is_enabled():
             _spoil_unless(finite, optimizer)
         if clip_grad_norm is not None:
-            self.scaler.unscale_(optimizer)  # first, or the limit would apply to scaled gradients
+            self.scaler.unscale_(optimizer)  # first: the limit is for unscaled gradients
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
         if finite is None or self.scaler.is_enabled():
@@ -140,22 +140,22 @@ class Device:
         optimizer.zero_grad(set_to_none=True)
 
     def step(self, loss: Tensor, optimizer: Optimizer, *, clip_grad_norm: float | None = None) -> None:
-        """`backward` and `update` in one call."""
+        """Call `backward` and `update`."""
         self.backward(loss)
         self.update(optimizer, clip_grad_norm=clip_grad_norm)
 
     def synchronize(self) -> None:
-        """Wait until everything asked of the device is done. Costs the overlap: for timing only."""
+        """Wait until the device has finished all queued work. Only for timing: it costs the overlap with the host."""
         if self.torch_device.type == "cuda":
             torch.cuda.synchronize(self.torch_device)
         elif self.torch_device.type == "mps":
             torch.mps.synchronize()
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes of memory `"free"` and `"total"` on the device, now.
+        """Return the current `"free"` and `"total"` memory of the device, in bytes.
 
         Raises:
-            DeviceError: The system does not tell (MPS; CPUs elsewhere than on Linux).
+            DeviceError: The system does not report it: on MPS, and on a CPU under any system but Linux.
 
         Example:
             >>> sorted(Device("cpu").memory())
@@ -167,7 +167,7 @@ class Device:
         memory = host_bytes() if self.torch_device.type == "cpu" else None
         if memory is None:
             raise DeviceError(
-                f"memory of {self.torch_device} is not known: expected CUDA, or a CPU under Linux. Ask the system's "
+                f"free memory of {self.torch_device} is unknown: expected CUDA, or a CPU under Linux. Use the system's "
                 "own tools instead."
             )
         return memory
@@ -178,16 +178,16 @@ class Device:
 
 
 def _has_state(optimizer: Optimizer) -> bool:
-    """Say whether no parameter makes its first step: torch's fused SGD would leave its momentum unwritten memory."""
+    """Return whether every parameter with a gradient has made a step before."""
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     return all(p in optimizer.state for p in parameters if p.grad is not None)
 
 
 def step_where(finite: Tensor, optimizer: Any) -> None:
-    """Make an optimizer's step where `finite`, bool `()`, is true, and change nothing where it is not.
+    """Make an optimizer's step if `finite`, bool `()`, is true; change nothing if it is false.
 
-    With a fused optimizer the host does not wait: its kernels look at two attributes, through which GradScaler tells
-    them of overflows. In the first step it does, since torch's fused SGD would leave its momentum unwritten memory.
+    With a fused optimizer the host does not wait: the kernels read two attributes that `GradScaler` uses to report
+    overflows. The first step does wait: torch's fused SGD would leave its momentum uninitialized.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False) and _has_state(optimizer):
         optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
@@ -200,7 +200,7 @@ def step_where(finite: Tensor, optimizer: Any) -> None:
 
 
 def _spoil_unless(finite: Tensor, optimizer: Optimizer) -> None:
-    """Make a gradient NaN where `finite` is false, so that the gradient scaler skips the step; without a host sync."""
+    """Set a gradient to NaN if `finite` is false, so that the gradient scaler skips the step, without a host sync."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None and p.numel()]
     smallest = min(gradients, key=Tensor.numel)
@@ -224,43 +224,43 @@ def _resolve_device(device: str | torch.device) -> torch.device:
         resolved = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise DeviceError(
-            f"device {device!r} is no device torch knows: expected {_present()}, 'auto' or a torch.device."
+            f"device {device!r} is not known to torch: expected one of {_available()}, 'auto' or a torch.device."
         ) from error
     if resolved.type != "cuda":
-        resolved = torch.device(resolved.type)  # "cpu:0" is the CPU
+        resolved = torch.device(resolved.type)  # "cpu:0" is "cpu"
     elif resolved.index is None and torch.cuda.is_available():
         resolved = torch.device("cuda", torch.cuda.current_device())
-    if str(resolved) not in _present():
+    if str(resolved) not in _available():
         raise DeviceError(
-            f"device {str(resolved)!r} is not on this machine: expected one of {_present()}. "
+            f"device {str(resolved)!r} is not available on this machine: expected one of {_available()}. "
             'Pass one of these, or device="auto".'
         )
     return resolved
 
 
-def _present() -> list[str]:
+def _available() -> list[str]:
     cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
 
 def _resolve_precision(precision: str, device: torch.device) -> str:
     if precision not in ("auto", *PRECISIONS):
-        raise ArgumentError(f"precision={precision!r} is no number format. {close_matches(precision, PRECISIONS)}")
-    able = supported_precisions(device)
+        raise ArgumentError(f"precision={precision!r} is not known. {close_matches(precision, PRECISIONS)}")
+    supported = supported_precisions(device)
     if precision == "auto":
-        return able[0]
-    if precision not in able:
+        return supported[0]
+    if precision not in supported:
         raise DeviceError(
-            f"precision={precision!r} cannot be used on {device}: it computes in {', '.join(able)}. "
-            f'Pass precision="auto" (here {able[0]}) or one of these.'
+            f"precision={precision!r} is not supported on {device}: expected one of {', '.join(supported)}. "
+            f'Pass one of these, or precision="auto" (here {supported[0]}).'
         )
     return precision
 
 
 def supported_precisions(device: torch.device) -> tuple[str, ...]:
-    """Return the number formats that `device` can train in, the one that "auto" takes first.
+    """Return the precisions that `device` can train in, starting with the one that `"auto"` selects.
 
-    bf16 in software is allowed on any CPU and on older CUDA cards, but it is slower than fp32 there.
+    Any CPU and older CUDA cards support bf16 in software, slower than fp32.
 
     Example:
         >>> "fp32" in supported_precisions(torch.device("cpu"))
@@ -276,7 +276,7 @@ def supported_precisions(device: torch.device) -> tuple[str, ...]:
 
 def _cpu_has_bf16() -> bool:
     checks: tuple[Callable[[], bool], ...] = (
-        torch.cpu._is_avx512_bf16_supported,  # torch has no public name for these
+        torch.cpu._is_avx512_bf16_supported,  # torch has no public names for these
         torch.cpu._is_amx_tile_supported,
     )
     return any(check() for check in checks)

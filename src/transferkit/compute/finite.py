@@ -1,4 +1,4 @@
-"""No infinite number and no NaN reaches the weights."""
+"""Keep infinite and NaN values out of the weights."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,35 +11,35 @@ from transferkit.compute.device import Device
 from transferkit.errors import NonFiniteError
 
 MIN_SCALE = 1.0
-"""A gradient scale of fp16 under this has left no gradient that is finite: it began at 65,536."""
+"""Below this the fp16 gradient scale, which starts at 65,536, has collapsed: gradients overflow in every step."""
 
 
 def gradients_are_finite(loss: Tensor, optimizer: Optimizer) -> Tensor:
-    """Return whether a loss and all gradients are finite, bool `()`, on the device.
+    """Return whether the loss and all gradients are finite, bool `()`, on the device.
 
-    Reads every gradient once, at memory speed.
+    Reads every gradient once, at memory bandwidth.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None and p.numel()]
     bounds = [loss.detach()]
-    if loss.device.type == "cpu":  # 50 GB/s; torch's norms run at 3 there
-        bounds += [bound for gradient in gradients for bound in torch.aminmax(_as_it_lies(gradient))]
+    if loss.device.type == "cpu":  # aminmax reads 50 GB/s there, torch's norms 3
+        bounds += [bound for gradient in gradients for bound in torch.aminmax(_in_memory_order(gradient))]
     elif gradients:
-        bounds += torch._foreach_norm(gradients, float("inf"))  # the largest entries, in one kernel
-    return torch.stack([bound.float() for bound in bounds]).isfinite().all()  # all of these are NaN where one entry is
+        bounds += torch._foreach_norm(gradients, float("inf"))  # the largest absolute values, in one kernel
+    return torch.stack([bound.float() for bound in bounds]).isfinite().all()  # a bound is NaN if any entry is
 
 
-def _as_it_lies(gradient: Tensor) -> Tensor:
-    """View a channels-last gradient in the order of its memory, in which it is read eight times as fast."""
+def _in_memory_order(gradient: Tensor) -> Tensor:
+    """Return a view of a channels-last gradient in memory order, which reads eight times as fast."""
     channels_last = gradient.ndim == 4 and gradient.is_contiguous(memory_format=torch.channels_last)
     return gradient.permute(0, 2, 3, 1) if channels_last else gradient
 
 
 class BufferCopies:
-    """The buffers that a forward pass in training mode changes (batch norm's statistics), to undo it.
+    """Copies of the buffers that a forward pass in training mode changes, such as batch norm's statistics.
 
     Args:
-        network: Where they are looked for.
+        network: Its modules in training mode are copied.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -51,16 +51,16 @@ class BufferCopies:
         ]
 
     def restore(self) -> None:
-        """Put them back as they were."""
+        """Restore the buffers."""
         with torch.no_grad():
             for module, name, copy in self._copies:
                 module.get_buffer(name).copy_(copy)
 
     def restore_unless(self, finite: Tensor) -> None:
-        """Put them back where `finite`, bool `()`, is false, without waiting for it."""
+        """Restore the buffers if `finite`, bool `()`, is false, without a host sync."""
         with torch.no_grad():
             for module, name, copy in self._copies:
-                live = module.get_buffer(name)  # not the one from before, if the module assigned another
+                live = module.get_buffer(name)  # looked up again: the module may have assigned another
                 live.copy_(torch.where(finite, live, copy))
 
 
@@ -72,31 +72,31 @@ def find_nonfinite(
     model: nn.Module,
     device: Device,
 ) -> str:
-    """Name the first tensor of a step that is not finite, by making its forward and backward passes once more.
+    """Name the first non-finite tensor of a step, by repeating its forward and backward passes.
 
     Args:
-        network: As it was in that step.
-        parts: What it was given, and targets, in the micro-batches of that step.
-        loss_of: Logits and targets to loss.
-        model: What `network` is a part of, by whose names tensors are called.
-        device: Number format.
+        network: The network, with the weights it had in that step.
+        parts: Inputs and targets of each micro-batch of that step.
+        loss_of: Maps logits and targets to the loss.
+        model: The model that contains `network`; its module and parameter names are used.
+        device: Gives the precision.
     """
     rows = torch.cat([~inputs.flatten(1).isfinite().all(dim=1) for inputs, _ in parts])
     if bool(rows.any()):
-        return f"what the network is given for image {int(rows.nonzero()[0])} of the batch"
+        return f"the network's input for image {int(rows.nonzero()[0])} of the batch"
     found: list[str] = []
 
-    def look(name: str) -> Any:
+    def make_hook(name: str) -> Any:
         def hook(module: nn.Module, _inputs: object, output: object) -> None:
             if isinstance(output, Tensor) and not found and not bool(output.isfinite().all()):
                 found.append(f"the output of {name} ({type(module).__name__})")
 
         return hook
 
-    own = set(network.modules())
-    leaves = [(n, m) for n, m in model.named_modules() if m in own and not list(m.children())]
+    modules = set(network.modules())
+    leaves = [(n, m) for n, m in model.named_modules() if m in modules and not list(m.children())]
     buffers = BufferCopies(network)
-    hooks = [module.register_forward_hook(look(name)) for name, module in leaves]
+    hooks = [module.register_forward_hook(make_hook(name)) for name, module in leaves]
     try:
         for inputs, targets in parts:
             with device.autocast():
@@ -122,13 +122,14 @@ def _first_gradient(loss: Tensor, model: nn.Module) -> str | None:
 
 
 def check_scale(device: Device) -> None:
-    """Refuse a gradient scale that has collapsed. Host sync; nothing unless in fp16.
+    """Check that the gradient scale has not collapsed. In fp16 this is a host sync; otherwise it does nothing.
 
     Raises:
-        NonFiniteError: So it has.
+        NonFiniteError: The scale is below `MIN_SCALE`.
     """
     if device.scaler.is_enabled() and device.scaler.get_scale() < MIN_SCALE:
         raise NonFiniteError(
-            f"the gradient scale of fp16 fell to {device.scaler.get_scale():.3g}: gradients overflow in every step, "
-            'and nothing is learnt. Use precision="bf16" or "fp32", or a smaller learning rate.'
+            f"the fp16 gradient scale fell to {device.scaler.get_scale():.3g}, expected {MIN_SCALE:g} or more: "
+            'gradients overflow in every step, and nothing is learned. Use precision="bf16" or "fp32", or a lower '
+            "learning rate."
         )

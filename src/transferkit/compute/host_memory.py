@@ -1,4 +1,4 @@
-"""The host's memory: how much is free, and keeping the large blocks that a training step frees for the next one."""
+"""Host memory: how much is free, and how to keep freed blocks for the next training step."""
 
 import ctypes
 import sys
@@ -12,14 +12,14 @@ _TOP_PAD_BYTES = 64 * 2**20
 
 
 def keep_freed_blocks() -> bool:
-    """Stop glibc from handing freed blocks over 128 KiB straight back to the system, for this process.
+    """Stop glibc, in this process, from returning freed blocks over 128 KiB to the system at once.
 
-    Otherwise every step maps its gradients and activations anew and the kernel clears them page by page: half the
-    time of a step that trains a 4096-4096 head on a CPU (`benchmarks/host_memory.py`). The price is that the process
+    Otherwise every step maps memory for its gradients and activations again and the kernel clears it page by page:
+    half the time of a step that trains a 4096-4096 head on a CPU (`benchmarks/host_memory.py`). The price: the process
     keeps its peak memory until it ends.
 
     Returns:
-        Whether it was done; elsewhere than on glibc there is nothing to do.
+        Whether it was done; false where the C library is not glibc.
 
     Example:
         >>> keep_freed_blocks() in (True, False)
@@ -39,9 +39,9 @@ def keep_freed_blocks() -> bool:
 
 
 def host_bytes() -> dict[str, int] | None:
-    """Return the bytes of host memory `"free"` and `"total"`, now; None elsewhere than on Linux.
+    """Return the current `"free"` and `"total"` host memory, in bytes; None on any system but Linux.
 
-    A container that may use less than the machine has counts as a machine of that size.
+    A container's limit counts as the total if it is lower.
     """
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():

@@ -1,4 +1,4 @@
-"""When the memory does not suffice: the same work in smaller parts."""
+"""When memory runs out: do the same work in smaller parts."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -24,7 +24,7 @@ _PHRASES = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that memory ran out, in any of the words that torch has for it.
+    """Return whether an error means that memory ran out, in any of the wordings of torch and its libraries.
 
     Example:
         >>> is_out_of_memory(RuntimeError("CUDA error: out of memory"))
@@ -40,17 +40,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 def within_memory(
     run: Callable[[int], _Result], size: int, *, device: Device, what: str, undo: Callable[[], object] | None = None
 ) -> tuple[_Result, int]:
-    """Return what `run(size)` does, with half the size for as long as memory does not suffice, and the size.
+    """Return the result of `run(size)`, halving the size until memory suffices, and the size that did.
 
     Args:
-        run: Does the work in parts of so many images.
-        size: First size, 1 or more.
-        device: Whose memory it is.
-        what: What is done, for the message.
-        undo: Called before it is run again.
+        run: Does the work in parts of that many images.
+        size: Size to try first, 1 or more.
+        device: The device whose memory is used.
+        what: Name of the work, for the message.
+        undo: Called before each further try.
 
     Raises:
-        OutOfMemoryError: One image at a time is too much.
+        OutOfMemoryError: Memory does not suffice for one image at a time.
     """
     while True:
         try:
@@ -64,10 +64,10 @@ def within_memory(
             if size == 1:
                 raise OutOfMemoryError(
                     f"memory does not suffice for {what}, one image at a time, on {device.torch_device} "
-                    f"({_memory(device)}): {reason} Freeze more layers, take a smaller image_size or a smaller head, "
-                    "or free what else holds memory."
+                    f"({_memory(device)}): {reason} Freeze more layers, use a smaller image_size or a smaller head, or "
+                    "free other memory."
                 ) from error
-        # outside of the except block, where nothing holds the tensors of the failed attempt any more
+        # outside the except block, so that the error no longer holds the tensors of the failed try
         if undo is not None:
             undo()
         if device.torch_device.type == "cuda":
@@ -76,29 +76,29 @@ def within_memory(
 
 
 def reserve_state(optimizer: Optimizer, device: Device) -> None:
-    """See that there is memory for what an optimizer is about to keep of each parameter, before it changes the first.
+    """Check that memory suffices for the state that an optimizer's first step creates, before that changes a weight.
 
     Raises:
-        OutOfMemoryError: There is not; nothing was changed.
+        OutOfMemoryError: Memory does not suffice. No weight was changed.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     fresh = [p for p in parameters if p.grad is not None and p not in optimizer.state]
     copies = _count_copies(optimizer)
     try:
-        [torch.empty_like(p) for p in fresh for _ in range(copies)]  # all at once, and given back at once
+        [torch.empty_like(p) for p in fresh for _ in range(copies)]  # all at once, then freed
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         needed = copies * sum(p.numel() * p.element_size() for p in fresh)
         raise OutOfMemoryError(
             f"memory does not suffice for the optimizer's state, {needed / 2**30:.2f} GiB, on {device.torch_device} "
-            f"({_memory(device)}). No weight was changed. Freeze more layers, take a smaller head, or "
-            'optimizer="sgd", which keeps half of that.'
+            f"({_memory(device)}). No weight was changed. Freeze more layers, use a smaller head, or "
+            'optimizer="sgd", which needs half of that.'
         ) from error
 
 
 def _count_copies(optimizer: Optimizer) -> int:
-    """Return how many tensors of a parameter's size an optimizer keeps; of one that is not known, as many as Adam."""
+    """Return how many tensors of a parameter's size an optimizer keeps; for unknown ones, as many as Adam: 2."""
     if type(optimizer) is torch.optim.SGD:
         return int(any(group["momentum"] for group in optimizer.param_groups))
     return 2
@@ -108,5 +108,5 @@ def _memory(device: Device) -> str:
     try:
         memory = device.memory()
     except DeviceError:
-        return "how much is free is not known"
+        return "free memory unknown"
     return f"{memory['free'] / 2**30:.2f} GiB free of {memory['total'] / 2**30:.2f} GiB"

@@ -1,4 +1,4 @@
-"""Random augmentation of raw images, on the device, drawn for each image from (seed, epoch, place in the data set)."""
+"""Random augmentation of raw images, on the device. Each image is seeded by (seed, epoch, index in the data set)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,16 +14,17 @@ Augment = str | Transform | Sequence[str | Transform]
 
 
 def build_augmentation(augment: Augment, image_size: int) -> Transform:
-    """Return one transform of a raw image, uint8 `(3, S, S)`, made of named ones and the user's own.
+    """Return one transform of a raw image, uint8 `(3, S, S)`, that applies named augmentations and callables in turn.
 
     Args:
-        augment: One or several of `"flip"` (left-right, every second image), `"crop"` (an eighth of the size added on
-            each side by reflection, then cut at random), `"color"` (brightness, contrast, saturation within 20 %),
-            `"trivial"` (TrivialAugment), or callables such as torchvision's `transforms.v2`.
-        image_size: S.
+        augment: One or several of `"flip"` (left-right, with probability 0.5), `"crop"` (pads each side by an eighth
+            of the size with its reflection, then crops at random), `"color"` (changes brightness, contrast and
+            saturation by up to 20 %), `"trivial"` (TrivialAugment), or callables such as torchvision's
+            `transforms.v2`.
+        image_size: S, in pixels.
 
     Raises:
-        ArgumentError: An unknown name, or something that cannot be called.
+        ArgumentError: A name is unknown, or an augmentation is neither a name nor callable.
 
     Example:
         >>> flip_and_crop = build_augmentation(["flip", "crop"], image_size=32)
@@ -48,12 +49,12 @@ def build_augmentation(augment: Augment, image_size: int) -> Transform:
         elif callable(part):
             chain.append(part)
         else:
-            raise ArgumentError(f"augment={part!r} is no known augmentation. {close_matches(part, known)}")
+            raise ArgumentError(f"augment={part!r} is not known. {close_matches(part, known)} Or pass a callable.")
     return partial(_apply, chain)
 
 
 def describe_augmentation(augment: Augment) -> list[str]:
-    """Return the names of augmentations; of the user's own what can be told of them.
+    """Return the names of augmentations; for a callable, the name of its class or function.
 
     Example:
         >>> describe_augmentation(["flip", torch.nn.Identity()])
@@ -63,33 +64,33 @@ def describe_augmentation(augment: Augment) -> list[str]:
     return [part if isinstance(part, str) else getattr(part, "__qualname__", type(part).__name__) for part in parts]
 
 
-def augment_batch(transform: Transform, images: Tensor, places: Sequence[int], *, seed: int, epoch: int) -> Tensor:
-    """Return a batch with each image transformed under its own seed.
+def augment_batch(transform: Transform, images: Tensor, indices: Sequence[int], *, seed: int, epoch: int) -> Tensor:
+    """Return a batch in which each image is transformed under its own seed.
 
-    torchvision's transforms draw once for each call: called on a whole batch they would flip all of it or nothing.
+    torchvision's transforms draw once per call: on a whole batch they would flip all images or none.
 
     Args:
-        transform: Takes and returns one uint8 `(3, S, S)`.
+        transform: Maps one uint8 image `(3, S, S)` to another.
         images: uint8 `(N, 3, S, S)`, on any device.
-        places: Where in the data set each image lies.
+        indices: Index of each image in the data set.
         seed: The run's seed.
         epoch: Number of epochs trained before this one.
 
     Raises:
-        ImageError: The transform changed shape or number type.
+        ImageError: The transform changed an image's shape or dtype.
     """
     augmented = []
-    for image, place in zip(images, places, strict=True):
-        with seeded(derive_seed(seed, "augment", epoch, place), image.device):
+    for image, index in zip(images, indices, strict=True):
+        with seeded(derive_seed(seed, "augment", epoch, index), image.device):
             augmented.append(transform(image))
         result = augmented[-1]
         if not isinstance(result, Tensor) or result.shape != image.shape or result.dtype != image.dtype:
-            made = (
+            got = (
                 f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
             )
             raise ImageError(
-                f"augment changed image {place} from {tuple(image.shape)} {image.dtype} to {made}: expected a "
-                "transform of raw images that keeps both. Normalisation is done afterwards."
+                f"augment changed image {index} from {tuple(image.shape)} {image.dtype} to {got}: expected a transform "
+                "of raw images that keeps shape and dtype. Images are normalized afterwards."
             )
     return torch.stack(augmented)
 

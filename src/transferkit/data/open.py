@@ -1,4 +1,4 @@
-"""Images given one by one, to predict from: files, PIL images, arrays, and lists of these."""
+"""Turn whatever a user passes as data into a `Source`, or say why that cannot be done."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -23,10 +23,10 @@ from transferkit.errors import (
 
 
 class GivenImages:
-    """A list of images as a data set: a path is opened when it is its turn.
+    """A list of images as a data set; a file is opened when its image is read.
 
     Attributes:
-        samples: The images as they were given, among which errors look for a path.
+        samples: The images as given. Error messages look up paths here.
     """
 
     def __init__(self, images: Sequence[Any]) -> None:
@@ -44,14 +44,14 @@ class GivenImages:
 
 
 def as_data(images: object) -> object:
-    """Return images to predict from as data: what is one image becomes a list of one, and paths are opened.
+    """Return one image or a list of images as a data set.
 
     Args:
         images: The path of an image file, a PIL image, an array or tensor `(H, W, 3)` or `(3, H, W)`, or a list of
-            these. All else is returned as it is.
+            these. Anything else is returned unchanged.
 
     Raises:
-        ImageError: There is no such file, or it is a folder.
+        ImageError: A path does not exist or is a folder.
 
     Example:
         >>> len(as_data(np.zeros((8, 8, 3), np.uint8)))
@@ -72,11 +72,11 @@ def as_data(images: object) -> object:
 def _check_file(path: Path, index: int) -> None:
     if path.is_dir():
         raise ImageError(
-            f"image {index} is the folder {path}: expected an image file. For all in it: "
-            f"predict(sorted(pathlib.Path({str(path)!r}).glob('*.jpg')))."
+            f"image {index} is the folder {path}: expected an image file. For all images in it, pass "
+            f"sorted(pathlib.Path({str(path)!r}).glob('*.jpg'))."
         )
     if not path.is_file():
-        raise ImageError(f"image {index}: there is no file {path}. Expected the path of an image file.")
+        raise ImageError(f"image {index}: file {path} does not exist. Expected the path of an image file.")
 
 
 def open_data(
@@ -88,23 +88,24 @@ def open_data(
     multi_label: bool = False,
     on_bad_image: str = "raise",
 ) -> Source:
-    """Look at what a user passed as data, refuse what cannot be used, and return it as a `Source`.
+    """Return a user's data as a `Source`.
 
     Args:
-        data: `(images, targets)` arrays or tensors, a `Dataset` of `(image, target)`, or a `DataLoader` of batches
-            of them. Without targets, `images` alone, data sets of images alone, and what `as_data` takes serve as well.
-        classes: The model's class names; what the data says of its own is compared with them.
-        num_workers: Processes that read a `Dataset`.
+        data: `(images, targets)` arrays or tensors, a `Dataset` of `(image, target)`, or a `DataLoader` of batches of
+            them. If `with_targets` is false, also images without targets in any of these forms, and what `as_data`
+            accepts.
+        classes: The model's class names. If the data has class names, they must match.
+        num_workers: Number of processes that read a `Dataset`.
         with_targets: Whether targets are needed.
         multi_label: Whether an image may have several labels.
-        on_bad_image: `"raise"` reads the first sample of a data set now; `"skip"` leaves that for later.
+        on_bad_image: `"raise"` reads the first sample of a data set now; `"skip"` does not.
 
     Raises:
-        EmptyDataError: There are no images.
-        ImageError: Images that cannot be used.
-        TargetError: Targets that cannot be used.
+        EmptyDataError: The data has no images.
+        ImageError: The images, or the first one of a data set, have an unsupported shape or dtype.
+        TargetError: Targets are missing, out of range, or have an unsupported shape or dtype.
         HeadMismatchError: The data has other classes than the model.
-        ArgumentError: Data of another kind.
+        ArgumentError: `data` is of an unsupported type, or `num_workers` is negative.
     """
     whole_number("num_workers", num_workers, at_least=0)
     if with_targets:
@@ -115,19 +116,17 @@ def open_data(
         return LoaderSource(data, classes, with_targets=with_targets, multi_label=multi_label)
     if isinstance(data, IterableDataset):
         name = type(data).__name__
-        raise ArgumentError(
-            f"data is a {name}, which has no length or order: wrap it in a DataLoader that makes batches."
-        )
+        raise ArgumentError(f"data is a {name}, which has no length or order: wrap it in a DataLoader.")
     if isinstance(data, tuple) and len(data) == 2:
         return ArraySource(data[0], data[1] if with_targets else None, classes, multi_label=multi_label)
     if isinstance(data, Tensor | np.ndarray):
         if with_targets:
-            raise TargetError("data is images without targets: expected a pair (images, targets).")
+            raise TargetError("data has images but no targets: expected a pair (images, targets).")
         return ArraySource(data, None, classes)
     if isinstance(data, str | PathLike):
         raise ArgumentError(
-            f"data is a {type(data).__name__}: expected the images themselves. A folder with a folder of images for "
-            "each class is opened with torchvision.datasets.ImageFolder(path), without a transform."
+            f"data is a {type(data).__name__}: expected images, not a path. If it has a folder of images for each "
+            "class, pass torchvision.datasets.ImageFolder(path), without a transform."
         )
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):  # a Dataset, a list
         source = DatasetSource(
@@ -143,10 +142,10 @@ def open_data(
 
 
 def class_names(data: object) -> list[str] | None:
-    """Return the class names of a data set, also in a `Subset`, `ConcatDataset` or `DataLoader`; None if it has none.
+    """Return the class names of a data set, also inside a `Subset`, `ConcatDataset` or `DataLoader`; None without any.
 
     Raises:
-        HeadMismatchError: The parts of a `ConcatDataset` have different ones.
+        HeadMismatchError: The parts of a `ConcatDataset` have different class names.
     """
     while not hasattr(data, "classes") and hasattr(data, "dataset"):
         data = data.dataset
@@ -155,8 +154,8 @@ def class_names(data: object) -> list[str] | None:
         if different := [names for names in parts if names != parts[0]]:
             raise HeadMismatchError(
                 f"the parts of a ConcatDataset have the classes {', '.join(parts[0][:8])} and "
-                f"{', '.join(different[0][:8])}, at most 8 listed: class indices would not mean the same. Expected the "
-                "same in all."
+                f"{', '.join(different[0][:8])} (the first 8 of each): class indices would not match. Expected the "
+                "same classes in all parts."
             )
         return parts[0] if parts else None
     found = getattr(data, "classes", None)
@@ -171,6 +170,6 @@ def _check_classes(data: object, expected: Sequence[str]) -> None:
     if len(found) != len(expected) or (not numbered and found != list(expected)):
         raise HeadMismatchError(
             f"the data has {len(found)} classes ({', '.join(found[:8])}), the model {len(expected)} "
-            f"({', '.join(expected[:8])}), at most 8 listed: expected the same in the same order. Build the head from "
-            "the data: attach_head(backbone, data.classes)."
+            f"({', '.join(expected[:8])}), the first 8 of each: expected the same classes in the same order. Build the "
+            "head from the data: attach_head(backbone, data.classes)."
         )

@@ -1,4 +1,4 @@
-"""Raw uint8 images to the input VGG was trained on, for its three conventions.
+"""Raw uint8 images to VGG's input, in the three conventions that its weights were trained with.
 
 | convention            | channels | scale  | mean                   | standard deviation |
 |-----------------------|----------|--------|------------------------|--------------------|
@@ -6,14 +6,15 @@
 | `IMAGENET1K_FEATURES` | RGB      | 0..1   | .48235 .45882 .40784   | 1/255 each         |
 | `KERAS`               | BGR      | 0..255 | 103.939 116.779 123.68 | 1                  |
 
-The second and third describe the same network: only the channel order of the first convolution differs. (Their means
-differ by up to 0.7 of 255 in the red channel; each belongs to the weights that go by its name.)
+The second and third belong to the same network: only the channel order of the first convolution differs. (Their means
+differ by up to 0.7 of 255 in the red channel; use each with the weights of that name.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from transferkit.errors import ArgumentError, ImageError
 
@@ -22,12 +23,12 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize, centre-crop and normalise a batch of images.
+    """Resizes, center-crops and normalizes a batch of images.
 
     Attributes:
-        name: The convention's name; checkpoints keep it.
-        mean: Per channel, on the scale 0 to 255, in the order the network wants its channels.
-        std: Likewise.
+        name: The convention's name, which checkpoints store.
+        mean: Mean of each channel, on the scale 0 to 255, in the network's channel order.
+        std: Standard deviation of each channel, in the same scale and order.
         channels: Which of the R, G, B channels comes first, second, third: (0, 1, 2) is RGB, (2, 1, 0) BGR.
         image_size: Height and width of the result, in pixels.
 
@@ -47,31 +48,34 @@ class Preprocessing:
         """Return raw images as model input.
 
         Args:
-            images: uint8, `(N, 3, H, W)`, RGB, 0 to 255, of any size, on any device; or a list of `(3, H, W)`
-                whose sizes differ.
+            images: uint8 `(N, 3, H, W)`, RGB, 0 to 255, of any size, on any device; or a list of images `(3, H, W)` of
+                different sizes.
 
         Returns:
             float32 `(N, 3, image_size, image_size)` on the same device.
 
         Raises:
-            ImageError: Another shape or number type.
+            ImageError: The images have another shape or dtype, or the list is empty.
         """
         return self.normalize(self.resize(images))
 
     def resize(self, images: Tensor | list[Tensor]) -> Tensor:
-        """Return uint8 `(N, 3, image_size, image_size)`: the shorter side is resized, the longer one cropped.
+        """Return uint8 `(N, 3, image_size, image_size)`: the shorter side resized, the longer one center-cropped.
 
-        Bilinear with antialiasing, rounded to uint8, so an image gives the same pixels whatever batch it is in.
+        Interpolation is bilinear with antialiasing, rounded to uint8, so an image gives the same pixels in any batch.
+
+        Raises:
+            ImageError: As in `__call__`.
         """
         if isinstance(images, list):
             if not images:
-                raise ImageError("cannot preprocess an empty list: expected 1 image, uint8 (3, H, W), or more.")
+                raise ImageError("cannot preprocess an empty list: expected one or more images, uint8 (3, H, W).")
             return torch.cat([self.resize(image[None]) for image in images])
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ImageError(
-                f"cannot preprocess images of shape {tuple(images.shape)} and type {images.dtype}: expected raw "
-                "images, uint8 (N, 3, H, W). One image needs a batch dimension (image[None]); float images in "
-                "0..1 go back to uint8 with (images * 255).round().to(torch.uint8)."
+                f"cannot preprocess images of shape {tuple(images.shape)} and dtype {images.dtype}: expected raw "
+                "images, uint8 (N, 3, H, W). One image needs a batch dimension (image[None]); convert float images in "
+                "0..1 with (images * 255).round().to(torch.uint8)."
             )
         size = self.image_size
         height, width = images.shape[2:]
@@ -86,17 +90,17 @@ class Preprocessing:
         return cropped
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Return uint8 images `(N, 3, H, W)`, R first, as float32 in the order and scale the network wants."""
-        parts = zip(self.channels, self.mean, self.std, strict=True)
-        # Python numbers rather than tensors: nothing to move between devices, nothing to cast by accident.
-        return torch.stack([(images[:, c].float() - mean) / std for c, mean, std in parts], dim=1)
+        """Return RGB images, uint8 `(N, 3, H, W)`, as float32 in the network's channel order and scale."""
+        # mean and std are Python numbers: no device to match, and no dtype to promote
+        planes = zip(self.channels, self.mean, self.std, strict=True)
+        return torch.stack([(images[:, c].float() - mean) / std for c, mean, std in planes], dim=1)
 
-    def with_image_size(self, image_size: int) -> "Preprocessing":
-        """Return the same convention for another image size."""
-        return Preprocessing(self.name, self.mean, self.std, self.channels, image_size)
+    def with_image_size(self, image_size: int) -> Self:
+        """Return the same convention for another image size, in pixels."""
+        return replace(self, image_size=image_size)
 
 
-def _on_255(*values: float) -> Triple:
+def _to_255(*values: float) -> Triple:
     red, green, blue = (255 * value for value in values)
     return red, green, blue
 
@@ -104,8 +108,8 @@ def _on_255(*values: float) -> Triple:
 CONVENTIONS: dict[str, Preprocessing] = {
     convention.name: convention
     for convention in (
-        Preprocessing("IMAGENET1K_V1", _on_255(0.485, 0.456, 0.406), _on_255(0.229, 0.224, 0.225)),
-        Preprocessing("IMAGENET1K_FEATURES", _on_255(0.48235, 0.45882, 0.40784), _on_255(1 / 255, 1 / 255, 1 / 255)),
+        Preprocessing("IMAGENET1K_V1", _to_255(0.485, 0.456, 0.406), _to_255(0.229, 0.224, 0.225)),
+        Preprocessing("IMAGENET1K_FEATURES", _to_255(0.48235, 0.45882, 0.40784), _to_255(1 / 255, 1 / 255, 1 / 255)),
         Preprocessing("KERAS", (103.939, 116.779, 123.68), (1.0, 1.0, 1.0), channels=(2, 1, 0)),
     )
 }
@@ -115,7 +119,7 @@ def find_convention(name: str) -> Preprocessing:
     """Return the convention called `name`.
 
     Raises:
-        ArgumentError: There is none of that name.
+        ArgumentError: No convention has that name.
 
     Example:
         >>> find_convention("KERAS").mean
@@ -123,7 +127,7 @@ def find_convention(name: str) -> Preprocessing:
     """
     if name not in CONVENTIONS:
         raise ArgumentError(
-            f"preprocessing={name!r} is no known convention: expected one of {', '.join(CONVENTIONS)} or a "
-            "transferkit.Preprocessing of your own."
+            f"preprocessing={name!r} is not known: expected one of {', '.join(CONVENTIONS)}, or a "
+            "transferkit.Preprocessing."
         )
     return CONVENTIONS[name]

@@ -1,4 +1,4 @@
-"""A data set's images, read once, resized, and kept in memory as they go into many runs."""
+"""A data set's images, read once and held in memory, resized, for many runs."""
 
 import torch
 from torch import Tensor
@@ -10,30 +10,30 @@ from transferkit.data.preprocessing import Preprocessing
 from transferkit.data.sources import ArraySource
 
 MEMORY_SHARE = 0.25
-"""How much of the host's free memory they may take."""
+"""Fraction of the free host memory that the resized images may take."""
 
 
 def resized(
     data: object, classes: tuple[str, ...], preprocess: Preprocessing, *, device: Device, num_workers: int = 0
 ) -> tuple[Tensor, Tensor] | None:
-    """Return raw images, uint8 `(N, 3, S, S)`, and targets, which train as the data itself does.
+    """Return raw images, uint8 `(N, 3, S, S)`, and targets, on which training gives the same weights as on the data.
 
-    Resizing treats each image alone, and what has the right size stays as it is, so that every pixel is the same. It is
-    done on the device, as in training: another one may round some pixels differently.
+    Resizing handles each image alone and leaves images of the right size unchanged, so every pixel is the same. It
+    runs on the device, as in training, because another device may round some pixels differently.
 
     Args:
         data: As in `Trainer.fit`.
         classes: The model's class names.
-        preprocess: Says to which size.
-        device: Where to resize.
-        num_workers: Processes that read a `Dataset`.
+        preprocess: Gives the size S.
+        device: The device to resize on.
+        num_workers: Number of processes that read a `Dataset`.
 
     Returns:
-        None where reading again would give other images, or they lie in memory already, or there is no room: the data
-        is then to be used as it is.
+        None if the data should be used directly: reading it again may give other images, it is in memory already, its
+        images are preprocessed, or the resized images would not fit in memory.
 
     Raises:
-        TransferKitError: The data cannot be used.
+        TransferKitError: The data cannot be used, as in `open_data`.
     """
     source = open_data(data, classes, num_workers=num_workers)
     if isinstance(source, ArraySource) or source.num_images is None or source.why_not_repeatable() is not None:

@@ -1,4 +1,4 @@
-"""Hold some of the training data back to validate on."""
+"""Which images a run uses: a validation split, and a data set without bad images."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -13,24 +13,26 @@ from transferkit.errors import ArgumentError, EmptyDataError, ImageError
 
 
 def split_validation(source: Source, validation_split: float, seed: int) -> tuple[SubsetSource, SubsetSource]:
-    """Divide data into a part to train on and a part to validate on, at random by `seed`.
+    """Split data at random, by `seed`, into training and validation images, both in the order of the data.
 
     Raises:
-        ArgumentError: The share is not between 0 and 1, or the data is a `DataLoader`.
-        EmptyDataError: One of the parts would be empty.
+        ArgumentError: `validation_split` is not between 0 and 1, or the data is a `DataLoader`.
+        EmptyDataError: One of the two would be empty.
     """
     if share("validation_split", validation_split) == 0:
-        raise ArgumentError("validation_split=0 holds nothing back: expected a share above 0, e.g. 0.2, or None.")
+        raise ArgumentError(
+            "validation_split=0 leaves no validation images: expected a number above 0, such as 0.2, or None."
+        )
     if source.num_images is None:
         raise ArgumentError(
-            "validation_split cannot divide a DataLoader, which makes its own batches: pass (images, targets), a "
+            "validation_split cannot split a DataLoader, which makes its own batches: pass (images, targets), a "
             "Dataset, or validation_data= instead."
         )
     count = round(source.num_images * validation_split)
     if count in (0, source.num_images):
         raise EmptyDataError(
-            f"validation_split={validation_split} of {source.num_images} images leaves {source.num_images - count} to "
-            f"train and {count} to validate: expected at least 1 each."
+            f"validation_split={validation_split} of {source.num_images} images gives {source.num_images - count} "
+            f"training and {count} validation images: expected at least 1 of each."
         )
     order = shuffled(source.num_images, derive_seed(seed, "validation"))
     return SubsetSource(source, torch.sort(order[count:]).values), SubsetSource(
@@ -41,44 +43,44 @@ def split_validation(source: Source, validation_split: float, seed: int) -> tupl
 POLICIES = ("raise", "skip")
 
 
-LIMIT = 0.01
-"""Share of the images that may be bad; one may always be."""
+MAX_BAD_FRACTION = 0.01
+"""Fraction of the images that may be bad; one image always may."""
 
 
 def without_bad_images(source: Source, *, display: Display, check: Callable[[], None]) -> Source:
-    """Read every image of a data set once, and return the data set without those that cannot be used.
+    """Read every image of a data set once, and return the data set without the images that cannot be used.
 
-    Which images a run uses, and how many steps an epoch has, is therefore known before the first step and does not
-    change. The price is one more reading.
+    So the images of a run and the number of steps in an epoch are fixed before the first step. The price: the data
+    set is read once more.
 
     Args:
-        source: A `Dataset`; images in memory cannot be bad in this way.
-        display: Shows how far it is, and a line for each bad image.
-        check: Called after each batch, to stop.
+        source: Images in memory are returned unchanged.
+        display: Shows progress, and a line for each bad image.
+        check: Called after each batch; may raise to stop.
 
     Raises:
-        ImageError: More than 1 % of the images are bad, and more than one.
+        ImageError: More than one image and more than 1 % of the images are bad.
         ArgumentError: The data is a `DataLoader`.
         EmptyDataError: Every image is bad.
     """
     if not isinstance(source, DatasetSource):
         if source.num_images is None:
             raise ArgumentError(
-                'on_bad_image="skip" does not reach a DataLoader, which reads images itself: pass its Dataset instead.'
+                'on_bad_image="skip" does not work with a DataLoader, which reads images itself: pass its Dataset.'
             )
         return source
     bad: dict[int, str] = {}
     with closing(source.failures()) as found, display.bar("looking for bad images", source.num_images) as bar:
         before = 0
-        for places, failures in found:
-            bar.advance(places - before)
-            before = places
+        for read, failures in found:
+            bar.advance(read - before)
+            before = read
             bad.update(failures)
             check()
-            if len(bad) > max(1, LIMIT * source.num_images):
+            if len(bad) > max(1, MAX_BAD_FRACTION * source.num_images):
                 raise ImageError(
-                    f"{len(bad)} of the first {places} images cannot be used, more than {LIMIT:.0%} of all "
-                    f"{source.num_images}: this is no accident. The first: {next(iter(bad.values()))}"
+                    f"{len(bad)} of the first {read} images cannot be used: expected at most {MAX_BAD_FRACTION:.0%} of "
+                    f"all {source.num_images}. The first: {next(iter(bad.values()))}"
                 )
     if len(bad) == source.num_images:
         raise EmptyDataError(f"none of the {source.num_images} images can be used: {next(iter(bad.values()))}")
@@ -92,10 +94,10 @@ def without_bad_images(source: Source, *, display: Display, check: Callable[[], 
 
 
 def check_policy(on_bad_image: str) -> str:
-    """Return `on_bad_image` if it is known.
+    """Return `on_bad_image`.
 
     Raises:
-        ArgumentError: It is not.
+        ArgumentError: It is neither `"raise"` nor `"skip"`.
     """
     if on_bad_image not in POLICIES:
         raise ArgumentError(f'on_bad_image={on_bad_image!r} is not known: expected "raise" or "skip".')

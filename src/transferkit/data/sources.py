@@ -1,4 +1,4 @@
-"""Whatever `Trainer` accepts as data, as batches in an order that depends on (seed, epoch) alone."""
+"""Everything `Trainer` accepts as data, in batches whose order depends only on (seed, epoch)."""
 
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transferkit.base.arrays import digest_tensors
 from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.data.images import as_images
-from transferkit.data.samples import SKIP_HINT, Sample, Samples, probes
+from transferkit.data.samples import SKIP_HINT, Sample, Samples, evenly_spaced
 from transferkit.data.targets import as_targets
 from transferkit.data.workers import read_in_workers
 from transferkit.errors import (
@@ -25,37 +25,43 @@ from transferkit.errors import (
 )
 
 Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]
-"""Images, targets (none at all, `(0,)`, where they are not wanted) and places in the data set."""
+"""Images, targets (empty, `(0,)`, if not requested) and the images' indices in the data set."""
 
-_SCANNED = 32  # images that are looked at between two chances to stop
+_SCANNED = 32  # images read at a time outside of epochs; a signal is checked between batches
 _NO_TARGETS = torch.empty(0, dtype=torch.int64)
 
 
 class Source(Protocol):
-    """Data that can be read again and again, in a given order."""
+    """Data that can be read repeatedly, in a given order."""
 
     @property
     def num_images(self) -> int | None:
-        """None where a `DataLoader` does not tell."""
+        """None for a `DataLoader`."""
 
     def num_batches(self, batch_size: int) -> int | None:
-        """Number of batches in an epoch."""
+        """Number of batches in an epoch; None if a `DataLoader` has no length."""
 
     def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
-        """Yield the images once each, in the given order or as they lie; `seed` is for the data's own randomness."""
+        """Yield each image once.
 
-    def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
-        """Say why one of the images at `places` may come out differently when read again; None if nothing was found."""
+        Args:
+            batch_size: Images in a batch; a `DataLoader` has its own.
+            seed: Seeds the random transforms of a data set.
+            order: Indices of the images, int64 `(N,)`; None keeps the order of the data set.
+        """
 
-    def all_targets(self, places: Tensor | None = None) -> Tensor:
-        """Return the targets at `places`, int64 `(N,)` or float32 `(N, K)`; None is all. Data is read if it must be."""
+    def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
+        """Return why an image at `indices` may differ when read again; None if no reason was found."""
 
-    def digest(self, places: Tensor | None = None) -> str:
-        """Return a digest of the targets, where they are listed, and of some images, by which other data is noticed."""
+    def all_targets(self, indices: Tensor | None = None) -> Tensor:
+        """Return the targets at `indices` (None: all), int64 `(N,)` or float32 `(N, K)`. May read the data."""
+
+    def digest(self, indices: Tensor | None = None) -> str:
+        """Return a digest of the listed targets and of some images at `indices`, to recognize the same data."""
 
 
 def epoch_order(num_images: int | None, seed: int, epoch: int) -> Tensor | None:
-    """Return the order of the images in an epoch, int64 `(num_images,)`.
+    """Return the order of the images in an epoch, int64 `(num_images,)`; None if their number is unknown.
 
     Example:
         >>> sorted(epoch_order(4, seed=0, epoch=2).tolist())
@@ -65,7 +71,7 @@ def epoch_order(num_images: int | None, seed: int, epoch: int) -> Tensor | None:
 
 
 def count_batches(num_images: int, batch_size: int) -> int:
-    """Return the number of batches, the last of which may be smaller.
+    """Return the number of batches; the last may be smaller.
 
     Example:
         >>> count_batches(5, batch_size=2)
@@ -75,8 +81,8 @@ def count_batches(num_images: int, batch_size: int) -> int:
 
 
 def _in_batches(order: Tensor | None, num_images: int, batch_size: int) -> Sequence[Tensor]:
-    places: Sequence[Tensor] = torch.split(torch.arange(num_images) if order is None else order, batch_size)
-    return places
+    batches: Sequence[Tensor] = torch.split(torch.arange(num_images) if order is None else order, batch_size)
+    return batches
 
 
 class ArraySource:
@@ -97,22 +103,22 @@ class ArraySource:
         return count_batches(self.num_images, batch_size)
 
     def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
-        for places in _in_batches(order, self.num_images, batch_size):
-            yield self.images[places], self.targets[places] if len(self.targets) else _NO_TARGETS, places.tolist()
+        for indices in _in_batches(order, self.num_images, batch_size):
+            yield self.images[indices], self.targets[indices] if len(self.targets) else _NO_TARGETS, indices.tolist()
 
-    def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
+    def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
         return None
 
-    def all_targets(self, places: Tensor | None = None) -> Tensor:
-        return self.targets if places is None else self.targets[places]
+    def all_targets(self, indices: Tensor | None = None) -> Tensor:
+        return self.targets if indices is None else self.targets[indices]
 
-    def digest(self, places: Tensor | None = None) -> str:
-        images = torch.stack([self.images[place] for place in probes(self.num_images, places)])
-        return _digest(targets=self.targets, places=_NO_TARGETS if places is None else places, images=images)
+    def digest(self, indices: Tensor | None = None) -> str:
+        images = torch.stack([self.images[index] for index in evenly_spaced(self.num_images, indices)])
+        return _digest(targets=self.targets, indices=_NO_TARGETS if indices is None else indices, images=images)
 
 
 class DatasetSource:
-    """A map-style `Dataset`, read by a `DataLoader`; its own random transforms are seeded image by image."""
+    """A map-style `Dataset`; its random transforms are seeded for each image."""
 
     def __init__(
         self, dataset: Any, classes: Sequence[str], *, num_workers: int, with_targets: bool, multi_label: bool = False
@@ -131,41 +137,41 @@ class DatasetSource:
             and getattr(dataset, "target_transform", None) is None
         )
         if self.targets_listed:
-            self.read_targets(listed)  # all at once, before anything runs
+            self.read_targets(listed)  # all of them, before the run starts
 
     def check_first(self) -> None:
-        """Read one sample, so that data of a form that cannot be used is refused at once."""
+        """Read the first sample, so that data in an unsupported form fails at once."""
         _collate([self.samples.read(0, 0)], self.read_targets if self.samples.with_targets else None, self.num_classes)
 
     def num_batches(self, batch_size: int) -> int:
         return count_batches(self.num_images, batch_size)
 
     def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
-        parts = _in_batches(order, self.num_images, batch_size)
-        keys = [[(place, derive_seed(seed, place)) for place in part.tolist()] for part in parts]
+        batches = _in_batches(order, self.num_images, batch_size)
+        keys = [[(index, derive_seed(seed, index)) for index in batch.tolist()] for batch in batches]
         for samples in read_in_workers(self.samples, keys, num_workers=self.num_workers, seed=seed):
             yield _collate(samples, self.read_targets if self.samples.with_targets else None, self.num_classes)
 
-    def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
-        return self.samples.why_not_repeatable(probes(self.num_images, places))
+    def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
+        return self.samples.why_not_repeatable(evenly_spaced(self.num_images, indices))
 
-    def all_targets(self, places: Tensor | None = None) -> Tensor:
+    def all_targets(self, indices: Tensor | None = None) -> Tensor:
         if self.targets_listed:
             targets: Tensor = self.read_targets(self.samples.dataset.targets)
-            return targets if places is None else targets[places]
-        return torch.cat([targets for _, targets, _ in self.batches(_SCANNED, seed=0, order=places)])
+            return targets if indices is None else targets[indices]
+        return torch.cat([targets for _, targets, _ in self.batches(_SCANNED, seed=0, order=indices)])
 
-    def digest(self, places: Tensor | None = None) -> str:
+    def digest(self, indices: Tensor | None = None) -> str:
         listed = self.samples.dataset.targets if self.targets_listed else []
-        tensors = {"targets": torch.as_tensor(listed), "places": _NO_TARGETS if places is None else places}
-        if self.why_not_repeatable(places) is None:
-            tensors |= {str(place): self.samples.read(place, 0)[0] for place in probes(self.num_images, places)}
+        tensors = {"targets": torch.as_tensor(listed), "indices": _NO_TARGETS if indices is None else indices}
+        if self.why_not_repeatable(indices) is None:
+            tensors |= {str(index): self.samples.read(index, 0)[0] for index in evenly_spaced(self.num_images, indices)}
         return _digest(**tensors)
 
     def failures(self) -> Generator[tuple[int, dict[int, str]], None, None]:
-        """Read every sample; yield after each batch how many were read, and what is wrong with which of them."""
+        """Read every sample; after each batch, yield the number read so far and the failures in it, by index."""
         read = 0
-        keys = [[(place, 0) for place in part.tolist()] for part in _in_batches(None, self.num_images, _SCANNED)]
+        keys = [[(index, 0) for index in batch.tolist()] for batch in _in_batches(None, self.num_images, _SCANNED)]
         for batch in read_in_workers(self.samples, keys, num_workers=self.num_workers, seed=0):
             bad = {
                 read + row: str(sample).removesuffix(SKIP_HINT)
@@ -177,7 +183,7 @@ class DatasetSource:
 
 
 class LoaderSource:
-    """A user's own `DataLoader`: its batches, in its order."""
+    """A user's `DataLoader`: its batches, in its order."""
 
     def __init__(
         self, loader: "DataLoader[Any]", classes: Sequence[str], *, with_targets: bool, multi_label: bool = False
@@ -207,23 +213,23 @@ class LoaderSource:
                     "targets)."
                 )
             images = as_images(parts[0])
-            places = list(range(first, first + len(images)))
-            targets = self.read_targets(parts[1], places=places) if self.with_targets else _NO_TARGETS
-            yield images, targets, places
+            indices = list(range(first, first + len(images)))
+            targets = self.read_targets(parts[1], indices=indices) if self.with_targets else _NO_TARGETS
+            yield images, targets, indices
             first += len(images)
         if first == 0:
-            raise EmptyDataError("the DataLoader made no batch this time: expected 1 or more in every epoch.")
+            raise EmptyDataError("the DataLoader made no batch in this epoch: expected 1 or more in every epoch.")
 
-    def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
-        return "a DataLoader makes batches of its own, in an order of its own; pass its Dataset instead"
+    def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
+        return "a DataLoader chooses its own batches and order; pass its Dataset instead"
 
-    def all_targets(self, places: Tensor | None = None) -> Tensor:
+    def all_targets(self, indices: Tensor | None = None) -> Tensor:
         raise ArgumentError(
-            '"balanced" needs all targets before the first step, which a DataLoader does not tell: pass its Dataset, '
-            "or the weights as numbers."
+            '"balanced" needs all targets before the first step, but a DataLoader does not list them: pass its '
+            "Dataset, or the weights as numbers."
         )
 
-    def digest(self, places: Tensor | None = None) -> str:
+    def digest(self, indices: Tensor | None = None) -> str:
         return _digest(length=torch.tensor(-1 if self.length is None else self.length))
 
 
@@ -233,25 +239,23 @@ def _collate(
     for sample in samples:
         if isinstance(sample, TransferKitError):
             raise sample
-    images, targets, places = map(list, zip(*samples, strict=True))
+    images, targets, indices = map(list, zip(*samples, strict=True))
     if len({image.dtype for image in images}) > 1:
-        raise ImageError(
-            f"images {places} mix raw (uint8) and preprocessed (float) ones: expected one kind throughout."
-        )
+        raise ImageError(f"images {indices} are partly raw (uint8) and partly preprocessed (float): expected one kind.")
     same_size = len({image.shape for image in images}) == 1
     if not same_size and images[0].is_floating_point():
-        raise ImageError(f"images {places} are preprocessed (float) but differ in size: expected one size throughout.")
+        raise ImageError(f"images {indices} are preprocessed (float) but differ in size: expected one size.")
     labels = _NO_TARGETS
     if read_targets is not None:
         try:
             stacked = torch.stack([torch.as_tensor(target) for target in targets])
-        except (TypeError, ValueError, RuntimeError) as error:  # names of classes, or rows of different lengths
+        except (TypeError, ValueError, RuntimeError) as error:  # class names, or rows of different lengths
             raise TargetError(
-                f"targets of images {places} do not make a batch ({error}): expected class indices 0 to "
+                f"targets of images {indices} do not form a batch ({error}): expected class indices 0 to "
                 f"{num_classes - 1}, or rows of {num_classes}; got {targets[0]!r} for the first."
             ) from error
-        labels = read_targets(stacked, places=places)
-    return torch.stack(images) if same_size else images, labels, places
+        labels = read_targets(stacked, indices=indices)
+    return torch.stack(images) if same_size else images, labels, indices
 
 
 def _digest(**tensors: Tensor) -> str:
@@ -261,30 +265,32 @@ def _digest(**tensors: Tensor) -> str:
 
 
 class SubsetSource:
-    """Some images of a source, by their places in it; the data is not copied.
+    """Some images of a source. The data is not copied.
 
     Attributes:
-        source: The whole.
-        places: Which images, int64 `(num_images,)`.
+        source: The source.
+        indices: Indices of the images in the source, int64 `(num_images,)`.
     """
 
-    def __init__(self, source: Source, places: Tensor) -> None:
+    def __init__(self, source: Source, indices: Tensor) -> None:
         self.source = source
-        self.places = places
-        self.num_images = len(places)
+        self.indices = indices
+        self.num_images = len(indices)
 
     def num_batches(self, batch_size: int) -> int:
         return count_batches(self.num_images, batch_size)
 
     def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
-        places = self.places if order is None else self.places[order]
-        return self.source.batches(batch_size, seed=seed, order=places)
+        return self.source.batches(batch_size, seed=seed, order=self._in_source(order))
 
-    def why_not_repeatable(self, places: Tensor | None = None) -> str | None:
-        return self.source.why_not_repeatable(self.places if places is None else self.places[places])
+    def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
+        return self.source.why_not_repeatable(self._in_source(indices))
 
-    def all_targets(self, places: Tensor | None = None) -> Tensor:
-        return self.source.all_targets(self.places if places is None else self.places[places])
+    def all_targets(self, indices: Tensor | None = None) -> Tensor:
+        return self.source.all_targets(self._in_source(indices))
 
-    def digest(self, places: Tensor | None = None) -> str:
-        return self.source.digest(self.places if places is None else self.places[places])
+    def digest(self, indices: Tensor | None = None) -> str:
+        return self.source.digest(self._in_source(indices))
+
+    def _in_source(self, indices: Tensor | None) -> Tensor:
+        return self.indices if indices is None else self.indices[indices]

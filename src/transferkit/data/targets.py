@@ -1,6 +1,6 @@
-"""The forms in which targets may come in, and the two in which the library uses them.
+"""The forms of targets that the library accepts, and the ones it uses.
 
-Targets are class indices, int64 `(N,)`, or one row for each image, float32 `(N, K)`: fractions that sum to one or,
+Targets are class indices, int64 `(N,)`, or one row for each image, float32 `(N, K)`: probabilities that sum to one or,
 where an image may have several labels, a number from 0 to 1 for each label.
 """
 
@@ -13,23 +13,25 @@ from torch import Tensor
 from transferkit.base.arrays import tensor_from_array
 from transferkit.errors import TargetError
 
-_ROW_SUM_TOLERANCE = 1e-2  # rows that went through bfloat16 or a file of rounded numbers still pass
+_ROW_SUM_TOLERANCE = 1e-2  # accepts rows rounded to bfloat16 or read from a text file
 
 
 def as_targets(
-    targets: object, num_classes: int, *, multi_label: bool = False, places: Sequence[int] | None = None
+    targets: object, num_classes: int, *, multi_label: bool = False, indices: Sequence[int] | None = None
 ) -> Tensor:
     """Return targets as int64 `(N,)` or float32 `(N, num_classes)`.
 
     Args:
-        targets: Class indices of any integer type, `(N,)` or `(N, 1)`; or one-hot or soft rows
-            `(N, num_classes)` of any number type. A tensor, an array or a sequence.
+        targets: A tensor, an array or a sequence: class indices of any integer dtype, `(N,)` or `(N, 1)`; or one-hot
+            or soft rows `(N, num_classes)` of any dtype.
         num_classes: Class indices run from 0 to `num_classes - 1`.
-        multi_label: Whether an image may have several labels, or none. Then rows alone will do, of numbers from 0 to 1.
-        places: Where in the data set each lies, for the message; None if they are all there is.
+        multi_label: Whether an image may have several labels, or none. Then only rows of numbers from 0 to 1 are
+            accepted.
+        indices: Index of each target in the data set, for the message; None if `targets` is the whole data set.
 
     Raises:
-        TargetError: Another shape or type, an index out of range, a row that is negative or does not sum to one.
+        TargetError: The shape or dtype is not one of these, a class index is out of range, a row has a negative entry
+            or does not sum to one, or, with `multi_label`, an entry is not from 0 to 1.
 
     Example:
         >>> as_targets([[2], [0]], num_classes=3)
@@ -43,63 +45,63 @@ def as_targets(
             "indices: [classes.index(name) for name in names]."
         ) from error
     if multi_label:
-        return _checked_labels(values, num_classes, places)
+        return _check_labels(values, num_classes, indices)
     if values.ndim == 2 and values.shape[1] == 1 and not values.is_floating_point():
-        values = values[:, 0]  # (N, 1), as keras.datasets.cifar10 has them
-    got = f"targets have shape {tuple(values.shape)} and type {values.dtype}"
+        values = values[:, 0]  # (N, 1), as in keras.datasets.cifar10
+    got = f"targets have shape {tuple(values.shape)} and dtype {values.dtype}"
     if values.ndim == 2 and values.shape[1] == num_classes:
-        return _checked_rows(values.float(), places)
-    if values.ndim == 1 and values.is_floating_point() and bool((broken := values != values.round()).any()):
-        row = int(broken.nonzero()[0])
-        got += f", such as {values[row].item():g} at index {places[row] if places else row}"
+        return _check_probabilities(values.float(), indices)
+    if values.ndim == 1 and values.is_floating_point() and bool((fractional := values != values.round()).any()):
+        row = int(fractional.nonzero()[0])
+        got += f", such as {values[row].item():g} at index {indices[row] if indices else row}"
     if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
         raise TargetError(
             f"{got}: expected class indices, integers (N,), or rows (N, {num_classes}) that sum to one. If these are "
-            "class indices, convert them: targets.astype('int64'). If there is another number of classes, say so in "
+            "class indices, convert them: targets.astype('int64'). If the number of classes is wrong, set it in "
             "attach_head."
         )
-    indices = values.long()
-    wrong = (indices < 0) | (indices >= num_classes)
+    classes = values.long()
+    wrong = (classes < 0) | (classes >= num_classes)
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise TargetError(
-            f"target {int(indices[row])} at index {places[row] if places else row} is out of range: expected 0 to "
-            f"{num_classes - 1} for {num_classes} classes. Labels that begin with 1 need 1 subtracted; more classes "
-            "are made with attach_head."
+            f"target {int(classes[row])} at index {indices[row] if indices else row} is out of range: expected 0 to "
+            f"{num_classes - 1} for {num_classes} classes. If labels start at 1, subtract 1; for more classes, use "
+            "attach_head."
         )
-    return indices
+    return classes
 
 
 def class_indices(targets: Tensor) -> Tensor:
-    """Return int64 `(N,)`: the targets themselves, or the place of each row's largest share."""
+    """Return int64 `(N,)`: class indices as they are, or the index of each row's largest entry."""
     return targets if targets.ndim == 1 else targets.argmax(dim=1)
 
 
-def _checked_rows(rows: Tensor, places: Sequence[int] | None) -> Tensor:
+def _check_probabilities(rows: Tensor, indices: Sequence[int] | None) -> Tensor:
     wrong = ((rows.sum(dim=1) - 1).abs() > _ROW_SUM_TOLERANCE) | (rows < 0).any(dim=1) | rows.isnan().any(dim=1)
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise TargetError(
-            f"target row {places[row] if places else row} sums to {float(rows[row].sum()):.4g} with smallest entry "
-            f"{float(rows[row].min()):.4g}: expected fractions from 0 to 1 that sum to 1 (one-hot or soft). If "
-            "an image may have several labels, say so: Trainer(loss=transferkit.BinaryCrossEntropy())."
+            f"target row {indices[row] if indices else row} sums to {float(rows[row].sum()):.4g}, and its smallest "
+            f"entry is {float(rows[row].min()):.4g}: expected numbers from 0 to 1 that sum to 1 (one-hot or soft). If "
+            "an image may have several labels, pass Trainer(loss=transferkit.BinaryCrossEntropy())."
         )
     return rows
 
 
-def _checked_labels(values: Tensor, num_classes: int, places: Sequence[int] | None) -> Tensor:
+def _check_labels(values: Tensor, num_classes: int, indices: Sequence[int] | None) -> Tensor:
     if values.ndim != 2 or values.shape[1] != num_classes:
         raise TargetError(
-            f"targets have shape {tuple(values.shape)} and type {values.dtype}: the loss is for images with several "
-            f"labels, so expected rows (N, {num_classes}) of 0 and 1. Class indices become rows with "
-            f"torch.nn.functional.one_hot(torch.as_tensor(targets), {num_classes}); for one label an image pass "
-            "Trainer(loss=transferkit.CrossEntropy())."
+            f"targets have shape {tuple(values.shape)} and dtype {values.dtype}: the loss is for images with several "
+            f"labels and expects rows (N, {num_classes}) of 0 and 1. Turn class indices into rows with "
+            f"torch.nn.functional.one_hot(torch.as_tensor(targets), {num_classes}); if each image has exactly one "
+            "label, pass Trainer(loss=transferkit.CrossEntropy())."
         )
     rows = values.float()
     if bool((wrong := ~((rows >= 0) & (rows <= 1)).all(dim=1)).any()):
         row = int(wrong.nonzero()[0])
         raise TargetError(
-            f"target row {places[row] if places else row} has entries from {float(rows[row].min()):.4g} to "
+            f"target row {indices[row] if indices else row} has entries from {float(rows[row].min()):.4g} to "
             f"{float(rows[row].max()):.4g}: expected 1 for each label of the image and 0 for the others."
         )
     return rows

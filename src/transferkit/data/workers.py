@@ -1,157 +1,180 @@
-"""Worker processes that read samples: what becomes of them when a signal comes, when they die and when they hang."""
+"""Worker processes that read samples: a worker that dies or hangs is one error, and none is left behind."""
 
 import atexit
+import multiprocessing
 import signal
-import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import suppress
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.sharedctypes import RawArray
+from pickle import PicklingError
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader
-from torch.utils.data._utils import signal_handling
+from torch.utils.data._utils import worker as torch_worker
 
-from transferkit.data.samples import Sample, Samples, path_of
+from transferkit.base.randomness import derive_seed
+from transferkit.data.samples import Sample, Samples, in_parentheses, path_of
 from transferkit.errors import TransferKitError, WorkerError
 
 TIMEOUT_S = 300.0
-"""Seconds without a batch after which workers count as hanging."""
+"""Seconds without a batch after which a worker counts as hanging."""
 
-_HANDLER: dict[str, Any] = {}  # torch sets it once in a process, with its first loader
+_BATCHES_AHEAD = 2  # that each worker reads before the first of them is used
+_GRACE_S = 5.0  # for a worker that was asked to end
 
-_LIVE: set[Any] = set()  # workers of loaders under way
+_Keys = list[tuple[int, int]]
+_Samples = list["Sample | TransferKitError"]
+
+_NEXT, _STOP = "next", "stop"  # what the main process sends; a worker answers with samples, or why it cannot send them
+
+_LIVE: set[BaseProcess] = set()
 
 
 @atexit.register
 def _kill_at_exit() -> None:
-    """End what a kept traceback kept from ending; multiprocessing would wait for it forever."""
-    for worker in _LIVE:
-        worker.kill()
+    """Kill workers of a generator that a saved traceback keeps alive: multiprocessing would wait for them forever."""
+    for process in _LIVE:
+        process.kill()
 
 
-def read_in_workers(
-    samples: Samples, keys: Sequence[list[tuple[int, int]]], *, num_workers: int, seed: int
-) -> Iterator[list["Sample | TransferKitError"]]:
-    """Yield the samples of each batch, read by worker processes if there are to be any.
+class _Worker(NamedTuple):
+    process: BaseProcess
+    connection: "Connection[Any, Any]"
+
+
+def read_in_workers(samples: Samples, keys: Sequence[_Keys], *, num_workers: int, seed: int) -> Iterator[_Samples]:
+    """Yield the samples of each batch, in order, read by worker processes or in this process.
 
     Args:
         samples: What to read from.
         keys: For each batch the index and seed of each sample.
-        num_workers: Processes; 0 reads in this one.
-        seed: The workers' own.
+        num_workers: Number of processes; 0 reads in this one.
+        seed: What `torch.utils.data.get_worker_info().seed` depends on.
 
     Raises:
-        WorkerError: A worker died or, in the main thread, hangs; the message has the sample it was at. None is left
-            behind.
+        WorkerError: Workers cannot be started, or one dies or hangs; the message names the sample it was reading.
+            All workers are killed first.
     """
-    samples.reading = torch.full((num_workers,), -1).share_memory_() if num_workers else None  # type: ignore[no-untyped-call]
-    loader = DataLoader(
-        samples,
-        batch_sampler=keys,
-        num_workers=num_workers,
-        collate_fn=_identity,
-        generator=torch.Generator().manual_seed(seed),  # or the loader would draw from the global one
-        timeout=TIMEOUT_S if num_workers and _in_main_thread() else 0,  # elsewhere it would hide deaths for as long
-        worker_init_fn=_begin if num_workers else None,
-    )
     if num_workers == 0:
-        yield from loader
+        for batch in keys:
+            yield [samples.try_read(*key) for key in batch]
         return
-    try:
-        batches: Any = iter(loader)
-    except OSError as error:
-        raise WorkerError(
-            f"{num_workers} processes that read images could not be started: {error}. Expected room for them: pass a "
-            "smaller num_workers; 0 reads in this process."
-        ) from error
-    before = signal.getsignal(signal.SIGCHLD) if _in_main_thread() else None
-    if getattr(before, "__module__", None) == signal_handling.__name__:
-        _HANDLER["torch's"] = before
-    handler = None if before is None else _HANDLER.get("torch's")
-    _LIVE.update(batches._workers)
+    reading = RawArray("q", [-1] * num_workers)  # the index of the sample that each worker reads; -1 for none
+    workers: list[_Worker] = []
     finished = False
     try:
-        while True:
+        for number in range(num_workers):
+            info = torch_worker.WorkerInfo(
+                id=number, num_workers=num_workers, seed=derive_seed(seed, number), dataset=samples.dataset
+            )
+            worker = _start(samples, keys[number::num_workers], info, reading)
+            workers.append(worker)  # one by one: if a later one cannot be started, these are ended
+        requested = range(min(len(keys), _BATCHES_AHEAD * num_workers))
+        for number in requested:
+            workers[number % num_workers].connection.send(_NEXT)
+        for number in range(len(keys)):
+            worker = workers[number % num_workers]
             try:
-                batch = _next(batches, handler)
-            except StopIteration:
-                finished = True
-                return
-            except Exception as error:  # samples' own failures come as values: this is the loader's
-                raise WorkerError(_describe(error, samples)) from error
-            yield batch
+                received = _receive(worker, workers)
+                if number + len(requested) < len(keys):
+                    worker.connection.send(_NEXT)
+            except Exception as error:  # not a sample's own error, which is a value here
+                raise WorkerError(_describe(error, samples, reading)) from error
+            yield received
+        finished = True
     finally:
-        if not finished:
-            _kill(batches)
-        _LIVE.difference_update(batches._workers)
-        for queue in batches._index_queues:
-            if queue._thread is not None:  # it filled the queue, and ends a moment later
-                queue._thread.join(timeout=1)
-        if handler is not None and _in_main_thread():
-            signal.signal(signal.SIGCHLD, before)
+        _end(workers, at_once=not finished)
 
 
-def _identity(samples: list["Sample | TransferKitError"]) -> list["Sample | TransferKitError"]:
-    return samples
+def _start(samples: Samples, keys: Sequence[_Keys], info: Any, reading: Any) -> _Worker:
+    try:
+        connection, theirs = multiprocessing.Pipe()
+        process = multiprocessing.Process(target=_serve, args=(theirs, samples, keys, info, reading), daemon=True)
+        process.start()
+    except OSError as error:
+        raise WorkerError(
+            f"worker {info.id} of {info.num_workers} could not be started: {error}. Pass a smaller num_workers; 0 "
+            "reads in this process."
+        ) from error
+    theirs.close()
+    _LIVE.add(process)
+    return _Worker(process, connection)
 
 
-def _begin(_worker: int) -> None:
-    """Leave signals to the main process, which gets them too and ends the workers when it has saved its state."""
+def _serve(
+    connection: "Connection[Any, Any]", samples: Samples, keys: Sequence[_Keys], info: Any, reading: Any
+) -> None:
+    """Run in a worker: read each batch when the main process asks for it, until told to stop or that process is dead.
+
+    Signals are left to the main process: it gets them too, and ends the workers once it has saved its state.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    torch_worker._worker_info = info  # what torch.utils.data.get_worker_info returns to the data set
+    main: Any = parent_process()
+    batches = iter(keys)
+    while main.sentinel not in wait([connection, main.sentinel]) and connection.recv() == _NEXT:
+        batch: _Samples = []
+        for index, seed in next(batches):
+            reading[info.id] = index
+            batch.append(samples.try_read(index, seed))
+        reading[info.id] = -1
+        try:
+            connection.send(batch)
+        except (AttributeError, OSError, PicklingError, RuntimeError, TypeError) as error:  # or shared memory is full
+            connection.send(f"samples cannot be sent to the main process: {error}")
 
 
-def _next(batches: Any, handler: Any) -> list["Sample | TransferKitError"]:
-    """Return the next batch; the death of a worker is an error here and nowhere else.
+def _receive(worker: _Worker, workers: Sequence[_Worker]) -> _Samples:
+    """Return the next batch of one worker.
 
-    torch raises it from its handler of SIGCHLD wherever the main thread is, in the middle of a step, say. So the
-    handler is set aside between batches, and whoever died meanwhile is looked for.
+    Raises:
+        TimeoutError: It takes longer than `TIMEOUT_S`.
+        ChildProcessError: One of the workers died, or the batch cannot be sent.
     """
-    if handler is None:
-        return next(batches)
-    signal.signal(signal.SIGCHLD, handler)
-    try:
-        for worker in batches._workers:
-            if worker.exitcode:  # 0 has finished, None goes on
-                raise RuntimeError(f"worker with pid {worker.pid} ended with exit code {worker.exitcode}")
-        return next(batches)
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    ready = wait([worker.connection, *(each.process.sentinel for each in workers)], TIMEOUT_S)
+    if not ready:
+        raise TimeoutError
+    for each in workers:
+        if each.process.sentinel in ready:
+            each.process.join()
+            raise ChildProcessError(f"exit code {each.process.exitcode}")
+    received: _Samples | str = worker.connection.recv()
+    if isinstance(received, str):
+        raise ChildProcessError(received)
+    return received
 
 
-def _in_main_thread() -> bool:
-    """Say whether torch's handler of SIGCHLD works here; Windows has no such signal."""
-    return hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+def _end(workers: Sequence[_Worker], *, at_once: bool) -> None:
+    for worker in workers:
+        if at_once:
+            worker.process.kill()  # they ignore SIGTERM
+        else:
+            with suppress(OSError):  # dead already
+                worker.connection.send(_STOP)
+    for worker in workers:
+        worker.process.join(_GRACE_S)
+        worker.process.kill()
+        worker.process.join()
+        worker.connection.close()
+        _LIVE.discard(worker.process)
+        worker.process.close()
 
 
-def _kill(batches: Any) -> None:
-    """End the workers of a loader that was left in the middle; they ignore SIGTERM, and may hang."""
-    if batches._worker_pids_set:  # or torch would take their end for a death
-        signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]
-        batches._worker_pids_set = False
-    for worker in batches._workers:
-        worker.kill()
-    for worker in batches._workers:
-        worker.join()
-    batches._shutdown_workers()  # closes what is left
-
-
-def _describe(error: Exception, samples: Samples) -> str:
-    reading = [] if samples.reading is None else samples.reading.tolist()
+def _describe(error: Exception, samples: Samples, reading: Sequence[int]) -> str:
     at = [
-        f"worker {number} was reading image {index}{_file(samples, index)}"
+        f"worker {number} was reading image {index}{in_parentheses(path_of(samples.dataset, index))}"
         for number, index in enumerate(reading)
         if index >= 0
     ]
-    first = str(error).splitlines()[0] if str(error) else "it gave no reason"
-    hangs = "timed out" in first
-    what = f"hang (no batch for {TIMEOUT_S:g} s)" if hangs else f"died ({type(error).__name__}: {first})"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    what = f"hang (no batch for {TIMEOUT_S:g} s)" if isinstance(error, TimeoutError) else f"died ({reason})"
     return (
-        f"the processes that read images {what}; {'; '.join(at) if at else 'none was at an image'}. All were ended. "
-        "Expected workers that live and read each image in time. num_workers=0 reads in this process and shows what "
-        "happens; too little memory, or shared memory (/dev/shm), kills workers as well."
+        f"worker processes {what}; {'; '.join(at) if at else 'none was reading an image'}. All were killed. Pass "
+        "num_workers=0 to read in this process and see the cause. Too little memory or shared memory (/dev/shm) kills "
+        "workers too."
     )
-
-
-def _file(samples: Samples, index: int) -> str:
-    path = path_of(samples.dataset, index)
-    return f" ({path})" if path else ""

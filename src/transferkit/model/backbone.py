@@ -1,4 +1,4 @@
-"""VGG's convolutions with their names, their preprocessing and their weights."""
+"""VGG's convolutional layers with their names, preprocessing and weights."""
 
 import hashlib
 import os
@@ -22,22 +22,30 @@ from transferkit.model.weights import (
 )
 
 MODELS = ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
-MIN_IMAGE_SIZE = 32  # five poolings by two leave one pixel
+MIN_IMAGE_SIZE = 32  # five pooling layers halve it to one pixel
 
 
 class Backbone(nn.Module):
-    """The convolution part of a VGG network. Made by `load_backbone`.
+    """The convolutional part of a VGG network. Made by `load_backbone`.
 
     State-dict keys are torchvision's (`features.N.weight`).
 
+    Args:
+        name: Name of the network, such as `"vgg16"`.
+        features: torchvision's `features`: convolutions, batch norms, ReLUs and max-pooling layers.
+        preprocess: Maps raw uint8 images of any size to model input; see `Preprocessing`.
+
     Attributes:
-        name: `"vgg16"`, ...
-        features: torchvision's `Sequential`; module N is called `layer_names[N]` too.
+        name: As above.
+        features: As above. Module N is also called `layer_names[N]`.
         layer_names: One name for each module of `features`, in forward order: `block1_conv1`, `block1_relu1`, ...,
             `block5_pool`, and `block1_bn1`, ... in the `_bn` variants.
-        preprocess: Raw uint8 images of any size to model input; see `Preprocessing`.
+        preprocess: As above.
         image_size: Height and width of the input, in pixels.
         feature_shape: Shape of one image's output, `(512, image_size // 32, image_size // 32)`.
+
+    Raises:
+        ArgumentError: `features` has a layer of another type.
     """
 
     def __init__(self, name: str, features: nn.Sequential, preprocess: Preprocessing) -> None:
@@ -60,17 +68,17 @@ class Backbone(nn.Module):
         """Return the features `(N, 512, H // 32, W // 32)` of preprocessed images `(N, 3, H, W)`.
 
         Raises:
-            ImageError: The images are raw (uint8), not four-dimensional, not of 3 channels or under 32 pixels.
+            ImageError: The images are raw (uint8), not of shape `(N, 3, H, W)`, or smaller than 32 pixels.
         """
         if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
             raise ImageError(
-                f"cannot compute features of images of shape {tuple(images.shape)} and type {images.dtype}: expected "
-                "preprocessed images, float (N, 3, H, W). Raw uint8 images go through backbone.preprocess first."
+                f"cannot compute features of images of shape {tuple(images.shape)} and dtype {images.dtype}: expected "
+                "preprocessed images, float (N, 3, H, W). Apply backbone.preprocess to raw uint8 images first."
             )
         if min(images.shape[2:]) < MIN_IMAGE_SIZE:
             raise ImageError(
                 f"cannot compute features of images of {images.shape[2]}x{images.shape[3]} pixels: expected "
-                f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} or more, since five poolings halve them. Resize them first; "
+                f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} or more, since five pooling layers halve them. Resize them first; "
                 "backbone.preprocess does that for raw uint8 images."
             )
         features: Tensor = self.features(images)
@@ -78,9 +86,10 @@ class Backbone(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal digits, of name, preprocessing and weights, whatever device the weights are on.
+        """SHA-256, in hexadecimal digits, of name, preprocessing and weights, on any device.
 
-        Two backbones with the same fingerprint give the same features. Every use reads every weight: 0.1 s for VGG16.
+        Two backbones with the same fingerprint compute the same features. Each access reads all weights: 0.1 s for
+        VGG16.
         """
         digest = hashlib.sha256(f"{self.name} {self.preprocess}".encode())
         digest_tensors(digest, self.state_dict())
@@ -94,23 +103,24 @@ def load_backbone(
     image_size: int = 224,
     preprocessing: str | Preprocessing = "auto",
 ) -> Backbone:
-    """Load the convolutions of a VGG network; its classifier is left behind.
+    """Load the convolutional part of a VGG network, without its classifier.
 
     Args:
         name: `"vgg11"`, `"vgg13"`, `"vgg16"`, `"vgg19"`, or one of these with `"_bn"` (batch norm).
         weights: A torchvision weights enum or its name (`"DEFAULT"`, `"IMAGENET1K_V1"`, for VGG16 also
-            `"IMAGENET1K_FEATURES"`), downloaded once and verified at every use; the path of a state dict, which
-            never touches the network; a state dict; or None for random weights. Keys of the classifier are ignored.
+            `"IMAGENET1K_FEATURES"`), downloaded once and verified at every use; the path of a state dict, read without
+            network access; a state dict; or None for random weights. Keys of the classifier are ignored.
         image_size: Height and width, in pixels, that images are resized to; 32 or more.
-        preprocessing: `"auto"` takes what belongs to named weights. For a path or a state dict say which of the
-            three conventions its weights were trained with: `"IMAGENET1K_V1"`, `"IMAGENET1K_FEATURES"` (the original
-            VGG weights), `"KERAS"`, or a `Preprocessing`.
+        preprocessing: `"auto"` selects the convention that belongs to named weights. For a path or a state dict, name
+            the convention its weights were trained with: `"IMAGENET1K_V1"`, `"IMAGENET1K_FEATURES"` (the original VGG
+            weights), `"KERAS"`, or a `Preprocessing`.
 
     Raises:
-        ArgumentError: No such network, weights or convention; image size under 32.
-        PreprocessingError: `preprocessing="auto"` with a path or state dict that does not tell.
+        ArgumentError: `name`, `weights` or `preprocessing` is not known, or `image_size` is under 32.
+        PreprocessingError: `preprocessing="auto"` and the weights come from a path or state dict that does not
+            identify its convention.
         WeightsError: The weights are damaged or belong to another network.
-        WeightsDownloadError: Named weights are not here and cannot be downloaded.
+        WeightsDownloadError: Named weights are not in the local cache and cannot be downloaded.
 
     Example:
         >>> backbone = load_backbone("vgg16", weights=None, image_size=64)
@@ -125,17 +135,17 @@ def load_backbone(
         arXiv:1409.1556.
     """
     if name not in MODELS:
-        raise ArgumentError(f"name={name!r} is no VGG network. {close_matches(name, MODELS)}")
+        raise ArgumentError(f"name={name!r} is not a VGG network. {close_matches(name, MODELS)}")
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < MIN_IMAGE_SIZE:
         raise ArgumentError(
             f"image_size={image_size!r} cannot be used: expected a whole number of {MIN_IMAGE_SIZE} pixels or more, "
-            f"since five poolings halve the image. Small images can be enlarged: image_size={MIN_IMAGE_SIZE}."
+            f"since five pooling layers halve the image. Smaller images are enlarged: image_size={MIN_IMAGE_SIZE}."
         )
     weights = _find_weights(weights, name)
     convention = _find_preprocessing(preprocessing, weights, name)
     state = _read_weights(weights)
 
-    with torch.device("meta"):  # no memory for the 124 million parameters of the classifier
+    with torch.device("meta"):  # takes no memory for the classifier's 124 million parameters
         features: nn.Sequential = get_model_builder(name)(weights=None, init_weights=False).features
     features.to_empty(device="cpu")
     backbone = Backbone(name, features, convention.with_image_size(image_size))
@@ -160,27 +170,27 @@ def _find_preprocessing(preprocessing: object, weights: object, name: str) -> Pr
             if Path(weights).name == member.url.rsplit("/", 1)[-1] and is_published(Path(weights)):
                 return CONVENTIONS[member.name]
     raise PreprocessingError(
-        f"which preprocessing belongs to the weights from {_origin(weights)} is not known: images prepared in another "
-        f"way give poor features and no error. Pass preprocessing= one of {', '.join(map(repr, CONVENTIONS))}, or a "
+        f"the preprocessing for the weights from {_origin(weights)} is unknown, and a wrong one gives poor features "
+        f"without an error. Pass preprocessing= one of {', '.join(map(repr, CONVENTIONS))}, or a "
         "transferkit.Preprocessing."
     )
 
 
 def _find_weights(weights: object, name: str) -> object:
-    """Return a torchvision enum for a name of weights, all else as it is, having checked that it can be weights."""
+    """Return the torchvision enum for a name of weights; check other values and return them unchanged."""
     known = get_model_weights(name)
     if isinstance(weights, str) and weights in known.__members__:
         return known[weights]
     if isinstance(weights, WeightsEnum) and not isinstance(weights, known):
         raise ArgumentError(
-            f"weights={weights} belong to another network: expected one of {', '.join(map(str, known))} for "
+            f"weights={weights} are for another network: expected one of {', '.join(map(str, known))} for "
             f"name={name!r}."
         )
     if isinstance(weights, str) and not Path(weights).exists() and not Path(weights).suffix:
         raise ArgumentError(
             f"weights={weights!r} is neither a file nor a name of weights for {name}. "
-            f"{close_matches(weights, known.__members__)} A path to a state dict, a state dict, or None (random) serve "
-            "as well."
+            f"{close_matches(weights, known.__members__)} Or pass the path of a state dict, a state dict, or None "
+            "(random weights)."
         )
     if isinstance(weights, str | os.PathLike):
         check_is_file(Path(weights))
@@ -204,21 +214,27 @@ def _origin(weights: object) -> str:
 
 
 def _layer_names(features: nn.Sequential) -> tuple[str, ...]:
-    """Name each module by its block and its place there: Keras's names for convolutions and pools, and like ones."""
-    kinds = {nn.Conv2d: "conv", nn.BatchNorm2d: "bn", nn.ReLU: "relu"}
+    """Name each module by its block and its position there, as Keras names VGG's convolutions and pooling layers."""
+    kinds: dict[type[nn.Module], str] = {nn.Conv2d: "conv", nn.BatchNorm2d: "bn", nn.ReLU: "relu"}
     names, block, convolution = [], 1, 0
-    for module in features:
+    for index, module in enumerate(features):
         if isinstance(module, nn.MaxPool2d):
             names.append(f"block{block}_pool")
             block, convolution = block + 1, 0
             continue
+        kind = next((kinds[known] for known in kinds if isinstance(module, known)), None)
+        if kind is None:
+            raise ArgumentError(
+                f"features[{index}] is a {type(module).__name__}: expected VGG's layers, that is Conv2d, BatchNorm2d, "
+                "ReLU and MaxPool2d. Load one with load_backbone; other networks are not supported."
+            )
         convolution += isinstance(module, nn.Conv2d)
-        names.append(f"block{block}_{kinds[type(module)]}{convolution}")
+        names.append(f"block{block}_{kind}{convolution}")
     return tuple(names)
 
 
 def _initialize(features: nn.Sequential) -> None:
-    """Initialize as torchvision does: He et al., 2015, arXiv:1502.01852, for the convolutions."""
+    """Initialize as torchvision does: convolutions as in He et al., 2015, arXiv:1502.01852."""
     for module in features:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

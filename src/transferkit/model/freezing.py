@@ -1,4 +1,4 @@
-"""Freeze the early layers of a network, so that training leaves every bit of them as it was."""
+"""Freeze the early layers of a network, so that training does not change a bit of them."""
 
 from typing import TypeVar
 
@@ -9,14 +9,16 @@ from transferkit.model.backbone import Backbone
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-_END = "(the end)"  # the boundary when everything is frozen; no module can have this name
+_PAST_LAST_LAYER = "(past the last layer)"  # the boundary that freezes everything; no module can have this name
 
 
 class _StayInEval:
-    """Stands in for a frozen module's `train` method, so that `model.train()` leaves the module in eval mode.
+    """Replaces a frozen module's `train` method, so that `model.train()` leaves the module in eval mode.
 
-    `requires_grad=False` alone stops neither batch norm's running statistics nor dropout. The mode asked for is kept
-    for when the module is unfrozen.
+    `requires_grad=False` alone stops neither the update of batch norm's running statistics nor dropout.
+
+    Attributes:
+        mode: The requested mode, which the module gets when it is unfrozen.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -31,15 +33,15 @@ class _StayInEval:
 
 
 def freeze_until(model: _Module, layer: str | None) -> _Module:
-    """Freeze every layer before `layer`; `layer` itself and all after it train.
+    """Freeze every layer before `layer`; `layer` and all layers after it train.
 
-    Frozen parameters take no gradient, and frozen modules stay in eval mode through `model.train()`, so that batch
-    norm's statistics stay bit-identical and dropout stays off. What an earlier call froze and this one does not is
-    trainable again. Calling it twice changes nothing more.
+    Frozen parameters take no gradient, and frozen modules stay in eval mode even after `model.train()`: batch norm's
+    statistics do not change and dropout is off. Layers that an earlier call froze and this one does not train again.
+    A second call with the same `layer` changes nothing.
 
     Args:
-        model: A `Backbone`, a `TransferModel`, a module that contains a `Backbone`, or any module whose
-            registration order (`model.named_modules()`) is its forward order.
+        model: A `Backbone`, a `TransferModel`, a module that contains a `Backbone`, or any module that registers its
+            modules (`model.named_modules()`) in forward order.
         layer: A block (`"block5"`), a layer (`"block4_conv2"`), a module name (`"features.24"`), `"head"` (freezes
             the whole backbone), or None (freezes nothing).
 
@@ -47,7 +49,7 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
         The same model, changed in place.
 
     Raises:
-        UnknownLayerError: `layer` is no layer of `model`; the message lists close matches.
+        UnknownLayerError: `model` has no such layer. The message lists close matches.
 
     Example:
         >>> from transferkit import load_backbone
@@ -61,39 +63,39 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
     boundary = find_boundary(model, layer)
     modules = dict(model.named_modules())
     frozen_names = _names_before(boundary, list(modules))
-    # A parameter that a frozen module shares with a trainable one stays frozen: the frozen part must not change.
+    # A parameter shared by a frozen and a trainable module is frozen: the frozen part must not change.
     frozen = {id(p) for name in frozen_names for p in modules[name].parameters(recurse=False)}
     for parameter in model.parameters():
         if not parameter.is_floating_point():
             continue
         parameter.requires_grad_(id(parameter) not in frozen)
         if not parameter.requires_grad:
-            parameter.grad = None  # or an optimizer would still apply a gradient left over from before
+            parameter.grad = None  # or an optimizer would still apply an old gradient
     for name, module in modules.items():
-        stand_in = module.__dict__.get("train")
+        replaced = module.__dict__.get("train")
         if name in frozen_names and not _contains(name, boundary):
-            if not isinstance(stand_in, _StayInEval):
+            if not isinstance(replaced, _StayInEval):
                 module.train = _StayInEval(module)
             module.training = False
-        elif isinstance(stand_in, _StayInEval):
+        elif isinstance(replaced, _StayInEval):
             del module.train
-            module.training = stand_in.mode
+            module.training = replaced.mode
     return model
 
 
 def stays_in_eval(module: nn.Module) -> bool:
-    """Say whether `freeze_until` froze a module."""
+    """Return whether `freeze_until` froze a module."""
     return isinstance(module.__dict__.get("train"), _StayInEval)
 
 
 def stand_ins(model: nn.Module) -> list[_StayInEval]:
-    """Return what stands in for the `train` methods of frozen modules: each knows the mode asked for."""
+    """Return what replaces the `train` methods of frozen modules; each has the requested mode."""
     found = [module.__dict__.get("train") for module in model.modules()]
     return [stand_in for stand_in in found if isinstance(stand_in, _StayInEval)]
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights and buffers that training changes, by name; they are not copies.
+    """Return the weights and buffers that training changes, by name, not copied.
 
     Example:
         >>> list(trainable_state(freeze_until(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "1")))
@@ -109,8 +111,8 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 def first_trainable(model: nn.Module) -> str | None:
     """Return the name of the first layer with a trainable parameter; None if there is none.
 
-    Layers of a `Backbone` go by their block names. `freeze_until(model, first_trainable(model))` freezes what is
-    frozen now, provided something trains.
+    Layers of a `Backbone` have their block names. If something trains, `freeze_until(model, first_trainable(model))`
+    changes nothing.
 
     Example:
         >>> first_trainable(freeze_until(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "1"))
@@ -124,7 +126,7 @@ def first_trainable(model: nn.Module) -> str | None:
 
 
 def describe_frozen(model: nn.Module) -> str:
-    """Say in one line what is frozen and what trains, with parameter counts.
+    """Return one line with the numbers of frozen and trainable parameters, and where training begins.
 
     Example:
         >>> describe_frozen(freeze_until(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "1"))
@@ -138,10 +140,10 @@ def describe_frozen(model: nn.Module) -> str:
 
 
 def find_boundary(model: nn.Module, layer: str | None) -> str | None:
-    """Return the name of the module that a layer name stands for; None for None.
+    """Return the name of the module at which `freeze_until(model, layer)` cuts; None for None.
 
     Raises:
-        UnknownLayerError: It stands for none; the message lists close matches.
+        UnknownLayerError: `model` has no such layer. The message lists close matches.
     """
     if layer is None:
         return None
@@ -153,7 +155,7 @@ def find_boundary(model: nn.Module, layer: str | None) -> str | None:
         return layer
     raise UnknownLayerError(
         f"cannot freeze until layer {layer!r}: {type(model).__name__} has no such layer. "
-        f"{close_matches(layer, sorted([*aliases, *names], key=_is_part))} None freezes nothing."
+        f"{close_matches(layer, sorted([*aliases, *names], key=_is_inner))} None freezes nothing."
     )
 
 
@@ -170,24 +172,24 @@ def _aliases(model: nn.Module) -> dict[str, str]:
         if prefix:  # "features.24" for "backbone.features.24"
             aliases.update({name: dot + name for name, _ in backbone.named_modules() if name})
         else:
-            aliases["head"] = _END
+            aliases["head"] = _PAST_LAST_LAYER
     return aliases
 
 
-def _is_part(name: str) -> bool:
-    """Put blocks and whole modules, which most users mean, before the layers in them."""
+def _is_inner(name: str) -> bool:
+    """Return whether a name is that of a layer inside a block; blocks, which most users mean, are listed first."""
     return "_" in name or "." in name
 
 
 def _names_before(boundary: str | None, names: list[str]) -> set[str]:
-    """Return the names registered before `boundary`; modules around it count for their own direct parameters."""
+    """Return the names of the modules registered before `boundary`, those that contain it included."""
     if boundary is None:
         return set()
-    return set(names if boundary == _END else names[: names.index(boundary)])
+    return set(names if boundary == _PAST_LAST_LAYER else names[: names.index(boundary)])
 
 
 def _contains(name: str, boundary: str | None) -> bool:
-    """Return whether the module called `name` contains the boundary, and so must go on into training mode."""
-    if boundary is None or boundary == _END:
+    """Return whether the module called `name` contains the boundary, and so must follow `model.train()`."""
+    if boundary is None or boundary == _PAST_LAST_LAYER:
         return False
     return name == "" or boundary.startswith(f"{name}.")

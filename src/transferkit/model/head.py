@@ -1,4 +1,4 @@
-"""A new head on a backbone."""
+"""A model of a backbone and a head, and how a new head is attached."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
@@ -23,11 +23,11 @@ class TransferModel(nn.Module):
 
     Attributes:
         backbone: The `Backbone`.
-        head: Features `(N, 512, h, w)` to logits `(N, len(classes))`.
+        head: Maps features `(N, 512, h, w)` to logits `(N, len(classes))`.
         classes: The class names; class index i is `classes[i]`.
-        head_arguments: What `attach_head` built the head from; None if the head is the user's own.
-        threshold: Probability from which a label counts as predicted, where an image may have several; None where each
-            has exactly one. `Trainer` sets it from its loss.
+        head_arguments: The arguments that `attach_head` built the head from; None for a user's own head.
+        threshold: Probability, 0 to 1, from which a label counts as predicted, if an image may have several labels;
+            None if each has exactly one. `Trainer` sets it from its loss.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class TransferModel(nn.Module):
         return logits
 
     def split(self) -> tuple[nn.Sequential, nn.Sequential]:
-        """Return prefix and suffix, cut where training begins: `suffix(prefix(x))` is `model(x)`.
+        """Return prefix and suffix, split where training begins: `suffix(prefix(x))` equals `model(x)`.
 
-        The prefix is the longest run of first layers that have no trainable parameter and are in eval mode wherever
-        that matters: a pure function of the images that training does not change. Both parts share this model's
-        modules. VGG's cut falls behind a ReLU or a pool, since those in between have no parameters; its ReLUs
-        work in place and would overwrite what lies before them.
+        The prefix is the longest sequence of first layers without trainable parameters whose batch norm and dropout
+        layers are in eval mode: a pure function of the images that training does not change. Both parts share this
+        model's modules. In VGG the prefix ends with a ReLU or a pooling layer, which have no parameters; a ReLU at the
+        start of the suffix would overwrite the prefix's output, because it works in place.
 
         Example:
             >>> from transferkit import attach_head, freeze_until, load_backbone
@@ -84,17 +84,19 @@ def attach_head(
 
     Args:
         backbone: It becomes part of the model; it is not copied.
-        classes: The class names, or their number (then they are named "0", "1", ...). Two or more.
+        classes: Two or more class names, or their number (the names are then "0", "1", ...).
         hidden: Widths of fully connected layers before the last, each followed by ReLU and dropout.
-        dropout: Share of hidden activations dropped while training, 0 up to but not including 1.
-        pooling: `"flatten"` keeps every position (512 * h * w inputs), `"avg"` and `"max"` pool them (512 inputs).
-        head: A module of your own instead: features `(N, *backbone.feature_shape)` to logits `(N, len(classes))`.
-            `hidden`, `dropout` and `pooling` then have no place.
+        dropout: Probability of dropping a hidden activation in training; at least 0 and less than 1.
+        pooling: `"flatten"` keeps every position (512 * h * w inputs); `"avg"` and `"max"` pool over positions (512
+            inputs).
+        head: A module of your own, instead of `hidden`, `dropout` and `pooling`: it maps features
+            `(N, *backbone.feature_shape)` to logits `(N, len(classes))`.
 
     Raises:
-        ArgumentError: A value out of range, or class names that repeat.
-        HeadMismatchError: `head` does not take the features or does not give one logit for each class; or `backbone`
-            has a head already.
+        ArgumentError: A value is out of range, class names repeat, or `head` is combined with `hidden`, `dropout` or
+            `pooling`.
+        HeadMismatchError: `head` does not accept the features or does not return one logit for each class; or
+            `backbone` is not a `Backbone`.
 
     Example:
         >>> from transferkit import load_backbone
@@ -105,7 +107,7 @@ def attach_head(
     if not isinstance(backbone, Backbone):
         raise HeadMismatchError(
             f"cannot attach a head to a {type(backbone).__name__}: expected a Backbone from load_backbone."
-            + (" This model has a head already; use model.backbone." if isinstance(backbone, TransferModel) else "")
+            + (" This model already has a head: pass model.backbone." if isinstance(backbone, TransferModel) else "")
         )
     names = _class_names(classes)
     arguments = None
@@ -114,8 +116,8 @@ def attach_head(
         arguments = {"hidden": list(hidden), "dropout": dropout, "pooling": pooling}
     elif hidden or dropout or pooling != "flatten":
         raise ArgumentError(
-            f"hidden={hidden!r}, dropout={dropout!r} and pooling={pooling!r} describe the built-in head, but head= "
-            "gives one already. Pass one or the other."
+            f"hidden={hidden!r}, dropout={dropout!r} and pooling={pooling!r} describe the built-in head, but head= is "
+            "also given. Pass one or the other."
         )
     else:
         _check_head(head, backbone.feature_shape, len(names))
@@ -126,10 +128,10 @@ def attach_head(
 def build_head(
     feature_shape: tuple[int, int, int], num_classes: int, hidden: Sequence[int], dropout: float, pooling: str
 ) -> nn.Sequential:
-    """Build the head that `attach_head` describes, for features of a shape `(C, h, w)`.
+    """Build the head that `attach_head` describes, for features of shape `(C, h, w)`.
 
     Raises:
-        ArgumentError: A value out of range.
+        ArgumentError: A value is out of range.
     """
     if pooling not in POOLINGS:
         raise ArgumentError(f"pooling={pooling!r} is not known. {close_matches(pooling, POOLINGS)}")
@@ -159,23 +161,23 @@ def build_head(
 def _class_names(classes: int | Sequence[str]) -> tuple[str, ...]:
     if isinstance(classes, str):
         raise ArgumentError(f"classes={classes!r} is one string: expected a list of class names, or their number.")
-    if isinstance(classes, Integral):  # numpy's too: targets.max() + 1
+    if isinstance(classes, Integral):  # numpy's integers too, such as targets.max() + 1
         classes = [str(index) for index in range(int(classes))]
     if not isinstance(classes, Iterable):
         raise ArgumentError(f"classes={classes!r} cannot be used: expected a list of class names, or their number.")
     names = tuple(str(name) for name in classes)
     if len(names) < 2:
         raise ArgumentError(
-            f"classes={classes!r} makes {len(names)} classes: expected 2 or more. For a yes-or-no question pass two, "
+            f"classes={classes!r} gives {len(names)} classes: expected 2 or more. For a yes-or-no question pass two, "
             'such as ["no", "yes"].'
         )
     if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
-        raise ArgumentError(f"class names repeat: {', '.join(repeated)}. Expected each of the {len(names)} once.")
+        raise ArgumentError(f"class names repeat: {', '.join(repeated)}. Expected {len(names)} different names.")
     return names
 
 
 def _check_head(head: nn.Module, feature_shape: tuple[int, int, int], num_classes: int) -> None:
-    """Run the head once on zeros, in eval mode, so that it keeps its state."""
+    """Run the head once on zeros, in eval mode so that its state does not change, and check its output."""
     parameter = next(head.parameters(), torch.empty(0))
     features = torch.zeros(2, *feature_shape, device=parameter.device)
     try:
@@ -183,13 +185,13 @@ def _check_head(head: nn.Module, feature_shape: tuple[int, int, int], num_classe
             logits = head.eval()(features)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise HeadMismatchError(
-            f"head does not take the backbone's features: {str(error).splitlines()[0]}. Expected a module that takes "
-            f"(N, {', '.join(map(str, feature_shape))}); begin it with nn.Flatten() or a pooling."
+            f"head does not accept the backbone's features: {str(error).splitlines()[0]}. Expected a module for inputs "
+            f"(N, {', '.join(map(str, feature_shape))}); start it with nn.Flatten() or a pooling layer."
         ) from error
     if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise HeadMismatchError(
-            f"head gives {got} for 2 images: expected logits of shape (2, {num_classes}), one for each class. Change "
+            f"head returns {got} for 2 images: expected logits of shape (2, {num_classes}), one for each class. Change "
             "its last layer, or classes."
         )
 
