@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +27,14 @@ signal.signal(
 )  # a process in the background may ignore it, as would its children
 
 BackboneMaker = Callable[..., tk.Backbone]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several processes (`-n 2 --dist loadgroup`) one runs all tests that share a fixture of their module."""
+    for item in items:
+        definitions = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
+        if any(definition[-1].scope == "module" for definition in definitions):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_collection_finish() -> None:
@@ -85,6 +94,20 @@ def half_device(monkeypatch: pytest.MonkeyPatch) -> tk.Device:
     """A CPU that says it can do fp16: the real gradient scaler, without a GPU."""
     monkeypatch.setattr("transferkit.compute.device.supported_precisions", lambda device: ("fp16", "fp32"))
     return tk.Device("cpu", "fp16")
+
+
+@pytest.fixture(scope="session")
+def small_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like examples/assets, with 16 training and 8 test images of each class instead of 200 and 50."""
+    folder = tmp_path_factory.mktemp("examples") / "assets"
+    folder.mkdir()
+    weights, images = "vgg16_imagenet_features_bf16.pt", "cifar10_subset.zip"
+    (folder / weights).symlink_to(ASSETS / weights)
+    with zipfile.ZipFile(ASSETS / images) as whole, zipfile.ZipFile(folder / images, "w") as part:
+        for name in whole.namelist():
+            if name.endswith(".jpg") and int(Path(name).stem) < (16 if name.startswith("train/") else 8):
+                part.writestr(name, whole.read(name))
+    return folder
 
 
 @pytest.fixture
