@@ -5,9 +5,11 @@ import os
 import random
 import signal
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,10 +53,14 @@ def _process_unchanged() -> Iterator[None]:
     np.random.seed(0)  # noqa: NPY002 - the global generator is what is meant
     before = _process_state()
     yield
+    ends = time.monotonic() + 5
+    while threading.active_count() > before["threads"] and time.monotonic() < ends:
+        gc.collect()  # the threads of queues to workers end by themselves, a moment after the queues are closed
+        time.sleep(0.01)
     assert _process_state() == before
 
 
-def _process_state() -> dict[str, object]:
+def _process_state() -> dict[str, Any]:
     return {
         "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
         "threads": threading.active_count(),
