@@ -5,8 +5,11 @@ import os
 import random
 import signal
 import threading
+import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +31,14 @@ signal.signal(
 BackboneMaker = Callable[..., tk.Backbone]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several processes (`-n 2 --dist loadgroup`) one runs all tests that share a fixture of their module."""
+    for item in items:
+        definitions = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
+        if any(definition[-1].scope == "module" for definition in definitions):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def pytest_collection_finish() -> None:
     """Thousands of collected tests stay to the end: garbage collections, of which many tests ask for, pass them by."""
     gc.collect()
@@ -42,10 +53,14 @@ def _process_unchanged() -> Iterator[None]:
     np.random.seed(0)  # noqa: NPY002 - the global generator is what is meant
     before = _process_state()
     yield
+    ends = time.monotonic() + 5
+    while threading.active_count() > before["threads"] and time.monotonic() < ends:
+        gc.collect()  # the threads of queues to workers end by themselves, a moment after the queues are closed
+        time.sleep(0.01)
     assert _process_state() == before
 
 
-def _process_state() -> dict[str, object]:
+def _process_state() -> dict[str, Any]:
     return {
         "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
         "threads": threading.active_count(),
@@ -85,6 +100,20 @@ def half_device(monkeypatch: pytest.MonkeyPatch) -> tk.Device:
     """A CPU that says it can do fp16: the real gradient scaler, without a GPU."""
     monkeypatch.setattr("transferkit.compute.device.supported_precisions", lambda device: ("fp16", "fp32"))
     return tk.Device("cpu", "fp16")
+
+
+@pytest.fixture(scope="session")
+def small_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like examples/assets, with 16 training and 8 test images of each class instead of 200 and 50."""
+    folder = tmp_path_factory.mktemp("examples") / "assets"
+    folder.mkdir()
+    weights, images = "vgg16_imagenet_features_bf16.pt", "cifar10_subset.zip"
+    (folder / weights).symlink_to(ASSETS / weights)
+    with zipfile.ZipFile(ASSETS / images) as whole, zipfile.ZipFile(folder / images, "w") as part:
+        for name in whole.namelist():
+            if name.endswith(".jpg") and int(Path(name).stem) < (16 if name.startswith("train/") else 8):
+                part.writestr(name, whole.read(name))
+    return folder
 
 
 @pytest.fixture

@@ -78,6 +78,7 @@ def scikit_learn():
     return pytest.importorskip("sklearn.utils.class_weight")
 
 
+@pytest.mark.slow
 def test_the_formula_is_scikit_learns(scikit_learn):
     """The formula written out here is that of compute_class_weight, where scikit-learn is installed."""
     expected = scikit_learn.compute_class_weight("balanced", classes=np.arange(3), y=np.array(TARGETS))

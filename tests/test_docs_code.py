@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tiny import offline
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody listens there
 
 
 def script(page: Path) -> str:
@@ -41,16 +42,15 @@ def test_blocks_of_code_keep_their_lines(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
-def test_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+def test_code_of_a_page_runs(page: Path, tmp_path: Path, small_assets: Path) -> None:
     """A page's Python blocks run, one after the other, from the root of a clone, offline, without a warning."""
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "examples").symlink_to(small_assets.parent)
     program = "import sys; exec(compile(sys.stdin.read(), sys.argv[1], 'exec'), {'__name__': '__main__'})"
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "2", **OFFLINE}
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", program, str(page)],
         input=script(page),
         cwd=tmp_path,
-        env=environment,
+        env=offline(tmp_path),
         capture_output=True,
         text=True,
         check=False,

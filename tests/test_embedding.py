@@ -19,10 +19,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
+from tiny import changed, offline, weights_of
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples" / "embedding"
-OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody listens there
 Data = tuple[Tensor, Tensor]
 
 
@@ -68,10 +68,8 @@ def test_example_runs_and_learns(example: str, tmp_path: Path) -> None:
     """Each example runs offline, names far more test images right than chance (0.1), and shows what it is there for."""
     library, shown = PRINTED[example]
     peer(library)
-    # one thread: where other programs compute too, waiting for a second one can take ten times as long
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", **OFFLINE}
     command = [sys.executable, str(EXAMPLES / f"{example}.py")]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=tmp_path, env=offline(tmp_path), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert re.search(shown, result.stdout, re.MULTILINE), result.stdout
     [accuracy] = re.findall(r"^accuracy (0\.\d{3})$", result.stdout, re.MULTILINE)
@@ -136,11 +134,6 @@ def lightning_fit(model: tk.TransferModel, data: Data, *, tunes: Callable[[], nn
         trainer.fit(Module(), DataLoader(TensorDataset(*data), batch_size=8))
 
 
-def changed_modules(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    """Return the names of tensors that are no longer what they were, those of backbone modules by block."""
-    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-
-
 @pytest.mark.parametrize("train_bn", [True, False])
 def test_lightning_leaves_frozen_blocks_bit_identical(
     make_backbone: Callable[..., tk.Backbone], data: Data, *, train_bn: bool
@@ -151,13 +144,13 @@ def test_lightning_leaves_frozen_blocks_bit_identical(
     """
     model = tk.freeze_until(tk.attach_head(make_backbone(batch_norm=True), 3), "block5")
     first = model.backbone.layer_names.index("block5_conv1")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = weights_of(model)
 
     lightning_fit(model, data, tunes=lambda: model.backbone.features[first:], train_bn=train_bn)
 
-    changed = changed_modules(model, before)
-    assert all(int(name.split(".")[2]) >= first for name in changed if name.startswith("backbone."))
-    assert {f"backbone.features.{first}.weight", "head.logits.weight"} <= changed
+    trained = changed(before, model)
+    assert all(int(name.split(".")[2]) >= first for name in trained if name.startswith("backbone."))
+    assert {f"backbone.features.{first}.weight", "head.logits.weight"} <= trained
 
 
 def test_backbone_finetuning_over_everything_undoes_freezing(
@@ -169,14 +162,14 @@ def test_backbone_finetuning_over_everything_undoes_freezing(
     stay as they were.
     """
     model = tk.freeze_until(tk.attach_head(make_backbone(batch_norm=True), 3), "block5")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = weights_of(model)
 
     lightning_fit(model, data, tunes=lambda: model.backbone)
 
-    changed = changed_modules(model, before)
-    assert "backbone.features.0.weight" in changed
-    assert "backbone.features.1.weight" in changed
-    assert "backbone.features.1.running_mean" not in changed
+    trained = changed(before, model)
+    assert "backbone.features.0.weight" in trained
+    assert "backbone.features.1.weight" in trained
+    assert "backbone.features.1.running_mean" not in trained
 
 
 # --- Accelerate
@@ -200,7 +193,7 @@ def test_accelerate_gives_the_weights_of_a_plain_loop(make_backbone: Callable[..
     """A frozen model that Accelerate prepared ends with a plain loop's weights, bit for bit, the frozen untouched."""
     accelerate = peer("accelerate")
     model = tk.freeze_until(tk.attach_head(make_backbone(batch_norm=True), 3), "block5")
-    plain, before = copy.deepcopy(model), {name: value.clone() for name, value in model.state_dict().items()}
+    plain, before = copy.deepcopy(model), weights_of(model)
     preprocess = model.backbone.preprocess
 
     loop(plain, data, preprocess)
@@ -209,9 +202,9 @@ def test_accelerate_gives_the_weights_of_a_plain_loop(make_backbone: Callable[..
     for name, value in plain.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     first = model.backbone.layer_names.index("block5_conv1")
-    changed = changed_modules(model, before)
-    assert "head.logits.weight" in changed
-    assert all(int(name.split(".")[2]) >= first for name in changed if name.startswith("backbone."))
+    trained = changed(before, model)
+    assert "head.logits.weight" in trained
+    assert all(int(name.split(".")[2]) >= first for name in trained if name.startswith("backbone."))
 
 
 # --- skorch and scikit-learn

@@ -12,16 +12,15 @@ import torch
 from torch.utils.data import TensorDataset
 
 import transferkit as tk
+from tiny import offline
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "examples" / "assets"
-OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody listens there
 
 
 def run(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "2", **OFFLINE}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=offline(folder), capture_output=True, text=True, check=False)
 
 
 def test_assets_are_the_files_their_readme_lists() -> None:

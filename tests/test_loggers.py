@@ -83,6 +83,7 @@ def test_a_missing_folder_is_refused_before_a_step(model, data, tmp_path):
     assert trainer.global_step == 0
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_what_is_written(model, data, tmp_path):
     """Every figure of every epoch is a scalar at the epoch's number."""
     pytest.importorskip("tensorboard")

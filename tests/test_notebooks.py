@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tiny import offline
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
-OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody listens there
 MAX_BYTES = 250_000
 
 EXECUTE = """
@@ -64,16 +65,15 @@ def test_nothing_of_the_machine_is_in_it(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs(path: Path, tmp_path: Path) -> None:
-    """From top to bottom, in a copy of the folder, offline, with the same kinds of outputs as it has here."""
+def test_it_runs(path: Path, tmp_path: Path, small_assets: Path) -> None:
+    """From top to bottom, on fewer images, offline, with the same kinds of outputs as it has here."""
     pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    (tmp_path / "assets").symlink_to(ROOT / "examples" / "assets")
+    (tmp_path / "assets").symlink_to(small_assets)
     folder = tmp_path / "notebooks"
     folder.mkdir()
     copy = Path(shutil.copy(path, folder))
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "2", **OFFLINE}
     command = [sys.executable, "-c", EXECUTE, copy.name]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=folder, env=offline(tmp_path), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert kinds(copy) == kinds(path)

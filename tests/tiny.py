@@ -109,6 +109,14 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **changes}
 
 
+def offline(home: Path) -> dict[str, str]:
+    """Return the environment of a user without a network, whose home is an empty folder."""
+    nobody = "http://127.0.0.1:9"  # one thread: where other programs compute too, waiting for a second one takes long
+    settings = {"OMP_NUM_THREADS": "1", "http_proxy": nobody, "https_proxy": nobody}
+    path = {name: os.environ[name] for name in ["PYTHONPATH"] if name in os.environ}  # where the library may be
+    return {"PATH": "/usr/bin:/bin", "HOME": str(home), **settings, **path}
+
+
 def python(program: str, *arguments: object, timeout: float = 120) -> str:
     """Run a program in a process of its own and return what it printed; one that fails fails the test."""
     command = [sys.executable, "-c", program, *map(str, arguments)]

@@ -184,9 +184,7 @@ def search(
         Bergstra and Bengio, 2012, "Random Search for Hyper-Parameter Optimization", JMLR 13.
     """
     if validation_data is None and validation_split is None:
-        raise ArgumentError(
-            "trials are compared on validation data: pass validation_data or validation_split."
-        )
+        raise ArgumentError("trials are compared on validation data: pass validation_data or validation_split.")
     display, seed = Display(verbose), whole_number("seed", seed, at_least=0)
     check_same_classes(train, validation_data)
     sets = _choose(space, num_trials, seed)

@@ -1,12 +1,9 @@
 """Image files that are damaged, hostile or unusual, as users have them: made by Pillow, read from the disk."""
 
-import gc
 import io
 import multiprocessing
 import shutil
 import struct
-import threading
-import time
 import warnings
 import zlib
 from pathlib import Path
@@ -93,17 +90,6 @@ def fit_error(model, dataset, **arguments):
     with pytest.raises(ImageError) as caught:
         trainer.fit(dataset, **{"batch_size": 4, "verbose": 0, **arguments})
     return str(caught.value)
-
-
-@pytest.fixture(autouse=True)
-def _queues_are_closed():
-    """The threads of queues to workers end by themselves, a moment after the queues are closed."""
-    threads = threading.active_count()
-    yield
-    ends = time.monotonic() + 5
-    while threading.active_count() > threads and time.monotonic() < ends:
-        gc.collect()
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -64,12 +64,9 @@ def children():
 @pytest.fixture(autouse=True)
 def _no_child_stays():
     """No test leaves a process behind, living or dead."""
-    before, threads = children(), threading.active_count()
+    before = children()
     yield
     gc.collect()
-    ends = time.monotonic() + 5
-    while threading.active_count() > threads and time.monotonic() < ends:  # those of libraries end by themselves
-        time.sleep(0.01)
     assert children() == before
 
 
