@@ -138,7 +138,7 @@ def test_fp16_on_the_cpu_is_refused_with_the_alternatives():
 )
 def test_unknown_format_is_refused(precision, hint):
     """An unknown format is refused with those that come close."""
-    with pytest.raises(ArgumentError, match=rf"precision={precision!r} is no number format. .*{hint}"):
+    with pytest.raises(ArgumentError, match=rf"precision={precision!r} is not known. .*{hint}"):
         tk.Device("cpu", precision)
 
 

@@ -471,7 +471,7 @@ BAD_ARGUMENTS = [
     ({"lr": math.inf}, ArgumentError, r"lr=inf cannot be used: expected a finite number"),
     ({"lr": "x"}, ArgumentError, r"lr='x' cannot be used: expected a finite number"),
     ({"lr": {"neck": 1e-3}}, ArgumentError, r"lr names the groups \['neck'\]: expected a rate for each of"),
-    ({"augment": "flop"}, ArgumentError, r"augment='flop' is no known augmentation. Did you mean 'flip'"),
+    ({"augment": "flop"}, ArgumentError, r"augment='flop' is not known. Did you mean 'flip'"),
     ({"num_workers": -1}, ArgumentError, r"num_workers=-1 cannot be used: expected a whole number of 0"),
 ]
 
@@ -526,11 +526,11 @@ def test_batch_size_of_a_loader_is_its_own(model, data, call):
         ({"micro_batch_size": 1.5}, r"micro_batch_size=1.5 cannot be used: expected a whole number of 1"),
         (
             {"label_smoothing": 1.0},
-            r"label_smoothing=1.0 is out of range: expected a share from 0 up to but not including 1",
+            r"label_smoothing=1.0 is out of range: expected a fraction from 0 up to but not including 1",
         ),
-        ({"label_smoothing": -0.1}, r"label_smoothing=-0.1 is out of range: expected a share from 0 up to"),
+        ({"label_smoothing": -0.1}, r"label_smoothing=-0.1 is out of range: expected a fraction from 0 up to"),
         ({"class_weights": [1.0, 2.0]}, r"class_weights=\[1.0, 2.0\] cannot be used: expected 3 finite numbers"),
-        ({"precision": "bf17"}, r"precision='bf17' is no number format. Did you mean 'bf16'"),
+        ({"precision": "bf17"}, r"precision='bf17' is not known. Did you mean 'bf16'"),
         (
             {"device": tk.Device("cpu", "fp32"), "precision": "bf16"},
             r"'bf16' contradicts Device\('cpu', precision='fp32'",

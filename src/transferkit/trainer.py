@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from transferkit.base.arguments import positive, share, whole_number
+from transferkit.base.arguments import fraction, positive, whole_number
 from transferkit.base.display import QUIET, Display
 from transferkit.base.interrupts import Interrupts
 from transferkit.compute.device import Device
@@ -160,7 +160,7 @@ class Trainer:
         self.clip_grad_norm = None if clip_grad_norm is None else positive("clip_grad_norm", clip_grad_norm)
         self.micro_batch_size = None if micro_batch_size is None else whole_number("micro_batch_size", micro_batch_size)
         self.class_weights = check_class_weights(class_weights, len(model.classes))
-        self.cross_entropy = CrossEntropy(share("label_smoothing", label_smoothing))
+        self.cross_entropy = CrossEntropy(fraction("label_smoothing", label_smoothing))
         self.seed = whole_number("seed", seed, at_least=0)
         self.on_nonfinite = check_policy(on_nonfinite)
         self.max_skipped = whole_number("max_skipped", max_skipped, at_least=0)

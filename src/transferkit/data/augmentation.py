@@ -6,8 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from transferkit.errors import ArgumentError, ImageError, close_matches
+from transferkit.base.arguments import one_of
 from transferkit.base.randomness import derive_seed, seeded
+from transferkit.errors import ImageError
 
 Transform = Callable[[Tensor], Tensor]
 Augment = str | Transform | Sequence[str | Transform]
@@ -43,12 +44,7 @@ def build_augmentation(augment: Augment, image_size: int) -> Transform:
     }
     chain = []
     for part in augment if isinstance(augment, list | tuple) else [augment]:
-        if isinstance(part, str) and part in known:
-            chain.append(known[part])
-        elif callable(part):
-            chain.append(part)
-        else:
-            raise ArgumentError(f"augment={part!r} is no known augmentation. {close_matches(part, known)}")
+        chain.append(part if callable(part) else known[one_of("augment", part, known)])
     return partial(_apply, chain)
 
 

@@ -1,34 +1,26 @@
 """Hold some of the training data back to validate on."""
 
-from collections.abc import Iterator
-
-import torch
-from torch import Tensor
-
-from transferkit.base.arguments import share
-from transferkit.data.sources import Batch, Source, count_batches
-from transferkit.errors import ArgumentError, EmptyDataError
-from transferkit.base.randomness import derive_seed, shuffled
 from collections.abc import Callable
 from contextlib import closing
+
 import torch
-from transferkit.data.sources import DatasetSource, Source
+
+from transferkit.base.arguments import fraction, one_of
 from transferkit.base.display import Display
+from transferkit.base.randomness import derive_seed, shuffled
+from transferkit.data.sources import DatasetSource, Source, SubsetSource
 from transferkit.errors import ArgumentError, EmptyDataError, ImageError
-from transferkit.data.sources import SubsetSource
-
-
 
 
 def split_validation(source: Source, validation_split: float, seed: int) -> tuple[SubsetSource, SubsetSource]:
     """Divide data into a part to train on and a part to validate on, at random by `seed`.
 
     Raises:
-        ArgumentError: The share is not between 0 and 1, or the data is a `DataLoader`.
+        ArgumentError: The fraction is not between 0 and 1, or the data is a `DataLoader`.
         EmptyDataError: One of the parts would be empty.
     """
-    if share("validation_split", validation_split) == 0:
-        raise ArgumentError("validation_split=0 holds nothing back: expected a share above 0, e.g. 0.2, or None.")
+    if fraction("validation_split", validation_split) == 0:
+        raise ArgumentError("validation_split=0 holds nothing back: expected a fraction above 0, e.g. 0.2, or None.")
     if source.num_images is None:
         raise ArgumentError(
             "validation_split cannot divide a DataLoader, which makes its own batches: pass (images, targets), a "
@@ -41,7 +33,9 @@ def split_validation(source: Source, validation_split: float, seed: int) -> tupl
             f"train and {count} to validate: expected at least 1 each."
         )
     order = shuffled(source.num_images, derive_seed(seed, "validation"))
-    return SubsetSource(source, torch.sort(order[count:]).values), SubsetSource(source, torch.sort(order[:count]).values)
+    return SubsetSource(source, torch.sort(order[count:]).values), SubsetSource(
+        source, torch.sort(order[:count]).values
+    )
 
 
 POLICIES = ("raise", "skip")
@@ -103,6 +97,4 @@ def check_policy(on_bad_image: str) -> str:
     Raises:
         ArgumentError: It is not.
     """
-    if on_bad_image not in POLICIES:
-        raise ArgumentError(f'on_bad_image={on_bad_image!r} is not known: expected "raise" or "skip".')
-    return on_bad_image
+    return one_of("on_bad_image", on_bad_image, POLICIES)

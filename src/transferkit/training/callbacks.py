@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Protocol
 
-from transferkit.base.arguments import positive, whole_number
+from transferkit.base.arguments import not_negative, whole_number
 from transferkit.errors import ArgumentError, close_matches
 from transferkit.model.freezing import find_boundary, freeze_until
 from transferkit.model.head import TransferModel
@@ -52,7 +52,7 @@ class EarlyStopping:
             raise ArgumentError(f"monitor={monitor!r} is not known. {close_matches(monitor, MONITORED)}")
         self.monitor = monitor
         self.patience = whole_number("patience", patience)
-        self.min_delta = positive("min_delta", min_delta, or_zero=True)
+        self.min_delta = not_negative("min_delta", min_delta)
 
     def before_run(self, trainer: Running, *, validated: bool) -> None:
         """Refuse to watch what is not measured, before the first step."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from transferkit.base.arguments import positive
+from transferkit.base.arguments import not_negative, positive
 from transferkit.errors import ArgumentError, close_matches
 from transferkit.model.head import TransferModel
 
@@ -57,7 +57,7 @@ def build_optimizer(
             )
         _check_parameters(optimizer, model)
         for group in optimizer.param_groups:
-            positive("lr of the optimizer", float(group["lr"]), or_zero=True)
+            not_negative("lr of the optimizer", float(group["lr"]))
             group.setdefault("initial_lr", group["lr"])
         return optimizer
     if isinstance(optimizer, str):
@@ -69,7 +69,7 @@ def build_optimizer(
             f"optimizer={optimizer!r} cannot be used: expected a name ({', '.join(OPTIMIZERS)}), an optimizer class "
             "or an optimizer."
         )
-    positive("weight_decay", weight_decay, or_zero=True)
+    not_negative("weight_decay", weight_decay)
     groups = [{"params": parameters, "name": name} for name, parameters in parameter_groups(model).items()]
     accepted = inspect.signature(optimizer).parameters
     fixed = getattr(optimizer, "keywords", {})  # what a functools.partial already says
