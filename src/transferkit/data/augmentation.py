@@ -42,10 +42,8 @@ def build_augmentation(augment: Augment, image_size: int) -> Transform:
         "color": v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
         "trivial": v2.TrivialAugmentWide(),
     }
-    chain = []
-    for part in augment if isinstance(augment, list | tuple) else [augment]:
-        chain.append(part if callable(part) else known[one_of("augment", part, known)])
-    return partial(_apply, chain)
+    parts = augment if isinstance(augment, list | tuple) else [augment]
+    return partial(_apply, [part if callable(part) else known[one_of("augment", part, known)] for part in parts])
 
 
 def describe_augmentation(augment: Augment) -> list[str]:

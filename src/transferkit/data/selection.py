@@ -1,15 +1,23 @@
 """Hold some of the training data back to validate on."""
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from transferkit.base.arguments import fraction, one_of
-from transferkit.base.display import Display
+from transferkit.data.sources import Batch, Source, count_batches
+from transferkit.errors import ArgumentError, EmptyDataError
 from transferkit.base.randomness import derive_seed, shuffled
-from transferkit.data.sources import DatasetSource, Source, SubsetSource
+from collections.abc import Callable
+from contextlib import closing
+import torch
+from transferkit.data.sources import DatasetSource, Source
+from transferkit.base.display import Display
 from transferkit.errors import ArgumentError, EmptyDataError, ImageError
+from transferkit.data.sources import SubsetSource
+
+
 
 
 def split_validation(source: Source, validation_split: float, seed: int) -> tuple[SubsetSource, SubsetSource]:
@@ -33,9 +41,7 @@ def split_validation(source: Source, validation_split: float, seed: int) -> tupl
             f"train and {count} to validate: expected at least 1 each."
         )
     order = shuffled(source.num_images, derive_seed(seed, "validation"))
-    return SubsetSource(source, torch.sort(order[count:]).values), SubsetSource(
-        source, torch.sort(order[:count]).values
-    )
+    return SubsetSource(source, torch.sort(order[count:]).values), SubsetSource(source, torch.sort(order[:count]).values)
 
 
 POLICIES = ("raise", "skip")
