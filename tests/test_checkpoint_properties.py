@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transferkit.base.arrays import raw_bytes
 from transferkit.errors import CheckpointError, CheckpointTypeError
 from transferkit.saving import archive
 
-PROFILE = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+PROFILE = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
 
@@ -46,14 +47,8 @@ def same(left, right):
     if isinstance(left, list | tuple):
         return len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, torch.Tensor):
-        return left.dtype == right.dtype and left.shape == right.shape and bits(left) == bits(right)
+        return left.dtype == right.dtype and left.shape == right.shape and raw_bytes(left) == raw_bytes(right)
     return repr(left) == repr(right)  # NaN is NaN, -0.0 is not 0.0
-
-
-def bits(tensor):
-    if not tensor.numel():
-        return b""
-    return bytes(tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).tolist())
 
 
 @PROFILE
