@@ -20,13 +20,17 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8
 
 @st.composite
 def tensors(draw):
-    """Small tensors of any type, shape and layout, NaN included."""
+    """Small tensors of any type, shape and layout, with NaN and views that are conjugate or negative."""
     shape = draw(st.lists(st.integers(0, 3), max_size=3))
     numbers = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     dtype = draw(st.sampled_from(DTYPES))
     tensor = numbers[..., 0].to(dtype)
     if dtype.is_floating_point and tensor.numel() and draw(st.booleans()):
         tensor.view(-1)[0] = draw(st.sampled_from([math.nan, math.inf, -0.0]))
+    if draw(st.booleans()):
+        tensor = (
+            tensor.conj() if tensor.is_complex() else torch._neg_view(tensor) if tensor.is_floating_point() else tensor
+        )
     return tensor.transpose(0, -1) if len(shape) > 1 and draw(st.booleans()) else tensor
 
 

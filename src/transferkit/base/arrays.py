@@ -41,7 +41,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
         >>> bytes(raw_bytes(torch.tensor([1, 2], dtype=torch.uint8)))
         b'\x01\x02'
     """
-    dense = tensor.detach().cpu().contiguous()
+    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     flat = dense.as_strided((dense.numel(),), (1,))  # not reshape(-1), which leaves one element a stride of its own
     array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)
