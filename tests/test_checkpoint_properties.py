@@ -28,9 +28,9 @@ def tensors(draw):
     if dtype.is_floating_point and tensor.numel() and draw(st.booleans()):
         tensor.view(-1)[0] = draw(st.sampled_from([math.nan, math.inf, -0.0]))
     if draw(st.booleans()):
-        tensor = (
-            tensor.conj() if tensor.is_complex() else torch._neg_view(tensor) if tensor.is_floating_point() else tensor
-        )
+        tensor = tensor.conj()  # a view, if it is complex
+    if tensor.is_floating_point() and draw(st.booleans()):
+        tensor = torch._neg_view(tensor)
     return tensor.transpose(0, -1) if len(shape) > 1 and draw(st.booleans()) else tensor
 
 
