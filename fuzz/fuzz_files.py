@@ -1,10 +1,10 @@
-"""Mutate files that transferkit reads, and see that each is refused with the library's own error or read right.
+"""Mutate files that transferkit reads, and check that each is refused with the library's own error or read right.
 
     python fuzz/fuzz_files.py --minutes 1 --seed 0
 
-Each batch of files is read in a forked process with a memory limit and a time limit. Damage must be refused or leave
-the content as it was. A forgery, whose checksums are right, may hold other content, but nothing else may come of it: no
-other exception, no crash, no hang, no code run. Every finding is printed with the arguments that repeat it.
+A damaged file must be refused or give the same content. A forged one, whose checksums are right, may give other
+content, but no other exception, crash, hang or running code. Every finding is printed with the arguments to repeat it.
+Files are read in batches, each in a forked process with limits on memory and time.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import json
 import os
 import random
 import resource
-import select
 import signal
 import sys
 import tempfile
@@ -23,8 +22,8 @@ import traceback
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -48,8 +47,7 @@ def make_trainer() -> tk.Trainer:
     torch.manual_seed(0)
     features = make_layers([4, "M", 4, "M", 8, "M", 8, "M", 8, "M"])
     backbone = tk.Backbone("vgg16", features, CONVENTIONS["IMAGENET1K_V1"].with_image_size(32))
-    model = tk.attach_head(backbone, ["cat", "dog"])
-    return tk.Trainer(model, device="cpu", precision="fp32")
+    return tk.Trainer(tk.attach_head(backbone, ["cat", "dog"]), device="cpu", precision="fp32")
 
 
 def make_files(folder: Path) -> dict[str, bytes]:
@@ -59,55 +57,69 @@ def make_files(folder: Path) -> dict[str, bytes]:
     trainer.fit((images, torch.arange(8) % 2), batch_size=4, verbose=0)
     trainer.save(folder / "checkpoint")
     torch.save(trainer.model.state_dict(), folder / "weights")
-    kept = FeatureFile(folder, KEY)
-    kept.write([torch.rand(20, 2, 2, 16)], (1, 20, 2, 2, 16), torch.float32)
-    kept.path.rename(folder / "features")
+    features = FeatureFile(folder, KEY)
+    features.write([torch.rand(20, 2, 2, 16)], (1, 20, 2, 2, 16), torch.float32)
+    features.path.rename(folder / "features")
     return {kind: (folder / kind).read_bytes() for kind in READERS}
 
 
 def read_features(path: Path) -> object:
     """Read a file of features from wherever it lies."""
-    kept = FeatureFile(path.parent, KEY)
-    path.rename(kept.path)
-    return kept.read().clone()
+    features = FeatureFile(path.parent, KEY)
+    path.rename(features.path)
+    return features.read().clone()
 
 
 def read_both(path: Path) -> object:
-    """Read a checkpoint as a state, into a trainer and as a model (which no tiny network is)."""
+    """Read a checkpoint as a state, into a trainer, and now and then as a model, which takes half a second."""
     state = read_checkpoint(path)
-    if path.stat().st_size % 16 == 0:  # now and then: it takes half a second
-        with suppress(TransferKitError):
+    if path.stat().st_size % 16 == 0:
+        with suppress(TransferKitError):  # a valid one is refused, too: no VGG16 is so small
             tk.load_model(path)
     make_trainer().load(path)
     return state
 
 
-READERS: dict[str, Callable[[Path], object]] = {
-    "checkpoint": read_both,
-    "weights": read_state_dict,
-    "features": read_features,
+READERS: dict[str, tuple[Callable[[Path], object], type[Exception]]] = {
+    "checkpoint": (read_both, TransferKitError),
+    "weights": (read_state_dict, WeightsError),
+    "features": (read_features, CacheError),
 }
-ERRORS = {"checkpoint": TransferKitError, "weights": WeightsError, "features": CacheError}
+
+
+def content_of(kind: str, path: Path) -> bytes:
+    """Return all that a reader reads, types and dtypes included, as bytes to compare."""
+    file = io.BytesIO()
+    torch.save(detached(READERS[kind][0](path)), file)
+    return file.getvalue()
+
+
+def detached(state: object) -> object:
+    """Return a state without what may hang on its tensors, such as forged hooks."""
+    if isinstance(state, dict):
+        return {key: detached(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(map(detached, state))
+    return state.detach() if isinstance(state, torch.Tensor) else state
 
 
 def damage(content: bytes, other: bytes, dice: random.Random) -> bytes:
-    """Return the content with one to four accidents: flipped bits, lost, doubled, moved or foreign blocks."""
+    """Return the content with one to four accidents: flipped bits, and lost, zeroed, moved or foreign blocks."""
     for _ in range(dice.randint(1, 4)):
         start, size = dice.randrange(len(content) + 1), dice.choice((1, 4, 64, 512, 4096))
-        block = content[start : start + size]
+        before, block, after = content[:start], content[start : start + size], content[start + size :]
+        flipped = bytes(byte ^ (1 << dice.randrange(8)) for byte in block[: dice.choice((1, 64))])
         place = dice.randrange(len(content) + 1)
-        flipped = bytes(byte ^ (1 << dice.randrange(8)) for byte in block[: dice.choice((1, 1, 1, 64))])
         content = dice.choice(
             (
-                content[:start] + flipped + content[start + len(flipped) :],
-                content[:start],
-                content[:start] + content[start + size :],
-                content[:start] + block + content[start:],
-                content[:start] + bytes(len(block)) + content[start + size :],
+                before + flipped + block[len(flipped) :] + after,
+                before,
+                before + after,
+                before + block + block + after,
+                before + bytes(len(block)) + after,
                 content[:place] + block + content[place + len(block) :],
-                content[:start] + other[start : start + size] + content[start + size :],
-                content[:start] + other[start:],
-                content + dice.randbytes(size),
+                before + other[start : start + size] + after,
+                before + other[start:],
                 dice.randbytes(size) + content,
             )
         )
@@ -115,23 +127,22 @@ def damage(content: bytes, other: bytes, dice: random.Random) -> bytes:
 
 
 def forge_archive(content: bytes, other: bytes, dice: random.Random) -> bytes:
-    """Return an archive whose checksums are right and whose parts were mutated, lost, doubled, renamed or packed."""
+    """Return an archive with right checksums whose parts were mutated, lost, doubled, renamed or packed."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         parts = [(name, archive.read(name)) for name in archive.namelist()]
-    pickled = next(number for number, (name, _) in enumerate(parts) if name.endswith("data.pkl"))
     packing = zipfile.ZIP_STORED
     for _ in range(dice.randint(1, 3)):
-        number = pickled if dice.random() < 0.7 else dice.randrange(len(parts))
+        pickles = [number for number, (name, _) in enumerate(parts) if name.endswith("data.pkl")]
+        number = dice.choice(pickles) if pickles and dice.random() < 0.7 else dice.randrange(len(parts))
         name, part = parts[number]
         kind = dice.randrange(12)
         if kind < 5:
             parts[number] = name, damage(part, other, dice)
-        elif kind < 8 and part:  # one opcode or number of the pickle
-            place = dice.randrange(len(part))
+        elif kind < 8:  # one opcode or number of the pickle
+            place = dice.randrange(len(part) + 1)
             parts[number] = name, part[:place] + dice.choice(_OPCODES) + part[place + dice.randint(0, 3) :]
         elif kind == 8 and len(parts) > 1:
-            parts.remove(parts[number])
-            pickled = 0
+            del parts[number]
         elif kind == 9:
             parts.append((name, part))
         elif kind == 10:
@@ -152,128 +163,76 @@ _OPCODES = (
     b"J\xff\xff\xff\xff",
     b"X\xff\xff\xff\x7f",  # a text of two gigabytes
     b"G\x7f\xf8\0\0\0\0\0\0",  # not a number
-    b"cos\nsystem\n",
-    b"ctorch\nSize\n",
-    b"ctorch._utils\n_rebuild_parameter\n",
-    b"ctorch._utils\n_rebuild_sparse_tensor\n",
-    b"ccollections\nOrderedDict\n",
+    *(b"c" + name + b"\n" for name in (b"os\nsystem", b"torch\nSize", b"collections\nOrderedDict")),
+    *(b"ctorch._utils\n_rebuild_" + name + b"\n" for name in (b"parameter", b"sparse_tensor")),
     b"h\0" * 40,
     b"(" * 5000,
     b"]q\0" + b"h\0a" * 3,
 )
 
+_VALUES = (None, [], {}, -1, 0, 2**40, 2**63, 10**400, 1.5, "x", [2**32, 2**32], [-20, -64], [[1]], True, "bfloat16")
+
 
 def forge_features(content: bytes, other: bytes, dice: random.Random) -> bytes:
     """Return a file of features whose first page was changed and has the right SHA-256."""
     page = json.loads(content[65:4096])
-    values = (
-        None,
-        [],
-        {},
-        -1,
-        0,
-        2**40,
-        2**63,
-        10**400,
-        1.5,
-        "x",
-        [2**32, 2**32],
-        [0],
-        [-20, -64],
-        [[1]],
-        True,
-        "bfloat16",
-    )
     for _ in range(dice.randint(1, 2)):
         key = dice.choice([*page, "more"])
         if dice.random() < 0.2:
             page.pop(key, None)
-        elif key == "shape" and isinstance(page.get("shape"), list) and page["shape"] and dice.random() < 0.5:
-            page["shape"][dice.randrange(len(page["shape"]))] = dice.choice(values)
+        elif key == "shape" and isinstance(page[key], list) and page[key] and dice.random() < 0.5:
+            page[key][dice.randrange(len(page[key]))] = dice.choice(_VALUES)
         else:
-            page[key] = dice.choice(values)
+            page[key] = dice.choice(_VALUES)
     text = json.dumps(dice.choice((page, page, page, [page], "page"))).encode()
     numbers = content[4096:] if dice.random() < 0.8 else damage(content[4096:], other, dice)
     return b"\n".join((hashlib.sha256(text).hexdigest().encode(), text)).ljust(4096) + numbers
 
 
-def same(one: object, other: object) -> bool:
-    """Say whether two contents are equal bit for bit."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        alike = one.dtype == other.dtype and one.shape == other.shape
-        return alike and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return list(one) == list(other) and all(same(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return type(one) is type(other) and one == other
-
-
 def mutate(files: dict[str, bytes], seed: int) -> tuple[str, bool, bytes]:
     """Return the kind of a file, whether it is forged, and its content."""
     dice = random.Random(seed)  # noqa: S311
-    kind = dice.choice(("checkpoint", "checkpoint", "weights", "features"))
-    other = files[dice.choice(list(files))]
-    if dice.random() < 0.5:
-        return kind, False, damage(files[kind], other, dice)
-    return kind, True, (forge_features if kind == "features" else forge_archive)(files[kind], other, dice)
+    kind, forged = dice.choice(("checkpoint", "checkpoint", "weights", "features")), dice.random() < 0.5
+    forge = (forge_features if kind == "features" else forge_archive) if forged else damage
+    return kind, forged, forge(files[kind], files[dice.choice(list(files))], dice)
 
 
-def check(files: dict[str, bytes], contents: dict[str, object], seed: int, folder: Path) -> str:
-    """Read one mutated file; return what came of it, beginning with FINDING if that may not be."""
-    kind, forged, content = mutate(files, seed)
-    path = folder / "file"
-    path.write_bytes(content)
+def check(files: dict[str, bytes], contents: dict[str, bytes], seed: int, path: Path) -> str:
+    """Read one mutated file and return the result, which begins with FINDING if it is a fault."""
+    kind, forged, mutated = mutate(files, seed)
+    path.write_bytes(mutated)
     label = f"{kind}, {'forged' if forged else 'damaged'}"
     try:
-        read = READERS[kind](path)
-    except ERRORS[kind]:
+        content = content_of(kind, path)
+    except READERS[kind][1]:
         return f"{label}: refused"
     except BaseException as error:  # noqa: BLE001 - each other one is a finding
         at = traceback.extract_tb(error.__traceback__)[-1]
-        line = str(error).splitlines()[0][:150] if str(error) else ""
-        return f"FINDING {label}: {type(error).__name__}: {line} ({Path(at.filename).name}:{at.lineno})"
-    if same(read, contents[kind]):
+        return f"FINDING {label}: {type(error).__name__}: {str(error)[:150]!r} ({Path(at.filename).name}:{at.lineno})"
+    if content == contents[kind]:
         return f"{label}: identical"
     return f"{label}: other content" if forged else f"FINDING {label}: read, and not the same"
 
 
-@contextmanager
-def limited_memory() -> Iterator[None]:
-    """Let this process take so much more memory than it has."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    yield
-
-
-def run_batch(files: dict[str, bytes], contents: dict[str, object], seeds: range) -> list[tuple[int, str]]:
-    """Read a batch in a process of its own; return what came of each, a crash or hang included."""
+def run_batch(files: dict[str, bytes], contents: dict[str, bytes], seeds: range) -> list[tuple[int, str]]:
+    """Read a batch in a process of its own and return the results, a crash or hang included."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(reader)
-        status = 1
-        try:
-            with limited_memory(), tempfile.TemporaryDirectory() as name, os.fdopen(writer, "w") as report:
-                for seed in seeds:
-                    report.write(f"{seed} {check(files, contents, seed, Path(name))!r}\n")
-                    report.flush()
-            status = 0
-        finally:
-            os._exit(status)
+        signal.alarm(BATCH_S)  # ends the process
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        with tempfile.TemporaryDirectory() as name:
+            for seed in seeds:
+                os.write(writer, f"{json.dumps([seed, check(files, contents, seed, Path(name) / 'file')])}\n".encode())
+        os._exit(0)
     os.close(writer)
-    told, ends = b"", time.monotonic() + BATCH_S
-    while select.select([reader], [], [], max(0, ends - time.monotonic()))[0] and (part := os.read(reader, 65536)):
-        told += part
-    os.close(reader)
-    late = time.monotonic() >= ends
-    if late:
-        os.kill(child, signal.SIGKILL)
+    with os.fdopen(reader) as lines:
+        results = [(seed, text) for seed, text in map(json.loads, lines)]
     status = os.waitpid(child, 0)[1]
-    results = [(int(seed), text[1:-1]) for seed, text in (line.split(" ", 1) for line in told.decode().splitlines())]
-    if status != 0 and len(results) < len(seeds):
-        results.append((seeds[len(results)], f"FINDING {'it hangs' if late else f'the process died, status {status}'}"))
+    if len(results) < len(seeds):
+        fault = "it hangs" if status == signal.SIGALRM else f"the process died, status {status}"
+        results.append((seeds[len(results)], f"FINDING {fault}"))
     return results
 
 
@@ -287,9 +246,8 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        files = make_files(folder)
-        contents = {kind: READERS[kind](folder / kind) for kind in READERS}
+        files = make_files(Path(name))
+        contents = {kind: content_of(kind, Path(name) / kind) for kind in READERS}
     counts: Counter[str] = Counter()
     first: dict[str, int] = {}
     seed, ends = arguments.seed, time.monotonic() + 60 * arguments.minutes

@@ -244,7 +244,7 @@ def test_weights_of_no_known_kind_are_refused() -> None:
 
 def test_misspelt_preprocessing_is_refused_with_the_conventions() -> None:
     """A misspelt convention is refused with the three there are."""
-    with pytest.raises(ArgumentError, match=r"preprocessing='keras'.*IMAGENET1K_V1, IMAGENET1K_FEATURES, KERAS"):
+    with pytest.raises(ArgumentError, match=r"preprocessing='keras'.*'IMAGENET1K_V1', 'IMAGENET1K_FEATURES', 'KERAS'"):
         random_vgg11(preprocessing="keras")
 
 

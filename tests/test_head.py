@@ -159,8 +159,8 @@ def test_unusable_widths_are_refused(backbone: tk.Backbone, hidden: object) -> N
 
 @pytest.mark.parametrize("dropout", [1.0, -0.1, 50, float("nan")])
 def test_unusable_dropout_is_refused(backbone: tk.Backbone, dropout: float) -> None:
-    """A share of 1 or more, a negative one, a percentage and nan are refused with the range."""
-    with pytest.raises(ArgumentError, match=rf"dropout={dropout!r} is out of range: expected a share from 0 up to"):
+    """A fraction of 1 or more, a negative one, a percentage and nan are refused with the range."""
+    with pytest.raises(ArgumentError, match=rf"dropout={dropout!r} is out of range: expected a fraction from 0 up to"):
         tk.attach_head(backbone, 2, hidden=(8,), dropout=dropout)
 
 

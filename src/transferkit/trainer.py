@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from transferkit.base.arguments import positive, whole_number
+from transferkit.base.arguments import one_of, positive, whole_number
 from transferkit.base.display import QUIET, Display
 from transferkit.base.interrupts import Interrupts
 from transferkit.compute.device import Device
 from transferkit.data.augmentation import Augment, build_augmentation
 from transferkit.data.inputs import Inputs
 from transferkit.data.open import open_data
-from transferkit.data.selection import check_policy, split_validation, without_bad_images
+from transferkit.data.selection import POLICIES, split_validation, without_bad_images
 from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError
 from transferkit.features.cache import FeatureCache, open_folder
@@ -286,7 +286,7 @@ class Trainer:
             TransferKitError: When arguments or data cannot be used: before the first step, except for what a `Dataset`
                 or `DataLoader` hides until it is read.
         """
-        check_policy(on_bad_image)
+        one_of("on_bad_image", on_bad_image, POLICIES)
         if validation_data is not None and validation_split is not None:
             raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
         called, display = CallbackList(self, callbacks), Display(verbose)

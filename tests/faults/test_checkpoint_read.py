@@ -1,16 +1,20 @@
-"""Reading checkpoints that are damaged, of something else or crafted: an error, and nothing changed by one bit."""
+"""Reading checkpoints that are damaged, foreign or crafted: an error, and nothing changed by one bit."""
 
+import contextlib
 import copy
 import random
 import re
+import resource
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import transferkit as tk
-from transferkit.errors import CheckpointError, HeadMismatchError, TransferKitError, UnknownLayerError
+from transferkit.errors import CheckpointError, HeadMismatchError, TransferKitError, UnknownLayerError, WeightsError
+from transferkit.model.weights import read_state_dict
 from transferkit.saving import archive
 
 REFUSALS = (CheckpointError, HeadMismatchError, UnknownLayerError)
@@ -50,7 +54,7 @@ def refused(trainer, load, error, message):
     with pytest.raises(error, match=message) as raised:
         load()
     assert same(snapshot(trainer), before)
-    return str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.fixture
@@ -75,14 +79,15 @@ def trainer(make_backbone, data):
     return trainer
 
 
-# --- case 10
+# --- damage
 
 
-def test_a_thousand_flipped_bits_make_no_silent_difference(run_file, tmp_path):
-    """Of 1,000 checkpoints with one random bit flipped each is refused or gives the same state to the bit."""
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_thousand_flipped_bits_make_no_silent_difference(run_file, tmp_path, count):
+    """Each checkpoint with one random bit flipped is refused or gives the same state to the bit."""
     content, good, flipped = run_file.read_bytes(), archive.read_checkpoint(run_file), tmp_path / "flipped.pt"
     generator, refusals = random.Random(0), 0
-    for _ in range(1000):
+    for _ in range(count):
         place, bit = generator.randrange(len(content)), generator.randrange(8)
         flipped.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
         try:
@@ -91,7 +96,7 @@ def test_a_thousand_flipped_bits_make_no_silent_difference(run_file, tmp_path):
             refusals += 1
         else:
             assert same(state, good), (place, bit)
-    assert refusals > 300  # the others are in padding
+    assert refusals > 0.3 * count  # the others are in padding
 
 
 def test_a_part_marked_as_a_folder_is_refused(run_file, trainer, tmp_path):
@@ -116,7 +121,7 @@ def test_flipped_bits_in_the_frozen_file_make_no_silent_difference(make_backbone
     content, generator, refusals = frozen.read_bytes(), random.Random(1), 0
     other = make_trainer(make_backbone(seed=9))
     start = copy.deepcopy(dict(other.model.state_dict()))
-    for _ in range(60):
+    for _ in range(30):
         place = generator.randrange(len(content))
         frozen.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
         other.model.load_state_dict(start)
@@ -127,10 +132,7 @@ def test_flipped_bits_in_the_frozen_file_make_no_silent_difference(make_backbone
             assert same(dict(other.model.state_dict()), start)
         else:
             assert same(dict(other.model.state_dict()), dict(trainer.model.state_dict()))
-    assert refusals > 10
-
-
-# --- case 11
+    assert refusals > 5
 
 
 def test_a_checkpoint_cut_short_at_any_place_is_refused(run_file, trainer):
@@ -139,7 +141,7 @@ def test_a_checkpoint_cut_short_at_any_place_is_refused(run_file, trainer):
     before = snapshot(trainer)
     for size in [*range(0, len(content), 512), len(content) - 1]:
         run_file.write_bytes(content[:size])
-        with pytest.raises(CheckpointError, match=rf"run\.pt \({size} bytes\) as a checkpoint: .*whole: delete it"):
+        with pytest.raises(CheckpointError, match=rf"^[^\n]*run\.pt \({size} bytes\) as a ch[^\n]*: delete it"):
             trainer.load(run_file)
     assert same(snapshot(trainer), before)
 
@@ -147,6 +149,7 @@ def test_a_checkpoint_cut_short_at_any_place_is_refused(run_file, trainer):
 @pytest.mark.parametrize(
     "content",
     [b"", b"\0" * 5000, b"<!DOCTYPE html><html>404</html>", b"PK\x05\x06" + b"\0" * 18, b"\x89PNG\r\n\x1a\n" * 9],
+    ids=["nothing", "zeros", "web page", "empty archive", "image"],
 )
 def test_a_file_of_something_else_is_refused(trainer, tmp_path, content):
     """Nothing, zeros, a web page, an empty archive and an image are refused by name, size and remedy."""
@@ -165,15 +168,27 @@ def test_a_folder_and_a_missing_file_are_refused(trainer, tmp_path, data):
     fit(trainer, data, resume_from=tmp_path)
 
 
-# --- cases 14 and 15
+@pytest.mark.parametrize("read", [archive.read_checkpoint, read_state_dict], ids=["checkpoint", "weights"])
+def test_a_good_file_is_not_called_damaged_for_want_of_memory(tmp_path, read):
+    """A file that does not fit into memory is refused with that reason, and nobody is told to delete it."""
+    archive.write_checkpoint(tmp_path / "large.pt", {"model": torch.zeros(2**24)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, hard))
+    try:
+        ballast = []
+        with contextlib.suppress(RuntimeError):
+            while True:
+                ballast.append(torch.empty(2**22))
+        ballast.pop()  # 16 MB are left, and the tensor takes 64
+        with pytest.raises((CheckpointError, WeightsError), match=r"large\.pt: there is not enough memory") as error:
+            read(tmp_path / "large.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert "delete" not in str(error.value)
 
 
-def test_other_numbers_of_classes_are_refused(run_file, make_backbone, data):
-    """A head of 3 classes does not go into a model of 37: both numbers are named, the model is unchanged."""
-    trainer = make_trainer(make_backbone(), classes=[f"class {number}" for number in range(37)])
-    fit(trainer, data)
-
-    refused(trainer, lambda: trainer.load(run_file), HeadMismatchError, r"has 3 classes \(cat.*the model 37 \(class 0")
+# --- edited files
 
 
 def edited(path, change):
@@ -199,27 +214,24 @@ def renamed(state, new):
         (lambda s: s["model"]["weights"].update({"head.logits.bias": torch.zeros(3).cfloat()}), r"\.bias"),
         (lambda s: s["model"].update(backbone="vgg19"), r"has backbone vgg19, the model tiny"),
         (lambda s: s["model"]["preprocessing"].update(image_size=64), r"has preprocessing .*64.*the model .*32"),
+        (lambda s: s["model"].update(first_trainable="block7_conv1"), r"block7_conv1"),
+        (lambda s: s["model"].pop("classes"), r"lacks model/classes: expected a file that Trainer\.save wrote"),
+        (lambda s: s["model"].update(classes=["cat", 5, "owl"]), r"has a int as model/classes/1: expected str"),
+        (lambda s: s["model"].update(frozen={"x": 1}), r"has a dict as model/frozen: expected list"),
+        (lambda s: s.pop("optimizer"), r"lacks optimizer: expected"),
+        (lambda s: s["progress"].pop("epoch"), r"lacks progress/epoch: expected"),
+        (lambda s: s["progress"].update(epoch=True), r"has a bool as progress/epoch: expected int"),
     ],
-    ids=["module.", "_orig_mod.", "missing", "extra", "int64", "float64", "complex", "backbone", "preprocessing"],
+    ids=[
+        *["module.", "_orig_mod.", "missing", "extra", "int64", "float64", "complex", "backbone", "preprocessing"],
+        *["boundary", "no classes", "class 5", "frozen", "no optimizer", "no epoch", "epoch True"],
+    ],
 )
 def test_weights_that_do_not_fit_are_refused(run_file, trainer, change, message):
-    """Wrong prefix, missing and extra names, other number types: named with the likely cause, the model unchanged."""
+    """Wrong prefix, missing and extra parts, other dtypes and types: named with their place, the trainer unchanged."""
     edited(run_file, change)
 
-    refused(trainer, lambda: trainer.load(run_file), CheckpointError, message)
-
-
-# --- case 16
-
-
-def test_an_optimizer_of_another_class_is_refused(run_file, make_backbone, data):
-    """The state of Adam does not go into SGD, and says which optimizer to build."""
-    trainer = make_trainer(make_backbone(), optimizer="sgd")
-    fit(trainer, data)
-
-    refused(
-        trainer, lambda: trainer.load(run_file), CheckpointError, r"optimizer is Adam with 6 groups, .*live one SGD"
-    )
+    refused(trainer, lambda: trainer.load(run_file), REFUSALS, message)
 
 
 def adam(state):
@@ -229,17 +241,26 @@ def adam(state):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: adam(s).update(exp_avg=torch.zeros(3, 9)), r"exp_avg of shape \(3, 9\).* for head\.logits\.weight"),
-        (lambda s: adam(s).update(exp_avg=torch.tensor(1.0)), r"exp_avg .*head\.logits\.weight"),
-        (lambda s: adam(s).update(exp_avg=1.0), r"exp_avg .*head\.logits\.weight"),
-        (lambda s: adam(s).update(exp_avg=torch.zeros(3, 8, dtype=torch.int64)), r"exp_avg .*head\.logits\.weight"),
-        (lambda s: adam(s).pop("exp_avg"), r"exp_avg"),
-        (lambda s: adam(s).update(step="3"), r"step"),
-        (lambda s: adam(s).update(step=torch.zeros(3, 8)), r"step"),
-        (lambda s: s["optimizer"]["groups"][0].update(lr="fast"), r"lr"),
-        (lambda s: s["optimizer"]["groups"][0].update(betas=None), r"betas"),
-        (lambda s: s["optimizer"]["groups"][0].pop("eps"), r"settings .*expected the same"),
-        (lambda s: s["optimizer"]["state"].update(other={}), r"state for 'other'"),
+        (
+            lambda s: adam(s).update(exp_avg=torch.zeros(3, 9)),
+            r"\(3, 9\) .* as exp_avg of head\.logits\.weight: .*\(3, 8",
+        ),
+        (lambda s: adam(s).update(exp_avg=torch.tensor(1.0)), r"exp_avg of head\.logits\.weight"),
+        (lambda s: adam(s).update(exp_avg=1.0), r"has a number as exp_avg of head\.logits\.weight: expected a tensor"),
+        (lambda s: adam(s).update(exp_avg=torch.zeros(3, 8, dtype=torch.int64)), r"int64 as exp_avg .*float32"),
+        (lambda s: adam(s).pop("exp_avg"), r"has exp_avg_sq, step for .*, the live one exp_avg, exp_avg_sq, step"),
+        (lambda s: adam(s).update(step="3"), r"has a str as step of"),
+        (lambda s: adam(s).update(step=torch.zeros(3, 8)), r"\(3, 8\) .* as step of"),
+        (lambda s: s["optimizer"]["groups"][0].update(lr="fast"), r"has a str as lr of group 0: expected a number"),
+        (lambda s: s["optimizer"]["groups"][0].update(betas=None), r"as betas of group 0: expected \[a number, a num"),
+        (lambda s: s["optimizer"]["groups"][0].pop("eps"), r"for group 0, the live one .*eps.*: expected the same"),
+        (lambda s: s["optimizer"]["state"].update(other={}), r"state for 'other', which the model does not have"),
+        (lambda s: s["optimizer"].update(state=[]), r"has a list as optimizer/state: expected dict"),
+        (lambda s: s["optimizer"].update(groups=[5] * 6), r"has a int as optimizer/groups/0: expected dict"),
+    ],
+    ids=[
+        *["shape", "scalar", "number", "int64", "missing", "text", "step's shape", "lr", "betas", "eps", "other"],
+        *["no state", "no groups"],
     ],
 )
 def test_optimizer_state_that_does_not_fit_is_refused_at_load(run_file, trainer, change, message):
@@ -264,7 +285,7 @@ def test_the_order_of_parameters_does_not_matter(run_file, make_backbone):
     assert same(dict(trainer.model.state_dict()), expected["model"]["weights"])
 
 
-# --- case 17
+# --- formats
 
 
 @pytest.mark.parametrize(("number", "advice"), [(99, "Install a newer transferkit"), (1, "Expected a file that")])
@@ -273,10 +294,10 @@ def test_another_format_is_refused_in_one_line(run_file, trainer, number, advice
     edited(run_file, lambda s: s.update(format=number, versions={"transferkit": "9.9"}))
 
     message = rf"run\.pt has checkpoint format {number}, written by transferkit 9\.9: this is .* format 2\. {advice}"
-    assert "\n" not in refused(trainer, lambda: trainer.load(run_file), CheckpointError, message)
+    refused(trainer, lambda: trainer.load(run_file), CheckpointError, message)
 
 
-@pytest.mark.parametrize("number", [None, "2", 2.5, [2], {}, True, -1])
+@pytest.mark.parametrize("number", [None, "2", 2.5, [2], {}, True, -1, torch.zeros(2, 3)], ids=repr)
 def test_a_format_that_is_no_number_is_refused(run_file, trainer, number):
     """Whatever stands in the place of the format's number gives a CheckpointError."""
     edited(run_file, lambda state: state.update(format=number))
@@ -436,7 +457,9 @@ def test_a_wrong_type_anywhere_in_a_model_is_a_checkpoint_error_of_load_model(ru
 
 
 @pytest.mark.parametrize(
-    "content", [5, None, [], ["x"], {"a": 5}, {"backbone.features.0.weight": "x"}, {"a": [torch.ones(1)]}]
+    "content",
+    [5, None, [], ["x"], {"a": 5}, {"backbone.features.0.weight": "x"}, {"a": [torch.ones(1)]}, {"a": torch.ones(1)}],
+    ids=["5", "None", "list", "list of text", "5 by name", "text by name", "list by name", "other weights"],
 )
 def test_a_frozen_file_of_something_else_is_refused(make_backbone, data, tmp_path, content):
     """Whatever a file in the place of the frozen weights holds, it is a CheckpointError that names it."""
@@ -445,7 +468,7 @@ def test_a_frozen_file_of_something_else_is_refused(make_backbone, data, tmp_pat
     trainer = make_trainer(make_backbone(seed=9))
 
     load = lambda: trainer.load(tmp_path / "step-00000003.pt")  # noqa: E731
-    refused(trainer, load, CheckpointError, r"frozen-\w{16}\.pt does not hold the frozen weights it is named after")
+    refused(trainer, load, CheckpointError, r"frozen-\w{16}\.pt (has a|does not hold the)")
 
 
 # --- without the frozen weights
@@ -485,7 +508,7 @@ def test_another_backbone_is_refused_by_its_sha256(make_backbone, tmp_path):
     before = other.fingerprint
 
     for backbone in (other, None, tk.attach_head(make_backbone(seed=3), 2).backbone):
-        with pytest.raises(CheckpointError, match=rf"without its 10 frozen weights .*SHA-256 begins with {sha256[:8]}"):
+        with pytest.raises(CheckpointError, match=rf"without its 10 frozen weights .*their SHA-256, {sha256[:8]}"):
             tk.load_model(tmp_path / "head.pt", backbone=backbone)
     assert other.fingerprint == before
     tk.load_model(tmp_path / "head.pt", backbone=make_backbone())
@@ -508,7 +531,7 @@ def test_a_trainer_saves_without_what_is_frozen(make_backbone, tmp_path, data):
     assert same(dict(same_weights.model.state_dict()), dict(trainer.model.state_dict()))
 
     other = make_trainer(make_backbone(seed=9))
-    message = r"part\.pt was saved without its 8 frozen weights .*none given\s+has that"
+    message = r"part\.pt was saved without its 8 frozen weights .*were found\. Expected them in the model"
     refused(other, lambda: other.load(tmp_path / "part.pt"), CheckpointError, message)
 
 
@@ -525,15 +548,3 @@ def test_statistics_of_frozen_batch_norm_are_left_out_and_checked(make_backbone,
         "head.logits.weight",
         "head.logits.bias",
     }
-
-
-def test_messages_say_what_to_do(run_file, trainer):
-    """A refusal names file, what was found, what was expected and what to do, in one line."""
-    content = bytearray(run_file.read_bytes())
-    run_file.write_bytes(content[:-9])
-
-    message = refused(trainer, lambda: trainer.load(run_file), CheckpointError, "cannot read")
-    assert re.search(r"run\.pt \(\d+ bytes\)", message)
-    assert "Expected" in message
-    assert "delete it" in message
-    assert "\n" not in message

@@ -14,8 +14,9 @@ import torch
 import transferkit as tk
 from transferkit.errors import CheckpointError, TransferKitError, WeightsError
 from transferkit.saving import archive
+from transferkit.saving.model import model_state
 
-# --- case 12: code
+# --- code
 
 
 class Payload:
@@ -36,9 +37,6 @@ def payloads(canary):
     }
 
 
-KINDS = ["os.system", "exec", "subprocess"]
-
-
 @pytest.fixture
 def canary(tmp_path):
     path = tmp_path / "canary"
@@ -53,12 +51,11 @@ def test_the_payloads_work(tmp_path):
         (tmp_path / "canary").unlink()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["os.system", "exec", "subprocess"])
 @pytest.mark.parametrize("form", ["zip", "old torch format", "pickle"])
 @pytest.mark.parametrize("place", ["alone", "in the model", "as a key"])
-@pytest.mark.parametrize("link", [False, True], ids=["file", "link"])
-def test_code_in_a_file_is_not_run(tmp_path, canary, backbone, kind, form, place, link):
-    """Code in a checkpoint or weight file, reached directly or through a link, is refused by every reader, not run."""
+def test_code_in_a_file_is_not_run(tmp_path, canary, backbone, kind, form, place):
+    """Code in a checkpoint or weight file, reached through a link, is refused by every reader and not run."""
     payload, path = payloads(canary)[kind], tmp_path / "evil.pt"
     inside = {"a": torch.zeros(2), "evil": payload} if place == "in the model" else {payload: 1}
     content = payload if place == "alone" else {"format": archive.FORMAT, "model": inside}
@@ -66,17 +63,19 @@ def test_code_in_a_file_is_not_run(tmp_path, canary, backbone, kind, form, place
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    if link:
-        (tmp_path / "link.pt").symlink_to(path)
-        path = tmp_path / "link.pt"
+    (tmp_path / "link.pt").symlink_to(path)
+    path = tmp_path / "link.pt"
     trainer = tk.Trainer(tk.attach_head(backbone, 2), device="cpu")
 
-    with pytest.raises(CheckpointError, match="as a checkpoint"):
-        tk.load_model(path)
-    with pytest.raises(CheckpointError, match="as a checkpoint"):
-        trainer.load(path)
-    with pytest.raises(WeightsError, match="cannot read weights from"):
-        tk.load_backbone("vgg11", weights=path, preprocessing="KERAS", image_size=32)
+    for read, error in (
+        (tk.load_model, CheckpointError),
+        (trainer.load, CheckpointError),
+        (lambda path: tk.load_backbone("vgg11", weights=path, preprocessing="KERAS", image_size=32), WeightsError),
+    ):
+        with pytest.raises(error, match=r"cannot read .*link\.pt") as caught:
+            read(path)
+        assert "weights_only" not in str(caught.value)  # torch's own message says how to run the code
+        assert "\n" not in str(caught.value)
 
 
 def test_code_in_a_frozen_file_is_not_run(tmp_path, canary, make_backbone, data):
@@ -113,7 +112,7 @@ def test_an_address_is_not_fetched():
         tk.load_backbone("vgg11", weights="http://127.0.0.1:9/model.pt", preprocessing="KERAS")
 
 
-# --- case 13: memory and time
+# --- memory and time
 
 READ = """
 import json, os, resource, sys, time
@@ -237,20 +236,12 @@ PICKLES = {
 }
 
 
-def model_state(**changes):
-    torch.manual_seed(0)
-    model = tk.attach_head(tk.load_backbone("vgg11", weights=None, image_size=32), 2)
-    state = archive_state(model)
+def changed_model(**changes):
+    state = dict(model_state(tk.attach_head(tk.load_backbone("vgg11", weights=None, image_size=32), 2)))
     for name, value in changes.items():
         part, _, key = name.partition("__")
         state[part] = {**state[part], key: value} if key else value
     return {"model": state}
-
-
-def archive_state(model):
-    from transferkit.saving.model import model_state as state_of
-
-    return dict(state_of(model))
 
 
 MODELS = {
@@ -271,7 +262,7 @@ def results(tmp_path_factory):
     for name, pickled in PICKLES.items():
         write(folder / f"checkpoint-weights.{name}.pt", pickled)
     for name, changes in MODELS.items():
-        archive.write_checkpoint(folder / f"model.{name}.pt", model_state(**changes))
+        torch.save({"format": archive.FORMAT, **changed_model(**changes)}, folder / f"model.{name}.pt")
     write(
         folder / "checkpoint-weights.1e5 parts.pt", mapping(format=FORMAT), [f"a/data/{n}" for n in range(1, 100_000)]
     )
@@ -331,7 +322,6 @@ def test_laughs_for_a_model_are_refused(tmp_path, backbone):
     """A list of lists without end in the place of a model is refused by whatever builds or loads one."""
     write(tmp_path / "bomb.pt", PICKLES["laughs for a model"])
     trainer = tk.Trainer(tk.attach_head(backbone, 2), device="cpu")
-    with pytest.raises(CheckpointError, match=r"bomb\.pt lacks model"):
-        tk.load_model(tmp_path / "bomb.pt")
-    with pytest.raises(CheckpointError, match=r"bomb\.pt lacks model"):
-        trainer.load(tmp_path / "bomb.pt")
+    for read in (tk.load_model, trainer.load):
+        with pytest.raises(CheckpointError, match=r"bomb\.pt (has a list as model|lacks optimizer)"):
+            read(tmp_path / "bomb.pt")

@@ -1,16 +1,17 @@
-"""Checks of plain arguments that several parts share."""
+"""Checks of single arguments, used by every other folder."""
 
 import math
+from collections.abc import Collection
 from numbers import Integral, Real
 
-from transferkit.errors import ArgumentError
+from transferkit.errors import ArgumentError, close_matches
 
 
 def whole_number(name: str, value: int, *, at_least: int = 1) -> int:
-    """Return `value` if it is a whole number in range.
+    """Return `value` as an int.
 
     Raises:
-        ArgumentError: It is not.
+        ArgumentError: `value` is not a whole number, or is less than `at_least`.
 
     Example:
         >>> whole_number("epochs", 10)
@@ -21,33 +22,71 @@ def whole_number(name: str, value: int, *, at_least: int = 1) -> int:
     return int(value)
 
 
-def share(name: str, value: float) -> float:
-    """Return `value` if it is a number from 0 up to but not including 1.
+def fraction(name: str, value: float) -> float:
+    """Return `value` as a float.
 
     Raises:
-        ArgumentError: It is not.
+        ArgumentError: `value` is not a number from 0 up to but not including 1.
 
     Example:
-        >>> share("dropout", 0.5)
+        >>> fraction("dropout", 0.5)
         0.5
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
-        raise ArgumentError(f"{name}={value!r} is out of range: expected a share from 0 up to but not including 1.")
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ArgumentError(f"{name}={value!r} is out of range: expected a fraction from 0 up to but not including 1.")
     return float(value)
 
 
-def positive(name: str, value: float, *, or_zero: bool = False) -> float:
-    """Return `value` if it is a finite number above 0, or 0 where that is allowed.
+def positive(name: str, value: float) -> float:
+    """Return `value` as a float.
 
     Raises:
-        ArgumentError: It is not.
+        ArgumentError: `value` is not a finite number above 0.
 
     Example:
         >>> positive("lr", 1e-3)
         0.001
     """
-    number = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
-    if not number or value < 0 or (value == 0 and not or_zero):
-        range_ = "of 0 or more" if or_zero else "above 0"
-        raise ArgumentError(f"{name}={value!r} cannot be used: expected a finite number {range_}, such as 1e-3.")
+    if not _is_number(value) or value <= 0:
+        raise ArgumentError(f"{name}={value!r} cannot be used: expected a finite number above 0, such as 1e-3.")
     return float(value)
+
+
+def not_negative(name: str, value: float) -> float:
+    """Return `value` as a float.
+
+    Raises:
+        ArgumentError: `value` is not a finite number of 0 or more.
+
+    Example:
+        >>> not_negative("weight_decay", 0)
+        0.0
+    """
+    if not _is_number(value) or value < 0:
+        raise ArgumentError(f"{name}={value!r} cannot be used: expected a finite number of 0 or more, such as 1e-3.")
+    return float(value)
+
+
+def one_of(name: str, value: object, known: Collection[str], *, hint: str = "") -> str:
+    """Return `value`, a string.
+
+    Args:
+        name: Of the argument.
+        value: What was passed.
+        known: The strings that are allowed.
+        hint: Ends the message: what else the argument may be.
+
+    Raises:
+        ArgumentError: `value` is not in `known`. The message names the closest ones.
+
+    Example:
+        >>> one_of("pooling", "avg", ["flatten", "avg", "max"])
+        'avg'
+    """
+    if not isinstance(value, str) or value not in known:
+        raise ArgumentError(f"{name}={value!r} is not known. {close_matches(value, known)} {hint}".rstrip())
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""numpy arrays as tensors, without copies where that can be."""
+"""numpy arrays as tensors, and tensors as bytes for digests and files, without copies where possible."""
 
 import warnings
 from collections.abc import Mapping
@@ -11,17 +11,17 @@ from torch import Tensor
 
 
 class Digest(Protocol):
-    """What `hashlib` makes."""
+    """What `hashlib.sha256()` returns."""
 
     def update(self, data: bytes | memoryview, /) -> None:
-        """Take in more bytes."""
+        """Add bytes."""
 
 
 def tensor_from_array(array: npt.NDArray[Any]) -> Tensor:
-    """Return a tensor over an array's memory; the library only reads it.
+    """Return a tensor that shares an array's memory. The library never writes to it.
 
     Raises:
-        TypeError: The array does not hold numbers.
+        TypeError: The array holds something other than numbers.
 
     Example:
         >>> tensor_from_array(np.array([1, 2])[::-1])
@@ -35,18 +35,20 @@ def tensor_from_array(array: npt.NDArray[Any]) -> Tensor:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    r"""Return a tensor's numbers as bytes, in row-major order, for a digest or a file.
+    r"""Return a tensor's elements as bytes, in row-major order.
 
     Example:
         >>> bytes(raw_bytes(torch.tensor([1, 2], dtype=torch.uint8)))
         b'\x01\x02'
     """
-    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,))  # not reshape(-1), which leaves one element a stride of its own
+    array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)
 
 
 def digest_tensors(digest: Digest, tensors: Mapping[str, Tensor]) -> None:
-    """Take names, shapes, number types and values of tensors, such as a state dict, into a digest."""
+    """Add the names, shapes, dtypes and elements of tensors, such as a state dict, to a digest."""
     for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(raw_bytes(tensor))

@@ -1,4 +1,4 @@
-"""Write a file whole or not at all, and know what a damaged or malicious one looks like before it is read."""
+"""Write a file whole or not at all."""
 
 import os
 import re
@@ -10,19 +10,20 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows: files that a killed writer left behind stay there
+except ImportError:  # Windows: what a killed writer left behind stays there
     fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file beside `path`; when the block ends well it takes the place of `path`, else it is removed.
+    """Open a hidden file beside `path` that replaces `path` when the block ends, unless the block raises.
 
-    The content is on the disk before it takes its place, so that a crash leaves the old file or the new one. What a
-    killed writer of the same path left behind is removed by the next one: its lock tells that nobody writes it.
+    The content is flushed to the disk before the file is renamed, so that after a crash `path` is the old file or the
+    new one. A writer locks its hidden file. One that is not locked was left by a killed writer, and the next writer of
+    the same path removes it.
 
     Raises:
-        OSError: The folder is missing, read-only or full.
+        OSError: The folder is missing, read-only or full. `path` is unchanged.
 
     Example:
         >>> import tempfile
@@ -33,20 +34,18 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         b'whole'
     """
     _remove_abandoned(path)
-    part = Path(os.devnull)
+    part, file = _open_locked(path)
     try:
-        part, file = _open_locked(path)
         with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
             if fcntl is None:
-                file.close()  # Windows renames no open file
+                file.close()  # Windows does not rename an open file
             part.replace(path)
     finally:
-        if part.name.startswith("."):
-            part.unlink(missing_ok=True)
-    with suppress(PermissionError):  # it may be written but not listed; Windows opens no folder
+        part.unlink(missing_ok=True)
+    with suppress(PermissionError):  # a folder that may be written but not listed; Windows opens no folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # or a power failure could undo the renaming
@@ -60,8 +59,8 @@ def _open_locked(path: Path) -> tuple[Path, BinaryIO]:
         file = part.open("x+b")
         with suppress(OSError):  # some network file systems have no locks: what is abandoned there stays
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)  # goes when the process does, however it ends
-        if os.fstat(file.fileno()).st_nlink:  # nobody took it for abandoned before it was locked
+                fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends
+        if os.fstat(file.fileno()).st_nlink:  # no other writer removed it before it was locked
             return part, file
         file.close()
 

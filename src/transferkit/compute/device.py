@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from transferkit.base.arguments import one_of
 from transferkit.compute.host_memory import host_bytes, keep_freed_blocks
-from transferkit.errors import ArgumentError, DeviceError, close_matches
+from transferkit.errors import DeviceError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -244,8 +245,8 @@ def _available() -> list[str]:
 
 
 def _resolve_precision(precision: str, device: torch.device) -> str:
-    if precision not in ("auto", *PRECISIONS):
-        raise ArgumentError(f"precision={precision!r} is not known. {close_matches(precision, PRECISIONS)}")
+    if precision != "auto":
+        one_of("precision", precision, PRECISIONS)
     supported = supported_precisions(device)
     if precision == "auto":
         return supported[0]

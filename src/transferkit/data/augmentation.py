@@ -6,8 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from transferkit.base.arguments import one_of
 from transferkit.base.randomness import derive_seed, seeded
-from transferkit.errors import ArgumentError, ImageError, close_matches
+from transferkit.errors import ImageError
 
 Transform = Callable[[Tensor], Tensor]
 Augment = str | Transform | Sequence[str | Transform]
@@ -42,15 +43,8 @@ def build_augmentation(augment: Augment, image_size: int) -> Transform:
         "color": v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
         "trivial": v2.TrivialAugmentWide(),
     }
-    chain = []
-    for part in augment if isinstance(augment, list | tuple) else [augment]:
-        if isinstance(part, str) and part in known:
-            chain.append(known[part])
-        elif callable(part):
-            chain.append(part)
-        else:
-            raise ArgumentError(f"augment={part!r} is not known. {close_matches(part, known)} Or pass a callable.")
-    return partial(_apply, chain)
+    parts = augment if isinstance(augment, list | tuple) else [augment]
+    return partial(_apply, [part if callable(part) else known[one_of("augment", part, known)] for part in parts])
 
 
 def describe_augmentation(augment: Augment) -> list[str]:

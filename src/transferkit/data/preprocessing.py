@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from transferkit.errors import ArgumentError, ImageError
+from transferkit.base.arguments import one_of
+from transferkit.errors import ImageError
 
 Triple = tuple[float, float, float]
 
@@ -125,9 +126,4 @@ def find_convention(name: str) -> Preprocessing:
         >>> find_convention("KERAS").mean
         (103.939, 116.779, 123.68)
     """
-    if name not in CONVENTIONS:
-        raise ArgumentError(
-            f"preprocessing={name!r} is not known: expected one of {', '.join(CONVENTIONS)}, or a "
-            "transferkit.Preprocessing."
-        )
-    return CONVENTIONS[name]
+    return CONVENTIONS[one_of("preprocessing", name, CONVENTIONS, hint="Or pass your own transferkit.Preprocessing.")]

@@ -5,7 +5,7 @@ from contextlib import closing
 
 import torch
 
-from transferkit.base.arguments import share
+from transferkit.base.arguments import fraction
 from transferkit.base.display import Display
 from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.data.sources import DatasetSource, Source, SubsetSource
@@ -19,7 +19,7 @@ def split_validation(source: Source, validation_split: float, seed: int) -> tupl
         ArgumentError: `validation_split` is not between 0 and 1, or the data is a `DataLoader`.
         EmptyDataError: One of the two would be empty.
     """
-    if share("validation_split", validation_split) == 0:
+    if fraction("validation_split", validation_split) == 0:
         raise ArgumentError(
             "validation_split=0 leaves no validation images: expected a number above 0, such as 0.2, or None."
         )
@@ -91,14 +91,3 @@ def without_bad_images(source: Source, *, display: Display, check: Callable[[], 
     good = torch.ones(source.num_images, dtype=torch.bool)
     good[list(bad)] = False
     return SubsetSource(source, good.nonzero().flatten())
-
-
-def check_policy(on_bad_image: str) -> str:
-    """Return `on_bad_image`.
-
-    Raises:
-        ArgumentError: It is neither `"raise"` nor `"skip"`.
-    """
-    if on_bad_image not in POLICIES:
-        raise ArgumentError(f'on_bad_image={on_bad_image!r} is not known: expected "raise" or "skip".')
-    return on_bad_image

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 
+from transferkit.base.arguments import one_of
 from transferkit.base.arrays import digest_tensors
 from transferkit.data.preprocessing import CONVENTIONS, Preprocessing, find_convention
 from transferkit.errors import ArgumentError, ImageError, PreprocessingError, close_matches
@@ -134,8 +135,7 @@ def load_backbone(
         Simonyan and Zisserman, 2014, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
         arXiv:1409.1556.
     """
-    if name not in MODELS:
-        raise ArgumentError(f"name={name!r} is not a VGG network. {close_matches(name, MODELS)}")
+    one_of("name", name, MODELS)
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < MIN_IMAGE_SIZE:
         raise ArgumentError(
             f"image_size={image_size!r} cannot be used: expected a whole number of {MIN_IMAGE_SIZE} pixels or more, "

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transferkit.base.arguments import share, whole_number
-from transferkit.errors import ArgumentError, HeadMismatchError, close_matches
+from transferkit.base.arguments import fraction, one_of, whole_number
+from transferkit.errors import ArgumentError, HeadMismatchError
 from transferkit.model.backbone import Backbone
 from transferkit.model.modes import modes_kept
 
@@ -133,9 +133,8 @@ def build_head(
     Raises:
         ArgumentError: A value is out of range.
     """
-    if pooling not in POOLINGS:
-        raise ArgumentError(f"pooling={pooling!r} is not known. {close_matches(pooling, POOLINGS)}")
-    share("dropout", dropout)
+    one_of("pooling", pooling, POOLINGS)
+    fraction("dropout", dropout)
     if not isinstance(hidden, Iterable):
         raise ArgumentError(f"hidden={hidden!r} cannot be used: expected a list of widths, such as ({hidden!r},).")
     for width in hidden:

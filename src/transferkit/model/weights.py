@@ -1,4 +1,4 @@
-"""Find, verify and read a weight file. Nothing here knows what network the weights are for."""
+"""Find, verify and read a weight file. Nothing here knows which network the weights are for."""
 
 import hashlib
 import http.client
@@ -14,31 +14,31 @@ import torch
 from torch import Tensor, nn
 
 from transferkit.base.files import atomic_write
-from transferkit.base.torch_files import DAMAGE, check_archive, is_ordinary
+from transferkit.base.torch_files import is_ordinary, read_torch_file
 from transferkit.errors import WeightsDownloadError, WeightsError
 
 TIMEOUT_S = 30.0
 _CHUNK_BYTES = 1 << 20
 
-# torchvision pins only the first eight digits, in the file name; where the whole sum is known it is checked.
+# A file name pins only the first eight digits. Where all digits are known they are compared.
 _FULL_SHA256 = {
     "vgg16-397923af.pth": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
 }
 
 
 def download(url: str, folder: Path | None = None) -> Path:
-    """Return the local copy of a weight file, downloading it first if it is not there.
+    """Return the local copy of a weight file, after downloading it if the folder does not have it.
 
-    The file is verified whether it was just downloaded or lay in the folder already, and it appears in the
-    folder whole or not at all.
+    The file is verified at every use and appears in the folder whole or not at all.
 
     Args:
-        url: Its last part names the file and holds the start of the SHA-256, as in `vgg16-397923af.pth`.
-        folder: Where the copy is kept; None is torch.hub's own folder, shared with torchvision.
+        url: Its last part names the file and holds the start of its SHA-256, as in `vgg16-397923af.pth`.
+        folder: Where the copy is kept. `None` is torch.hub's own folder, which torchvision uses too.
 
     Raises:
-        WeightsDownloadError: No network, no such file, a stalled or broken connection, a full or read-only disk.
-        WeightsError: The content is not what the name promises.
+        WeightsDownloadError: There is no network or no such file, the connection stalls or breaks, or the disk is full
+            or read-only.
+        WeightsError: The name holds no SHA-256, or the content has another one.
     """
     folder = folder or Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / url.rsplit("/", 1)[-1]
@@ -51,16 +51,16 @@ def download(url: str, folder: Path | None = None) -> Path:
     if not got.startswith(expected):
         raise WeightsError(
             f"{path} is not the file published at {url}: got SHA-256 {got}, expected {expected}. It is damaged or was "
-            "replaced; it has not been opened. Delete it and run again."
+            "replaced, and has not been opened. Delete it and run again."
         )
     return path
 
 
 def is_published(path: Path) -> bool:
-    """Return whether a file has the name of a published weight file and the content that name promises.
+    """Return whether the name of a file holds a SHA-256 and its content has it.
 
     Raises:
-        WeightsError: It is there and cannot be read.
+        WeightsError: The file exists and cannot be read.
     """
     expected = _expected_sha256(path.name)
     return expected is not None and path.is_file() and _read_sha256(path).startswith(expected)
@@ -69,33 +69,32 @@ def is_published(path: Path) -> bool:
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a file of tensors by name, as `torch.save(model.state_dict(), path)` writes it.
 
-    Every part's checksum is verified first, no code in the file is run (`weights_only=True`), nothing is fetched, and
-    tensors are mapped, not copied: the 500 MB of an unused classifier take no memory.
+    The checksum of every part is verified first, no code in the file runs, and nothing is downloaded. Tensors are
+    mapped, not copied: the 500 MB of an unused classifier take no memory.
 
     Raises:
-        WeightsError: No such file, not such a file, or more in it than tensors by name.
+        WeightsError: The file is missing, cannot be read, is damaged, or holds something other than tensors by name.
     """
     path = Path(path)
     check_is_file(path)
     try:
-        if zipped := _is_zip(path):
-            check_archive(path)  # 0.3 s for 528 MB
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (MemoryError, *DAMAGE) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        content = read_torch_file(path, mmap=True, legacy=True)
+    except ValueError as error:
         raise WeightsError(
-            f"cannot read weights from {path} ({path.stat().st_size} bytes): {reason}. Expected a file written by "
+            f"cannot read weights from {path} ({path.stat().st_size} bytes): {error}. Expected a file written by "
             "torch.save(model.state_dict(), path), holding tensors only. If it was downloaded, delete it and "
             "download it again."
         ) from error
+    except (OSError, MemoryError) as error:
+        raise WeightsError(f"cannot read weights from {path}: {error}. The file may be good.") from error
     return checked_state_dict(content, origin=str(path))
 
 
 def check_is_file(path: Path) -> None:
-    """Refuse a path where there is no file.
+    """Check that a path is that of a file.
 
     Raises:
-        WeightsError: So it is.
+        WeightsError: It is a folder, or nothing is there.
     """
     if not path.is_file():
         raise WeightsError(
@@ -105,10 +104,10 @@ def check_is_file(path: Path) -> None:
 
 
 def checked_state_dict(content: object, origin: str) -> dict[str, Tensor]:
-    """Return `content` if it maps names to tensors.
+    """Return `content` as a dict of tensors by name.
 
     Raises:
-        WeightsError: It is something else; `origin` says where it came from.
+        WeightsError: It is anything else, or a tensor is not an ordinary dense one. The message names `origin`.
     """
     if isinstance(content, nn.Module):
         raise WeightsError(f"weights from {origin} are a whole module: pass its state_dict() instead.")
@@ -126,20 +125,21 @@ def checked_state_dict(content: object, origin: str) -> dict[str, Tensor]:
         )
     if strange := [key for key, value in content.items() if not is_ordinary(value)]:
         raise WeightsError(
-            f"weights from {origin} hold no ordinary dense tensor under {strange[0]!r}: expected what "
-            "model.state_dict() gives, on the CPU or a GPU."
+            f"weights from {origin} hold something other than an ordinary dense tensor under {strange[0]!r}: expected "
+            "what model.state_dict() gives, on the CPU or a GPU."
         )
     return dict(content)
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Copy `state` into `module`, after comparing every name and shape; on any difference nothing is copied.
+    """Copy `state` into `module`, once every name and shape is known to match.
 
-    Floating-point numbers of another width (a bfloat16 file) are converted to the module's. Batch norm's
-    `num_batches_tracked`, which files from before torch 0.4.1 lack, may be missing; it is 0 then.
+    Floating-point weights of another dtype, as in a bfloat16 file, are converted to the module's. Batch norm's
+    `num_batches_tracked` may be missing, as in files from before torch 0.4.1, and is then 0.
 
     Raises:
-        WeightsError: Names are missing or unexpected, or shapes differ; at most five of each are listed.
+        WeightsError: A name is missing or unexpected, or a shape differs. Nothing was copied. The message lists at most
+            five of each.
     """
     own = module.state_dict()
     counts = {key: torch.zeros_like(own[key]) for key in own if key.endswith(".num_batches_tracked")}
@@ -153,9 +153,9 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
 
 
 def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, same_width: bool = False) -> str:
-    """Say in which names, shapes and kinds of numbers `state` differs from `own`; nothing if in none.
+    """Say in which names, shapes and dtypes `state` differs from `own`, with an empty string if in none.
 
-    With `same_width` floating-point numbers of another width are a difference too.
+    Two floating-point dtypes count as different only with `same_width`.
 
     Example:
         >>> differences({"a": torch.zeros(2)}, {"a": torch.zeros(3), "b": torch.zeros(1)})
@@ -181,7 +181,7 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, same_
         and (same_width or not (state[key].is_floating_point() and own[key].is_floating_point()))
     ]
     if kinds:
-        faults.append(f"other number types: {_some(kinds)}")
+        faults.append(f"other dtypes: {_some(kinds)}")
     return "; ".join(faults)
 
 
@@ -198,11 +198,6 @@ def _likely_cause(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str
     return "Is it the file of another network?"
 
 
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"  # only torch's zip format can be mapped
-
-
 def _expected_sha256(name: str) -> str | None:
     in_name = re.search(r"-([0-9a-f]{8,})\.", name)
     return _FULL_SHA256.get(name) or (in_name.group(1) if in_name else None)
@@ -213,7 +208,7 @@ def _read_sha256(path: Path) -> str:
         return _sha256(path)
     except OSError as error:
         raise WeightsError(
-            f"{path} is there and cannot be read: {error}. Expected a weight file: mend its permissions, or delete it "
+            f"{path} exists and cannot be read: {error}. Expected a weight file: correct its permissions, or delete it "
             "and download it again."
         ) from error
 
@@ -231,7 +226,7 @@ def _fetch(url: str, path: Path, expected: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with (
             atomic_write(path) as file,
-            urllib.request.urlopen(url, timeout=TIMEOUT_S) as response,  # noqa: S310 - torchvision's own addresses
+            urllib.request.urlopen(url, timeout=TIMEOUT_S) as response,  # noqa: S310 - torchvision's own URLs
         ):
             _copy_verified(response, file, url, expected)
     except (OSError, http.client.HTTPException) as error:
@@ -239,7 +234,7 @@ def _fetch(url: str, path: Path, expected: str) -> None:
             error.close()  # it holds the connection
         raise WeightsDownloadError(
             f"could not download {url} to {path}: {error}. Nothing was kept. Without a network, download the file "
-            "elsewhere, put it there, or pass its path as weights=."
+            "elsewhere and put it there, or pass its path as weights=."
         ) from error
 
 

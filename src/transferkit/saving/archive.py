@@ -1,4 +1,4 @@
-"""The file of a checkpoint: written whole or not at all, verified before anything of it is used."""
+"""The file of a checkpoint: written whole or not at all, verified when it is written and when it is read."""
 
 import os
 import reprlib
@@ -6,13 +6,13 @@ import shutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from transferkit.base.files import atomic_write
-from transferkit.base.torch_files import DAMAGE, check_archive, is_ordinary
+from transferkit.base.torch_files import check_archive, is_ordinary, read_torch_file
 from transferkit.errors import CheckpointError, CheckpointTypeError, CheckpointWriteError
 
 FORMAT = 3
@@ -24,62 +24,65 @@ _PLAIN_BYTES = 2**20  # room for what is not tensors
 
 
 def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint whole or not at all: beside the target, flushed to the disk, renamed.
+    """Write a checkpoint beside its place, read its checksums back, flush it to the disk and rename it.
 
     Args:
-        path: Its folder is there.
-        state: Plain types and tensors, nested. They are not copied, and must not change meanwhile: a change that torch
-            counts is an error, but one that is under way at the end, or made through `.data`, is not seen.
+        path: Of the file, in an existing folder.
+        state: Plain types and tensors, nested. They are not copied. If another thread changes them meanwhile, that is
+            an error, unless it uses `.data` or has not finished when the file has.
 
     Raises:
-        CheckpointTypeError: Something else is among them; nothing was written.
-        CheckpointWriteError: The folder is missing, read-only or full, or a tensor was changed while it was written;
-            what was at `path` before is still there.
+        CheckpointTypeError: The state holds something else. Nothing was written.
+        CheckpointWriteError: The folder is missing, read-only or full, a tensor changed meanwhile, or the file does
+            not read back. An earlier file at `path` is still there.
     """
     path = Path(path)
     tensors = check_plain(state, CheckpointTypeError)
-    counts = [tensor._version for tensor in tensors]
+    versions = [tensor._version for tensor in tensors]
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder, expected the name of a file")
-        _check_room(path, sum(tensor.untyped_storage().nbytes() for tensor in tensors))
+        _check_room(path.parent, sum(tensor.untyped_storage().nbytes() for tensor in tensors))
         with atomic_write(path) as file:
             torch.save({"format": FORMAT, "versions": VERSIONS, **state}, file)
-            _check_unchanged(tensors, counts)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
+            _check_unchanged(tensors, versions)
+            file.flush()
+            check_archive(Path(file.name))
+    except (OSError, RuntimeError, ValueError) as error:  # torch raises RuntimeError where the disk is full
         raise CheckpointWriteError(
-            f"cannot write a checkpoint to {path}: {error}. What was there before still is. Expected a folder "
-            "that can be written and has room."
+            f"cannot write a checkpoint to {path}: {error}. An earlier file there is unchanged. Expected a folder "
+            "that can be written, with room, on a sound disk."
         ) from error
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint after verifying the checksum of every part of it. No code in the file is run.
+    """Read a checkpoint after verifying the checksum of each of its parts. No code in the file runs.
 
     Raises:
-        CheckpointError: No such file, a damaged one, or not a checkpoint of a format this version knows.
+        CheckpointError: The file is missing, cannot be read, is damaged, or is not a checkpoint of this format.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: expected a file that Trainer.save wrote.")
     try:
-        check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (MemoryError, *DAMAGE) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        state = read_torch_file(path)
+    except ValueError as error:
         raise CheckpointError(
-            f"cannot read {path} ({path.stat().st_size} bytes) as a checkpoint: {reason}. Expected a file that "
+            f"cannot read {path} ({path.stat().st_size} bytes) as a checkpoint: {error}. Expected a file that "
             "Trainer.save wrote, whole: delete it and use an earlier one. For a file of weights alone use "
             "load_backbone(weights=path)."
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} {_other_format(state)}")
+    except (OSError, MemoryError) as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {error}. The file may be good.") from error
+    found = state.get("format", "none") if isinstance(state, dict) else "none"
+    if type(found) is not int or found != FORMAT:
+        raise CheckpointError(f"{path} {_other_format(state, found)}")
     check_plain(state, CheckpointError)
-    return state
+    return state  # type: ignore[return-value]
 
 
 def shown(value: object) -> str:
-    """Return a value from a file for a message: never long, whatever it is.
+    """Return a value from a file as text for a message, never long.
 
     Example:
         >>> shown("vgg16"), shown([[0] * 100] * 100)[:30]
@@ -88,102 +91,110 @@ def shown(value: object) -> str:
     return value if isinstance(value, str) and len(value) < 80 else reprlib.repr(value)
 
 
-def _other_format(state: object) -> str:
-    found = state.get("format", "none") if isinstance(state, dict) else "none"
+def _other_format(state: object, found: object) -> str:
     versions = state.get("versions") if isinstance(state, dict) else None
     writer = versions.get("transferkit") if isinstance(versions, dict) else None
-    newer = isinstance(found, int) and found > FORMAT
     by = f", written by transferkit {shown(writer)}" if writer else ""
-    remedy = "Install a newer transferkit." if newer else "Expected a file that Trainer.save wrote."
+    newer = isinstance(found, int) and found > FORMAT
     return (
         f"has checkpoint format {shown(found)}{by}: this is transferkit {VERSIONS['transferkit']}, which reads format "
-        f"{FORMAT}. {remedy}"
+        f"{FORMAT}. {'Install a newer transferkit.' if newer else 'Expected a file that Trainer.save wrote.'}"
     )
 
 
 def check_plain(state: object, error: type[CheckpointError]) -> list[Tensor]:
-    """Return the tensors in `state`, refusing whatever is not a plain type or a dense tensor with memory of its own.
+    """Return the tensors in a nested state.
 
     Raises:
-        CheckpointError: The given class of it, with the place.
+        CheckpointError: A value is not of a plain type or a dense tensor with memory of its own, or a key is not text.
+            The class is `error`, and the message names the place.
     """
     tensors: list[Tensor] = []
-    seen: set[int] = set()  # a list that holds one list many times, nested, would take forever
+    seen: set[int] = set()  # without it a list that holds one list twice, nested, would take forever
     waiting: list[tuple[str, object]] = [("", state)]
     while waiting:
         place, value = waiting.pop()
-        if isinstance(value, Tensor):
-            if not is_ordinary(value):
-                raise error(
-                    f"{place} is not an ordinary dense tensor: a checkpoint holds plain types and tensors only."
-                )
-            tensors.append(value)
-        elif id(value) in seen or type(value) in _PLAIN:
+        here = place[1:] or "the state"
+        if type(value) in _PLAIN or id(value) in seen:
             continue
+        seen.add(id(value))
+        if isinstance(value, Tensor) and is_ordinary(value):
+            tensors.append(value)
         elif isinstance(value, dict):
             if wrong := [key for key in value if not isinstance(key, str)]:
-                raise error(f"{place or 'the state'} has the key {shown(wrong[0])}: expected text.")
-            waiting += [(f"{place}/{key}" if place else key, part) for key, part in value.items()]
-        elif type(value) in (list, tuple):
-            waiting += [(f"{place}/{number}", part) for number, part in enumerate(cast("list[object]", value))]
+                raise error(f"{here} has the key {shown(wrong[0])}: expected text.")
+            waiting += [(f"{place}/{key}", part) for key, part in value.items()]
+        elif isinstance(value, list | tuple) and type(value) in (list, tuple):  # no torch.Size, no named tuple
+            waiting += [(f"{place}/{number}", part) for number, part in enumerate(value)]
         else:
-            raise error(
-                f"{place or 'the state'} is a {type(value).__name__}: a checkpoint holds plain types and tensors only."
-            )
-        seen.add(id(value))
+            kind = "not an ordinary dense tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise error(f"{here} is {kind}: a checkpoint holds plain types and tensors only.")
     return tensors
 
 
-def check_parts(state: Mapping[str, Any], parts: Mapping[str, Mapping[str, tuple[type, ...]]], *, origin: str) -> None:
-    """Refuse a checkpoint that lacks one of the parts asked for, or something in it, or has it of another type.
+def check_parts(state: object, parts: Any, *, origin: str, place: str = "") -> None:
+    """Compare a nested state with a table of what it must hold.
+
+    Args:
+        state: As read from a file.
+        parts: A tuple of the types that a value may have; a dict of the keys that a mapping must have, with `str` as
+            key for every key; or a list of one entry, for every item of a list.
+        origin: The file, for the message.
+        place: Of the state within the file.
 
     Raises:
-        CheckpointError: So it is.
+        CheckpointError: A part is missing or has another type. The message names its place.
+
+    Example:
+        >>> table = {"epoch": (int,), "losses": [(float,)], "weights": {str: (Tensor,)}}
+        >>> check_parts({"epoch": 3, "losses": [0.5, 0.25], "weights": {}}, table, origin="run.pt")
     """
-    lacking = [part for part in parts if not isinstance(state.get(part), Mapping)]
-    lacking += [
-        f"{part}/{key}" for part, keys in parts.items() if part not in lacking for key in keys if key not in state[part]
-    ]
-    if lacking:
+    kinds = parts if isinstance(parts, tuple) else (type(parts),)
+    if not isinstance(state, kinds) or (isinstance(state, bool) and bool not in kinds):
         raise CheckpointError(
-            f"{origin} lacks {', '.join(lacking)}: expected a file that Trainer.save wrote, or what "
-            "Trainer.state_dict returned."
+            f"{origin} has a {type(state).__name__} as {place or 'its state'}: expected "
+            f"{' or '.join(kind.__name__ for kind in kinds)}."
         )
-    for part, keys in parts.items():
-        for key, kinds in keys.items():
-            if type(state[part][key]) not in kinds:
-                raise CheckpointError(
-                    f"{origin} has a {type(state[part][key]).__name__} as {part}/{key}: expected "
-                    f"{' or '.join(kind.__name__ for kind in kinds)}."
-                )
+    prefix = f"{place}/" if place else ""
+    if isinstance(parts, dict):
+        if lacking := [prefix + key for key in parts if key is not str and key not in state]:
+            raise CheckpointError(
+                f"{origin} lacks {', '.join(lacking)}: expected a file that Trainer.save wrote, or what "
+                "Trainer.state_dict returned."
+            )
+        for key, part in parts.items():
+            for name in state if key is str else [key]:
+                check_parts(state[name], part, origin=origin, place=f"{prefix}{name}")
+    elif isinstance(parts, list):
+        for number, item in enumerate(state):
+            check_parts(item, parts[0], origin=origin, place=f"{prefix}{number}")
 
 
 def check_items(values: Iterable[object], kind: type, place: str) -> None:
-    """Refuse a list or the values of a mapping in a checkpoint that are not all of one type.
+    """Check that all values are of one type; a table of `check_parts` says the same.
 
     Raises:
-        CheckpointError: So they are.
+        CheckpointError: One is not.
     """
-    if wrong := [value for value in values if not isinstance(value, kind)]:
-        raise CheckpointError(f"{place} of the checkpoint holds a {type(wrong[0]).__name__}: expected {kind.__name__}.")
+    check_parts(list(values), [(kind,)], origin="the checkpoint", place=place)
 
 
 def check_no_tensors(value: object, place: str) -> None:
-    """Refuse a tensor where a checkpoint has numbers and text: comparing it would be no yes or no.
+    """Check that a value holds no tensor, because `==` on a tensor does not return a bool.
 
     Raises:
-        CheckpointError: So it is.
+        CheckpointError: It holds one, or something else that a checkpoint cannot hold.
     """
     if check_plain(value, CheckpointError):
         raise CheckpointError(f"{place} of the checkpoint holds a tensor: expected numbers and text.")
 
 
-def _check_unchanged(tensors: list[Tensor], counts: list[int]) -> None:
-    if counts != [tensor._version for tensor in tensors]:
-        raise OSError("its tensors were changed meanwhile, by another thread; save between two steps")
+def _check_unchanged(tensors: list[Tensor], versions: list[int]) -> None:
+    if versions != [tensor._version for tensor in tensors]:
+        raise OSError("another thread changed its tensors meanwhile, save between two steps")
 
 
-def _check_room(path: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(path.parent).free
+def _check_room(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
     if free < num_bytes + _PLAIN_BYTES:
-        raise OSError(f"it needs {num_bytes / 1e6:,.0f} MB and {path.parent} has {free / 1e6:,.0f} MB free")
+        raise OSError(f"it needs {num_bytes / 1e6:,.0f} MB and {folder} has {free / 1e6:,.0f} MB free")

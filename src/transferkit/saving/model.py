@@ -1,4 +1,4 @@
-"""A model as plain types and tensors, and back again, from a file alone if need be."""
+"""A model as plain types and tensors, and back."""
 
 import hashlib
 import os
@@ -17,31 +17,24 @@ from transferkit.model.backbone import Backbone, load_backbone
 from transferkit.model.freezing import find_boundary, first_trainable, freeze_until, trainable_state
 from transferkit.model.head import TransferModel, attach_head, build_head
 from transferkit.model.weights import differences
-from transferkit.saving.archive import (
-    check_items,
-    check_no_tensors,
-    check_parts,
-    read_checkpoint,
-    shown,
-    write_checkpoint,
-)
+from transferkit.saving.archive import check_no_tensors, check_parts, read_checkpoint, shown, write_checkpoint
 
-PARTS: dict[str, tuple[type, ...]] = {
+PARTS: dict[str, Any] = {
     "backbone": (str,),
     "preprocessing": (dict,),
-    "classes": (list,),
+    "classes": [(str,)],
     "head": (dict, type(None)),
     "threshold": (float, type(None)),
     "first_trainable": (str, type(None)),
-    "frozen": (list,),
-    "weights": (dict,),
-    "left_out": (list,),
+    "frozen": [(str,)],
+    "weights": {str: (Tensor,)},
+    "left_out": [(str,)],
     "sha256": (str,),
 }
 
 
 def model_state(model: TransferModel) -> dict[str, Any]:
-    """Return all that is needed to build a model again, as plain types and tensors that are not copies."""
+    """Return all that is needed to rebuild a model, as plain types and tensors that are not copies."""
     return {
         "backbone": model.backbone.name,
         "preprocessing": asdict(model.backbone.preprocess),
@@ -51,20 +44,24 @@ def model_state(model: TransferModel) -> dict[str, Any]:
         "first_trainable": first_trainable(model),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "weights": dict(model.state_dict()),
-        "left_out": [],  # names of weights that are not in this file
-        "sha256": "",  # of those
+        "left_out": [],  # names of weights that the file does not hold
+        "sha256": "",  # of those weights
     }
 
 
 def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
-    """Compare a saved model with a live one before anything is assigned.
+    """Compare a saved model with a live one, so that nothing is assigned unless everything fits.
+
+    Args:
+        model: The live one.
+        state: Of the form `PARTS`.
 
     Raises:
-        HeadMismatchError: Other classes.
-        UnknownLayerError: It is frozen until a layer that the model does not have.
-        CheckpointError: Another backbone, preprocessing, or other names or shapes of weights.
+        HeadMismatchError: The classes differ.
+        UnknownLayerError: The state is frozen up to a layer that the model does not have.
+        CheckpointError: The backbone, the preprocessing, or a name, shape or dtype of the weights differs.
     """
-    _check_content(state)
+    _check_description(state)
     find_boundary(model, state["first_trainable"])
     if list(model.classes) != state["classes"]:
         raise HeadMismatchError(
@@ -90,10 +87,7 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
         raise CheckpointError(f"the checkpoint's weights do not fit the model: {faults}. {cause}")
 
 
-def _check_content(state: Mapping[str, Any]) -> None:
-    for name, kind in (("classes", str), ("frozen", str), ("left_out", str)):
-        check_items(state[name], kind, f"model/{name}")
-    check_items(state["weights"].values(), Tensor, "model/weights")
+def _check_description(state: Mapping[str, Any]) -> None:
     check_no_tensors([state["preprocessing"], state["head"]], "model/preprocessing or model/head")
     if state["threshold"] is not None and not 0 < state["threshold"] < 1:
         raise CheckpointError(
@@ -104,7 +98,7 @@ def _check_content(state: Mapping[str, Any]) -> None:
 
 
 def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
-    """Assign a saved model, already compared, to a live one: its weights and what is frozen."""
+    """Assign a saved model, which `check_model_state` has accepted, to a live one: its weights and what is frozen."""
     model.load_state_dict(state["weights"])
     model.threshold = state["threshold"]
     freeze_until(model, state["first_trainable"] or "head")
@@ -114,7 +108,7 @@ def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
 
 
 def leave_out_frozen(state: Mapping[str, Any], model: TransferModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return a model's state without the weights that training does not change, and these."""
+    """Return a model's state without its frozen weights, and the frozen weights."""
     trained = trainable_state(model)
     frozen = {name: value for name, value in state["weights"].items() if name not in trained}
     kept = {name: value for name, value in state["weights"].items() if name in trained}
@@ -122,17 +116,17 @@ def leave_out_frozen(state: Mapping[str, Any], model: TransferModel) -> tuple[di
 
 
 def put_back(state: dict[str, Any], path: Path, *others: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the state of a model with the weights that were left out of the file.
+    """Return the state of a model with the weights that were left out of its file.
 
     Args:
-        state: As `leave_out_frozen` made it.
-        path: The file it comes from; a file of the frozen weights may lie beside it.
-        others: Weights of live models, any of which may be the same.
+        state: As `leave_out_frozen` made it, of the form `PARTS`.
+        path: Of its file. A file of the frozen weights may lie in the same folder.
+        others: Weights of live models that may include those left out.
 
     Raises:
-        CheckpointError: None has the digest of those left out.
+        CheckpointError: Neither `others` nor the folder has weights with the SHA-256 of those left out.
     """
-    _check_content(state)
+    _check_description(state)
     if not state["left_out"]:
         return state
     beside = frozen_path(path.parent, state["sha256"])
@@ -141,31 +135,31 @@ def put_back(state: dict[str, Any], path: Path, *others: Mapping[str, Tensor]) -
         if _sha256(found) == state["sha256"]:
             return {**state, "weights": {**state["weights"], **found}}
     if beside.exists():
-        found = read_checkpoint(beside).get("frozen", {})
-        tensors = isinstance(found, dict) and all(isinstance(weight, Tensor) for weight in found.values())
-        if tensors and _sha256(found) == state["sha256"]:
-            return {**state, "weights": {**state["weights"], **found}}
-        raise CheckpointError(f"{beside} does not hold the frozen weights it is named after: delete it.")
+        content = read_checkpoint(beside)
+        check_parts(content, {"frozen": {str: (Tensor,)}}, origin=str(beside))
+        if _sha256(content["frozen"]) == state["sha256"]:
+            return {**state, "weights": {**state["weights"], **content["frozen"]}}
+        raise CheckpointError(f"{beside} does not hold the frozen weights that its name says: delete it.")
     raise CheckpointError(
         f"{path} was saved without its {len(state['left_out'])} frozen weights "
-        f"({', '.join(state['left_out'][:3])}, ...), whose SHA-256 begins with {state['sha256'][:8]}, and none given "
-        f"has that. Expected them in the model, in backbone=, or in {beside}."
+        f"({', '.join(state['left_out'][:3])}, ...), and no weights with their SHA-256, {state['sha256'][:8]}..., were "
+        f"found. Expected them in the model, in backbone=, or in {beside}."
     )
 
 
 def frozen_path(folder: Path, sha256: str) -> Path:
-    """Return where the frozen weights of checkpoints in a folder lie."""
+    """Return the path of the file that holds the frozen weights of checkpoints in a folder."""
     return folder / f"frozen-{sha256[:16]}.pt"
 
 
 def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bool = True) -> None:
-    """Write a model, whole or not at all, as `load_model` reads it.
+    """Write a model, whole or not at all, for `load_model` to read.
 
     Args:
-        model: What is frozen, the class names and the preprocessing are written too.
+        model: The file also holds its class names, its preprocessing and what is frozen.
         path: Of the file.
-        frozen: False leaves out the weights that are frozen: 25 kB for a linear head. `load_model` then takes them
-            from a backbone that it is given, and tells whether they are the same by their SHA-256.
+        frozen: `False` leaves out the frozen weights, which makes 25 kB for a linear head. `load_model` must then be
+            given a backbone that has them, and compares their SHA-256.
 
     Raises:
         CheckpointWriteError: The folder is missing, read-only or full.
@@ -185,19 +179,19 @@ def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bo
 def load_model(
     path: str | os.PathLike[str], *, head: nn.Module | None = None, backbone: Backbone | None = None
 ) -> TransferModel:
-    """Build the model that `Trainer.save` or `save_model` wrote: no download, no other information.
+    """Build the model that `Trainer.save` or `save_model` wrote, from the file alone and without a download.
 
     Args:
-        path: The checkpoint.
-        head: If the model had a head of your own, one built the same way.
-        backbone: If it was saved without its frozen weights, a backbone that has them. It becomes part of the model.
+        path: Of the file.
+        head: A head built like that of the model, if it was your own.
+        backbone: A backbone with the frozen weights, if they were left out. It becomes part of the model.
 
     Returns:
-        The model on the CPU, in eval mode.
+        The model, on the CPU and in eval mode.
 
     Raises:
-        CheckpointError: Not a whole checkpoint, one with a head of your own and no `head` given, or one whose frozen
-            weights are not to be found.
+        CheckpointError: The file is missing, damaged or no checkpoint; it has a head of your own and no `head` is
+            given; or its frozen weights were left out and `backbone` does not have them.
 
     Example:
         >>> import tempfile
@@ -215,7 +209,7 @@ def load_model(
     state = put_back(state, Path(path), given)
     if head is None and state["head"] is None:
         raise CheckpointError(
-            f"{path} has a head of the user's own, whose code is not in the file: pass head= like it."
+            f"{path} has a head of the user's own, whose code is not in the file: pass one built the same way as head=."
         )
     try:
         model = _build(state, head, backbone)
@@ -243,7 +237,7 @@ def _build(state: Mapping[str, Any], head: nn.Module | None, backbone: Backbone 
 
 
 def _check_head_size(backbone: Backbone, state: Mapping[str, Any]) -> None:
-    """Refuse a head that is larger than its weights in the file, before there is memory taken for it."""
+    """Refuse a head that is larger than its weights in the file, before any memory is allocated for it."""
     if len(state["head"].get("hidden", ())) > len(state["weights"]):
         raise CheckpointError(
             f"the checkpoint describes a head of more layers than its {len(state['weights'])} weights."
@@ -252,7 +246,7 @@ def _check_head_size(backbone: Backbone, state: Mapping[str, Any]) -> None:
         head = build_head(backbone.feature_shape, len(state["classes"]), **state["head"])
     weights = {name.removeprefix("head."): w for name, w in state["weights"].items() if name.startswith("head.")}
     if faults := differences(head.state_dict(), weights):
-        raise CheckpointError(f"the checkpoint's weights are not those of the head that it describes: {faults}.")
+        raise CheckpointError(f"the checkpoint's weights do not fit the head that it describes: {faults}.")
 
 
 def _sha256(weights: Mapping[str, Tensor]) -> str:

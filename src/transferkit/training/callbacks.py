@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from transferkit.base.arguments import positive, whole_number
+from transferkit.base.arguments import not_negative, whole_number
 from transferkit.errors import ArgumentError, close_matches
 from transferkit.model.freezing import find_boundary, freeze_until
 from transferkit.model.head import TransferModel
@@ -62,7 +62,7 @@ class EarlyStopping:
             )
         self.monitor = monitor
         self.patience = whole_number("patience", patience)
-        self.min_delta = positive("min_delta", min_delta, or_zero=True)
+        self.min_delta = not_negative("min_delta", min_delta)
 
     def before_run(self, trainer: Running, *, validated: bool) -> None:
         """Refuse to watch what is not measured, before the first step."""

@@ -1,4 +1,4 @@
-"""`Checkpoint` keeps the last states of a run in a folder."""
+"""`Checkpoint` keeps the last checkpoints of a run in a folder."""
 
 import os
 import re
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from transferkit.base.arguments import whole_number
-from transferkit.base.torch_files import DAMAGE, check_archive
 from transferkit.errors import (
     ArgumentError,
     CheckpointError,
@@ -24,7 +23,7 @@ _NAME = re.compile(r"step-(\d+)\.pt")
 
 
 class Resumable(Protocol):
-    """What can be saved: a `Trainer`."""
+    """What `Checkpoint` saves: a `Trainer`."""
 
     model: TransferModel
     global_step: int
@@ -36,24 +35,23 @@ class Resumable(Protocol):
 class Checkpoint:
     """A callback of `Trainer.fit` that saves the run after epochs, after steps, and when something ends it early.
 
-    `fit(resume_from=folder)` continues from there with the same result as if it had never stopped. Frozen weights are
-    written once, to a separate file. Files appear whole or not at all, and an old one is removed once the new one has
-    been read back and verified. A save that fails is a warning, and an error at the end of `fit` unless a later one
-    succeeds.
+    `fit(resume_from=folder)` continues the run with the same result as if it had never stopped. Frozen weights are
+    written once, to a file of their own. A file appears whole or not at all, and an old one is removed only after the
+    new one has been verified. A save that fails gives a warning. If no later save succeeds, `fit` ends with the error.
 
     Args:
-        folder: Made if its parent is there.
-        every_epochs: 1 saves after each epoch.
-        every_steps: Saves after so many steps as well; None does not.
-        keep_last: How many states stay in the folder, 1 or more.
+        folder: Created if its parent exists.
+        every_epochs: Number of epochs between two saves.
+        every_steps: Number of steps between two further saves. `None` saves after epochs only.
+        keep_last: Number of checkpoints that stay in the folder, 1 or more.
 
     Attributes:
         folder: The folder.
-        failure: What the last save failed with; None if it did not.
+        failure: The error of the last save, `None` if it succeeded.
 
     Raises:
-        CheckpointWriteError: There is no such folder and none can be made.
-        ArgumentError: A number out of range.
+        CheckpointWriteError: The folder does not exist and cannot be created.
+        ArgumentError: A number is out of range.
 
     Example:
         >>> trainer.fit(train, epochs=10, callbacks=[Checkpoint("runs/a")], resume_from="runs/a")  # doctest: +SKIP
@@ -79,35 +77,36 @@ class Checkpoint:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise CheckpointWriteError(
-                f"checkpoints cannot be kept in {folder}: {error}. Expected a folder, or where to make one."
+                f"checkpoints cannot be kept in {folder}: {error}. Expected a folder, or a name for one in a folder."
             ) from error
 
     def __call__(self, trainer: Resumable, report: EpochReport) -> None:
-        """Save after an epoch, if it is its turn."""
+        """Save after every `every_epochs` epochs."""
         if (report.epoch + 1) % self.every_epochs == 0:
             self.try_to_save(trainer)
 
     def after_step(self, trainer: Resumable) -> None:
-        """Save after a step, if it is its turn."""
+        """Save after every `every_steps` steps."""
         if self.every_steps is not None and trainer.global_step % self.every_steps == 0:
             self.try_to_save(trainer)
 
     def try_to_save(self, trainer: Resumable) -> Path | None:
-        """Save; a failure becomes a warning and stays in `failure`. Return the file's path, None if it failed."""
+        """Save, and return the path, or `None` if that failed: then warn and keep the error in `failure`."""
         try:
             path = self.save(trainer)
         except (CheckpointTypeError, CheckpointWriteError) as error:
             self.failure = error
-            warnings.warn(f"the run goes on unsaved: {error}", stacklevel=2)
+            warnings.warn(f"the run continues unsaved: {error}", stacklevel=2)
             return None
         self.failure = None
         return path
 
     def save(self, trainer: Resumable) -> Path:
-        """Write the state of a trainer, verify it, remove what is older than the last ones, and return its path.
+        """Write the state of a trainer, then remove older checkpoints; return the path.
 
         Raises:
-            CheckpointWriteError: The folder is read-only or full; what was there before still is.
+            CheckpointTypeError: The state holds something other than plain types and tensors. Nothing was written.
+            CheckpointWriteError: The folder is read-only or full. Nothing was removed.
         """
         state = trainer.state_dict()
         check_plain(state, CheckpointTypeError)
@@ -115,13 +114,13 @@ class Checkpoint:
         if frozen:
             path = frozen_path(self.folder, model["sha256"])
             if path not in self._frozen_written or not path.exists():
-                _write_verified(path, {"frozen": frozen})
+                write_checkpoint(path, {"frozen": frozen})
                 self._frozen_written.add(path)
         path = self.folder / f"step-{trainer.global_step:08d}.pt"
-        _write_verified(path, {**state, "model": model})
+        write_checkpoint(path, {**state, "model": model})
         states = steps_in(self.folder)
-        place = states.index(path)  # what lies behind was left by a run that was resumed from an earlier state
-        for other in states[: max(0, place + 1 - self.keep_last)] + states[place + 1 :]:
+        end = states.index(path) + 1  # later ones are of a run that was then resumed from an earlier checkpoint
+        for other in states[: max(0, end - self.keep_last)] + states[end:]:
             other.unlink(missing_ok=True)
         return path
 
@@ -146,23 +145,24 @@ class Checkpoint:
         """
         if resumed_from is not None and self.folder.resolve() == resumed_from.parent.resolve():
             return
-        if any(_step(path) > global_step for path in steps_in(self.folder)):
+        states = steps_in(self.folder)
+        if states and _step(states[-1]) > global_step:
             raise ArgumentError(
-                f"{self.folder} holds the checkpoints of another run, up to {steps_in(self.folder)[-1].name}: go on "
-                f"with it, fit(resume_from={str(self.folder)!r}), or name another folder."
+                f"{self.folder} holds the checkpoints of another run, up to {states[-1].name}: continue that run, "
+                f"fit(resume_from={str(self.folder)!r}), or name another folder."
             )
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """Return the states in a folder, the newest last."""
+    """Return the paths of the checkpoints in a folder, the newest last."""
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_step)
 
 
 def read_newest(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
-    """Read a checkpoint, or the newest in a folder; None if the folder has none yet.
+    """Read a checkpoint, or the newest in a folder; return its path and state, or `None` if the folder has none yet.
 
     Raises:
-        CheckpointError: No such file or folder, or the newest is damaged; then the message names the newest good one.
+        CheckpointError: The file is missing or cannot be used. In a folder, the message names the newest good one.
     """
     path = Path(path)
     if not path.is_dir():
@@ -189,13 +189,3 @@ def _is_good(path: Path) -> bool:
 def _step(path: Path) -> int:
     found = _NAME.fullmatch(path.name)
     return int(found[1]) if found else -1
-
-
-def _write_verified(path: Path, state: dict[str, Any]) -> None:
-    write_checkpoint(path, state)
-    try:
-        check_archive(path)
-    except DAMAGE as error:
-        raise CheckpointWriteError(
-            f"{path} was written and does not verify: {error}. Nothing older was removed; is the disk sound?"
-        ) from error

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import Self
 
-from transferkit.base.arguments import positive, share
+from transferkit.base.arguments import fraction, positive
 from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError
 from transferkit.model.head import TransferModel
@@ -72,7 +72,7 @@ class CrossEntropy:
     threshold = None
 
     def __post_init__(self) -> None:
-        share("label_smoothing", self.label_smoothing)
+        fraction("label_smoothing", self.label_smoothing)
 
     def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:
         """Return the loss with its weights computed from the training data, on the device."""
@@ -134,7 +134,7 @@ class BinaryCrossEntropy:
     positive_weights: Weights = None
 
     def __post_init__(self) -> None:
-        share("label_smoothing", self.label_smoothing)
+        fraction("label_smoothing", self.label_smoothing)
         check_threshold(self.threshold)
 
     def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from transferkit.base.arguments import positive
-from transferkit.errors import ArgumentError, close_matches
+from transferkit.base.arguments import not_negative, one_of, positive
+from transferkit.errors import ArgumentError
 from transferkit.model.head import TransferModel
 
 OptimizerClass = Callable[..., Optimizer]
@@ -61,13 +61,11 @@ def build_optimizer(
             )
         _check_parameters(optimizer, model)
         for group in optimizer.param_groups:
-            positive("lr of the optimizer", float(group["lr"]), or_zero=True)
+            not_negative("lr of the optimizer", float(group["lr"]))
             group.setdefault("initial_lr", group["lr"])
         return optimizer
     if isinstance(optimizer, str):
-        if optimizer not in OPTIMIZERS:
-            raise ArgumentError(f"optimizer={optimizer!r} is not known. {close_matches(optimizer, OPTIMIZERS)}")
-        optimizer = OPTIMIZERS[optimizer]
+        optimizer = OPTIMIZERS[one_of("optimizer", optimizer, OPTIMIZERS)]
     if not callable(optimizer):
         raise ArgumentError(
             f"optimizer={optimizer!r} cannot be used: expected a name ({', '.join(OPTIMIZERS)}), an optimizer class "
@@ -78,7 +76,7 @@ def build_optimizer(
     fixed = getattr(optimizer, "keywords", {})  # what a functools.partial already says
     options: dict[str, Any] = {"fused": True} if "fused" in accepted and not {"fused", "foreach"} & set(fixed) else {}
     if weight_decay is not None:
-        options["weight_decay"] = positive("weight_decay", weight_decay, or_zero=True)
+        options["weight_decay"] = not_negative("weight_decay", weight_decay)
     built = optimizer(groups, **options)
     own_lr = built.param_groups[0]["lr"] if "lr" in fixed else LR
     set_lr(built, own_lr if lr is None else lr)

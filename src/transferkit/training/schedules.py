@@ -5,8 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
-from transferkit.base.arguments import share
-from transferkit.errors import ArgumentError, close_matches
+from transferkit.errors import ArgumentError
 
 Schedule = Callable[[float], float]
 
@@ -77,7 +76,7 @@ def warmup(schedule: str | Schedule = "cosine", fraction: float = 0.1) -> Schedu
     References:
         Goyal et al., 2017, "Accurate, Large Minibatch SGD", arXiv:1706.02677.
     """
-    if share("fraction", fraction) == 0:
+    if checked_fraction("fraction", fraction) == 0:
         raise ArgumentError("fraction=0 is no warm-up: pass the schedule itself.")
     return _Warmup(find_schedule(schedule), fraction)
 
@@ -90,12 +89,8 @@ def find_schedule(schedule: str | Schedule) -> Schedule:
     """
     if callable(schedule):
         return schedule
-    if schedule not in SCHEDULES:
-        raise ArgumentError(
-            f"schedule={schedule!r} is not known. {close_matches(schedule, SCHEDULES)} A function of progress (0 to 1) "
-            "that returns a factor serves as well."
-        )
-    return SCHEDULES[schedule]
+    hint = "Or pass a function of progress (0 to 1) that returns a factor."
+    return SCHEDULES[one_of("schedule", schedule, SCHEDULES, hint=hint)]
 
 
 def describe_schedule(schedule: Schedule) -> str:
