@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
+from transferkit.base.arguments import fraction as checked_fraction
+from transferkit.base.arguments import one_of
 from transferkit.errors import ArgumentError
 
 Schedule = Callable[[float], float]
