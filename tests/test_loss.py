@@ -203,7 +203,7 @@ def test_other_targets_than_multi_hot_rows_are_refused(model, data, targets, mes
 
 def test_multi_hot_rows_without_the_loss_name_it(model, labels):
     """Cross-entropy refuses rows that do not sum to one and says which loss takes them."""
-    with pytest.raises(TargetError, match=r"several labels, say so: Trainer\(loss=transferkit.BinaryCrossEntropy"):
+    with pytest.raises(TargetError, match=r"several labels, pass Trainer\(loss=transferkit.BinaryCrossEntropy"):
         make_trainer(model).fit(labels, verbose=0)
 
 

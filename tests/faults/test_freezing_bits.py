@@ -213,7 +213,7 @@ def test_two_heads_unknown_layers_and_nothing_to_train(make_backbone, data):
     """Each has its own error, with close matches for a name, before anything is changed."""
     model = make_model(make_backbone, "head")
     modes = [parameter.requires_grad for parameter in model.parameters()]
-    with pytest.raises(HeadMismatchError, match=r"has a head already; use model\.backbone"):
+    with pytest.raises(HeadMismatchError, match=r"already has a head: pass model\.backbone"):
         tk.attach_head(model, CLASSES)
     with pytest.raises(UnknownLayerError, match="block5"):
         tk.freeze_until(model, "blok5")

@@ -93,7 +93,7 @@ def _check_labels(values: Tensor, num_classes: int, indices: Sequence[int] | Non
     if values.ndim != 2 or values.shape[1] != num_classes:
         raise TargetError(
             f"targets have shape {tuple(values.shape)} and dtype {values.dtype}: the loss is for images with several "
-            f"labels and expects rows (N, {num_classes}) of 0 and 1. Turn class indices into rows with "
+            f"labels, so expected rows (N, {num_classes}) of 0 and 1. Turn class indices into rows with "
             f"torch.nn.functional.one_hot(torch.as_tensor(targets), {num_classes}); if each image has exactly one "
             "label, pass Trainer(loss=transferkit.CrossEntropy())."
         )
