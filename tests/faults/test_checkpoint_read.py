@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import errno
 import random
 import re
 import resource
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -186,6 +188,18 @@ def test_a_good_file_is_not_called_damaged_for_want_of_memory(tmp_path, read):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert "delete" not in str(error.value)
+
+
+def test_a_good_file_is_not_called_damaged_when_the_disk_fails(run_file, trainer, monkeypatch):
+    """An error of the disk while a file is read is named as such, and nobody is told to delete the file."""
+
+    def failing(archive):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", failing)
+    refused(
+        trainer, lambda: trainer.load(run_file), CheckpointError, r"run\.pt: .*Input/output error\. The file may be"
+    )
 
 
 # --- edited files

@@ -34,13 +34,14 @@ def check_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping
             f"the checkpoint's optimizer is {state['class']} with {len(state['groups'])} groups, the live one {name} "
             f"with {len(optimizer.param_groups)}: expected the same. Build the Trainer with that optimizer."
         )
+    from_torch = f"{type(optimizer).__module__}.".startswith("torch.optim.")  # the step of another may do anything
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     unknown = dict(state["state"])
     for number, (group, saved) in enumerate(zip(optimizer.param_groups, state["groups"], strict=True)):
         _check_values(f"group {number}", {key: value for key, value in group.items() if key != "params"}, saved)
         for parameter in group["params"]:
             values = unknown.pop(names[id(parameter)], None)
-            if values is not None and type(optimizer).__module__.startswith("torch.optim."):
+            if values is not None and from_torch:
                 _check_values(names[id(parameter)], _state_after_a_step(optimizer, group, parameter), values)
     if unknown:
         raise CheckpointError(
