@@ -372,7 +372,7 @@ def test_the_checkpoint_of_another_model_is_refused(
     [
         (
             {"a": torch.zeros(2)},
-            r"x\.pt has checkpoint format none: .*, which reads format 2\. Expected",
+            r"x\.pt has checkpoint format none: .*, which reads format 3\. Expected",
         ),
         ([1, 2], r"x\.pt has checkpoint format none"),
         ({"format": archive.FORMAT}, r"x\.pt lacks model"),

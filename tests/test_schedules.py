@@ -78,7 +78,7 @@ def test_a_function_of_progress_serves():
 )
 def test_unknown_schedule_is_refused(name, hint):
     """An unknown name is refused with the names that come close, and with the other way."""
-    with pytest.raises(ArgumentError, match=rf"schedule={name!r} is not known. {hint}.*A function of progress"):
+    with pytest.raises(ArgumentError, match=rf"schedule={name!r} is not known. {hint}.*pass a function of progress"):
         find_schedule(name)
 
 

@@ -307,7 +307,7 @@ def test_another_format_is_refused_in_one_line(run_file, trainer, number, advice
     """A file of another format says what wrote it, what this is, and what to do, in one line."""
     edited(run_file, lambda s: s.update(format=number, versions={"transferkit": "9.9"}))
 
-    message = rf"run\.pt has checkpoint format {number}, written by transferkit 9\.9: this is .* format 2\. {advice}"
+    message = rf"run\.pt has checkpoint format {number}, written by transferkit 9\.9: this is .* format 3\. {advice}"
     refused(trainer, lambda: trainer.load(run_file), CheckpointError, message)
 
 

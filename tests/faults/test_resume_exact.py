@@ -519,7 +519,7 @@ def test_another_precision_is_said(tmp_path, there, here):
     trainer = make_trainer({"trainer": {**PLAIN, "precision": there}}, init=0)
     fit_images(trainer, augment=None, callbacks=[tk.Checkpoint(tmp_path / "a", every_steps=2, keep_last=9)])
     trainer = make_trainer({"trainer": {**PLAIN, "precision": here}}, init=1)
-    with pytest.warns(UserWarning, match=f"from cpu in {there}, and goes on on cpu in {here}: numbers will differ"):
+    with pytest.warns(UserWarning, match=f"from cpu in {there} and continues on cpu in {here}: numbers will differ"):
         history = fit_images(trainer, augment=None, resume_from=tmp_path / "a" / "step-00000004.pt")
     assert len(history.reports) == EPOCHS
 
@@ -532,7 +532,7 @@ def test_a_gradient_scale_is_not_dropped_without_a_word(tmp_path):
     edit(path, "progress/precision", lambda _: "fp16")
     edit(path, "progress/device", lambda _: "cuda")
     trainer = make_trainer({"trainer": PLAIN}, init=1)
-    with pytest.warns(UserWarning, match=r"from cuda in fp16, and goes on on cpu in fp32.*gradient scale is dropped"):
+    with pytest.warns(UserWarning, match=r"from cuda in fp16 and continues on cpu in fp32.*gradient scale is dropped"):
         fit_images(trainer, augment=None, resume_from=path)
 
 
