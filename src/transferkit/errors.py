@@ -18,7 +18,7 @@ class ArgumentError(TransferKitError, ValueError):
 
 
 class CacheError(TransferKitError, RuntimeError):
-    """Features cannot be kept, or a file of kept features cannot be used."""
+    """Features cannot be cached, or a file of features cannot be used."""
 
 
 class CheckpointError(TransferKitError, ValueError):

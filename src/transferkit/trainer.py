@@ -171,7 +171,7 @@ class Trainer:
         self.torch_compile = torch_compile
         self._interrupts = Interrupts()
         self._features = FeatureCache(self.device, open_folder(cache_dir), check=self._interrupts.check)
-        self._frozen = Frozen(model, self.device, compiled=torch_compile)
+        self._frozen = Frozen(model, self.device)
         self._progress: Progress | None = None
         self._history: History | None = None
         self.epoch = 0

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 Callback = Callable[["Trainer", EpochReport], object]
 
-KEPT_BATCH_SIZE = 256
-"""Images validated at once where their features are kept: there are no convolutions to take memory."""
+CACHED_BATCH_SIZE = 256
+"""Images validated at once where their features are cached: there are no convolutions to take memory."""
 
 SCALE_CHECKED_EVERY = 50
 """Steps between two looks at the gradient scale of fp16, each of which waits for the device."""
@@ -213,7 +213,7 @@ def _validate(
     trainer: "Trainer", feed: Feed, batch_size: int, interrupts: Interrupts, display: Display
 ) -> tuple[float, float]:
     """Return loss and accuracy on the images to validate on."""
-    network, batches = feed.open(batch_size, kept_batch_size=max(batch_size, KEPT_BATCH_SIZE))
+    network, batches = feed.open(batch_size, cached_batch_size=max(batch_size, CACHED_BATCH_SIZE))
     total = feed.inputs.source.num_images
     with in_eval_mode(trainer.model), closing(batches), display.bar("validation", total) as bar:
         return evaluate(network, interrupts.watched(bar.over(batches)), device=trainer.device)
