@@ -16,7 +16,8 @@ from transferkit.data.augmentation import Augment, build_augmentation
 from transferkit.data.inputs import Inputs
 from transferkit.data.open import open_data
 from transferkit.errors import ArgumentError
-from transferkit.features.cache import CachedFeatures, FeatureCache, open_folder
+from transferkit.features.cache import FeatureCache, open_folder
+from transferkit.features.chunks import CachedFeatures
 from transferkit.features.feed import Feed, Frozen
 from transferkit.model.head import TransferModel
 

@@ -9,7 +9,8 @@ from transferkit.base.display import Display
 from transferkit.compute.device import Device
 from transferkit.data.inputs import Inputs
 from transferkit.errors import CacheError
-from transferkit.features.cache import CachedFeatures, FeatureCache
+from transferkit.features.cache import FeatureCache
+from transferkit.features.chunks import CachedFeatures
 from transferkit.features.prefix import NOTHING_FROZEN, Prefix, pure_prefix
 from transferkit.model.head import TransferModel
 

@@ -134,13 +134,17 @@ class Prefix:
     def outputs(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape `(h, w, C)` and dtype of the output for one image after 0, 1, ... layers."""
         size = self._preprocess.image_size
-        output = torch.zeros(1, 3, size, size, device=self.device.torch_device)
-        outputs = []
-        with torch.no_grad(), self.device.autocast():
-            for layer in (nn.Identity(), *self._layers):
-                output = layer(output)
-                outputs.append((tuple(output.permute(0, 2, 3, 1).shape[1:]), output.dtype))
-        return outputs
+
+        def run(_: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+            outputs = []
+            output = torch.zeros(1, 3, size, size, device=self.device.torch_device)
+            with torch.no_grad(), self.device.autocast():
+                for layer in (nn.Identity(), *self._layers):
+                    output = layer(output)
+                    outputs.append((tuple(output.permute(0, 2, 3, 1).shape[1:]), output.dtype))
+            return outputs
+
+        return within_memory(run, 1, device=self.device, what="frozen layers")[0]
 
     def is_current(self, layers: nn.Sequential, preprocess: Preprocessing) -> bool:
         """Return whether `digests` were read, and these layers are those they were read of, and unchanged.
