@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import transferkit as tk
-from transferkit.features.file import FeatureFile
+from transferkit.features.file import write_features
 from transferkit.features.prefix import Prefix
 
 BATCH_SIZE = 32
@@ -53,7 +53,7 @@ def make_model(image_size: int, frozen_until: str | None) -> tk.TransferModel:
 
 
 def training(device: tk.Device, image_size: int, frozen_until: str | None) -> tuple[Callable[[], object], float, float]:
-    """Return one step over kept features, its operations and its bytes."""
+    """Return one step over cached features, its operations and its bytes."""
     model = make_model(image_size, frozen_until)
     images = torch.randint(0, 256, (4 * BATCH_SIZE, 3, image_size, image_size), dtype=torch.uint8)
     data = (images, torch.arange(len(images)) % 10)
@@ -79,10 +79,10 @@ def prefix(device: tk.Device, image_size: int, frozen_until: str) -> tuple[Calla
 
 
 def file_of_features(folder: Path) -> tuple[Callable[[], object], float, float]:
-    """Return opening a file of features, digest included; its bytes are read once."""
-    file = FeatureFile(folder, "0" * 64)
-    file.write([torch.zeros(COPY_BYTES // 2, dtype=torch.bfloat16)], (COPY_BYTES // 2,), torch.bfloat16)
-    return file.read, 0.0, COPY_BYTES
+    """Return mapping a file of features, digest included; its bytes are read once."""
+    images = [number.to_bytes(16, "big") for number in range(1024)]
+    features = torch.zeros(len(images), COPY_BYTES // 2 // len(images), dtype=torch.bfloat16)
+    return write_features(folder, "0" * 64, images, features).read, 0.0, COPY_BYTES
 
 
 def main() -> None:

@@ -5,10 +5,10 @@ import zlib
 
 import pytest
 import torch
-from cached import assert_same_run, changed, fit, make_model, make_trainer, total, weights_of
 from torch.utils.data import Dataset
 
 import transferkit as tk
+from cached import assert_same_run, changed, fit, make_model, make_trainer, total, weights_of
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import transferkit as tk
 from cached import (
     EPOCHS,
     IMPURE,
@@ -18,9 +21,6 @@ from cached import (
     total,
     weights_of,
 )
-from torch.utils.data import DataLoader, TensorDataset
-
-import transferkit as tk
 from transferkit.errors import CacheError
 from transferkit.features import cache as cache_module
 
@@ -29,7 +29,13 @@ from transferkit.features import cache as cache_module
 
 def test_augmentation_is_told_in_one_line(make_backbone, data, capsys, images_seen):
     """With augmentation one line says why training features are not cached; those of validation images are."""
-    fit(make_trainer(make_model(make_backbone)), data, validation_data=(255 - data[0], data[1]), augment="flip", verbose=2)
+    fit(
+        make_trainer(make_model(make_backbone)),
+        data,
+        validation_data=(255 - data[0], data[1]),
+        augment="flip",
+        verbose=2,
+    )
     (line,) = refusals(lines_of(capsys))
     assert "training" in line
     assert "augment" in line

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cached import assert_same_run, changed, fit, lines_of, make_model, make_trainer, through_the_whole_model, total
 
+from cached import assert_same_run, changed, fit, lines_of, make_model, make_trainer, through_the_whole_model, total
 from transferkit.errors import CacheError
 from transferkit.features import cache as cache_module
 from transferkit.features.file import write_features
@@ -259,7 +259,7 @@ def test_a_read_only_folder(trainers, data, capsys):
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("room_for", [0, 1])
 def test_a_full_disk(trainers, data, tmp_path, capsys, monkeypatch, images_seen, room_for):
-    """When the disk has no room for another file the run goes on in memory, says so once, and computes nothing twice."""
+    """When the disk has no room for another file the run goes on in memory, says so once, computes nothing twice."""
     free = lambda _: Usage(0, 0, 10**9 if len(files(tmp_path / "cache")) < room_for else 10)  # noqa: E731
     monkeypatch.setattr(shutil, "disk_usage", free)
     assert_same_run(trainers(), data, verbose=2)
@@ -268,7 +268,9 @@ def test_a_full_disk(trainers, data, tmp_path, capsys, monkeypatch, images_seen,
     assert str(tmp_path) in line
     assert len(files(tmp_path / "cache")) == len(list((tmp_path / "cache").iterdir())) == room_for
     assert total(images_seen) == 24
-    assert ("memory of cpu" in lines[2]) and (str(tmp_path) in lines[2]) == bool(room_for)
+    told = next(line for line in lines if "features of 24 images: computed" in line)
+    assert "memory of cpu" in told
+    assert (str(tmp_path) in told) == bool(room_for)
 
 
 def test_a_folder_that_cannot_be_used_is_refused(make_backbone, tmp_path):

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
+
+import transferkit as tk
 from cached import (
     EPOCHS,
     IMPURE,
@@ -13,9 +16,6 @@ from cached import (
     through_the_whole_model,
     total,
 )
-from torch import nn
-
-import transferkit as tk
 from transferkit.data.preprocessing import CONVENTIONS
 
 

@@ -5,6 +5,11 @@ from functools import partial
 
 import pytest
 import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
+
 from cached import (
     CLASSES,
     EPOCHS,
@@ -22,10 +27,6 @@ from cached import (
     total,
     weights_of,
 )
-from PIL import Image
-from torch import nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
-from torchvision.datasets import ImageFolder
 
 BOUNDARIES = ["block2", "block3", "block4_conv1", "block5", "head"]
 
