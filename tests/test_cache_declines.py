@@ -95,7 +95,7 @@ class SometimesNoisy(RandomlyFlipped):
 
 @pytest.mark.parametrize("kind", [RandomlyFlipped, SometimesNoisy])
 def test_a_random_data_set_is_read_anew(make_backbone, data, capsys, kind):
-    """A data set that draws random numbers is read in each epoch, one line says so, and it is asked once a run."""
+    """A data set that draws random numbers is read in each epoch, and one line says so."""
     cached, uncached = (make_trainer(make_model(make_backbone, "block5"), cache=mode) for mode in ("auto", False))
     history = figures(fit(cached, kind(data), epochs=3, verbose=2))
     assert len(refusals(lines_of(capsys))) == 1
