@@ -36,14 +36,14 @@ def make_model(
 
 def make_trainer(model: tk.TransferModel, *, folder: Path | str | None = None, **arguments: Any) -> tk.Trainer:
     """Return a trainer in bf16 on the CPU, with files of features in `folder`."""
-    arguments |= {} if folder is None else {"cache_dir": folder}
+    arguments |= {} if folder is None else {"cache": folder}
     return tk.Trainer(model, **{"device": "cpu", "precision": "bf16", "lr": 1e-2, **arguments})
 
 
 def through_the_whole_model(trainer: tk.Trainer) -> tk.Trainer:
     """Let a trainer use neither prefix nor cache: with a hook on the first layer it runs the whole model."""
     trainer.model.backbone.features[0].register_forward_hook(lambda *_: None)
-    trainer.cache = False
+    trainer._cache_mode = False
     return trainer
 
 

@@ -166,7 +166,7 @@ def test_images_of_differing_sizes(setup):
     cached, how = setup.fill([(image, index % 3) for index, image in enumerate(images)])
     assert how == "3 known, 2 computed"
     inputs = [
-        setup.backbone.preprocess(open_data([image], CLASSES, with_targets=False).samples[0, 0][0][None])
+        setup.backbone.preprocess(open_data([image], CLASSES, with_targets=False).samples.read(0, 0)[0][None])
         for image in images
     ]
     assert torch.equal(features_of(cached), setup.prefix()(torch.cat(inputs)).permute(0, 2, 3, 1))
