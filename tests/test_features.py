@@ -135,7 +135,7 @@ def test_chunks_are_put_together(rows):
 
 @pytest.mark.parametrize("room", [20 * 8 * 4, 20 * 8 * 4 - 1], ids=["room", "no room"])
 def test_an_accelerator_gets_one_tensor_if_it_has_room(monkeypatch, room):
-    """There the features of a run are put together, and chunks that it uses whole are dropped; else all stays as it is."""
+    """There the features of a run are put together, and chunks used whole are dropped; else nothing moves."""
     device = tk.Device("cpu")
     device.torch_device = torch.device("meta")  # stands for an accelerator; holds shapes alone
     monkeypatch.setattr(cache_module, "ROOM_IF_UNKNOWN", room)
