@@ -20,6 +20,7 @@ from transferkit.errors import CacheError
 from transferkit.features import cache as cache_module
 from transferkit.features.cache import FeatureCache, open_folder
 from transferkit.features.chunks import CachedFeatures, Chunk, image_digests, together
+from transferkit.features.file import FeatureFile
 from transferkit.features.prefix import Prefix
 
 
@@ -130,6 +131,42 @@ def test_chunks_are_put_together(rows):
     assert one.layers == "layers"
     assert one.images == [images[row] for row in rows]
     assert torch.equal(one.features, features[rows])
+
+
+@pytest.mark.parametrize("room", [20 * 8 * 4, 20 * 8 * 4 - 1], ids=["room", "no room"])
+def test_an_accelerator_gets_one_tensor_if_it_has_room(monkeypatch, room):
+    """There the features of a run are put together, and chunks used whole are dropped; else nothing moves."""
+    device = tk.Device("cpu")
+    device.torch_device = torch.device("meta")  # stands for an accelerator; holds shapes alone
+    monkeypatch.setattr(cache_module, "ROOM_IF_UNKNOWN", room)
+    features, images = torch.rand(24, 1, 1, 8), [bytes([number]) * 16 for number in range(24)]
+    chunks = [Chunk("layers", images[start:end], features[start:end]) for start, end in ((0, 8), (8, 9), (9, 24))]
+    found = [(chunk, row) for chunk in chunks for row in range(len(chunk.images))]
+    found = [found[index] for index in torch.randperm(20) + 4]  # all but four of the first chunk
+    cache = FeatureCache(device)
+    cache.chunks += chunks
+    parts, rows = cache._place(found)
+    if room < 20 * 8 * 4:
+        assert torch.equal(torch.cat(parts)[rows], torch.stack([chunk.features[row] for chunk, row in found]))
+        assert cache.chunks == chunks
+    else:
+        (part,), (first, chunk) = parts, cache.chunks
+        assert first is chunks[0]
+        assert part is chunk.features
+        assert (part.device.type, part.shape) == ("meta", (20, 1, 1, 8))
+        assert [chunk.images[row] for row in rows] == [other.images[row] for other, row in found]
+
+
+# ---- filling
+
+
+def test_reading_looks_at_no_place_for_tensors(setup, data, monkeypatch):
+    """A batch crosses to the device in a call for each of its parts, not in one for each of its images."""
+    calls = []
+    move = tk.Device.move
+    monkeypatch.setattr(tk.Device, "move", lambda device, part: calls.append(part) or move(device, part))
+    assert sum(len(targets) for _, targets in setup.inputs(data).batches(8)) == 24
+    assert len(calls) == 3 * 4  # images, targets and places of each batch, and the images as they are prepared
 
 
 # ---- filling
@@ -516,6 +553,17 @@ def test_a_second_fill_maps_no_file_again(backbone, data, tmp_path, monkeypatch)
     other.cache.share(setup.cache)
     monkeypatch.setattr("transferkit.features.file.FeatureFile.read", None)
     assert setup.fill(data)[1] == other.fill(data)[1] == "known"
+
+
+def test_shallower_files_are_mapped_once(backbone, data, tmp_path, monkeypatch):
+    """Files that deeper features are derived from stay mapped for the next time."""
+    Setup(backbone, folder=tmp_path).fill(data, "block3")
+    setup, reads, read = Setup(backbone, folder=tmp_path), [], FeatureFile.read
+    monkeypatch.setattr(FeatureFile, "read", lambda file: reads.append(file.shape) or read(file))
+    for boundary in ("block5", "head"):
+        assert setup.fill(data, boundary)[1] == "derived"
+        another_weight(9)(setup)
+    assert sorted(reads) == [(24, 1, 1, 8), (24, 2, 2, 8), (24, 8, 8, 4)]
 
 
 def test_files_that_nobody_asks_for_are_not_mapped(backbone, data, tmp_path):

@@ -13,6 +13,7 @@ from torchvision.datasets import ImageFolder
 import transferkit as tk
 from cached import IMPURE, make_model
 from transferkit.data.preprocessing import CONVENTIONS
+from transferkit.features.feed import Frozen
 from transferkit.features.prefix import NOTHING_FROZEN, Prefix, pure_prefix
 
 ASSETS = Path(__file__).parent.parent / "examples" / "assets"
@@ -357,6 +358,17 @@ def test_a_changed_layer_is_noticed(layers, change):
 def test_a_prefix_whose_digests_nobody_read_is_not_current(layers):
     """Without digests there is nothing to compare, and the next epoch casts the weights anew."""
     assert not make_prefix(layers, tk.Device("cpu", "fp32")).is_current(layers, V1)
+
+
+def test_a_batch_size_that_memory_allowed_is_kept(make_backbone):
+    """A prefix that is made anew begins with the batch size that the one before it came down to."""
+    frozen = Frozen(make_model(make_backbone), tk.Device("cpu", "fp32"))
+    first = frozen.split()[0]
+    assert first.batch_size > 3
+    first.batch_size = 3
+    second = frozen.split()[0]
+    assert second is not first
+    assert second.batch_size == 3
 
 
 def test_fewer_layers_are_noticed(layers, prefix):

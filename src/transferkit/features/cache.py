@@ -124,7 +124,7 @@ class FeatureCache:
         starts = dict(zip(chunks, accumulate((len(chunk.images) for chunk in chunks), initial=0), strict=False))
         rows = torch.tensor([starts[chunk] + row for chunk, row in found])
         place, example = self.device.torch_device, chunks[0].features
-        if place.type != "cpu" and not (len(chunks) == 1 and example.device == place):
+        if place.type != "cpu" and not (len(chunks) == 1 and example.device.type == place.type):
             used = torch.unique(rows)
             if len(used) * example[0].numel() * example.element_size() <= self._room(place):
                 chunks, rows = [together(chunks, used, place)], torch.searchsorted(used, rows)
