@@ -12,10 +12,10 @@ check:           ## lint, formatting, types
 	$(PYTHON) -m mypy
 
 test:            ## the tests that take seconds
-	$(PYTHON) -m pytest -n 2 --dist loadgroup
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 test-all:        ## the slow ones too
-	$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not gpu"
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not gpu"
 
 test-gpu:        ## the ones that need CUDA
 	$(PYTHON) -m pytest -m gpu
