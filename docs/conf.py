@@ -82,7 +82,7 @@ def link(app: Any, env: Any, node: Any, contnode: Any) -> Any:
     if home is not None and (target == name or target.startswith("transferkit.")):
         python = env.get_domain("py")
         place = node.get("refdoc", "")
-        found = python.resolve_xref(env, place, app.builder, "obj", f"{home}.{name}", {**node.attributes}, contnode)
+        found = python.resolve_xref(env, place, app.builder, "obj", f"{home}.{name}", node, contnode)
         if found is not None:
             return found
     foreign = target.partition(".")[0] in FOREIGN or hasattr(builtins, target)

@@ -162,7 +162,7 @@ def plot_history(history: History, *, ax: "Axes | None" = None) -> "Figure":
     for position, name in enumerate(panels):
         panel = ax.inset_axes((position * 1.08 / len(panels), 0.0, 0.84 / len(panels), 1.0))
         lines = {name: "training" if name != "lr" else "of the head", f"val_{name}": "validation"}
-        for key in lines.keys() & figures.keys():
+        for key in (key for key in lines if key in figures):
             color = "C1" if key.startswith("val_") else "C0"
             panel.plot(epochs, figures[key], marker="o", markersize=3, color=color, label=lines[key])
         if history.best_epoch is not None:
