@@ -444,7 +444,9 @@ limit(-1)
 size = trainer.micro_batch_size
 result["size"] = size
 if size is not None and "error" not in result:
-    make_trainer(models[1], micro_batch_size=size).fit(data, batch_size=256, verbose=0)
+    other = make_trainer(models[1])
+    other.micro_batch_size = size
+    other.fit(data, batch_size=256, verbose=0)
     result["differ"] = list(changed(models[1].state_dict(), models[0]))
 print("\\n" + json.dumps(result))
 """
