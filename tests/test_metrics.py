@@ -64,6 +64,7 @@ def test_the_training_figure_is_of_the_outputs_while_the_weights_change(backbone
     assert torch.equal(targets, torch.cat([step.targets for step in steps]))
 
 
+@pytest.mark.slow  # an extra that the fast tests do without
 def test_torchmetrics_serves(backbone, data):
     """A torchmetrics object gives the figure it gives over all images at once."""
     torchmetrics = pytest.importorskip("torchmetrics")
