@@ -12,10 +12,10 @@ check:           ## check lint, formatting and types
 	$(PYTHON) -m mypy
 
 test:            ## run the fast tests
-	$(PYTHON) -m pytest -n 2 --dist loadgroup
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 test-all:        ## run the slow tests, too
-	$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not gpu"
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not gpu"
 
 test-gpu:        ## run the tests that need CUDA
 	$(PYTHON) -m pytest -m gpu

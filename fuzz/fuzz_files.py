@@ -32,14 +32,14 @@ from torchvision.models.vgg import make_layers
 import transferkit as tk
 from transferkit.data.preprocessing import CONVENTIONS
 from transferkit.errors import CacheError, TransferKitError, WeightsError
-from transferkit.features.file import FeatureFile
+from transferkit.features.file import open_features, write_features
 from transferkit.model.weights import read_state_dict
 from transferkit.saving.archive import read_checkpoint
 
 BATCH = 40
 BATCH_S = 60
 MEMORY_BYTES = 2 * 10**9
-KEY = hashlib.sha256(b"fuzz").hexdigest()
+LAYERS = hashlib.sha256(b"fuzz").hexdigest()
 
 
 def make_trainer() -> tk.Trainer:
@@ -57,17 +57,15 @@ def make_files(folder: Path) -> dict[str, bytes]:
     trainer.fit((images, torch.arange(8) % 2), batch_size=4, verbose=0)
     trainer.save(folder / "checkpoint")
     torch.save(trainer.model.state_dict(), folder / "weights")
-    features = FeatureFile(folder, KEY)
-    features.write([torch.rand(20, 2, 2, 16)], (1, 20, 2, 2, 16), torch.float32)
-    features.path.rename(folder / "features")
+    images = [number.to_bytes(16, "big") for number in range(20)]
+    write_features(folder, LAYERS, images, torch.rand(20, 2, 2, 16)).path.rename(folder / "features")
     return {kind: (folder / kind).read_bytes() for kind in READERS}
 
 
 def read_features(path: Path) -> object:
-    """Read a file of features from wherever it lies."""
-    features = FeatureFile(path.parent, KEY)
-    path.rename(features.path)
-    return features.read().clone()
+    """Read a file of features: what it holds, and the features."""
+    file = open_features(path, layers=LAYERS, shape=(2, 2, 16), dtype=torch.float32)
+    return {"images": file.images, "features": file.read().clone()}
 
 
 def read_both(path: Path) -> object:

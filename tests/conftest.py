@@ -31,14 +31,6 @@ signal.signal(
 BackboneMaker = Callable[..., tk.Backbone]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several processes (`-n 2 --dist loadgroup`) one runs all tests that share a fixture of their module."""
-    for item in items:
-        definitions = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
-        if any(definition[-1].scope == "module" for definition in definitions):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 def pytest_collection_finish() -> None:
     """Thousands of collected tests stay to the end: garbage collections, of which many tests ask for, pass them by."""
     gc.collect()

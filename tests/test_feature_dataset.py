@@ -8,7 +8,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset, 
 from torchvision.transforms import v2
 
 import transferkit as tk
+from cached import make_trainer
 from transferkit.errors import ArgumentError, CacheError, HeadMismatchError, ImageError, TargetError
+from transferkit.features import cache as cache_module
 from transferkit.features.prefix import Prefix
 
 CLASSES = ["cat", "dog", "owl"]
@@ -61,7 +63,7 @@ def test_it_ends(frozen, data):
 
 
 def test_a_sample_is_a_copy(frozen, data):
-    """Whoever overwrites a sample overwrites nothing that is kept."""
+    """Whoever overwrites a sample overwrites no cached features."""
     features = cached(frozen, data)
     before = features.features.clone()
     features[3][0].fill_(9)
@@ -147,7 +149,7 @@ def test_numpy_gives_rows_in_the_heads_order(model, data, precision, boundary):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_numpy_gives_copies_of_features(frozen, data, precision):
-    """What is done to the arrays, as by scikit-learn's `copy=False`, changes nothing that is kept."""
+    """What is done to the arrays, as by scikit-learn's `copy=False`, changes no cached features."""
     features = cached(frozen, data, precision=precision)
     before = features.features.clone()
     features.numpy()[0][:] = 9
@@ -155,19 +157,32 @@ def test_numpy_gives_copies_of_features(frozen, data, precision):
 
 
 def test_numpy_gives_copies_of_targets(frozen, data):
-    """So it is with the targets, which may be the user's own."""
+    """What is done to the array of targets changes none of the user's own."""
     features = cached(frozen, data)
     features.numpy()[1][:] = 9
     assert torch.equal(features.targets, torch.arange(24) % 3)
 
 
 def test_numpy_gives_arrays_that_can_be_written_from_a_file(frozen, data, tmp_path):
-    """So it is where the features are a mapped file, which cannot be written to: the arrays are no part of it."""
+    """Where the features are a mapped file the arrays are no part of it."""
     features = cached(frozen, data, cache=tmp_path)
-    kept = features.features
-    address = features.numpy()[0].__array_interface__["data"][0]
-    size = kept.numel() * kept.element_size()
-    assert not kept.data_ptr() <= address < kept.data_ptr() + size  # writing there would end the process
+    before = features.features.clone()
+    features.numpy()[0][:] = 9
+    assert torch.equal(features.features, before)
+    assert torch.equal(cached(frozen, data, cache=tmp_path).features, before)
+
+
+def test_features_in_several_files_come_in_order(frozen, data, tmp_path, monkeypatch):
+    """Features that lie in several files, in another order, are the same data set."""
+    expected = cached(frozen, data)
+    monkeypatch.setattr(cache_module, "CHUNK_IMAGES", 8)
+    monkeypatch.setattr("transferkit.features.prefix._PIXELS_ON_CPU", 4 * 32 * 32)
+    cached(frozen, (data[0].flip(0), data[1]), cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    features = cached(frozen, data, cache=tmp_path)
+    assert torch.equal(features.features, expected.features)
+    assert torch.equal(features[-1][0], expected.features[23])
+    assert torch.equal(torch.stack([sample for sample, _ in features]), expected.features)
 
 
 # ---- views
@@ -200,14 +215,13 @@ def test_views_follow_the_seed(frozen, data):
 # ---- files
 
 
-def test_a_folder_keeps_them(frozen, data, tmp_path, monkeypatch):
-    """With `cache_dir` a second call computes nothing, and a trainer in the same folder neither."""
+def test_a_folder_serves_a_second_call(frozen, data, tmp_path, monkeypatch):
+    """With `cache` a second call computes nothing, and a trainer in the same folder neither."""
     first = cached(frozen, data, cache=tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".features"]
     monkeypatch.setattr(Prefix, "__call__", only_the_example)
     assert torch.equal(cached(frozen, data, cache=str(tmp_path)).features, first.features)
-    trainer = tk.Trainer(frozen, device="cpu", precision="fp32", cache=tmp_path)
-    trainer.fit(data, epochs=1, verbose=0)
+    make_trainer(frozen, precision="fp32", folder=tmp_path).fit(data, epochs=1, verbose=0)
 
 
 compute = Prefix.__call__
@@ -234,7 +248,7 @@ def test_the_model_is_left_as_it_is(make_backbone, data):
 
 
 def test_a_device_object_serves(frozen, data):
-    """A `Device` decides place and number format."""
+    """A `Device` decides place and dtype."""
     assert cached(frozen, data, device=tk.Device("cpu", "bf16"), precision="auto").features.dtype == torch.bfloat16
 
 
@@ -325,7 +339,7 @@ def test_a_hook_is_refused(frozen, data):
 
 
 def test_a_folder_that_cannot_be_used_is_refused(frozen, data, tmp_path):
-    """`cache_dir` that is a file is refused with its path."""
+    """`cache` that is a file is refused with its path."""
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheError, match="file"):
         cached(frozen, data, cache=tmp_path / "file")

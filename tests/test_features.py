@@ -1,15 +1,15 @@
-"""The feature cache: features are taken again only where they would come out the same."""
+"""The feature cache: features are found again only where they would come out the same."""
 
-import dataclasses
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import transferkit as tk
+from cached import CLASSES
 from transferkit.base.display import QUIET
 from transferkit.compute.host_memory import host_bytes
 from transferkit.data.augmentation import build_augmentation
@@ -17,11 +17,11 @@ from transferkit.data.inputs import Inputs
 from transferkit.data.open import open_data
 from transferkit.data.preprocessing import CONVENTIONS
 from transferkit.errors import CacheError
-from transferkit.features import cache as features_module
+from transferkit.features import cache as cache_module
 from transferkit.features.cache import FeatureCache, open_folder
+from transferkit.features.chunks import CachedFeatures, Chunk, image_digests, together
+from transferkit.features.file import FeatureFile
 from transferkit.features.prefix import Prefix
-
-CLASSES = ["cat", "dog", "owl"]
 
 
 class Setup:
@@ -41,17 +41,21 @@ class Setup:
     def inputs(self, data, **arguments):
         return Inputs(open_data(data, CLASSES), self.backbone.preprocess, self.device, **arguments)
 
-    def keep(self, data, boundary="head", *, num_views=1, **arguments):
-        """Return what is kept and one word for how it came about."""
+    def fill(self, data, boundary="head", *, num_views=1, **arguments):
+        """Return cached features and, in words, how they came about."""
         self.said.clear()
-        kept = self.cache.keep(
+        cached = self.cache.fill(
             self.inputs(data, **arguments), self.prefix(boundary), num_views=num_views, display=self.display
         )
-        return kept, next(word for word in ("known", "derived", "computed") if word in self.said[-1])
+        return cached, re.search(r"images: (.*?)( already| from those behind .*)?(, cached in .*)?$", self.said[-1])[1]
 
     def by_hand(self, images, boundary="head"):
-        """Features as they are kept, (N, h, w, C)."""
+        """Features as they are cached, (N, h, w, C)."""
         return self.prefix(boundary)(self.backbone.preprocess(images)).permute(0, 2, 3, 1)
+
+
+def features_of(cached, view=0):
+    return cached.gather(cached.rows[view])
 
 
 @pytest.fixture
@@ -59,113 +63,172 @@ def setup(backbone):
     return Setup(backbone)
 
 
-# ---- what is kept
+# ---- digests of images
+
+
+def test_equal_images_have_equal_digests_however_they_come(data):
+    """A digest depends on the image alone: not on its batch, place, memory layout or whether it comes in a list."""
+    digests = image_digests(data[0])
+    assert len(set(digests)) == 24
+    assert {len(digest) for digest in digests} == {16}
+    strided = data[0].to(memory_format=torch.channels_last)
+    assert image_digests(strided) == image_digests(list(data[0])) == digests
+    assert image_digests(data[0][5:9]) == digests[5:9]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image: image ^ (torch.arange(image.numel()).view(image.shape) == 2000).byte(),
+        lambda image: image.reshape(3, 16, 64),
+        lambda image: image.view(torch.int8),
+        lambda image: image.float(),
+    ],
+    ids=["one bit", "shape", "dtype of the same bytes", "dtype"],
+)
+def test_pixels_shape_and_dtype_count(data, change):
+    """One bit, the shape or the dtype makes another image."""
+    assert image_digests(change(data[0][0])[None]) != image_digests(data[0][:1])
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("parts", [1, 3, 24])
+@pytest.mark.parametrize("order", [None, torch.arange(12), torch.randperm(24)], ids=["none", "half", "random"])
+def test_batches_follow_the_order(parts, order):
+    """Batches hold features and targets of the places asked for, channels-last, from one tensor or several."""
+    features, rows, targets = torch.rand(24, 2, 2, 8), torch.randperm(24), torch.randperm(24)
+    cached = CachedFeatures(features.chunk(parts), rows[None], targets, tk.Device("cpu"))
+    batches = list(cached.batches(7, order=order))
+    order = torch.arange(24) if order is None else order
+    assert [len(batch) for batch, _ in batches] == [len(part) for part in order.split(7)]
+    assert torch.equal(torch.cat([batch for batch, _ in batches]), features[rows][order].permute(0, 3, 1, 2))
+    assert torch.equal(torch.cat([batch_targets for _, batch_targets in batches]), targets[order])
+    assert all(batch.is_contiguous(memory_format=torch.channels_last) for batch, _ in batches)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 24])
+@pytest.mark.parametrize("batch_size", [1, 5, 24])
+def test_batches_are_copies(parts, batch_size):
+    """Whoever overwrites a batch overwrites no cached features and no targets."""
+    features, targets = torch.rand(24, 2, 2, 8), torch.arange(24)
+    before = features.clone()
+    cached = CachedFeatures(features.chunk(parts), torch.arange(24)[None], targets, tk.Device("cpu"))
+    for batch, batch_targets in cached.batches(batch_size):
+        batch.fill_(7)
+        batch_targets.fill_(7)
+    assert torch.equal(features, before)
+    assert torch.equal(targets, torch.arange(24))
+
+
+@pytest.mark.parametrize("rows", [torch.arange(24), torch.tensor([0, 7, 8, 9, 23])], ids=["all", "some"])
+def test_chunks_are_put_together(rows):
+    """Rows of several chunks become one chunk of the same images, in order."""
+    features, images = torch.rand(24, 1, 1, 8), [bytes([number]) * 16 for number in range(24)]
+    chunks = [Chunk("layers", images[start:end], features[start:end]) for start, end in ((0, 8), (8, 9), (9, 24))]
+    one = together(chunks, rows, torch.device("cpu"))
+    assert one.layers == "layers"
+    assert one.images == [images[row] for row in rows]
+    assert torch.equal(one.features, features[rows])
+
+
+@pytest.mark.parametrize("room", [20 * 8 * 4, 20 * 8 * 4 - 1], ids=["room", "no room"])
+def test_an_accelerator_gets_one_tensor_if_it_has_room(monkeypatch, room):
+    """There the features of a run are put together, and chunks used whole are dropped; else nothing moves."""
+    device = tk.Device("cpu")
+    device.torch_device = torch.device("meta")  # stands for an accelerator; holds shapes alone
+    monkeypatch.setattr(cache_module, "ROOM_IF_UNKNOWN", room)
+    features, images = torch.rand(24, 1, 1, 8), [bytes([number]) * 16 for number in range(24)]
+    chunks = [Chunk("layers", images[start:end], features[start:end]) for start, end in ((0, 8), (8, 9), (9, 24))]
+    found = [(chunk, row) for chunk in chunks for row in range(len(chunk.images))]
+    found = [found[index] for index in torch.randperm(20) + 4]  # all but four of the first chunk
+    cache = FeatureCache(device)
+    cache.chunks += chunks
+    parts, rows = cache._place(found)
+    if room < 20 * 8 * 4:
+        assert torch.equal(torch.cat(parts)[rows], torch.stack([chunk.features[row] for chunk, row in found]))
+        assert cache.chunks == chunks
+    else:
+        (part,), (first, chunk) = parts, cache.chunks
+        assert first is chunks[0]
+        assert part is chunk.features
+        assert (part.device.type, part.shape) == ("meta", (20, 1, 1, 8))
+        assert [chunk.images[row] for row in rows] == [other.images[row] for other, row in found]
+
+
+# ---- filling
+
+
+def test_reading_looks_at_no_place_for_tensors(setup, data, monkeypatch):
+    """A batch crosses to the device in a call for each of its parts, not in one for each of its images."""
+    calls = []
+    move = tk.Device.move
+    monkeypatch.setattr(tk.Device, "move", lambda device, part: calls.append(part) or move(device, part))
+    assert sum(len(targets) for _, targets in setup.inputs(data).batches(8)) == 24
+    assert len(calls) == 3 * 4  # images, targets and places of each batch, and the images as they are prepared
+
+
+# ---- filling
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("boundary", ["block3", "block5", "head"])
 def test_features_of_every_image_in_order(backbone, data, precision, boundary):
-    """What is kept is, bit for bit, what the prefix makes of the images in their order, channels last."""
+    """Cached features are, bit for bit, what the prefix gives for the images in their order, channels last."""
     setup = Setup(backbone, precision)
-    kept, how = setup.keep(data, boundary)
+    cached, how = setup.fill(data, boundary)
     assert how == "computed"
-    assert kept.features.dtype == setup.device.dtype
-    assert torch.equal(kept.features[0], setup.by_hand(data[0], boundary))
-    assert torch.equal(kept.targets, data[1])
+    assert cached.parts[0].dtype == setup.device.dtype
+    assert torch.equal(features_of(cached), setup.by_hand(data[0], boundary))
+    assert torch.equal(cached.targets, data[1])
 
 
 @pytest.mark.parametrize("size", [1, 7, 24, 100])
-def test_features_do_not_depend_on_the_batches_they_are_computed_in(setup, data, size, monkeypatch):
-    """The batch size of the computation changes nothing, a ragged last batch neither: not one bit and not the key."""
-    kept, _ = setup.keep(data)
-    monkeypatch.setattr(features_module, "_Scan", lambda inputs, _, *rest: scan(inputs, size, *rest))
-    again = Setup(setup.backbone).keep(data)[0]
-    assert torch.equal(again.features, kept.features)
-    assert (again.pixels, again.layers) == (kept.pixels, kept.layers)
-
-
-scan = features_module._Scan
-
-
-def test_batches_follow_the_order(setup, data):
-    """Batches hold the features and targets of the places asked for, `(N, C, h, w)` and channels-last."""
-    kept, _ = setup.keep(data, "block3")
-    order = torch.randperm(24)
-    batches = list(kept.batches(7, order=order))
-    assert [len(targets) for _, targets in batches] == [7, 7, 7, 3]
-    expected = setup.by_hand(data[0], "block3").permute(0, 3, 1, 2)
-    assert torch.equal(torch.cat([batch for batch, _ in batches]), expected[order])
-    assert torch.equal(torch.cat([targets for _, targets in batches]), data[1][order])
-    assert all(batch.is_contiguous(memory_format=torch.channels_last) for batch, _ in batches)
-
-
-@pytest.mark.parametrize("order", [None, torch.arange(24), torch.arange(12)])
-def test_batches_are_copies(setup, data, order):
-    """Whoever overwrites a batch overwrites nothing that is kept, in order, without one, and with all in one batch."""
-    kept, _ = setup.keep(data)
-    before = kept.features.clone()
-    for size in (5, 24):
-        for batch, targets in kept.batches(size, order=order):
-            batch.fill_(7)
-            targets.fill_(7)
-    assert torch.equal(kept.features, before)
-    assert torch.equal(kept.targets, data[1])
-
-
-def test_soft_targets_are_kept(setup, data):
-    """One-hot and soft targets are kept as rows."""
-    soft = torch.softmax(torch.rand(24, 3), dim=1)
-    assert torch.equal(setup.keep((data[0], soft))[0].targets, soft)
+def test_the_batch_size_of_the_prefix_does_not_count(setup, data, size, monkeypatch):
+    """The batches that features are computed in change not one bit of them, and they are known afterwards."""
+    cached, _ = setup.fill(data)
+    monkeypatch.setattr("transferkit.features.prefix._PIXELS_ON_CPU", size * 32 * 32)
+    again, how = Setup(setup.backbone).fill(data)
+    assert how == "computed"
+    assert torch.equal(features_of(again), features_of(cached))
+    assert setup.fill(data)[1] == "known"
 
 
 def test_images_of_differing_sizes(setup):
-    """Images whose sizes differ are each resized, and kept in order."""
+    """Images whose sizes differ are each resized; added to others, new ones are computed alone."""
     sizes = [(40, 33), (32, 32), (90, 50), (64, 64), (33, 70)]
     images = [Image.effect_noise(size, 60).convert("RGB") for size in sizes]
-    kept, _ = setup.keep([(image, index % 3) for index, image in enumerate(images)])
+    setup.fill([(image, 0) for image in images[:3]])
+    cached, how = setup.fill([(image, index % 3) for index, image in enumerate(images)])
+    assert how == "3 known, 2 computed"
     inputs = [
         setup.backbone.preprocess(open_data([image], CLASSES, with_targets=False).samples.read(0, 0)[0][None])
         for image in images
     ]
-    assert torch.equal(kept.features[0], setup.prefix()(torch.cat(inputs)).permute(0, 2, 3, 1))
-
-
-# ---- when it is known
+    assert torch.equal(features_of(cached), setup.prefix()(torch.cat(inputs)).permute(0, 2, 3, 1))
 
 
 def test_the_same_data_is_known(setup, data, images_seen):
-    """Asked a second time for the same, the cache computes nothing and gives the same."""
-    kept, _ = setup.keep(data)
+    """Asked a second time, the cache computes nothing and gives the same memory."""
+    cached, _ = setup.fill(data)
     computed = len(images_seen)
-    again, how = setup.keep((data[0].clone(), data[1].clone()))
+    again, how = setup.fill((data[0].clone(), data[1].clone()))
     assert how == "known"
     assert len(images_seen) == computed
-    assert again.features is kept.features
+    assert again.parts[0] is cached.parts[0]
 
 
 def test_the_same_pixels_from_another_kind_of_data_are_known(setup, data):
-    """What counts is the pixels: a list of samples, or channels last, is the same data."""
-    setup.keep(data)
-    assert setup.keep(list(zip(*data, strict=True)))[1] == "known"
-    assert setup.keep((data[0].permute(0, 2, 3, 1).contiguous().numpy(), data[1].numpy()))[1] == "known"
+    """A list of samples, or an array with channels last, is the same data."""
+    setup.fill(data)
+    assert setup.fill(list(zip(*data, strict=True)))[1] == "known"
+    assert setup.fill((data[0].permute(0, 2, 3, 1).contiguous().numpy(), data[1].numpy()))[1] == "known"
 
 
 def one_pixel(setup, images):
-    images[17, 1, 3, 4] ^= 1
+    images[17, 1, 3, 4] ^= 1  # in place
     return images
-
-
-def another_order(setup, images):
-    return images[torch.arange(24).roll(1)]
-
-
-def two_exchanged(setup, images):
-    images[[3, 4]] = images[[4, 3]]
-    return images
-
-
-def one_less(setup, images):
-    return images[:-1]
 
 
 def floats(setup, images):
@@ -176,64 +239,69 @@ def another_shape(setup, images):
     return images.reshape(24, 3, 16, 64)
 
 
-@pytest.mark.parametrize("change", [one_pixel, another_order, two_exchanged, one_less, floats, another_shape])
-def test_other_images_are_computed_anew(setup, data, change):
-    """One changed pixel, in place even, another order, number, format or shape gives new features."""
-    images, targets = data[0].clone(), data[1]
-    setup.keep((images, targets))
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [(one_pixel, "23 known, 1 computed"), (floats, "computed"), (another_shape, "computed")],
+    ids=["one pixel", "floats", "another shape"],
+)
+def test_other_images_are_computed(setup, data, change, expected):
+    """A changed pixel, dtype or shape gives new features, of the images that changed alone."""
+    images = data[0].clone()
+    setup.fill((images, data[1]))
     images = change(setup, images)
-    kept, how = setup.keep((images, targets[: len(images)]))
-    assert how == "computed"
-    expected = setup.by_hand(images) if images.dtype == torch.uint8 else setup.by_hand(data[0])
-    assert torch.equal(kept.features[0], expected)
+    cached, how = setup.fill((images, data[1]))
+    assert how == expected
+    inputs = images if images.is_floating_point() else setup.backbone.preprocess(images)
+    assert torch.equal(features_of(cached), setup.prefix()(inputs).permute(0, 2, 3, 1))
 
 
-def test_other_targets_alone_need_no_new_features(setup, data, images_seen):
-    """Where only targets changed the features are known, and the targets are the new ones."""
-    setup.keep(data)
-    computed = len(images_seen)
-    kept, how = setup.keep((data[0], (data[1] + 1) % 3))
-    assert how == "known"
-    assert len(images_seen) == computed
-    assert torch.equal(kept.targets, (data[1] + 1) % 3)
-    assert torch.equal(setup.keep(data)[0].targets, data[1])
+def test_targets_are_read_anew(setup, data):
+    """Targets are those of the data at hand, whatever was cached; soft ones stay rows."""
+    setup.fill(data)
+    for targets in ((data[1] + 1) % 3, torch.softmax(torch.rand(24, 3), dim=1), data[1]):
+        cached, how = setup.fill((data[0], targets))
+        assert how == "known"
+        assert torch.equal(cached.targets, targets)
 
 
-def test_another_preprocessing_is_computed_anew(setup, data):
-    """Another preprocessing of the same pixels gives new features."""
-    setup.keep(data)
+def another_preprocessing(setup):
     setup.backbone.preprocess = CONVENTIONS["KERAS"].with_image_size(32)
-    kept, how = setup.keep(data)
-    assert how == "computed"
-    assert torch.equal(kept.features[0], setup.by_hand(data[0]))
 
 
-def test_another_image_size_is_computed_anew(setup, data):
-    """Another image size gives new features, of another shape."""
-    setup.keep(data)
+def another_image_size(setup):
     setup.backbone.preprocess = setup.backbone.preprocess.with_image_size(64)
-    kept, how = setup.keep(data)
+
+
+def another_weight(layer):
+    def change(setup):
+        with torch.no_grad():
+            setup.backbone.features[layer].weight[0, 0, 0, 0] += 3
+
+    return change
+
+
+@pytest.mark.parametrize("in_folder", [False, True], ids=["memory", "files"])
+@pytest.mark.parametrize(
+    "change",
+    [another_preprocessing, another_image_size, another_weight(0), another_weight(6), another_weight(12)],
+    ids=["preprocessing", "image size", "first layer", "middle layer", "last layer"],
+)
+def test_another_prefix_is_computed(backbone, data, tmp_path, change, in_folder):
+    """Another preprocessing, image size or weight gives new features."""
+    setup = Setup(backbone, folder=tmp_path if in_folder else None)
+    setup.fill(data)
+    change(setup)
+    cached, how = setup.fill(data)
     assert how == "computed"
-    assert kept.features.shape == (1, 24, 2, 2, 8)
+    assert torch.equal(features_of(cached), setup.by_hand(data[0]))
 
 
-def test_another_number_format_is_computed_anew(backbone, data, tmp_path):
+def test_another_precision_is_computed(backbone, data, tmp_path):
     """Features in a folder that were computed in bf16 do not serve an fp32 run."""
-    Setup(backbone, "bf16", tmp_path).keep(data)
-    kept, how = Setup(backbone, "fp32", tmp_path).keep(data)
+    Setup(backbone, "bf16", tmp_path).fill(data)
+    cached, how = Setup(backbone, "fp32", tmp_path).fill(data)
     assert how == "computed"
-    assert kept.features.dtype == torch.float32
-
-
-@pytest.mark.parametrize("layer", [0, 6, 12])
-def test_another_weight_is_computed_anew(setup, data, layer):
-    """One changed weight of any convolution gives new features."""
-    setup.keep(data)
-    with torch.no_grad():
-        setup.backbone.features[layer].weight[0, 0, 0, 0] += 3
-    kept, how = setup.keep(data)
-    assert how in ("computed", "derived")
-    assert torch.equal(kept.features[0], setup.by_hand(data[0]))
+    assert cached.parts[0].dtype == torch.float32
 
 
 # ---- the boundary moves
@@ -241,65 +309,44 @@ def test_another_weight_is_computed_anew(setup, data, layer):
 
 @pytest.mark.parametrize(("shallow", "deep"), [("block2", "block3"), ("block3", "head"), ("block5", "head")])
 def test_a_deeper_boundary_is_derived(make_backbone, data, images_seen, shallow, deep):
-    """Behind a boundary moved deeper features are, bit for bit, what the images give, and fewer layers run."""
+    """Behind a deeper boundary features are, bit for bit, what the images give, and fewer layers run."""
     setup = Setup(make_backbone(batch_norm=True))
-    setup.keep(data, shallow)
+    before = features_of(setup.fill(data, shallow)[0])
     images_seen.clear()
-    kept, how = setup.keep(data, deep)
+    cached, how = setup.fill(data, deep)
     assert how == "derived"
-    assert images_seen
-    assert {first for _, first in images_seen} == {len(setup.prefix(shallow))}
-    assert torch.equal(kept.features[0], setup.by_hand(data[0], deep))
+    assert images_seen == [(24, len(setup.prefix(shallow)))]
+    assert torch.equal(features_of(cached), setup.by_hand(data[0], deep))
+    again, how = setup.fill(data, shallow)
+    assert how == "known"
+    assert torch.equal(features_of(again), before)  # although VGG's ReLUs work in place
 
 
 def test_features_are_derived_from_the_deepest_known(setup, data, images_seen):
     """Of several boundaries that are known the deepest serves."""
     for boundary in ("block2", "block4", "block3"):
-        setup.keep(data, boundary)
+        setup.fill(data, boundary)
     images_seen.clear()
-    setup.keep(data, "head")
+    setup.fill(data, "head")
     assert {first for _, first in images_seen} == {len(setup.prefix("block4"))}
 
 
-def test_deriving_leaves_what_is_known(setup, data):
-    """The features that others are derived from stay as they were, although VGG's ReLUs work in place."""
-    kept, _ = setup.keep(data, "block2")
-    before = kept.features.clone()
-    setup.keep(data, "head")
-    assert torch.equal(kept.features, before)
-    assert setup.keep(data, "block2")[0].features is kept.features
-
-
-def test_a_shallower_boundary_is_computed_anew(setup, data, images_seen):
+def test_a_shallower_boundary_is_computed(setup, data):
     """Features of a deeper boundary do not serve a shallower one."""
-    setup.keep(data, "head")
-    images_seen.clear()
-    kept, how = setup.keep(data, "block3")
+    setup.fill(data, "head")
+    cached, how = setup.fill(data, "block3")
     assert how == "computed"
-    assert sum(count for count, first in images_seen if first == 0) == 24
-    assert torch.equal(kept.features[0], setup.by_hand(data[0], "block3"))
+    assert torch.equal(features_of(cached), setup.by_hand(data[0], "block3"))
 
 
 def test_another_weight_between_the_boundaries_still_derives(setup, data):
     """A changed weight behind the shallower boundary leaves that boundary's features in use."""
-    setup.keep(data, "block3")
-    setup.keep(data, "head")
-    with torch.no_grad():
-        setup.backbone.features[9].weight.mul_(2)
-    kept, how = setup.keep(data, "head")
+    setup.fill(data, "block3")
+    setup.fill(data, "head")
+    another_weight(9)(setup)
+    cached, how = setup.fill(data, "head")
     assert how == "derived"
-    assert torch.equal(kept.features[0], setup.by_hand(data[0]))
-
-
-def test_every_view_is_derived(setup, data):
-    """Where several views are kept the deeper features of each are derived from its own."""
-    transform = build_augmentation(["flip", "crop"], 32)
-    setup.keep(data, "block3", num_views=3, transform=transform)
-    derived, how = setup.keep(data, "head", num_views=3, transform=transform)
-    assert how == "derived"
-    fresh, how = Setup(setup.backbone).keep(data, "head", num_views=3, transform=transform)
-    assert how == "computed"
-    assert torch.equal(derived.features, fresh.features)
+    assert torch.equal(features_of(cached), setup.by_hand(data[0]))
 
 
 # ---- views
@@ -308,45 +355,37 @@ def test_every_view_is_derived(setup, data):
 def test_views_differ_and_are_what_an_epoch_draws(setup, data):
     """View k is, bit for bit, what epoch k's augmentation makes of the images; no two views are alike."""
     transform = build_augmentation(["flip", "crop"], 32)
-    kept, _ = setup.keep(data, num_views=3, transform=transform, seed=5)
+    cached, _ = setup.fill(data, num_views=3, transform=transform, seed=5)
     for view in range(3):
         inputs, _ = next(setup.inputs(data, transform=transform, seed=5).batches(24, view=view))
-        assert torch.equal(kept.features[view], setup.prefix()(inputs).permute(0, 2, 3, 1))
-        assert torch.equal(next(kept.batches(24, view=view))[0], setup.prefix()(inputs))
-    assert not torch.equal(kept.features[0], kept.features[1])
-    assert not torch.equal(kept.features[1], kept.features[2])
-    assert torch.equal(kept.targets, data[1])
+        assert torch.equal(features_of(cached, view), setup.prefix()(inputs).permute(0, 2, 3, 1))
+        assert torch.equal(next(cached.batches(24, view=view))[0], setup.prefix()(inputs))
+    assert not torch.equal(features_of(cached, 0), features_of(cached, 1))
+    assert not torch.equal(features_of(cached, 1), features_of(cached, 2))
+    assert torch.equal(cached.targets, data[1])
 
 
-@pytest.mark.parametrize("other", [{"num_views": 2}, {"seed": 1}, {"transform": build_augmentation("color", 32)}])
-def test_other_views_are_computed_anew(setup, data, other):
-    """Another number of views, seed or augmentation gives new features."""
-    arguments = {"num_views": 3, "seed": 0, "transform": build_augmentation("crop", 32)}
-    setup.keep(data, **arguments)
-    assert setup.keep(data, **{**arguments, **other})[1] == "computed"
+def test_every_view_is_derived(setup, data):
+    """The deeper features of each view are derived from its own."""
+    transform = build_augmentation(["flip", "crop"], 32)
+    setup.fill(data, "block3", num_views=3, transform=transform)
+    derived, how = setup.fill(data, "head", num_views=3, transform=transform)
+    assert how == "derived"
+    fresh, how = Setup(setup.backbone).fill(data, "head", num_views=3, transform=transform)
+    assert how == "computed"
+    for view in range(3):
+        assert torch.equal(features_of(derived, view), features_of(fresh, view))
 
 
-@pytest.mark.parametrize("in_folder", [False, True])
-def test_two_views_are_not_twice_as_many_images(backbone, data, tmp_path, in_folder):
-    """Two equal views of 24 images hold the same pixels as 48 images, but not the same number of images."""
-    setup = Setup(backbone, folder=tmp_path if in_folder else None)
-    twice = torch.cat([data[0], data[0]]), torch.cat([data[1], data[1]])
-    setup.keep(data)
-    setup.keep(data, num_views=2)
-    assert setup.keep(twice)[0].features.shape[:2] == (1, 48)
-    assert setup.keep(data, num_views=2)[0].features.shape[:2] == (2, 24)
+def test_more_views_cost_the_new_ones(setup, data):
+    """A fourth view of each image leaves the first three known; another seed has views of its own."""
+    transform = build_augmentation("color", 32)
+    setup.fill(data, num_views=3, transform=transform)
+    assert setup.fill(data, num_views=4, transform=transform)[1] == "72 known, 24 computed"
+    assert setup.fill(data, num_views=3, transform=transform, seed=1)[1] == "computed"
 
 
-def test_two_views_do_not_pass_for_twice_as_many_images(setup, data):
-    """So it is where features of the asked-for number of images are known beside them."""
-    twice = torch.cat([data[0], data[0]]), torch.cat([data[1], data[1]])
-    other = torch.cat([data[0], 255 - data[0]]), twice[1]
-    setup.keep(data, num_views=2)
-    setup.keep(other)
-    assert setup.keep(twice)[0].features.shape[:2] == (1, 48)
-
-
-# ---- where it is kept
+# ---- where features lie
 
 
 def test_host_bytes_tells_free_and_total():
@@ -394,111 +433,176 @@ def size_of(data, boundary="head"):
 
 
 @pytest.mark.parametrize("spare", [0, -1])
-def test_memory_is_taken_up_to_the_share_of_what_is_free(setup, data, monkeypatch, spare):
-    """Features may take `MEMORY_SHARE` of the free memory, to the byte, and no more."""
+def test_memory_is_taken_up_to_a_fraction_of_what_is_free(setup, data, monkeypatch, spare, images_seen):
+    """Features may take half of the free memory, to the byte; with less, nothing is computed."""
     size = size_of(data)
-    monkeypatch.setattr(features_module, "host_bytes", lambda: {"free": 2 * (size + spare), "total": 10**9})
-    monkeypatch.setattr(features_module, "MEMORY_SHARE", 0.5)
+    monkeypatch.setattr(cache_module, "host_bytes", lambda: {"free": 2 * (size + spare), "total": 10**9})
     if spare == 0:
-        assert setup.keep(data)[1] == "computed"
+        assert setup.fill(data)[1] == "computed"
     else:
-        with pytest.raises(CacheError, match="cache"):
-            setup.keep(data)
+        with pytest.raises(CacheError, match=r"they take \d.* MB, and may take 0 MB .*Trainer\(cache=folder\)"):
+            setup.fill(data)
+        assert images_seen == []
 
 
 def test_where_free_memory_is_unknown_there_is_a_fixed_limit(setup, data, monkeypatch):
-    """Where the system does not tell, features may take a fixed number of bytes."""
-    monkeypatch.setattr(features_module, "host_bytes", lambda: None)
-    assert setup.keep(data)[1] == "computed"
-    monkeypatch.setattr(features_module, "ROOM_IF_UNKNOWN", size_of(data, "block3") - 1)
+    """Where the system does not say how much is free, features may take a fixed number of bytes."""
+    monkeypatch.setattr(cache_module, "host_bytes", lambda: None)
+    assert setup.fill(data)[1] == "computed"
+    monkeypatch.setattr(cache_module, "ROOM_IF_UNKNOWN", size_of(data, "block3") - 1)
     with pytest.raises(CacheError):
-        setup.keep(data, "block3")
+        setup.fill(data, "block3")
 
 
-def test_the_message_says_how_much_and_what_to_do(setup, data, monkeypatch):
-    """Too little memory is an error with both sizes and the remedy, before any image is computed."""
-    monkeypatch.setattr(features_module, "MEMORY_SHARE", 0)
-    with pytest.raises(CacheError, match=r"they take \d.* MB, and may take 0 MB .*Trainer\(cache=\.\.\.\)"):
-        setup.keep(data)
+def test_known_features_need_no_memory(setup, data, monkeypatch):
+    """Features that are known are used where they lie, however little memory is left."""
+    setup.fill(data)
+    monkeypatch.setattr(cache_module, "MEMORY_SHARE", 0)
+    assert setup.fill((data[0][:12], data[1][:12]))[1] == "known"
 
 
-def test_too_little_memory_computes_nothing(setup, data, monkeypatch, images_seen):
-    """Whether there is room is known before the first image is computed."""
-    monkeypatch.setattr(features_module, "MEMORY_SHARE", 0)
-    with pytest.raises(CacheError):
-        setup.keep(data)
-    assert images_seen == []
+def test_room_for_known_images_is_given_back(setup, data):
+    """New features of few images do not hold the memory of all."""
+    setup.fill(data)
+    images = torch.cat([255 - data[0][:2], data[0]])
+    cached, _ = setup.fill((images, torch.arange(26) % 3))
+    assert [part.untyped_storage().nbytes() // (8 * 2) for part in sorted(cached.parts, key=len)] == [2, 24]
+    assert torch.equal(features_of(cached), setup.by_hand(images))
 
 
 def test_too_little_memory_lets_go_of_what_earlier_runs_left(setup, data, monkeypatch):
     """Features that no run uses any more are given up when memory runs short."""
-    setup.keep(data)
+    setup.fill(data)
     with monkeypatch.context() as patch:
-        patch.setattr(features_module, "MEMORY_SHARE", 0)
+        patch.setattr(cache_module, "MEMORY_SHARE", 0)
         with pytest.raises(CacheError):
-            setup.keep(data, "block3")
-    assert setup.keep(data)[1] == "computed"
-
-
-def test_a_folder_needs_no_memory(backbone, data, tmp_path, monkeypatch):
-    """With a folder features are a mapped file, and free memory does not matter."""
-    monkeypatch.setattr(features_module, "MEMORY_SHARE", 0)
-    setup = Setup(backbone, folder=tmp_path)
-    kept, how = setup.keep(data)
-    assert how == "computed"
-    assert [path.suffix for path in tmp_path.iterdir()] == [".features"]
-    assert str(next(tmp_path.iterdir())) in setup.said[-1]
-    assert torch.equal(kept.features[0], setup.by_hand(data[0]))
+            setup.fill(data, "block3")
+    assert setup.fill(data)[1] == "computed"
 
 
 # ---- folders
 
 
-@pytest.mark.parametrize("num_views", [1, 2])
-def test_a_file_serves_another_cache(backbone, data, tmp_path, images_seen, num_views):
-    """Another cache over the same folder computes nothing and has the same bits and the targets."""
-    kept, _ = Setup(backbone, folder=tmp_path).keep(data, "block3", num_views=num_views)
-    images_seen.clear()
-    again, how = Setup(backbone, folder=tmp_path).keep(data, "block3", num_views=num_views)
-    assert how == "known"
-    assert images_seen == []
-    assert torch.equal(again.features, kept.features)
-    assert torch.equal(again.targets, data[1])
-
-
-def test_a_file_of_a_shallower_boundary_serves_a_deeper_one(backbone, data, tmp_path, images_seen):
-    """From a file of a shallower boundary the deeper features are derived, bit for bit, and get a file too."""
-    Setup(backbone, folder=tmp_path).keep(data, "block3")
-    images_seen.clear()
+def test_a_folder_needs_no_memory(backbone, data, tmp_path, monkeypatch):
+    """With a folder features are mapped files, and free memory does not matter."""
+    monkeypatch.setattr(cache_module, "MEMORY_SHARE", 0)
     setup = Setup(backbone, folder=tmp_path)
-    kept, how = setup.keep(data, "head")
-    assert how == "derived"
-    assert {first for _, first in images_seen} == {len(setup.prefix("block3"))}
-    assert torch.equal(kept.features[0], setup.by_hand(data[0]))
-    assert len(list(tmp_path.glob("*.features"))) == 2
+    cached, how = setup.fill(data)
+    assert how == "computed"
+    assert [path.suffix for path in tmp_path.iterdir()] == [".features"]
+    assert f"cached in {tmp_path} (" in setup.said[-1]
+    assert torch.equal(features_of(cached), setup.by_hand(data[0]))
 
 
 @pytest.mark.parametrize(
-    "change",
-    [lambda backbone: backbone.features[0].weight.data.mul_(2), lambda backbone: tk.freeze_until(backbone, None)],
+    ("images", "bytes_", "batch", "expected"),
+    [(1024, 2**26, 24, [24]), (7, 2**26, 3, [6, 6, 6, 6]), (7, 2**26, 24, [24]), (1024, 10 * 16, 2, [10, 10, 4])],
+    ids=["all", "whole batches", "one batch at least", "bytes"],
 )
-def test_files_go_by_values_alone(make_backbone, data, tmp_path, change):
+def test_files_hold_whole_batches(backbone, data, tmp_path, monkeypatch, images, bytes_, batch, expected):
+    """A file holds as many whole batches as its limits of images and bytes allow, in the data's order."""
+    monkeypatch.setattr(cache_module, "CHUNK_IMAGES", images)
+    monkeypatch.setattr(cache_module, "CHUNK_BYTES", bytes_)
+    monkeypatch.setattr("transferkit.features.prefix._PIXELS_ON_CPU", batch * 32 * 32)
+    setup = Setup(backbone, folder=tmp_path)
+    cached, _ = setup.fill(data)
+    assert [len(part) for part in cached.parts] == expected
+    assert len(list(tmp_path.iterdir())) == len(expected)
+    assert torch.equal(torch.cat(list(cached.parts)), setup.by_hand(data[0]))
+
+
+def test_an_interrupted_fill_is_carried_on(backbone, data, tmp_path, monkeypatch):
+    """What was written before a fill was stopped is known to the next one, and the files are those of one fill."""
+    monkeypatch.setattr(cache_module, "CHUNK_IMAGES", 8)
+    monkeypatch.setattr("transferkit.features.prefix._PIXELS_ON_CPU", 4 * 32 * 32)
+    setup, batches = Setup(backbone, folder=tmp_path), []
+
+    def check():
+        batches.append(None)
+        if len(batches) == 5:
+            raise KeyboardInterrupt
+
+    setup.cache.check = check
+    with pytest.raises(KeyboardInterrupt):
+        setup.fill(data)
+    assert len(list(tmp_path.iterdir())) == 2
+    cached, how = setup.fill(data)
+    assert how == "16 known, 8 computed"
+    assert [len(part) for part in cached.parts] == [8, 8, 8]
+    assert torch.equal(features_of(cached), setup.by_hand(data[0]))
+
+
+@pytest.mark.parametrize("num_views", [1, 2])
+def test_a_folder_serves_another_cache(backbone, data, tmp_path, images_seen, num_views):
+    """Another cache over the same folder computes nothing and has the same bits and the targets."""
+    arguments = {"num_views": num_views, "transform": build_augmentation("color", 32) if num_views > 1 else None}
+    cached, _ = Setup(backbone, folder=tmp_path).fill(data, "block3", **arguments)
+    images_seen.clear()
+    again, how = Setup(backbone, folder=tmp_path).fill(data, "block3", **arguments)
+    assert how == "known"
+    assert images_seen == []
+    for view in range(num_views):
+        assert torch.equal(features_of(again, view), features_of(cached, view))
+    assert torch.equal(again.targets, data[1])
+
+
+def test_a_second_fill_maps_no_file_again(backbone, data, tmp_path, monkeypatch):
+    """What a cache has mapped it does not verify again, and neither does a cache that shares it."""
+    setup, other = (Setup(backbone, folder=tmp_path) for _ in range(2))
+    setup.fill(data)
+    other.cache.share(setup.cache)
+    monkeypatch.setattr("transferkit.features.file.FeatureFile.read", None)
+    assert setup.fill(data)[1] == other.fill(data)[1] == "known"
+
+
+def test_shallower_files_are_mapped_once(backbone, data, tmp_path, monkeypatch):
+    """Files that deeper features are derived from stay mapped for the next time."""
+    Setup(backbone, folder=tmp_path).fill(data, "block3")
+    setup, reads, read = Setup(backbone, folder=tmp_path), [], FeatureFile.read
+    monkeypatch.setattr(FeatureFile, "read", lambda file: reads.append(file.shape) or read(file))
+    for boundary in ("block5", "head"):
+        assert setup.fill(data, boundary)[1] == "derived"
+        another_weight(9)(setup)
+    assert sorted(reads) == [(24, 1, 1, 8), (24, 2, 2, 8), (24, 8, 8, 4)]
+
+
+def test_files_that_nobody_asks_for_are_not_mapped(backbone, data, tmp_path):
+    """Of the files for the same layers only those with features of the data at hand are verified and mapped."""
+    Setup(backbone, folder=tmp_path).fill((255 - data[0], data[1]))
+    (other,) = tmp_path.iterdir()
+    content = bytearray(other.read_bytes())
+    content[4096] ^= 1
+    other.write_bytes(content)
+    setup = Setup(backbone, folder=tmp_path)
+    assert setup.fill(data)[1] == "computed"
+    assert not any("passed over" in line for line in setup.said)
+    setup.fill((255 - data[0], data[1]))
+    assert "passed over" in setup.said[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda backbone: backbone.features[0].weight.data.mul_(2), "computed"),
+        (lambda backbone: tk.freeze_until(backbone, None), "known"),
+    ],
+    ids=["weights", "frozen"],
+)
+def test_files_go_by_values_alone(make_backbone, data, tmp_path, change, expected):
     """Whether a file serves depends on the values of the layers, and on nothing that a process adds."""
-    Setup(make_backbone(), folder=tmp_path).keep(data)
+    Setup(make_backbone(), folder=tmp_path).fill(data)
     other = make_backbone()
     change(other)
-    _, how = Setup(other, folder=tmp_path).keep(data)
-    same = torch.equal(other.features[0].weight, make_backbone().features[0].weight)
-    assert how == ("known" if same else "computed")
+    assert Setup(other, folder=tmp_path).fill(data)[1] == expected
 
 
 def test_no_folder_is_no_folder():
-    """Without `cache_dir` there is none."""
+    """None is no folder."""
     assert open_folder(None) is None
 
 
 def test_a_missing_folder_is_made(tmp_path):
-    """A folder whose parent is there is made; one that is there serves; a string will do."""
+    """A folder whose parent exists is made; one that exists serves; a string will do."""
     assert open_folder(str(tmp_path / "new")) == tmp_path / "new"
     assert (tmp_path / "new").is_dir()
     assert open_folder(tmp_path / "new") == tmp_path / "new"
@@ -511,10 +615,3 @@ def test_what_can_be_no_folder_is_refused(tmp_path, place):
     with pytest.raises(CacheError, match="cache=") as caught:
         open_folder(tmp_path / place)
     assert str(tmp_path / place) in str(caught.value)
-
-
-def test_kept_features_cannot_be_reassigned(setup, data):
-    """What is kept is a frozen record."""
-    kept, _ = setup.keep(data)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        kept.features = nn.Parameter(torch.zeros(1))

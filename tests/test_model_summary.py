@@ -32,15 +32,22 @@ def test_shapes_and_arithmetic_of_known_layers(model):
     assert table["block1_pool"].multiply_adds == 0
 
 
-@pytest.mark.parametrize(("boundary", "kept"), [(None, 0), ("block3", 6), ("head", 15)])
-def test_kept_is_what_the_trainer_keeps(model, boundary, kept):
-    """Kept layers are the frozen prefix, and what is frozen does not train."""
+@pytest.mark.parametrize(("boundary", "cached"), [(None, 0), ("block3", 6), ("head", 15)])
+def test_cached_layers_are_the_frozen_prefix(model, boundary, cached):
+    """Cached layers are the frozen prefix, and what is cached does not train."""
     tk.freeze_until(model, boundary)
     table = tk.summary(model)
-    assert [layer.kept for layer in table.layers[: len(model.backbone.features)]].count(True) == kept
-    assert len(model.split()[0]) == kept
+    assert [layer.cached for layer in table.layers[: len(model.backbone.features)]].count(True) == cached
+    assert len(model.split()[0]) == cached
     for layer in table.layers:
-        assert not (layer.kept and layer.trains)
+        assert not (layer.cached and layer.trains)
+
+
+def test_a_hook_on_the_backbone_leaves_nothing_cached(model):
+    """Where `fit` caches nothing, because a hook would not be called, no layer is marked as cached."""
+    tk.freeze_until(model, "head").backbone.register_forward_hook(lambda *_: None)
+    assert not any(layer.cached for layer in tk.summary(model).layers)
+    assert "0% of them cached" in str(tk.summary(model))
 
 
 def test_the_model_is_as_it_was(make_backbone):
@@ -78,10 +85,10 @@ def test_a_head_of_ones_own(backbone):
 
 
 def test_a_backbone_alone(backbone):
-    """A backbone without a head has a table too; nothing of it is kept yet."""
+    """A backbone without a head has a table too; none of its layers is cached yet."""
     table = tk.summary(tk.freeze_until(backbone, "block3"))
     assert len(table.layers) == len(backbone.features)
-    assert not any(layer.kept for layer in table.layers)
+    assert not any(layer.cached for layer in table.layers)
 
 
 def test_it_prints_one_line_a_layer(model):
@@ -89,7 +96,7 @@ def test_it_prints_one_line_a_layer(model):
     table = tk.summary(tk.freeze_until(model, "head"))
     lines = str(table).splitlines()
     assert len(lines) == len(table.layers) + 2
-    assert "frozen, kept" in lines[1]
+    assert "frozen, cached" in lines[1]
     assert lines[-1].startswith(f"{table.num_parameters:,} parameters, {table.num_trainable:,} train; ")
     assert repr(table) == str(table)
     assert table._repr_html_().count("<tr>") == len(table.layers) + 1

@@ -11,8 +11,10 @@ from torch import nn
 from torchvision.datasets import ImageFolder
 
 import transferkit as tk
+from cached import IMPURE, make_model
 from transferkit.data.preprocessing import CONVENTIONS
-from transferkit.features.prefix import Prefix, why_impure
+from transferkit.features.feed import Frozen
+from transferkit.features.prefix import NOTHING_FROZEN, Prefix, pure_prefix
 
 ASSETS = Path(__file__).parent.parent / "examples" / "assets"
 CLASSES = ["cat", "dog", "owl"]
@@ -54,7 +56,7 @@ def make_prefix(layers, device, preprocess=V1):
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_gives_the_bits_of_the_layers(make_backbone, data, precision, batch_norm, boundary):
-    """The prefix gives, bit for bit and in the device's number format, what the layers give under autocast."""
+    """The prefix gives, bit for bit and in the device's dtype, what the layers give under autocast."""
     device = tk.Device("cpu", precision)
     backbone = with_statistics(make_backbone(batch_norm=batch_norm))
     layers = frozen_layers(backbone, device, boundary)
@@ -67,7 +69,7 @@ def test_gives_the_bits_of_the_layers(make_backbone, data, precision, batch_norm
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_a_batch_norm_before_the_first_convolution_gives_its_bits(data, precision):
-    """So it is where the first layer is not a convolution, and autocast leaves its input in fp32."""
+    """A first layer that is no convolution gives its own bits: autocast leaves its input in fp32."""
     device = tk.Device("cpu", precision)
     layers = with_statistics(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True)))
     layers = device.prepare(layers.eval().requires_grad_(False))
@@ -122,7 +124,7 @@ def test_the_input_is_not_changed(make_backbone, data, precision):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_the_layers_stay_as_they_are(make_backbone, data, precision):
-    """Making and calling a prefix leaves the model's own layers alone: values, number format, modes, gradients."""
+    """Making and calling a prefix leaves the model's own layers alone: values, precision, modes, gradients."""
     device = tk.Device("cpu", precision)
     backbone = make_backbone(batch_norm=True)
     layers = frozen_layers(backbone, device)
@@ -206,10 +208,10 @@ def test_a_shallower_prefix_has_the_first_digests(layers):
         {"preprocess": CONVENTIONS["IMAGENET1K_FEATURES"].with_image_size(32)},
         {"preprocess": CONVENTIONS["KERAS"].with_image_size(32)},
     ],
-    ids=["number format", "image size", "preprocessing", "channel order"],
+    ids=["precision", "image size", "preprocessing", "channel order"],
 )
 def test_what_comes_before_the_layers_counts(layers, other):
-    """Another number format, image size or preprocessing gives other digests throughout."""
+    """Another precision, image size or preprocessing gives other digests throughout."""
     assert not any(same(digests(layers), digests(layers, **other)))
 
 
@@ -261,7 +263,10 @@ def test_every_setting_of_a_layer_counts(one, other):
 
 @pytest.fixture
 def prefix(layers):
-    return make_prefix(layers, tk.Device("cpu", "fp32"))
+    """A prefix whose digests were read."""
+    prefix = make_prefix(layers, tk.Device("cpu", "fp32"))
+    assert prefix.digests
+    return prefix
 
 
 def test_unchanged_layers_are_current(layers, prefix, data):
@@ -338,14 +343,32 @@ def stride(layers):
         epsilon,
         stride,
     ],
+    ids=lambda change: change.__name__,
 )
 def test_a_changed_layer_is_noticed(layers, change):
     """Every change of a frozen layer is noticed, whatever way it went: the next epoch makes the prefix anew."""
     layers[4].bias.data.copy_(torch.tensor([0.5, -0.25, 1.0, 2.0]))
     prefix = make_prefix(layers, tk.Device("cpu", "fp32"))
+    assert prefix.digests
     assert prefix.is_current(layers, V1)
     change(layers)
     assert not prefix.is_current(layers, V1)
+
+
+def test_a_prefix_whose_digests_nobody_read_is_not_current(layers):
+    """Without digests there is nothing to compare, and the next epoch casts the weights anew."""
+    assert not make_prefix(layers, tk.Device("cpu", "fp32")).is_current(layers, V1)
+
+
+def test_a_batch_size_that_memory_allowed_is_kept(make_backbone):
+    """A prefix that is made anew begins with the batch size that the one before it came down to."""
+    frozen = Frozen(make_model(make_backbone), tk.Device("cpu", "fp32"))
+    first = frozen.split()[0]
+    assert first.batch_size > 3
+    first.batch_size = 3
+    second = frozen.split()[0]
+    assert second is not first
+    assert second.batch_size == 3
 
 
 def test_fewer_layers_are_noticed(layers, prefix):
@@ -363,110 +386,49 @@ def test_the_mode_of_layers_without_one_does_not_count(data):
     """ReLUs and convolutions frozen by hand do the same in both modes: neither digests nor prefix depend on it."""
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)).requires_grad_(False)
     prefix = make_prefix(layers.train(), tk.Device("cpu", "fp32"))
+    expected = prefix.digests
     assert prefix.is_current(layers.eval(), V1)
-    assert digests(layers) == prefix.digests
+    assert digests(layers) == expected
 
 
-# ---- what is no pure function
+# ---- what is frozen and pure
 
 
-def test_vgg_is_pure(make_backbone):
-    """Frozen VGG layers, with and without batch norm, are pure."""
-    device = tk.Device("cpu", "fp32")
-    for batch_norm in (False, True):
-        assert why_impure(frozen_layers(make_backbone(batch_norm=batch_norm), device)) is None
+@pytest.mark.parametrize("batch_norm", [False, True], ids=["plain", "batch norm"])
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_frozen_vgg_layers_are_pure(make_backbone, boundary, batch_norm):
+    """The frozen layers of a VGG are those of `split`, and may be cached."""
+    model = make_model(make_backbone, boundary, batch_norm=batch_norm).train()
+    layers, reason = pure_prefix(model)
+    assert reason == ""
+    assert list(layers) == list(model.split()[0])
 
 
-class Noisy(nn.ReLU):
-    def forward(self, images):
-        return images + torch.rand_like(images)
+def test_nothing_frozen_is_a_reason(make_backbone):
+    """A model without frozen layers, or with a first layer in training mode, has no prefix."""
+    assert pure_prefix(make_model(make_backbone, None))[1] == NOTHING_FROZEN
+    model = make_model(make_backbone)
+    model.backbone.features[0] = nn.BatchNorm2d(3).requires_grad_(False).train()
+    assert pure_prefix(model)[1] == NOTHING_FROZEN
 
 
-class Unknown(nn.Module):
-    def forward(self, images):
-        return images
+@pytest.mark.parametrize("kind", IMPURE)
+def test_impure_layers_are_named(make_backbone, kind):
+    """A layer or a part of the model that may do more than map its input to its output is named."""
+    change, reason = IMPURE[kind]
+    model = make_model(make_backbone)
+    change(model)
+    assert pure_prefix(model)[1].startswith(reason)
 
 
-def nothing(*_):
-    return None
-
-
-def forward_hook(layers):
-    layers[4].register_forward_hook(nothing)
-
-
-def forward_hook_with_keywords(layers):
-    layers[4].register_forward_hook(lambda *_: None, with_kwargs=True)
-
-
-def forward_pre_hook(layers):
-    layers[4].register_forward_pre_hook(nothing)
-
-
-def backward_hook(layers):
-    layers[4].register_full_backward_hook(nothing)
-
-
-def backward_pre_hook(layers):
-    layers[4].register_full_backward_pre_hook(nothing)
-
-
-def replaced_forward(layers):
-    layers[4].forward = layers[4].forward
-
-
-def parametrized(layers):
-    nn.utils.parametrizations.weight_norm(layers[4])
-
-
-def spectral_norm(layers):
-    nn.utils.spectral_norm(layers[4])
-
-
-def dropout(layers):
-    layers[4] = nn.Dropout()
-
-
-def dropout_at_rest(layers):
-    layers[4] = nn.Dropout().eval()
-
-
-def subclass(layers):
-    layers[4] = Noisy()
-
-
-def unknown(layers):
-    layers[4] = Unknown()
-
-
-def training_batch_norm(layers):
-    layers[4] = nn.BatchNorm2d(4).train()
-
-
-def batch_norm_without_statistics(layers):
-    layers[4] = nn.BatchNorm2d(4, track_running_stats=False).eval()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        forward_hook,
-        forward_hook_with_keywords,
-        forward_pre_hook,
-        backward_hook,
-        backward_pre_hook,
-        replaced_forward,
-        parametrized,
-        spectral_norm,
-        dropout,
-        dropout_at_rest,
-        subclass,
-        unknown,
-        training_batch_norm,
-        batch_norm_without_statistics,
-    ],
-)
-def test_impure_layers_are_named(layers, change):
-    """A layer that may do more than map its input to its output is refused, with its number."""
-    change(layers)
-    assert why_impure(layers).startswith("layer 4 ")
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("batch_norm", [False, True], ids=["plain", "batch norm"])
+def test_outputs_are_the_shapes_and_dtypes_that_come_out(make_backbone, data, precision, batch_norm):
+    """`outputs` has, for each number of layers, shape and dtype of what those layers give for an image."""
+    device = tk.Device("cpu", precision)
+    layers = frozen_layers(make_backbone(batch_norm=batch_norm), device)
+    outputs = make_prefix(layers, device).outputs
+    assert len(outputs) == len(layers) + 1
+    for depth in range(1, len(layers) + 1):
+        features = make_prefix(layers[:depth], device)(V1(data[0]))
+        assert outputs[depth] == (tuple(features.permute(0, 2, 3, 1).shape[1:]), features.dtype)

@@ -174,7 +174,7 @@ class Trainer:
         self._cache_mode, folder = _find_cache(cache)
         self._interrupts = Interrupts()
         self._features = FeatureCache(place, folder, check=self._interrupts.check)
-        self._frozen = Frozen(model, place, compiled=False)
+        self._frozen = Frozen(model, place)
         self._run: Run | None = None  # the current one
         self._given: tuple[object, object] = (None, None)  # its training and validation data, as the user passed them
         self._progress: Progress | None = None
@@ -587,7 +587,7 @@ class Trainer:
             run = self._run
             if run is not None and with_targets and run.validation is not None and data is self._given[1]:
                 size = choose_batch_size(run.validation.inputs.source, batch_size)
-                network, batches = run.validation.open(size, kept_batch_size=max(size, CACHED_BATCH_SIZE))
+                network, batches = run.validation.open(size, cached_batch_size=max(size, CACHED_BATCH_SIZE))
             else:
                 network, batches = self.model, self._batches(data, batch_size, num_workers, with_targets=with_targets)
             with closing(batches):

@@ -1,6 +1,6 @@
 """Batches as they lie in the data, to model input on the device: the one path of training, validation, prediction."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,24 +10,26 @@ from transferkit.compute.device import Device
 from transferkit.data.augmentation import Transform, augment_batch
 from transferkit.data.images import check_image_size, check_normalized
 from transferkit.data.preprocessing import Preprocessing
-from transferkit.data.sources import Batch, Source
+from transferkit.data.sources import Source
 from transferkit.errors import ImageError
 
-Watch = Callable[[Tensor | list[Tensor]], None]
+Images = Tensor | list[Tensor]
+"""A batch `(N, 3, H, W)`, or a list of raw images `(3, H, W)` whose sizes differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """A source of images as the model sees it.
 
-    Raw images cross to the device as uint8 and are resized, augmented and normalised there; preprocessed ones pass.
+    Raw images cross to the device as uint8 and are resized, augmented and normalised there. Preprocessed images, float,
+    pass unchanged.
 
     Attributes:
         source: The images.
-        preprocess: The backbone's.
-        device: Where to.
+        preprocess: The backbone's preprocessing.
+        device: Where the model input goes.
         transform: Random change of one raw image, or None.
-        seed: The augmentation, and the data's own randomness, depend on it and on the view.
+        seed: Augmentation and the data's own randomness depend on it and on the view.
     """
 
     source: Source
@@ -37,46 +39,58 @@ class Inputs:
     seed: int = 0
 
     def batches(
-        self, batch_size: int, *, order: Tensor | None = None, view: int = 0, watch: Watch | None = None
+        self, batch_size: int, *, order: Tensor | None = None, view: int = 0
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Yield model input, float `(N, 3, S, S)`, and targets of each batch, on the device.
+        """Yield model input, float `(N, 3, S, S)`, and targets of each batch, on the device, read one batch ahead.
 
         Args:
             batch_size: Images in a batch.
-            order: Places of the images in the source, int64; None takes them as they lie.
-            view: Which of the random changes is made; the number of the epoch, as a rule.
-            watch: Is shown the pixels of each batch, on the host: as they lie in the source, or augmented if they are.
+            order: Places of the images in the source, int64; None reads them as they lie.
+            view: Which random changes are drawn: the number of the epoch, as a rule.
 
         Raises:
-            ImageError: Preprocessed images of another size, or that no preprocessing made, or that were to be
-                augmented.
+            ImageError: When preprocessed images have another size or went through no VGG preprocessing, and when they
+                were to be augmented.
         """
-        augmented = self.transform is not None
-        read = self.source.batches(batch_size, seed=derive_seed(self.seed, "data", view), order=order)
-        checked = _checked(read, self.preprocess, None if augmented else watch)
-        for images, targets, places in self.device.batches(checked):
-            if isinstance(images, Tensor) and images.is_floating_point():
-                if augmented:
-                    raise ImageError(
-                        "augment works on raw images, but these are preprocessed (float): pass uint8 images."
-                    )
+        for images, targets, places in self.device.batches(self._checked(batch_size, order, view)):
+            yield self.prepare(self._augment(images, places, view)), targets
+
+    def read(
+        self, batch_size: int, *, order: Tensor | None = None, view: int = 0
+    ) -> Generator[tuple[Images, Tensor], None, None]:
+        """Yield the images that `prepare` makes model input of, and targets, which stay on the host.
+
+        The images are those of the source, on the host; with augmentation they are the augmented ones, on the device.
+        The arguments and errors are those of `batches`.
+        """
+        for images, targets, places in self._checked(batch_size, order, view):
+            if self.transform is None:
                 yield images, targets
-                continue
-            raw = self.preprocess.resize(images)
-            if self.transform is not None:
-                raw = augment_batch(self.transform, raw, places, seed=self.seed, epoch=view)
-                if watch is not None:
-                    watch(raw.cpu())  # host sync
-            yield self.preprocess.normalize(raw), targets
+            else:
+                yield self._augment(self.device.move(images), places, view), targets
 
-
-def _checked(batches: Iterator[Batch], preprocess: Preprocessing, watch: Watch | None) -> Iterator[Batch]:
-    """Look at preprocessed images while they are on the host: the sizes of all, the values of the first batch."""
-    for number, (images, targets, places) in enumerate(batches):
+    def prepare(self, images: Images) -> Tensor:
+        """Return model input, float `(N, 3, S, S)`, on the device."""
+        images = self.device.move(images)
         if isinstance(images, Tensor) and images.is_floating_point():
-            check_image_size(images, preprocess.image_size)
-            if number == 0:
-                check_normalized(images, preprocess.name)
-        if watch is not None:
-            watch(images)
-        yield images, targets, places
+            return images
+        return self.preprocess.normalize(self.preprocess.resize(images))
+
+    def _augment(self, images: Images, places: Sequence[int], view: int) -> Images:
+        if self.transform is None:
+            return images
+        if isinstance(images, Tensor) and images.is_floating_point():
+            raise ImageError("augment works on raw images, but these are preprocessed (float): pass uint8 images.")
+        return augment_batch(self.transform, self.preprocess.resize(images), places, seed=self.seed, epoch=view)
+
+    def _checked(
+        self, batch_size: int, order: Tensor | None, view: int
+    ) -> Iterator[tuple[Images, Tensor, tuple[int, ...]]]:
+        """Check preprocessed images while they are on the host: the sizes of all, the values of the first batch."""
+        read = self.source.batches(batch_size, seed=derive_seed(self.seed, "data", view), order=order)
+        for number, (images, targets, places) in enumerate(read):
+            if isinstance(images, Tensor) and images.is_floating_point():
+                check_image_size(images, self.preprocess.image_size)
+                if number == 0:
+                    check_normalized(images, self.preprocess.name)
+            yield images, targets, tuple(places)  # no list: Device.move would look at each number for a tensor

@@ -1,41 +1,46 @@
-"""The feature cache: what the frozen prefix makes of each image, computed once and kept.
+"""The feature cache: the features of each image, computed once.
 
-A key says what features depend on: the pixels in their order, the preprocessing, every frozen layer's settings and
-weights, the number format, the kind of device and the version of torch. Features are taken again only under the same
-key, so they cannot disagree with the model or the data.
+An image's features are found by two digests: one of its pixels, and one of the layers and all that their output depends
+on. Nothing else counts, neither the image's place nor its file nor its data set. So features cannot disagree with model
+or data, an image added to a data set costs one image, and any part of the cache is of use by itself.
 """
 
-import hashlib
-from collections.abc import Callable, Generator, Iterator
+import math
+from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from itertools import accumulate
 from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from transferkit.base.arrays import raw_bytes
 from transferkit.base.display import Display
 from transferkit.compute.device import Device
 from transferkit.compute.host_memory import host_bytes
-from transferkit.data.inputs import Inputs
+from transferkit.data.inputs import Images, Inputs
 from transferkit.errors import CacheError
-from transferkit.features.file import FeatureFile
+from transferkit.features.chunks import CachedFeatures, Chunk, image_digests, together
+from transferkit.features.file import SUFFIX, FeatureFile, open_features, write_features
 from transferkit.features.prefix import Prefix
 
 MEMORY_SHARE = 0.5
-"""How much of the memory that is free on the device, and of that on the host, features may take."""
+"""Fraction of the free memory, on the device and on the host, that features may take."""
 
 ROOM_IF_UNKNOWN = 2 * 10**9
-"""Bytes they may take where the system does not tell how much is free (Apple's MPS, CPUs elsewhere than on Linux)."""
+"""Bytes they may take where the system does not say how much is free (Apple's MPS, CPUs elsewhere than on Linux)."""
+
+CHUNK_IMAGES = 1024
+CHUNK_BYTES = 2**26
+"""Limits of a file: whole batches of the prefix, and at least one."""
 
 
 def open_folder(path: str | PathLike[str] | None) -> Path | None:
-    """Return the folder for files of features, made if its parent is there; None as it is.
+    """Return a folder for files of features, which is made if its parent exists; None for None.
 
     Raises:
-        CacheError: There is no such folder and none can be made.
+        CacheError: When the folder does not exist and cannot be made.
     """
     if path is None:
         return None
@@ -44,167 +49,61 @@ def open_folder(path: str | PathLike[str] | None) -> Path | None:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise CacheError(
-            f"cache={str(path)!r} cannot be used: {error}. Expected a folder, or where to make one."
+            f"cache={str(path)!r} cannot be used: {error}. Expected a folder, or a place to make one."
         ) from error
     return folder
 
 
-@dataclass(frozen=True, slots=True)
-class KeptFeatures:
-    """The features of every image of a source, in one or several views.
-
-    Attributes:
-        features: `(views, N, h, w, C)` in the number format they were computed in: on the device, in host memory or
-            in a mapped file.
-        targets: As the source has them, on the device.
-        pixels: Digest of the images they were computed from.
-        layers: Digest of the layers they were computed by.
-        device: Where batches go.
-    """
-
-    features: Tensor
-    targets: Tensor
-    pixels: str
-    layers: str
-    device: Device
-
-    def batches(
-        self, batch_size: int, *, order: Tensor | None = None, view: int = 0
-    ) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Yield features `(N, C, h, w)`, channels-last, and targets of each batch, on the device.
-
-        Each batch is a copy: a head that works in place cannot change what is kept.
-
-        Args:
-            batch_size: Images in a batch.
-            order: Places of the images, int64; None takes them as they lie.
-            view: Which of the views.
-        """
-        features = self.features[view]
-        order = torch.arange(len(features)) if order is None else order
-        gathered = (self._gather(features, places) for places in torch.split(order.to(features.device), batch_size))
-        targets = (self.targets[places] for places in torch.split(order.to(self.targets.device), batch_size))
-        for batch, batch_targets in self.device.batches(zip(gathered, targets, strict=True)):
-            yield batch.permute(0, 3, 1, 2), batch_targets  # (N, h, w, C) in memory: no copy
-
-    def _gather(self, features: Tensor, places: Tensor) -> Tensor:
-        pinned = self.device.torch_device.type == "cuda" and features.device.type == "cpu"  # so that nobody waits
-        batch = torch.empty(
-            len(places), *features.shape[1:], dtype=features.dtype, device=features.device, pin_memory=pinned
-        )
-        return torch.index_select(features, 0, places, out=batch)
-
-
 class FeatureCache:
-    """The features that a trainer keeps in memory, and the files of them in a folder.
+    """The features that a trainer has in memory, and those in files of a folder.
 
     Args:
         device: Where features are used.
-        folder: Where they are kept for later runs and other processes; None keeps them in memory alone.
-        check: Called after each batch, to stop.
+        folder: Where they are written for later runs and other processes; None keeps them in memory.
+        check: Called after each batch; raises to stop.
     """
 
     def __init__(self, device: Device, folder: Path | None = None, *, check: Callable[[], None] = lambda: None) -> None:
         self.device = device
         self.folder = folder
         self.check = check
-        self._kept: list[KeptFeatures] = []
+        self.chunks: list[Chunk] = []
 
     def share(self, other: "FeatureCache") -> None:
-        """Keep the features of another cache, one list for both."""
-        self._kept = other._kept
+        """Use the features of another cache, and add to them."""
+        self.chunks = other.chunks
 
-    def keep(self, inputs: Inputs, prefix: Prefix, *, num_views: int, display: Display) -> KeptFeatures:
-        """Return the features of every image: known ones, ones derived from those of fewer layers, or new ones.
+    def fill(self, inputs: Inputs, prefix: Prefix, *, num_views: int, display: Display) -> CachedFeatures:
+        """Return the features of every image, after computing those that are not known.
 
         Args:
-            inputs: The images; their source knows how many it has.
+            inputs: The images; their source knows how many there are.
             prefix: What computes the features.
             num_views: Views of each image.
             display: Shows what is done.
 
         Raises:
-            CacheError: They would take too much memory.
+            CacheError: When new features would take too much memory.
         """
-        scan = _Scan(inputs, prefix.batch_size, num_views, self.check)
-        example = _example(inputs, prefix)
-        shape = (num_views, scan.num_images, *example.shape[1:])
-        start = None
-        if self.folder is not None or any(kept.features.shape[:2] == shape[:2] for kept in self._kept):
-            scan.read(display)  # the pixels must be known before it can be told whether their features are
-            start = self._find(scan, prefix, display)
-        if start is not None and start.layers == prefix.digests[-1]:
-            display.say(f"features of {scan.num_images:,} images: known already")
-            return self._remember(start)
+        found, targets = _Filling(self, inputs, prefix, display).run(num_views)
+        parts, rows = self._place(found)
+        return CachedFeatures(parts, rows.view(num_views, -1), self.device.move(targets), self.device)
 
-        def compute() -> Iterator[Tensor]:
-            computed = scan.compute(prefix) if start is None else _derive(start, prefix)
-            total = num_views * scan.num_images
-            with closing(computed), display.bar("features", total) as bar:  # or a kept traceback would keep workers
-                for part in computed:
-                    yield part.permute(0, 2, 3, 1)
-                    bar.advance(len(part))
-                    self.check()
+    def choose_memory(self, num_bytes: int) -> torch.device:
+        """Return where so many bytes of features can lie: on the device or on the host.
 
-        file = self._file(scan.pixels, prefix.digests[-1])
-        features, where = self._store(compute, shape, example.dtype, file=file, display=display)
-        how = "computed" if start is None else f"derived from those behind {_depth(start, prefix)} layers"
-        size = features.numel() * features.element_size() / 1e6
-        display.say(f"features of {scan.num_images:,} images: {how}, kept in {where} ({size:,.0f} MB)")
-        return self._remember(KeptFeatures(features, scan.targets, scan.pixels, prefix.digests[-1], self.device))
-
-    def _find(self, scan: "_Scan", prefix: Prefix, display: Display) -> KeptFeatures | None:
-        """Return what is known of these images behind the largest number of the prefix's layers."""
-        for layers in reversed(prefix.digests[1:]):
-            for kept in self._kept:
-                if (kept.pixels, kept.layers) == (scan.pixels, layers):
-                    return replace(kept, targets=scan.targets)
-            file = self._file(scan.pixels, layers)
-            if file is not None and file.path.exists():
-                try:
-                    features = self._on_device(file.read())
-                except CacheError as error:
-                    display.say(f"a file of features is passed over: {error}")
-                    continue
-                return KeptFeatures(features, scan.targets, scan.pixels, layers, self.device)
-        return None
-
-    def _store(
-        self,
-        compute: Callable[[], Iterator[Tensor]],
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        *,
-        file: FeatureFile | None,
-        display: Display,
-    ) -> tuple[Tensor, str]:
-        """Compute features into a file if there is a folder, else or if that fails into memory."""
-        if file is not None:
-            try:
-                file.write(compute(), shape, dtype)
-                return self._on_device(file.read()), str(file.path)
-            except CacheError as error:
-                display.say(f"features are not kept in a file: {error}")
-        place, where = self._choose_memory(torch.Size(shape).numel() * dtype.itemsize)
-        features = torch.empty(shape, dtype=dtype, device=place, pin_memory=where == "pinned memory")
-        rows, filled = features.view(-1, *shape[2:]), 0
-        for part in compute():
-            rows[filled : filled + len(part)].copy_(part, non_blocking=True)
-            filled += len(part)
-        self.device.synchronize()
-        return features, where
-
-    def _choose_memory(self, num_bytes: int) -> tuple[torch.device, str]:
-        cpu = torch.device("cpu")
+        Raises:
+            CacheError: When neither has room.
+        """
+        places = dict.fromkeys((self.device.torch_device, torch.device("cpu")))
         for _ in range(2):
-            if num_bytes <= self._room(self.device.torch_device):
-                return self.device.torch_device, f"memory of {self.device.torch_device}"
-            if self.device.torch_device != cpu and num_bytes <= self._room(cpu):
-                return cpu, "pinned memory" if self.device.torch_device.type == "cuda" else "memory"
-            self._kept.clear()  # what earlier runs left; what this run uses stays with it
+            for place in places:
+                if num_bytes <= self._room(place):
+                    return place
+            self.chunks.clear()  # what earlier runs left; what this run uses stays with it
         raise CacheError(
-            f"they take {num_bytes / 1e6:,.0f} MB, and may take {self._room(cpu) / 1e6:,.0f} MB "
-            f"({MEMORY_SHARE:.0%} of what is free). Name a folder for them: Trainer(cache=...)"
+            f"they take {num_bytes / 1e6:,.0f} MB, and may take {self._room(torch.device('cpu')) / 1e6:,.0f} MB "
+            f"({MEMORY_SHARE:.0%} of what is free). Name a folder for them: Trainer(cache=folder)"
         )
 
     def _room(self, place: torch.device) -> int:
@@ -216,84 +115,182 @@ class FeatureCache:
             free = self.device.memory()["free"] if place.type == "cuda" else None
         return ROOM_IF_UNKNOWN if free is None else int(MEMORY_SHARE * free)
 
-    def _on_device(self, mapped: Tensor) -> Tensor:
-        """Copy the features of a file to an accelerator that has room for them; on the CPU the mapping serves."""
-        place = self.device.torch_device
-        roomy = place.type != "cpu" and mapped.numel() * mapped.element_size() <= self._room(place)
-        return mapped.to(place) if roomy else mapped
+    def _place(self, found: list[tuple[Chunk, int]]) -> tuple[list[Tensor], Tensor]:
+        """Return the tensors of chunks and, for each image, its row in them laid end to end; all on one device.
 
-    def _file(self, pixels: str, layers: str) -> FeatureFile | None:
-        key = hashlib.sha256(f"{pixels} {layers}".encode()).hexdigest()
-        return None if self.folder is None else FeatureFile(self.folder, key)
+        On an accelerator with room for them the rows are put together there. On the CPU mapped files serve.
+        """
+        chunks = list(dict.fromkeys(chunk for chunk, _ in found))
+        starts = dict(zip(chunks, accumulate((len(chunk.images) for chunk in chunks), initial=0), strict=False))
+        rows = torch.tensor([starts[chunk] + row for chunk, row in found])
+        place, example = self.device.torch_device, chunks[0].features
+        if place.type != "cpu" and not (len(chunks) == 1 and example.device.type == place.type):
+            used = torch.unique(rows)
+            if len(used) * example[0].numel() * example.element_size() <= self._room(place):
+                chunks, rows = [together(chunks, used, place)], torch.searchsorted(used, rows)
+                held = set(chunks[0].images)
+                self.chunks[:] = [
+                    c for c in self.chunks if c.layers != chunks[0].layers or not held.issuperset(c.images)
+                ]
+            else:
+                for chunk in chunks:
+                    chunk.features = chunk.features.cpu()
+        self.chunks += [chunk for chunk in chunks if chunk not in self.chunks]
+        return [chunk.features for chunk in chunks], rows
 
-    def _remember(self, kept: KeptFeatures) -> KeptFeatures:
-        self._kept[:] = [other for other in self._kept if (other.pixels, other.layers) != (kept.pixels, kept.layers)]
-        self._kept.append(kept)
-        return kept
 
+class _Filling:
+    """Goes through every view of a source once, and computes the features that are not known.
 
-class _Scan:
-    """Reads every view of a source, and notes the digest of the pixels and the targets.
-
-    The pixels are those in the source or, if they are augmented, the augmented ones; the digest does not depend on
-    how they are divided into batches.
+    What is known behind fewer layers is carried on from there. New features are taken in chunks: into files if there is
+    a folder, else into memory.
     """
 
-    def __init__(self, inputs: Inputs, batch_size: int, num_views: int, check: Callable[[], None]) -> None:
-        self.check = check
+    def __init__(self, cache: FeatureCache, inputs: Inputs, prefix: Prefix, display: Display) -> None:
+        self.cache = cache
         self.inputs = inputs
-        self.batch_size = batch_size
-        self.num_views = num_views
-        self.num_images = inputs.source.num_images or 0
-        self.pixels = ""
-        self.targets = torch.empty(0)
+        self.prefix = prefix
+        self.display = display
+        self.folder = cache.folder
+        self.chunk: Chunk | None = None  # the one being filled
+        self.where: dict[str, int] = {}  # bytes of new features by where they are
+        self.shape, self.dtype = prefix.outputs[-1]
+        self.row_bytes = math.prod(self.shape) * self.dtype.itemsize
+        batches = min(CHUNK_IMAGES, CHUNK_BYTES // self.row_bytes) // prefix.batch_size
+        self.chunk_images = max(1, batches) * prefix.batch_size
+        self.rows: dict[int, dict[bytes, tuple[Chunk, int]]] = {}  # by number of layers, most first
+        self.files: dict[int, dict[bytes, FeatureFile]] = {}
+        paths = [] if cache.folder is None else sorted(cache.folder.glob(f"*{SUFFIX}"))
+        for path in paths:
+            if "-" not in path.name:
+                display.say(f"a file of features is passed over: {path} is of an earlier version. Delete it.")
+        for depth in range(len(prefix), 0, -1):
+            self.rows[depth], self.files[depth] = {}, {}
+            for chunk in cache.chunks:
+                if chunk.layers == prefix.digests[depth]:
+                    self._add(depth, chunk)
+            for path in paths:
+                if path.name.startswith(prefix.digests[depth][:32]):
+                    self._note(depth, path)
 
-    def __iter__(self) -> Generator[Tensor, None, None]:
-        """Yield the model input of each batch."""
-        digest, targets = hashlib.sha256(f"{self.num_views} views".encode()), []
-        form = ""
+    def run(self, num_views: int) -> tuple[list[tuple[Chunk, int]], Tensor]:
+        """Return chunk and row of each image, view after view, and the targets, on the host."""
+        total = num_views * (self.inputs.source.num_images or 0)
+        images: list[bytes] = []
+        targets: list[Tensor] = []
+        depths: list[int] = []
+        with self.display.bar("features", total) as bar:
+            for view in range(num_views):
+                # closed at once, or a traceback that somebody holds would keep worker processes
+                with closing(self.inputs.read(self.prefix.batch_size, view=view)) as batches:
+                    for batch, batch_targets in batches:
+                        digests = image_digests(batch)
+                        depths += self._complete(batch, digests, most=total - len(images))
+                        images += digests
+                        targets += [batch_targets] if view == 0 else []
+                        bar.advance(len(digests))
+                        self.cache.check()
+        self._close()
+        self.display.say(f"features of {total:,} images: {self._describe(depths)}")
+        return [self.rows[len(self.prefix)][image] for image in images], torch.cat(targets)
 
-        def watch(images: Tensor | list[Tensor]) -> None:
-            nonlocal form
-            for image in [images] if isinstance(images, Tensor) else [image[None] for image in images]:
-                if form != (form := f"{image.dtype} {tuple(image.shape[1:])}"):
-                    digest.update(form.encode())
-                digest.update(raw_bytes(image))
+    def _complete(self, batch: Images, digests: list[bytes], *, most: int) -> list[int]:
+        """Compute the features that a batch lacks; return the depth behind which those of each image were known."""
+        depths = [self._depth(image) for image in digests]
+        for depth in sorted({*depths} - {len(self.prefix)}):
+            missing = {image: place for place, image in enumerate(digests) if depths[place] == depth}  # each image once
+            target = self._reserve(len(missing), most=most)  # before anything is computed
+            if depth:
+                known = (self.rows[depth][image] for image in missing)
+                rows = torch.stack([self.cache.device.move(chunk.features[row]) for chunk, row in known])
+                start = rows.permute(0, 3, 1, 2)
+            else:
+                start = self.inputs.prepare(_select(batch, list(missing.values())))
+            first = len(target.images)
+            features = self.prefix(start, first=depth).permute(0, 2, 3, 1)
+            target.features[first : first + len(missing)].copy_(features, non_blocking=True)
+            target.images += missing
+            self._add(len(self.prefix), target, first)
+        return depths
 
-        for view in range(self.num_views):
-            for inputs, batch_targets in self.inputs.batches(self.batch_size, view=view, watch=watch):
-                if view == 0:
-                    targets.append(batch_targets)
-                yield inputs
-        self.pixels, self.targets = digest.hexdigest(), torch.cat(targets)
+    def _depth(self, image: bytes) -> int:
+        """Return the number of layers behind which an image's features are known; 0 if they are not."""
+        return next((depth for depth in self.rows if image in self.rows[depth] or self._open(depth, image)), 0)
 
-    def read(self, display: Display) -> None:
-        """Read all without computing anything."""
-        total = self.num_views * self.num_images
-        with closing(iter(self)) as batches, display.bar("looking at the images", total) as bar:
-            for batch in batches:
-                bar.advance(len(batch))
-                self.check()
+    def _add(self, depth: int, chunk: Chunk, first: int = 0) -> None:
+        added = enumerate(chunk.images[first:], start=first)
+        self.rows[depth].update((image, (chunk, row)) for row, image in added)
 
-    def compute(self, prefix: Prefix) -> Generator[Tensor, None, None]:
-        """Yield the features of each batch."""
-        with closing(iter(self)) as batches:
-            for batch in batches:
-                yield prefix(batch)
+    def _note(self, depth: int, path: Path) -> None:
+        """Note which images a file has features of."""
+        shape, dtype = self.prefix.outputs[depth]
+        try:
+            file = open_features(path, layers=self.prefix.digests[depth], shape=shape, dtype=dtype)
+        except CacheError as error:
+            self.display.say(f"a file of features is passed over: {error}")
+        else:
+            self.files[depth].update(dict.fromkeys(file.images, file))
+
+    def _open(self, depth: int, image: bytes) -> bool:
+        """Map the file that has an image's features; return whether there is a good one."""
+        file = self.files[depth].pop(image, None)
+        if file is None:
+            return False
+        try:
+            chunk = Chunk(file.layers, list(file.images), file.read())
+        except CacheError as error:
+            self.display.say(f"a file of features is passed over: {error}")
+            for other in file.images:
+                self.files[depth].pop(other, None)
+            return False
+        self._add(depth, chunk)
+        self.cache.chunks.append(chunk)
+        return True
+
+    def _reserve(self, count: int, *, most: int) -> Chunk:
+        """Return a chunk with room for so many more images; `most` may still come, these included."""
+        if self.chunk is None or len(self.chunk.images) + count > len(self.chunk.features):
+            self._close()
+            rows, place = min(self.chunk_images, most), torch.device("cpu")
+            if self.folder is None:
+                rows, place = most, self.cache.choose_memory(most * self.row_bytes)
+            pinned = place.type == "cpu" and self.cache.device.torch_device.type == "cuda"  # so that nobody waits
+            features = torch.empty(rows, *self.shape, dtype=self.dtype, device=place, pin_memory=pinned)
+            self.chunk = Chunk(self.prefix.digests[-1], [], features)
+        return self.chunk
+
+    def _close(self) -> None:
+        """Put the chunk that was filled where it stays."""
+        chunk, self.chunk = self.chunk, None
+        if chunk is None:
+            return
+        self.cache.device.synchronize()
+        where, room = f"memory of {chunk.features.device}", len(chunk.features)
+        chunk.features = chunk.features[: len(chunk.images)]
+        if self.folder is not None:
+            try:
+                chunk.features = write_features(self.folder, chunk.layers, chunk.images, chunk.features).read()
+                where = str(self.folder)
+            except CacheError as error:
+                self.display.say(f"features are not cached in a file: {error}")
+                self.folder = None
+        elif len(chunk.images) < room:
+            chunk.features = chunk.features.clone()  # and let go of the room for images that were known
+        self.where[where] = self.where.get(where, 0) + len(chunk.images) * self.row_bytes
+
+    def _describe(self, depths: list[int]) -> str:
+        """Say how the features came about of images that were known behind so many layers."""
+        kinds = {len(self.prefix): "known", 0: "computed"}
+        counts = sorted(Counter(depths).items(), reverse=True)
+        texts = [(count, kinds.get(depth, f"derived from those behind {depth} layers")) for depth, count in counts]
+        if not self.where:
+            return "known already"
+        how = texts[0][1] if len(texts) == 1 else ", ".join(f"{count:,} {text}" for count, text in texts)
+        where = " and ".join(f"{where} ({num_bytes / 1e6:,.0f} MB)" for where, num_bytes in self.where.items())
+        return f"{how}, cached in {where}"
 
 
-def _example(inputs: Inputs, prefix: Prefix) -> Tensor:
-    size = inputs.preprocess.image_size
-    images = torch.zeros(1, 3, size, size, device=inputs.device.torch_device)
-    return prefix(images).permute(0, 2, 3, 1)
-
-
-def _depth(kept: KeptFeatures, prefix: Prefix) -> int:
-    return prefix.digests.index(kept.layers)
-
-
-def _derive(start: KeptFeatures, prefix: Prefix) -> Generator[Tensor, None, None]:
-    first = _depth(start, prefix)
-    for view in range(len(start.features)):
-        for batch, _ in start.batches(prefix.batch_size, view=view):
-            yield prefix(batch, first=first)
+def _select(batch: Images, places: list[int]) -> Images:
+    if len(places) == len(batch):
+        return batch
+    return [batch[place] for place in places] if isinstance(batch, list) else batch[places]

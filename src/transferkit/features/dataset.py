@@ -1,5 +1,6 @@
-"""`cache_features`: the prefix's outputs as an ordinary `Dataset`, for anybody's training loop."""
+"""`cache_features`: the features of images as an ordinary `Dataset`, for a training loop of your own."""
 
+from functools import cached_property
 from os import PathLike
 
 import numpy as np
@@ -15,7 +16,8 @@ from transferkit.data.augmentation import Augment, build_augmentation
 from transferkit.data.inputs import Inputs
 from transferkit.data.open import open_data
 from transferkit.errors import ArgumentError
-from transferkit.features.cache import FeatureCache, KeptFeatures, open_folder
+from transferkit.features.cache import FeatureCache, open_folder
+from transferkit.features.chunks import CachedFeatures
 from transferkit.features.feed import Feed, Frozen
 from transferkit.model.head import TransferModel
 
@@ -23,33 +25,42 @@ from transferkit.model.head import TransferModel
 class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
     """Features and targets of every image, view after view. Made by `cache_features`.
 
-    Sample i is a pair of features `(C, h, w)`, in the number format they were computed in, and the target.
-    `model.split()[1]` takes batches of them and gives logits.
+    Sample i is a pair: features `(C, h, w)`, in the dtype they were computed in, and the target. `model.split()[1]`
+    takes batches of features and returns logits.
 
     Attributes:
-        features: `(views * N, C, h, w)`, channels-last; do not write to it.
         targets: int64 `(views * N,)` or float32 `(views * N, K)`.
     """
 
-    def __init__(self, kept: KeptFeatures) -> None:
-        self.features = kept.features.flatten(0, 1).permute(0, 3, 1, 2)
-        views = len(kept.features)
-        self.targets = kept.targets.repeat(views, *(1 for _ in kept.targets.shape[1:]))
+    def __init__(self, cached: CachedFeatures) -> None:
+        views = len(cached.rows)
+        self.targets = cached.targets.repeat(views, *(1 for _ in cached.targets.shape[1:]))
+        self._cached = cached
+        self._rows = cached.rows.flatten().to(cached.parts[0].device)
+
+    @cached_property
+    def features(self) -> Tensor:
+        """All features, `(views * N, C, h, w)`, channels-last; do not write to it.
+
+        They are put together in memory unless they lie in this order in one tensor or file.
+        """
+        whole = self._cached.parts[0]
+        in_order = torch.equal(self._rows.cpu(), torch.arange(len(whole)))
+        return (whole if in_order else self._cached.gather(self._rows)).permute(0, 3, 1, 2)
 
     def __len__(self) -> int:
-        return len(self.features)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.features[index].clone(), self.targets[index]
+        return self._cached.gather(self._rows[index][None])[0].permute(2, 0, 1), self.targets[index]
 
     def numpy(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64 | np.float32]]:
         """Return copies as scikit-learn takes them: features float32 `(views * N, C * h * w)`, and targets.
 
         The columns have the order that the head's first layer sees.
         """
-        return self.features.flatten(1).to("cpu", torch.float32, copy=True).numpy(), self.targets.to(
-            "cpu", copy=True
-        ).numpy()
+        features = self.features.flatten(1).to("cpu", torch.float32, copy=True)
+        return features.numpy(), self.targets.to("cpu", copy=True).numpy()
 
 
 def cache_features(
@@ -65,12 +76,12 @@ def cache_features(
     num_workers: int = 0,
     verbose: int = 0,
 ) -> FeatureDataset:
-    """Compute what the frozen layers of a model make of each image, and return it as a `Dataset`.
+    """Compute the output of a model's frozen layers for each image, and return it as a `Dataset`.
 
     Args:
-        model: From `attach_head`, with something frozen; it is moved to the device.
+        model: From `attach_head`, with frozen layers; it is moved to the device.
         data: `(images, targets)` or a `Dataset`, as in `Trainer.fit`.
-        cache: A folder in which the features are kept in a file, for later runs and other processes.
+        cache: A folder for files of features, for later runs and other processes; None keeps them in memory.
         augment: As in `Trainer.fit`; needs `n_views`.
         n_views: Fixed random views of each image.
         seed: The views depend on it.
@@ -80,9 +91,10 @@ def cache_features(
         verbose: As in `Trainer.fit`.
 
     Raises:
-        CacheError: Nothing is frozen, what is frozen is no pure function, the images are not the same each time they
-            are read, or there is no room.
-        TransferKitError: The data cannot be used.
+        ArgumentError: When `model` is something else, or an argument is out of range.
+        CacheError: When nothing is frozen, the frozen layers are no pure function, the images differ each time they are
+            read, or there is no room.
+        TransferKitError: When the data cannot be used.
 
     Example:
         >>> from transferkit import attach_head, freeze_until, load_backbone
@@ -98,7 +110,7 @@ def cache_features(
     preprocess = model.backbone.preprocess
     transform = None if augment is None else build_augmentation(augment, preprocess.image_size)
     source = open_data(data, model.classes, num_workers=num_workers, multi_label=model.threshold is not None)
-    frozen = Frozen(place.prepare(model), place, compiled=False)
+    frozen = Frozen(place.prepare(model), place)
     feed = Feed(
         Inputs(source, preprocess, place, transform, whole_number("seed", seed, at_least=0)),
         frozen,
@@ -108,4 +120,4 @@ def cache_features(
         what="given",
         display=Display(verbose),
     )
-    return FeatureDataset(feed.keep())
+    return FeatureDataset(feed.features())

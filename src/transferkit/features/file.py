@@ -1,134 +1,162 @@
-"""Features in a file that later runs and other processes map into memory."""
+"""Chunks of features in files that later runs and other processes map into memory."""
 
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from transferkit.base.arrays import raw_bytes, tensor_from_array
+from transferkit.base.arrays import raw_bytes
 from transferkit.base.files import atomic_write
 from transferkit.errors import CacheError
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".features"
+DIGEST_BYTES = 16
+"""Length of an image's digest."""
 
-_HEADER_BYTES = 4096  # a page: what follows it is aligned
-_CHUNK_BYTES = 64 * 2**20
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_HEADER_BYTES = 4096  # a page: the numbers behind it are aligned
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FeatureFile:
-    """Where the features of one key lie, whether they are there yet or not.
+    """A file with the features of some images behind some layers, from `write_features` or `open_features`.
 
-    The file is a page of JSON that says what it holds, with a SHA-256 of itself, and then the bare numbers.
+    It holds a page of JSON with a SHA-256 of itself, the bare numbers, and the images' digests. Its name is made of the
+    digests of layers and images, so two processes that write the same features write the same file.
 
     Attributes:
-        folder: An existing folder.
-        key: What the features depend on, as a SHA-256 in hexadecimal digits.
+        path: The file.
+        layers: What computed the features: one of `Prefix.digests`.
+        images: A digest of each image, 16 bytes.
+        shape: `(len(images), ...)`.
+        dtype: Of the features.
+        sha256: Of the numbers, in hexadecimal digits.
     """
 
-    folder: Path
-    key: str
-
-    @property
-    def path(self) -> Path:
-        return self.folder / f"{self.key[:32]}{SUFFIX}"
-
-    def check_room(self, num_bytes: int) -> None:
-        """Refuse a file for which the disk has no room, before its first byte is written.
-
-        Raises:
-            CacheError: So it is, or the folder is missing.
-        """
-        if not self.folder.is_dir():
-            raise CacheError(f"{self.folder} is no folder: create it, or name another as cache.")
-        free = shutil.disk_usage(self.folder).free
-        if free < num_bytes + _HEADER_BYTES:
-            raise CacheError(
-                f"the features take {num_bytes / 1e6:,.0f} MB but {self.folder} has {free / 1e6:,.0f} MB free: make "
-                "room there, or name another folder as cache."
-            )
-
-    def write(self, parts: Iterable[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Write features, which come in parts along the first dimension, whole or not at all.
-
-        Raises:
-            CacheError: The disk has no room, the folder is missing or cannot be written, or the parts do not
-                make up `shape`.
-        """
-        num_bytes = torch.Size(shape).numel() * dtype.itemsize
-        self.check_room(num_bytes)
-        digest, written = hashlib.sha256(), 0
-        try:
-            with atomic_write(self.path) as file:
-                file.write(bytes(_HEADER_BYTES))
-                for part in parts:
-                    data = raw_bytes(part)
-                    digest.update(data)
-                    written += file.write(data)
-                if written != num_bytes:
-                    raise CacheError(f"{written} bytes of features were computed: expected {num_bytes}.")
-                content = {
-                    "format": FORMAT,
-                    "key": self.key,
-                    "shape": list(shape),
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "sha256": digest.hexdigest(),
-                }
-                file.seek(0)
-                file.write(_header(content))
-        except OSError as error:
-            raise CacheError(
-                f"the features cannot be written to {self.path}: {error}. Make room there, or name another folder as "
-                "cache_dir."
-            ) from error
+    path: Path
+    layers: str
+    images: tuple[bytes, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sha256: str
 
     def read(self) -> Tensor:
-        """Map the file and return its features, once every byte has been compared with its digest.
+        """Map the file and return its features, after comparing every byte with their SHA-256.
 
-        The tensor must not be written to. Reading 1 GB takes about half a second.
+        Writing to the tensor changes neither the file nor what others map. Reading 1 GB takes about half a second.
 
         Raises:
-            CacheError: No such file, or one that is damaged, cut short, of another key or another format.
+            CacheError: When the file is gone or its features are damaged.
         """
+        end = _HEADER_BYTES + _num_bytes(self.shape, self.dtype)
         try:
-            content = _read_header(self.path)
-            shape, dtype = tuple(content["shape"]), _DTYPES[content["dtype"]]
-            num_bytes = torch.Size(shape).numel() * dtype.itemsize
-            expected = {"format": FORMAT, "key": self.key, "size": _HEADER_BYTES + num_bytes}
-            found = {"format": content["format"], "key": content["key"], "size": self.path.stat().st_size}
-            if found != expected:
-                raise CacheError(f"{self.path} holds {found}: expected {expected}. Delete it.")
-            expected_digest = content["sha256"]
-            mapped: Any = np.memmap(self.path, np.uint8, mode="r", offset=_HEADER_BYTES, shape=(num_bytes,))
-            features = tensor_from_array(mapped).view(dtype).view(shape)
-        except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-            raise CacheError(f"{self.path} is no whole file of features ({error}): delete it.") from error
-        digest = hashlib.sha256()
-        for start in range(0, num_bytes, _CHUNK_BYTES):
-            digest.update(memoryview(mapped[start : start + _CHUNK_BYTES]))
-        if digest.hexdigest() != expected_digest:
+            mapped = torch.from_file(str(self.path), shared=False, size=end, dtype=torch.uint8)  # holds no descriptor
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CacheError(f"{self.path} cannot be mapped ({error}): delete it.") from error
+        numbers = mapped[_HEADER_BYTES:]
+        if hashlib.sha256(raw_bytes(numbers)).hexdigest() != self.sha256:
             raise CacheError(f"{self.path} is damaged: its features do not match their SHA-256. Delete it.")
-        return features
+        return numbers.view(self.dtype).view(self.shape)
 
 
-def _header(content: dict[str, Any]) -> bytes:
+def write_features(folder: Path, layers: str, images: Sequence[bytes], features: Tensor) -> FeatureFile:
+    """Write a chunk of features into a file in `folder`, whole or not at all.
+
+    Args:
+        folder: An existing folder.
+        layers: What computed the features: one of `Prefix.digests`.
+        images: A digest of each image, 16 bytes.
+        features: `(len(images), ...)`, bfloat16, float16 or float32.
+
+    Raises:
+        CacheError: When the folder is missing or cannot be written, or the disk has no room for the file.
+    """
+    digests = b"".join(images)
+    path = folder / f"{layers[:32]}-{hashlib.sha256(digests).hexdigest()[:32]}{SUFFIX}"
+    if not folder.is_dir():
+        raise CacheError(f"{folder} is no folder: create it, or name another with cache=.")
+    num_bytes = features.numel() * features.element_size()
+    free = shutil.disk_usage(folder).free
+    if free < _HEADER_BYTES + num_bytes + len(digests):
+        raise CacheError(
+            f"the next {num_bytes / 1e6:,.1f} MB do not fit into {folder}, which has {free / 1e6:,.1f} MB free. Make "
+            "room there, or name another folder with cache=."
+        )
+    numbers = raw_bytes(features)
+    file = FeatureFile(
+        path, layers, tuple(images), tuple(features.shape), features.dtype, hashlib.sha256(numbers).hexdigest()
+    )
+    try:
+        with atomic_write(path) as opened:
+            opened.write(_header(file))
+            opened.write(numbers)
+            opened.write(digests)
+    except OSError as error:
+        raise CacheError(
+            f"{path} cannot be written: {error}. Make room there, or name another folder with cache=."
+        ) from error
+    return file
+
+
+def open_features(path: Path, *, layers: str, shape: tuple[int, ...], dtype: torch.dtype) -> FeatureFile:
+    """Read what a file holds, without its features.
+
+    Args:
+        path: The file.
+        layers: The layers that its features must come from.
+        shape: The shape that one image's features must have.
+        dtype: The dtype that they must have.
+
+    Raises:
+        CacheError: When the file cannot be read, is damaged or cut short, or holds something else.
+    """
+    try:
+        with path.open("rb") as opened:
+            page = opened.read(_HEADER_BYTES)
+            content: dict[str, Any] = json.loads(page[65:])
+            found = {key: content[key] for key in ("format", "layers", "shape", "dtype")}
+            found["bytes"] = path.stat().st_size
+            count = int(content["shape"][0])
+            end = _HEADER_BYTES + _num_bytes((count, *shape), dtype)
+            expected = {"format": FORMAT, "layers": layers, "shape": [count, *shape], "dtype": _name(dtype)}
+            expected["bytes"] = end + count * DIGEST_BYTES
+            opened.seek(end)
+            digests = opened.read() if found == expected else b""
+        images = tuple(digests[start : start + DIGEST_BYTES] for start in range(0, len(digests), DIGEST_BYTES))
+        file = FeatureFile(path, layers, images, (count, *shape), dtype, content["sha256"])
+        whole = page == _header(file)  # every byte of the page and, through it, every digest
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+        raise CacheError(f"{path} is no whole file of features ({error}): delete it.") from error
+    if found != expected:
+        raise CacheError(f"{path} holds {found}: expected {expected}. Delete it.")
+    if not whole:
+        raise CacheError(f"{path} is damaged: its first page does not match its SHA-256. Delete it.")
+    return file
+
+
+def _header(file: FeatureFile) -> bytes:
+    content = {
+        "format": FORMAT,
+        "layers": file.layers,
+        "images": hashlib.sha256(b"".join(file.images)).hexdigest(),
+        "shape": list(file.shape),
+        "dtype": _name(file.dtype),
+        "sha256": file.sha256,
+    }
     text = json.dumps(content).encode()
     return b"\n".join((hashlib.sha256(text).hexdigest().encode(), text)).ljust(_HEADER_BYTES)
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        header = file.read(_HEADER_BYTES)
-    content: dict[str, Any] = json.loads(header[65:])
-    if header != _header(content):  # the digest of the text, the padding, the size: all of the page
-        raise CacheError(f"{path} is damaged: its first page does not match its SHA-256. Delete it.")
-    return content
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _num_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize

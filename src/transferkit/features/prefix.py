@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import zlib
-from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +13,10 @@ from transferkit.base.arrays import digest_tensors, raw_bytes
 from transferkit.compute.device import Device
 from transferkit.compute.out_of_memory import within_memory
 from transferkit.data.preprocessing import Preprocessing
+from transferkit.model.backbone import Backbone
+from transferkit.model.head import TransferModel
+
+NOTHING_FROZEN = "nothing is frozen: freeze_until(model, 'head') freezes the backbone"
 
 _PURE = (
     nn.Conv2d,
@@ -29,34 +33,59 @@ _PIXELS_ON_CPU = 2**19  # 128 images of 64x64: more brought nothing, and the wid
 _PIXELS_ON_GPU = 2**23  # 167 images of 224x224
 
 
-class Prefix:
-    """Computes what the frozen layers make of preprocessed images.
+def pure_prefix(model: TransferModel) -> tuple[nn.Sequential, str]:
+    """Return the frozen first layers of a model, and why their output cannot be cached; `""` if it can.
 
-    It holds a copy of the convolutions, cast once to the device's number format, and gives the same bits as the
-    layers themselves do under `Device.autocast`, without autograd's records.
+    This is the one decision about what is frozen and pure. `TransferModel.split` finds what training does not change;
+    the output of those layers must also depend on their input alone, and nothing else may want to see them run.
+
+    Example:
+        >>> from transferkit import attach_head, freeze_until, load_backbone
+        >>> model = attach_head(load_backbone("vgg11", weights=None, image_size=32), 10)
+        >>> pure_prefix(model)[1]
+        "nothing is frozen: freeze_until(model, 'head') freezes the backbone"
+        >>> layers, reason = pure_prefix(freeze_until(model, "block2"))
+        >>> len(layers), reason
+        (3, '')
+    """
+    layers, _ = model.split()
+    if len(layers) == 0:
+        return layers, NOTHING_FROZEN
+    for part, kind in ((model, TransferModel), (model.backbone, Backbone), (model.backbone.features, nn.Sequential)):
+        if type(part) is not kind or _is_intercepted(part):
+            return layers, f"the {type(part).__name__} has hooks or a forward of its own, which would not be called"
+    for index, layer in enumerate(layers):
+        name = f"layer {index} ({type(layer).__name__})"
+        if type(layer) not in _PURE or nn.utils.parametrize.is_parametrized(layer):
+            return layers, f"{name} may not give the same output each time"
+        if isinstance(layer, nn.BatchNorm2d) and not layer.track_running_stats:
+            return layers, f"{name} normalises by the statistics of each batch"
+        if _is_intercepted(layer):
+            return layers, f"{name} has hooks or a forward of its own, which would not be called"
+    return layers, ""
+
+
+class Prefix:
+    """Computes the features of preprocessed images: the output of the frozen layers.
+
+    It gives the same bits as the layers under `Device.autocast`, without recording anything for autograd. In bf16 and
+    fp16 it holds a copy of the convolutions, cast once.
 
     Args:
-        layers: The frozen layers, from `TransferModel.split`; none of them is impure (see `why_impure`).
+        layers: The frozen layers, from `pure_prefix`.
         preprocess: What makes their input.
-        device: Where they are and which number format they compute in.
-        compiled: Let `torch.compile` fuse them: half a minute of compiling, once for each shape.
+        device: Where they are, and the precision they compute in.
 
     Attributes:
-        digests: One for each number of layers, from 0 to all: what the output after that many layers depends on
-            besides the pixels, i.e. preprocessing, number format, kind of device, version of torch, and every layer's
-            settings and weights.
-        batch_size: Images that are computed at once.
+        batch_size: Images computed at once; it is halved when memory runs out.
     """
 
-    def __init__(
-        self, layers: nn.Sequential, preprocess: Preprocessing, *, device: Device, compiled: bool = False
-    ) -> None:
+    def __init__(self, layers: nn.Sequential, preprocess: Preprocessing, *, device: Device) -> None:
         self.device = device
-        self.digests = _chain(layers, f"{preprocess} {device.precision} {device.torch_device.type} {torch.__version__}")
-        self._state = _state(layers, preprocess)
+        self._own = layers
+        self._preprocess = preprocess
         self._layers = nn.Sequential(*(_cast(layer, device.dtype) for layer in layers))
-        self._compiled = compiled
-        self._runs: dict[int, Callable[[Tensor], Tensor]] = {}
+        self._state: list[Any] | None = None
         pixels = _PIXELS_ON_GPU if device.torch_device.type == "cuda" else _PIXELS_ON_CPU
         self.batch_size = max(1, pixels // preprocess.image_size**2)
 
@@ -64,80 +93,79 @@ class Prefix:
         return len(self._layers)
 
     def __call__(self, inputs: Tensor, *, first: int = 0) -> Tensor:
-        """Return the output `(N, C, h, w)` of all layers, or of those from `first` on, in the device's number format.
+        """Return the output `(N, C, h, w)` of all layers, or of those from `first` on, in the device's dtype.
 
         Args:
-            inputs: Preprocessed images `(N, 3, S, S)`, or what the layers before `first` made of them.
+            inputs: Preprocessed images `(N, 3, S, S)`, or the output of the layers before `first`.
             first: Number of layers already computed.
         """
-        if first not in self._runs:
-            layers = self._layers[first:]
-            self._runs[first] = torch.compile(layers) if self._compiled else layers
-        run = self._runs[first]
-        convolution = isinstance(self._layers[first], nn.Conv2d)
+        layers = self._layers[first:]
+        convolution = isinstance(layers[0], nn.Conv2d)
         dtype = self.device.dtype if convolution else inputs.dtype  # as autocast would cast it
         inputs = inputs.to(dtype, memory_format=torch.channels_last)
-        output, self.batch_size = within_memory(
-            lambda size: self._compute(run, inputs, size, in_place=not convolution),
-            self.batch_size,
-            device=self.device,
-            what="frozen layers",
-        )
+
+        def compute(size: int) -> Tensor:
+            with torch.no_grad(), self.device.autocast():  # a ReLU works in place: it gets a copy
+                parts = [layers(part if convolution else part.clone()) for part in torch.split(inputs, size)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        output, self.batch_size = within_memory(compute, self.batch_size, device=self.device, what="frozen layers")
         return output
 
-    def _compute(self, run: Callable[[Tensor], Tensor], inputs: Tensor, size: int, *, in_place: bool) -> Tensor:
-        with torch.no_grad(), self.device.autocast():
-            parts = [run(part.clone() if in_place else part) for part in torch.split(inputs, size)]  # a ReLU writes
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """Digests of all that the output after 0, 1, ... layers depends on besides the pixels.
+
+        That is the preprocessing, the precision, the kind of device, the version of torch, and the settings and weights
+        of each layer. Reading them costs a SHA-256 of every weight (60 ms for VGG16), so only a cache should.
+        """
+        self._state = _state(self._own, self._preprocess)
+        device = self.device
+        start = f"{self._preprocess} {device.precision} {device.torch_device.type} {torch.__version__}"
+        digest = hashlib.sha256(start.encode())
+        digests = [digest.hexdigest()]
+        for layer in self._own:
+            digest.update(_settings(layer).encode())
+            digest_tensors(digest, layer.state_dict())
+            digests.append(digest.hexdigest())
+        return tuple(digests)
+
+    @cached_property
+    def outputs(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape `(h, w, C)` and dtype of the output for one image after 0, 1, ... layers."""
+        size = self._preprocess.image_size
+
+        def run(_: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+            outputs = []
+            output = torch.zeros(1, 3, size, size, device=self.device.torch_device)
+            with torch.no_grad(), self.device.autocast():
+                for layer in (nn.Identity(), *self._layers):
+                    output = layer(output)
+                    outputs.append((tuple(output.permute(0, 2, 3, 1).shape[1:]), output.dtype))
+            return outputs
+
+        return within_memory(run, 1, device=self.device, what="frozen layers")[0]
 
     def is_current(self, layers: nn.Sequential, preprocess: Preprocessing) -> bool:
-        """Say whether this was made from these very layers and nothing of them has changed.
+        """Return whether `digests` were read, and these layers are those they were read of, and unchanged.
 
-        Reads every weight: 15 ms for VGG16.
+        Reads every weight: 15 ms for VGG16. A prefix whose digests nobody has read is never current: making it anew
+        costs no more than comparing it.
         """
-        return _state(layers, preprocess) == self._state
+        return self._state is not None and _state(layers, preprocess) == self._state
 
 
-def why_impure(layers: nn.Sequential) -> str | None:
-    """Return why the output of frozen layers may depend on more than their input; None if it does not.
-
-    Example:
-        >>> why_impure(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout()))
-        'layer 1 is a Dropout, which may not give the same output each time'
-    """
-    for index, layer in enumerate(layers):
-        if type(layer) not in _PURE or nn.utils.parametrize.is_parametrized(layer):
-            return f"layer {index} is a {type(layer).__name__}, which may not give the same output each time"
-        if isinstance(layer, nn.BatchNorm2d) and (layer.training or not layer.track_running_stats):
-            return f"layer {index} is a BatchNorm2d in training mode"
-        if is_intercepted(layer):
-            return (
-                f"layer {index} ({type(layer).__name__}) has hooks or a forward of its own, which would not be called"
-            )
-    return None
-
-
-def is_intercepted(module: nn.Module) -> bool:
-    """Say whether a module's own `forward` is not all that happens when it is called."""
+def _is_intercepted(module: nn.Module) -> bool:
+    """Return whether calling a module does more than run the `forward` of its class."""
     return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def _cast(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Copy a convolution in a shorter format; autocast would cast its weights again for each batch."""
+    """Copy a convolution in a shorter dtype; autocast would cast its weights again for each batch."""
     if dtype == torch.float32 or not isinstance(layer, nn.Conv2d):
         return layer
     short = copy.deepcopy(layer).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return short.requires_grad_(requires_grad=False)  # type: ignore[no-any-return]
-
-
-def _chain(layers: nn.Sequential, start: str) -> tuple[str, ...]:
-    digest = hashlib.sha256(start.encode())
-    digests = [digest.hexdigest()]
-    for layer in layers:
-        digest.update(_settings(layer).encode())
-        digest_tensors(digest, layer.state_dict())
-        digests.append(digest.hexdigest())
-    return tuple(digests)
 
 
 def _settings(layer: nn.Module) -> str:
@@ -148,7 +176,7 @@ def _settings(layer: nn.Module) -> str:
 
 
 def _state(layers: nn.Sequential, preprocess: Preprocessing) -> list[Any]:
-    """Return what differs when a layer was replaced or changed in whatever way; quicker than the digests."""
+    """Return something that differs once a layer is replaced or changed in any way; quicker than the digests."""
     tensors = [tensor for layer in layers for tensor in layer.state_dict().values()]
     checksums = [zlib.crc32(raw_bytes(tensor)) for tensor in tensors]
     return [preprocess, *map(id, layers), *map(_settings, layers), *checksums]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from transferkit.errors import ArgumentError
-from transferkit.features.prefix import why_impure
+from transferkit.features.prefix import pure_prefix
 from transferkit.model.backbone import Backbone
 from transferkit.model.head import TransferModel
+from transferkit.model.modes import modes_kept
 
 _COLUMNS = ("layer", "output", "parameters", "state", "arithmetic")
 
@@ -25,7 +26,7 @@ class LayerSummary(NamedTuple):
         output_shape: For one image, without the batch dimension.
         num_parameters: Its own.
         trains: Whether any of them takes a gradient.
-        kept: Whether its output is computed once for each image and kept, or is on the way to what is kept.
+        cached: Whether `Trainer` can run it once for each image and cache the result.
         multiply_adds: For one image, of convolutions and fully connected layers; of others 0.
     """
 
@@ -34,7 +35,7 @@ class LayerSummary(NamedTuple):
     output_shape: tuple[int, ...]
     num_parameters: int
     trains: bool
-    kept: bool
+    cached: bool
     multiply_adds: int
 
 
@@ -81,25 +82,25 @@ class Summary:
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for layer in self.layers:
             state = "" if not layer.num_parameters else "trains" if layer.trains else "frozen"
-            state = f"{state}, kept".lstrip(", ") if layer.kept else state
+            state = f"{state}, cached".lstrip(", ") if layer.cached else state
             shape = "x".join(map(str, layer.output_shape))
             arithmetic = f"{self.share(layer):.1%}" if layer.multiply_adds else ""
             yield layer.name, shape, f"{layer.num_parameters:,}" if layer.num_parameters else "", state, arithmetic
 
     def _last_line(self) -> str:
         arithmetic = sum(layer.multiply_adds for layer in self.layers)
-        once = sum(self.share(layer) for layer in self.layers if layer.kept)
+        once = sum(self.share(layer) for layer in self.layers if layer.cached)
         return (
             f"{self.num_parameters:,} parameters, {self.num_trainable:,} train; {arithmetic / 1e9:.3g} billion "
-            f"multiply-adds for an image of {self.image_size}x{self.image_size}, {once:.0%} of them kept"
+            f"multiply-adds for an image of {self.image_size}x{self.image_size}, {once:.0%} of them cached"
         )
 
 
 def summary(model: Backbone | TransferModel) -> Summary:
-    r"""Look at a model layer by layer: output shape, parameters, frozen or trainable, kept or not, share of arithmetic.
+    r"""Return a model layer by layer: output shape, parameters, frozen or trained, cached or not, share of arithmetic.
 
-    "Kept" are the layers whose output `Trainer` computes once for each image: the frozen ones from the first on. One
-    image of zeros goes through the model, which is as it was afterwards.
+    The layers marked "cached" are those whose output `Trainer` caches where the data allows it: the frozen ones from
+    the first on, provided they are pure functions. One image of zeros goes through the model, which is left as it was.
 
     Args:
         model: From `load_backbone` or `attach_head`.
@@ -112,15 +113,15 @@ def summary(model: Backbone | TransferModel) -> Summary:
         >>> backbone = load_backbone("vgg11", weights=None, image_size=32)
         >>> table = summary(freeze_until(attach_head(backbone, 10), "block5"))
         >>> print("\n".join(line for line in str(table).splitlines() if "conv" in line or "logits" in line))
-        block1_conv1   64x32x32       1,792  frozen, kept        1.2%
-        block2_conv1  128x16x16      73,856  frozen, kept       12.4%
-        block3_conv1    256x8x8     295,168  frozen, kept       12.4%
-        block3_conv2    256x8x8     590,080  frozen, kept       24.7%
-        block4_conv1    512x4x4   1,180,160  frozen, kept       12.4%
-        block4_conv2    512x4x4   2,359,808  frozen, kept       24.7%
-        block5_conv1    512x2x2   2,359,808  trains              6.2%
-        block5_conv2    512x2x2   2,359,808  trains              6.2%
-        head.logits          10       5,130  trains              0.0%
+        block1_conv1   64x32x32       1,792  frozen, cached        1.2%
+        block2_conv1  128x16x16      73,856  frozen, cached       12.4%
+        block3_conv1    256x8x8     295,168  frozen, cached       12.4%
+        block3_conv2    256x8x8     590,080  frozen, cached       24.7%
+        block4_conv1    512x4x4   1,180,160  frozen, cached       12.4%
+        block4_conv2    512x4x4   2,359,808  frozen, cached       24.7%
+        block5_conv1    512x2x2   2,359,808  trains                6.2%
+        block5_conv2    512x2x2   2,359,808  trains                6.2%
+        head.logits          10       5,130  trains                0.0%
     """
     if not isinstance(model, Backbone | TransferModel):
         raise ArgumentError(
@@ -128,11 +129,12 @@ def summary(model: Backbone | TransferModel) -> Summary:
         )
     backbone = model.backbone if isinstance(model, TransferModel) else model
     names = dict(zip(backbone.features, backbone.layer_names, strict=True))
-    kept: set[nn.Module] = set()
+    cached: set[nn.Module] = set()
     if isinstance(model, TransferModel):
         parts = model.head.named_modules(prefix="head")
         names |= {module: name for name, module in parts if not list(module.children())}
-        kept = _kept(model)
+        prefix, reason = pure_prefix(model)
+        cached = set() if reason else set(prefix)
     layers: list[LayerSummary] = []
 
     def note(module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -144,7 +146,7 @@ def summary(model: Backbone | TransferModel) -> Summary:
                 tuple(output.shape[1:]) if isinstance(output, Tensor) else (),
                 sum(parameter.numel() for parameter in parameters),
                 any(parameter.requires_grad for parameter in parameters),
-                module in kept,
+                module in cached,
                 _multiply_adds(module, output),
             )
         )
@@ -152,15 +154,10 @@ def summary(model: Backbone | TransferModel) -> Summary:
     parameter = next(backbone.parameters())
     size = backbone.image_size
     image = torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)
-    with torch.no_grad(), _hooked(names, note), _modes_kept(model):
+    with torch.no_grad(), _hooked(names, note), modes_kept(model):
         model.eval()(image)
     own = list(model.parameters())
     return Summary(layers, size, sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad))
-
-
-def _kept(model: TransferModel) -> set[nn.Module]:
-    prefix, _ = model.split()
-    return set() if why_impure(prefix) else set(prefix)
 
 
 def _multiply_adds(module: nn.Module, output: Any) -> int:
@@ -177,14 +174,3 @@ def _hooked(modules: Any, note: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Leave each module in the mode it had, which need not be its parent's."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -175,7 +175,7 @@ class Epochs:
         if self.run.validation is None:
             return {}
         size = self.run.batch_size
-        network, batches = self.run.validation.open(size, kept_batch_size=max(size, CACHED_BATCH_SIZE))
+        network, batches = self.run.validation.open(size, cached_batch_size=max(size, CACHED_BATCH_SIZE))
         total = self.run.validation.inputs.source.num_images
         with modes_kept(self.training.model), closing(batches), self.display.bar("validation", total) as bar:
             self.training.model.eval()
