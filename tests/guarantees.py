@@ -245,6 +245,41 @@ GUARANTEES = (
         "test_a_login_page_is_refused test_a_file_is_downloaded_into_the_folder test_a_body_cut_short_is_a_download_error test_a_server_that_answers_nonsense_is_one_error test_without_a_length_a_short_body_is_not_kept",
     ),
     Guarantee(
+        "Every byte of a file of features is verified",
+        "FeatureFile.read",
+        "test_no_flipped_bit_is_read_in_silence test_feature_file",
+    ),
+    Guarantee(
+        "A file of features is for its layers, shape and dtype",
+        "open_features",
+        "test_a_renamed_file_is_not_taken_for_another test_feature_file test_no_flipped_bit_is_read_in_silence test_a_first_page_that_somebody_else_wrote_is_refused",
+    ),
+    Guarantee(
+        "A file of features is written whole or not at all",
+        "write_features",
+        "test_feature_file test_a_disk_without_room_leaves_features_in_memory",
+    ),
+    Guarantee(
+        "Images are known by every pixel",
+        "image_digests",
+        "test_equal_images_have_equal_digests_however_they_come test_pixels_shape_and_dtype_count test_images_of_differing_sizes",
+    ),
+    Guarantee(
+        "A changed layer is noticed",
+        "Prefix.is_current",
+        "test_prefix test_cache_notices",
+    ),
+    Guarantee(
+        "Only layers whose output depends on their input alone are cached",
+        "pure_prefix",
+        "test_prefix test_cache_notices",
+    ),
+    Guarantee(
+        "Cached features train as the whole model does, and never longer than they are valid",
+        "Feed.open",
+        "test_what_is_cached_is_told_once test_an_impure_prefix_is_told_once test_true_raises_where_auto_trains_without test_a_change_in_a_callback test_without_the_cache_nothing_is_hashed test_views_are_cached_and_used_in_turn test_same_run_with_validation_in_several_batches",
+    ),
+    Guarantee(
         "lr_find leaves weights, optimizer and modes as they were",
         "unchanged",
         "test_lr_find_changes_nothing test_nothing_changes_when_it_is_ended test_batch_norm_stays test_a_mixture_of_modes_stays test_gradients_of_the_users_own_stay_and_do_not_count test_buffers_that_are_not_saved_stay test_the_gradient_scale_stays test_shared_state_of_an_optimizer_stays",
