@@ -45,6 +45,7 @@ from transferkit.training.optimizers import LearningRate, OptimizerClass, build_
 from transferkit.training.progress import BestWeights, Progress
 from transferkit.training.run import (
     Run,
+    check_alone,
     check_same_classes,
     check_trains,
     choose_batch_size,
@@ -556,6 +557,7 @@ class Trainer:
         self, data: object, num_workers: int, on_bad_image: str = "raise", display: Display = QUIET
     ) -> Source:
         """Open labelled data, without the images that cannot be used if those are to be skipped."""
+        check_alone()
         classes, multi_label = self.model.classes, self.model.threshold is not None
         source = open_data(data, classes, num_workers=num_workers, multi_label=multi_label, on_bad_image=on_bad_image)
         if on_bad_image == "raise":

@@ -459,4 +459,4 @@ def test_memory_that_really_runs_out():
     assert "error" not in result
     assert 1 <= result["size"] < 256
     assert result["differ"] == []
-    assert f"in parts of {result['size']} from here on" in printed
+    assert f"from here on micro-batches of {result['size']}" in printed

@@ -192,7 +192,7 @@ def run(name, folder, *, init=0, stop=None, num_workers=0, resume=True, epochs=E
 
 
 def figures(report):
-    return {name: getattr(report, name) for name in report.__slots__}
+    return {name: getattr(report, name) for name in vars(report)}
 
 
 def state_of(trainer):

@@ -65,7 +65,6 @@ def open_run(training: Training, train: Feed, validation: Feed | None, *, epochs
     Raises:
         TransferKitError: When an argument or the data cannot be used.
     """
-    _check_alone()
     epochs = whole_number("epochs", epochs)
     source = train.inputs.source
     size = choose_batch_size(source, batch_size)
@@ -119,7 +118,7 @@ def choose_batch_size(source: Source, batch_size: int | None) -> int:
     return BATCH_SIZE if batch_size is None else whole_number("batch_size", batch_size)
 
 
-def _check_alone() -> None:
+def check_alone() -> None:
     """Refuse several ranks: each would train a model of its own on all of the data."""
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise DeviceError(
