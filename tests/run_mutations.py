@@ -2,7 +2,7 @@
 
     python tests/run_mutations.py [--only WORD] [--jobs 2] [--sample N --seed S] [--survivors 0]
 
-tests/guarantees.py lists the guarantees, and tests/mutants.py finds the ways to break a definition.
+tests/guarantees.md lists the guarantees, and tests/mutants.py finds the ways to break a definition.
 """
 
 import argparse
@@ -25,11 +25,19 @@ from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
-from guarantees import GUARANTEES, Guarantee
 from mutants import find_definition, mutants
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")
+
+
+class Guarantee(NamedTuple):
+    """A promise, the definition that it depends on, and the tests that notice it broken."""
+
+    promise: str
+    definition: str
+    tests: str
+    equivalent: frozenset[str]
 
 
 class Mutant(NamedTuple):
@@ -40,6 +48,14 @@ class Mutant(NamedTuple):
     path: Path
     before: str
     after: str
+
+
+def read_guarantees() -> list[Guarantee]:
+    """Return the rows of tests/guarantees.md, each with its mutants that make no difference."""
+    text = (ROOT / "tests" / "guarantees.md").read_text()
+    rows = re.findall(r"^\| (.+) \| `(.+)` \| (.+) \|$", text, re.MULTILINE)
+    equivalent = re.findall(r"^- `([^`]+)`: `([^`]+)`: ", text, re.MULTILINE)
+    return [Guarantee(*row, frozenset(label for name, label in equivalent if name == row[1])) for row in rows]
 
 
 def mutants_of(guarantee: Guarantee, package: Path = ROOT / "src" / "transferkit") -> Iterator[Mutant]:
@@ -129,7 +145,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--survivors", type=int, default=0, help="how many may go unnoticed")
     options = parser.parse_args()
-    chosen = [one for one in GUARANTEES if options.only in " ".join(one[:3])]
+    chosen = [one for one in read_guarantees() if options.only in " ".join(one[:3])]
     todo = [mutant for one in chosen for mutant in mutants_of(one) if mutant.label not in one.equivalent]
     if options.sample is not None and options.sample < len(todo):
         todo = sorted(random.Random(options.seed).sample(todo, options.sample), key=todo.index)

@@ -7,19 +7,18 @@ from pathlib import Path
 import pytest
 
 import transferkit as tk
-from guarantees import GUARANTEES, Guarantee
 from mutants import find_definition, mutants
-from run_mutations import find_tests, mutants_of
+from run_mutations import Guarantee, find_tests, mutants_of, read_guarantees
 
 PACKAGE = Path(tk.__file__).parent
 
 
-@pytest.mark.parametrize("guarantee", GUARANTEES, ids=lambda guarantee: guarantee.definition)
+@pytest.mark.parametrize("guarantee", read_guarantees(), ids=lambda guarantee: guarantee.definition)
 def test_what_the_list_names_is_there(guarantee: Guarantee) -> None:
     """Each definition lies in exactly one module and can be broken as its equivalent mutants say; its tests exist."""
     found = list(mutants_of(guarantee, PACKAGE))
     assert len({mutant.path for mutant in found}) == 1
-    assert set(guarantee.equivalent) - {mutant.label for mutant in found} == set()
+    assert guarantee.equivalent - {mutant.label for mutant in found} == set()
     assert find_tests(guarantee.tests)
 
 
