@@ -2,8 +2,8 @@
 
 The ways are: never and always (a condition), drop (an operand of `and` or `or`, an item of `with`), delete (a call, an
 assignment to an attribute or a place, a bare `raise`), unhandled (an `except`), boundary (`<` for `<=`), opposite (`==`
-for `!=`), arithmetic (`+` for `-`), constant (1 for 0), slice (`[:]` for `[1:]`), unwrap (`x` for
-`f(x)`), return (None).
+for `!=`), arithmetic (`+` for `-`), constant (1 for 0), slice (`[:]` for `[1:]`), unwrap (`x` for `f(x)`) and return
+(None for a value).
 """
 
 import ast
@@ -19,6 +19,9 @@ SHOWN = ("say", "advance", "warn")
 
 COPIES = ("clone", "copy", "detach", "float", "lower", "resolve")
 """Methods without whose call a program still runs."""
+
+BUILTINS = dir(builtins)
+"""Without a call of one of these any test fails."""
 
 IDLE = ("strict", "stacklevel", "flush")  # keywords that make no difference where all is well
 
@@ -165,9 +168,7 @@ def _unwrapped(node: ast.Call) -> Iterator[Change]:
             yield from (("unwrap", node, value) for value in values)
         case ast.Call(func=ast.Name(id="derive_seed" | "sorted"), args=[value, *_]):
             yield "unwrap", node, value
-        case ast.Call(func=ast.Name(id=name), args=[value], keywords=[]) if name.islower() and not hasattr(
-            builtins, name
-        ):
+        case ast.Call(func=ast.Name(id=name), args=[value], keywords=[]) if name.islower() and name not in BUILTINS:
             yield "unwrap", node, value
         case ast.Call(func=ast.Attribute(value=ast.Name(id="torch" | "copy" | "ImageOps")), args=[value]):
             yield "unwrap", node, value
