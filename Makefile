@@ -38,7 +38,7 @@ bench:           ## install the other libraries and run all benchmarks (an hour;
 	$(PYTHON) benchmarks/safety.py
 	$(PYTHON) benchmarks/bars.py
 
-mutations:       ## break each line in tests/MUTATIONS.md and check that a test fails (five minutes)
+mutations:       ## break what each guarantee depends on and check that a test fails (MINUTES)
 	$(PYTHON) tests/run_mutations.py
 
 fuzz:            ## mutate checkpoint and feature files for three minutes

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import transferkit as tk
+from transferkit.base import torch_files
 from transferkit.errors import CheckpointError, HeadMismatchError, TransferKitError, UnknownLayerError, WeightsError
 from transferkit.model.weights import read_state_dict
 from transferkit.saving import archive
@@ -113,6 +114,33 @@ def test_a_part_marked_as_a_folder_is_refused(run_file, trainer, tmp_path):
         path.write_bytes(marked)
         with pytest.raises(CheckpointError, match="a folder among its parts"):
             trainer.load(path)
+
+
+def test_parts_that_torch_does_not_write_are_refused(run_file, tmp_path):
+    """An archive with a compressed part, or with a folder by its name, is refused, even a harmless one."""
+    with zipfile.ZipFile(run_file) as file, zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as small:
+        for name in file.namelist():
+            small.writestr(name, file.read(name))
+    with pytest.raises(ValueError, match="compressed parts"):
+        torch_files.check_archive(tmp_path / "small.pt")
+
+    with zipfile.ZipFile(run_file, "a") as file:
+        file.writestr(zipfile.ZipInfo("run/folder/"), b"")
+    with pytest.raises(ValueError, match="a folder among its parts"):
+        torch_files.check_archive(run_file)
+
+
+@pytest.mark.parametrize("limit", ["MAX_MEMBERS", "MAX_PICKLE_BYTES"])
+def test_a_file_as_large_as_allowed_is_read(run_file, monkeypatch, limit):
+    """A file with exactly as many parts, or bytes that are no tensors, as are allowed is read; with one more it is not."""
+    with zipfile.ZipFile(run_file) as file:
+        pickled = sum(member.file_size for member in file.infolist() if member.filename.endswith(".pkl"))
+        size = {"MAX_MEMBERS": len(file.infolist()), "MAX_PICKLE_BYTES": pickled}[limit]
+    monkeypatch.setattr(torch_files, limit, size)
+    torch_files.check_archive(run_file)
+    monkeypatch.setattr(torch_files, limit, size - 1)
+    with pytest.raises(ValueError, match=f"{size:,} .*expected at most {size - 1:,}"):
+        torch_files.check_archive(run_file)
 
 
 def test_flipped_bits_in_the_frozen_file_make_no_silent_difference(make_backbone, data, tmp_path):
