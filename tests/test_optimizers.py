@@ -231,3 +231,33 @@ def test_instance_together_with_options_is_refused(model, lr, weight_decay):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     with pytest.raises(ArgumentError, match=rf"lr={lr} and weight_decay={weight_decay} have no effect on an optimizer"):
         build_optimizer(optimizer, model, lr, weight_decay)
+
+
+class Sam(torch.optim.SGD):
+    """An optimizer that computes the loss a second time in its step."""
+
+    def step(self, closure):
+        return closure()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (torch.optim.LBFGS, "cannot be built over the model: LBFGS"),
+        (torch.optim.Muon, "cannot be built over the model: Muon"),
+        (torch.optim.SparseAdam, "SparseAdam needs sparse gradients"),
+        (Sam, "Sam needs a closure"),
+        (functools.partial(Sam, lr=0.1), "Sam needs a closure"),
+    ],
+    ids=["LBFGS", "Muon", "SparseAdam", "a closure", "a partial"],
+)
+def test_an_optimizer_of_another_kind_is_refused(model, kind, message):
+    """What cannot step on groups of dense gradients is refused when the trainer is made, with what can."""
+    with pytest.raises(ArgumentError, match=rf"{message}.*such as torch.optim.AdamW"):
+        tk.Trainer(model, optimizer=kind, device="cpu")
+
+
+def test_an_instance_of_another_kind_is_refused(model):
+    """An optimizer that is already built is refused likewise."""
+    with pytest.raises(ArgumentError, match="LBFGS needs a closure"):
+        tk.Trainer(model, optimizer=torch.optim.LBFGS(model.parameters()), device="cpu")

@@ -132,7 +132,7 @@ def test_parts_that_torch_does_not_write_are_refused(run_file, tmp_path):
 
 @pytest.mark.parametrize("limit", ["MAX_MEMBERS", "MAX_PICKLE_BYTES"])
 def test_a_file_as_large_as_allowed_is_read(run_file, monkeypatch, limit):
-    """A file with exactly as many parts, or bytes that are no tensors, as are allowed is read; with one more it is not."""
+    """A file with exactly as many parts, or bytes that are no tensors, as allowed is read; with one more it is not."""
     with zipfile.ZipFile(run_file) as file:
         pickled = sum(member.file_size for member in file.infolist() if member.filename.endswith(".pkl"))
         size = {"MAX_MEMBERS": len(file.infolist()), "MAX_PICKLE_BYTES": pickled}[limit]

@@ -50,8 +50,9 @@ def build_optimizer(
             says.
 
     Raises:
-        ArgumentError: When a name is unknown, a number is out of range, an instance holds other parameters, or `lr` or
-            `weight_decay` comes with an instance.
+        ArgumentError: When a name is unknown, a number is out of range, the optimizer takes no groups of parameters,
+            needs a closure or sparse gradients, an instance holds other parameters, or `lr` or `weight_decay` comes
+            with an instance.
     """
     if isinstance(optimizer, Optimizer):
         if lr is not None or weight_decay is not None:
@@ -59,6 +60,7 @@ def build_optimizer(
                 f"lr={lr} and weight_decay={weight_decay} have no effect on an optimizer that is already built: set "
                 "them there, or pass its class."
             )
+        _check_step(optimizer)
         _check_parameters(optimizer, model)
         for group in optimizer.param_groups:
             not_negative("lr of the optimizer", float(group["lr"]))
@@ -77,7 +79,14 @@ def build_optimizer(
     options: dict[str, Any] = {"fused": True} if "fused" in accepted and not {"fused", "foreach"} & set(fixed) else {}
     if weight_decay is not None:
         options["weight_decay"] = not_negative("weight_decay", weight_decay)
-    built = optimizer(groups, **options)
+    try:
+        built = optimizer(groups, **options)
+    except (TypeError, ValueError, RuntimeError) as error:  # LBFGS takes no groups, Muon matrices alone
+        raise ArgumentError(
+            f"optimizer={optimizer!r} cannot be built over the model: {error}. Expected one that takes groups of "
+            "parameters of any shape, such as torch.optim.AdamW."
+        ) from error
+    _check_step(built)
     own_lr = built.param_groups[0]["lr"] if "lr" in fixed else LR
     set_lr(built, own_lr if lr is None else lr)
     return built
@@ -169,6 +178,22 @@ def scale_lr(optimizer: Optimizer, factor: float) -> None:
     """Set every group's learning rate to its base times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
+
+
+def _check_step(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose step cannot be made from dense gradients alone."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    needs = ""
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        needs = "a closure that computes the loss again in each step"
+    elif isinstance(optimizer, torch.optim.SparseAdam):
+        needs = "sparse gradients"
+    if needs:
+        raise ArgumentError(
+            f"optimizer {type(optimizer).__name__} needs {needs}, which Trainer does not give it: expected one that "
+            "steps on dense gradients, such as torch.optim.AdamW. In a loop of your own, with transferkit.Device, any "
+            "optimizer works."
+        )
 
 
 def _check_parameters(optimizer: Optimizer, model: TransferModel) -> None:
