@@ -130,9 +130,18 @@ def test_parts_that_torch_does_not_write_are_refused(run_file, tmp_path):
         torch_files.check_archive(run_file)
 
 
+def test_parts_that_share_their_bytes_are_refused(run_file):
+    """An archive whose directory lists each part twice declares more bytes than it has, and is refused for that."""
+    with zipfile.ZipFile(run_file, "a") as file:
+        file.filelist *= 2
+        file._didModify = True  # writes the directory anew
+    with pytest.raises(ValueError, match="its parts declare"):
+        torch_files.check_archive(run_file)
+
+
 @pytest.mark.parametrize("limit", ["MAX_MEMBERS", "MAX_PICKLE_BYTES"])
 def test_a_file_as_large_as_allowed_is_read(run_file, monkeypatch, limit):
-    """A file with exactly as many parts, or bytes that are no tensors, as are allowed is read; with one more it is not."""
+    """A file with as many parts, or bytes that are no tensors, as are allowed is read; one with more is not."""
     with zipfile.ZipFile(run_file) as file:
         pickled = sum(member.file_size for member in file.infolist() if member.filename.endswith(".pkl"))
         size = {"MAX_MEMBERS": len(file.infolist()), "MAX_PICKLE_BYTES": pickled}[limit]

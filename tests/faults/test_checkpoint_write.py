@@ -570,14 +570,20 @@ def test_something_strange_in_an_optimizer_group_is_named_before_any_byte(traine
 def test_a_strange_tensor_is_named_before_any_byte(trainer, saved, tensor):
     """A sparse tensor, one without memory or one of a single number many times over is refused by its place."""
     trainer.optimizer.param_groups[0]["mine"] = tensor
-    with pytest.raises(CheckpointTypeError, match=r"optimizer/groups/0/mine is not an ordinary dense tensor"):
+    with pytest.raises(CheckpointTypeError, match=r"^optimizer/groups/0/mine is not an ordinary dense tensor"):
         trainer.save(saved)
+
+
+def test_a_strange_state_is_named(tmp_path):
+    """Where the state itself is none that can be written, the message says so."""
+    with pytest.raises(CheckpointTypeError, match=r"^the state is a Thing"):
+        archive.write_checkpoint(tmp_path / "last.pt", Thing())
 
 
 def test_keys_that_are_no_text_are_named(trainer, saved):
     """A key that is no text is refused with its place."""
     trainer.optimizer.param_groups[0]["mine"] = {3: "x"}
-    with pytest.raises(CheckpointTypeError, match=r"optimizer/groups/0/mine has the key 3: expected text"):
+    with pytest.raises(CheckpointTypeError, match=r"^optimizer/groups/0/mine has the key 3: expected text"):
         trainer.save(saved)
 
 
