@@ -321,6 +321,27 @@ def test_optimizer_state_that_does_not_fit_is_refused_at_load(run_file, trainer,
     refused(trainer, lambda: trainer.load(run_file), CheckpointError, message)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda s: s.pop("scale"), lambda s: s.update(scale="large"), lambda s: s.update(more=1.0)],
+    ids=["missing", "text", "extra"],
+)
+def test_a_gradient_scaler_that_does_not_fit_is_refused(trainer, tmp_path, change):
+    """A scaler's state is compared by names and types; a trainer without a scaler ignores it."""
+    path, plain = tmp_path / "scaled.pt", trainer.device.scaler
+    trainer.device.scaler = torch.amp.GradScaler("cpu")
+    trainer.save(path)
+    trainer.load(path)
+    edited(path, lambda state: change(state["scaler"]))
+    refused(trainer, lambda: trainer.load(path), CheckpointError, "gradient scaler .*: expected numbers for scale")
+
+    trainer.device.scaler = plain
+    trainer.load(path)
+    trainer.save(path)
+    trainer.device.scaler = torch.amp.GradScaler("cpu")
+    trainer.load(path)
+
+
 def test_the_order_of_parameters_does_not_matter(run_file, make_backbone):
     """Optimizer state goes by name: in whatever order a file has it, each parameter gets its own."""
     expected, trainer = archive.read_checkpoint(run_file), make_trainer(make_backbone(seed=9))
