@@ -342,6 +342,40 @@ def test_a_gradient_scaler_that_does_not_fit_is_refused(trainer, tmp_path, chang
     trainer.load(path)
 
 
+FORM = "holds reports or sums of another form"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: run["best"].update(more=torch.ones(1)), "best weights that do not fit the model: unexpected more"),
+        (
+            lambda run: run["best"].update({"head.logits.bias": torch.zeros(3).double()}),
+            r"not fit .*logits\.bias",
+        ),
+        (lambda run: run["reports"][0].update(f1="high"), FORM),
+        (lambda run: run["reports"][0].pop("loss"), FORM),
+        (lambda run: run["sums"].update(loss=torch.zeros(2)), FORM),
+        (lambda run: run["sums"].update(outputs=[5]), FORM),
+        (lambda run: run["sums"].update(outputs=[[torch.zeros(2, 3)]]), FORM),
+        (
+            lambda run: run["sums"].update(outputs=[[torch.zeros(2, 3), [0, 1]]]),
+            FORM,
+        ),
+        (lambda run: run["sums"].update(count="many"), r"run of .* has a str as sums/count: expected int"),
+    ],
+    ids=["best extra", "best float64", "text", "no loss", "two losses", "5", "no targets", "list", "count"],
+)
+def test_figures_and_best_weights_that_do_not_fit_are_refused(run_file, make_backbone, data, change, message):
+    """A run is resumed with its figures and best weights; with others than it can have it is refused, unchanged."""
+    resumed, other = make_trainer(make_backbone(), seed=3), make_trainer(make_backbone(), seed=3)
+    fit(resumed, data, epochs=2, validation_data=data, resume_from=run_file)
+    edited(run_file, lambda state: change(state["run"]))
+
+    resume = lambda: fit(other, data, epochs=2, validation_data=data, resume_from=run_file)  # noqa: E731
+    refused(other, resume, CheckpointError, message)
+
+
 def test_the_order_of_parameters_does_not_matter(run_file, make_backbone):
     """Optimizer state goes by name: in whatever order a file has it, each parameter gets its own."""
     expected, trainer = archive.read_checkpoint(run_file), make_trainer(make_backbone(seed=9))
