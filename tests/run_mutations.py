@@ -92,23 +92,8 @@ def run_pytest(tree: Path, tests: list[str]) -> None:
     os.environ |= {"PYTHONPATH": f"{tree}/src", "OMP_NUM_THREADS": "1"}
     sys.path[0] = f"{tree}/src"
     pytest = importlib.import_module("pytest")
-    os._exit(
-        int(
-            pytest.main(
-                [
-                    "-q",
-                    "-x",
-                    "-p",
-                    "no:cacheprovider",
-                    "-W",
-                    "ignore::pytest.PytestAssertRewriteWarning",
-                    "-m",
-                    "not gpu",
-                    *tests,
-                ]
-            )
-        )
-    )
+    ignored = "ignore::pytest.PytestAssertRewriteWarning"  # hypothesis is imported already
+    os._exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-W", ignored, "-m", "not gpu", *tests])))
 
 
 def status_of(tree: Path, tests: list[str], limit_s: float) -> int | None:
@@ -164,6 +149,8 @@ def main() -> None:
     todo = [mutant for one in chosen for mutant in mutants_of(one) if mutant.label not in one.equivalent]
     if options.sample is not None and options.sample < len(todo):
         todo = sorted(random.Random(options.seed).sample(todo, options.sample), key=todo.index)
+    if not todo:
+        sys.exit(f"no guarantee has {options.only!r} in it")
     for name in ("hypothesis", "pytest", "torch", "torchvision.transforms.v2"):
         importlib.import_module(name)  # before the fork, which saves each run of tests four seconds
     survivors = 0

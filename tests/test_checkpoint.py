@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.models.vgg import make_layers
 
 import transferkit as tk
+from tiny import Stream, make_trainer
 from transferkit.errors import CheckpointError, HeadMismatchError
 from transferkit.model import backbone as backbone_module
 from transferkit.saving import archive
@@ -407,3 +409,16 @@ def test_a_path_in_the_current_folder_is_written(
     tiny_trainer(make_backbone).save("run.pt")
 
     assert archive.read_checkpoint("run.pt")["format"] == archive.FORMAT
+
+
+def test_a_loader_without_a_length_is_resumed_in_the_middle_of_an_epoch(make_backbone, data, tmp_path):
+    """Of a stream the batches already trained on are read and passed over."""
+    loader, trainers = DataLoader(Stream(data), batch_size=8), []
+    for resume_from in (None, tmp_path / "step-00000004.pt"):
+        trainers.append(make_trainer(tk.attach_head(make_backbone(), 3)))
+        callbacks = [tk.Checkpoint(tmp_path, every_steps=1, keep_last=10)]
+        trainers[-1].fit(loader, epochs=2, callbacks=callbacks, resume_from=resume_from, verbose=0)
+
+    whole, resumed = (trainer.model.state_dict() for trainer in trainers)
+    assert [trainer.global_step for trainer in trainers] == [6, 6]
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())

@@ -1,5 +1,6 @@
 """Metrics and figures of callbacks join every report, the history, the plots, early stopping and the loggers."""
 
+import copy
 import csv
 import math
 
@@ -16,6 +17,19 @@ def macro_recall(probabilities, targets):
     """Mean over the classes of the fraction of their images that are right."""
     right = probabilities.argmax(dim=1) == targets
     return torch.stack([right[targets == index].float().mean() for index in range(3)]).mean()
+
+
+def test_a_resumed_epoch_reports_all_of_its_images(backbone, data, tmp_path):
+    """An epoch that was stopped in the middle has the figures of an uninterrupted one, also those of metrics."""
+    histories = []
+    for resume_from in (None, tmp_path / "step-00000002.pt"):
+        trainer = make_trainer(make_model(copy.deepcopy(backbone), "head"), metrics={"recall": macro_recall})
+        callbacks = [tk.Checkpoint(tmp_path, every_steps=1, keep_last=10)]
+        history = trainer.fit(data, epochs=2, batch_size=8, callbacks=callbacks, resume_from=resume_from, verbose=0)
+        histories.append({name: values for name, values in history.history.items() if name != "epoch_s"})
+
+    assert histories[0] == histories[1]
+    assert len(histories[0]["recall"]) == 2
 
 
 class Counted:

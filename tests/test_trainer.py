@@ -546,6 +546,16 @@ def test_validation_is_in_eval_mode_and_training_in_training_mode(backbone, data
     assert model.training
 
 
+def test_training_is_in_training_mode_whatever_came_before(model, data):
+    """A model that was in eval mode before fit, or is put into it by a callback, trains in training mode."""
+    modes = []
+    model.head.register_forward_hook(lambda module, *_: modes.append(module.training))
+    trainer = make_trainer(model.eval())
+    trainer.fit(data, epochs=2, batch_size=24, callbacks=[lambda *_: model.eval() and None], verbose=0)
+
+    assert modes == [True, True]
+
+
 @pytest.mark.parametrize("mode", [True, False])
 def test_evaluation_leaves_the_mode(model, data, mode):
     """`evaluate` and `predict` put the mode back as they found it, also after an error."""

@@ -130,6 +130,15 @@ def test_parts_that_torch_does_not_write_are_refused(run_file, tmp_path):
         torch_files.check_archive(run_file)
 
 
+def test_parts_that_share_their_bytes_are_refused(run_file):
+    """An archive whose directory lists each part twice declares more bytes than it has, and is refused for that."""
+    with zipfile.ZipFile(run_file, "a") as file:
+        file.filelist *= 2
+        file._didModify = True  # writes the directory anew
+    with pytest.raises(ValueError, match="its parts declare"):
+        torch_files.check_archive(run_file)
+
+
 @pytest.mark.parametrize("limit", ["MAX_MEMBERS", "MAX_PICKLE_BYTES"])
 def test_a_file_as_large_as_allowed_is_read(run_file, monkeypatch, limit):
     """A file with exactly as many parts, or bytes that are no tensors, as allowed is read; with one more it is not."""
@@ -310,6 +319,61 @@ def test_optimizer_state_that_does_not_fit_is_refused_at_load(run_file, trainer,
     edited(run_file, change)
 
     refused(trainer, lambda: trainer.load(run_file), CheckpointError, message)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda s: s.pop("scale"), lambda s: s.update(scale="large"), lambda s: s.update(more=1.0)],
+    ids=["missing", "text", "extra"],
+)
+def test_a_gradient_scaler_that_does_not_fit_is_refused(trainer, tmp_path, change):
+    """A scaler's state is compared by names and types; a trainer without a scaler ignores it."""
+    path, plain = tmp_path / "scaled.pt", trainer.device.scaler
+    trainer.device.scaler = torch.amp.GradScaler("cpu")
+    trainer.save(path)
+    trainer.load(path)
+    edited(path, lambda state: change(state["scaler"]))
+    refused(trainer, lambda: trainer.load(path), CheckpointError, "gradient scaler .*: expected numbers for scale")
+
+    trainer.device.scaler = plain
+    trainer.load(path)
+    trainer.save(path)
+    trainer.device.scaler = torch.amp.GradScaler("cpu")
+    trainer.load(path)
+
+
+FORM = "holds reports or sums of another form"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: run["best"].update(more=torch.ones(1)), "best weights that do not fit the model: unexpected more"),
+        (
+            lambda run: run["best"].update({"head.logits.bias": torch.zeros(3).double()}),
+            r"not fit .*logits\.bias",
+        ),
+        (lambda run: run["reports"][0].update(f1="high"), FORM),
+        (lambda run: run["reports"][0].pop("loss"), FORM),
+        (lambda run: run["sums"].update(loss=torch.zeros(2)), FORM),
+        (lambda run: run["sums"].update(outputs=[5]), FORM),
+        (lambda run: run["sums"].update(outputs=[[torch.zeros(2, 3)]]), FORM),
+        (
+            lambda run: run["sums"].update(outputs=[[torch.zeros(2, 3), [0, 1]]]),
+            FORM,
+        ),
+        (lambda run: run["sums"].update(count="many"), r"run of .* has a str as sums/count: expected int"),
+    ],
+    ids=["best extra", "best float64", "text", "no loss", "two losses", "5", "no targets", "list", "count"],
+)
+def test_figures_and_best_weights_that_do_not_fit_are_refused(run_file, make_backbone, data, change, message):
+    """A run is resumed with its figures and best weights; with others than it can have it is refused, unchanged."""
+    resumed, other = make_trainer(make_backbone(), seed=3), make_trainer(make_backbone(), seed=3)
+    fit(resumed, data, epochs=2, validation_data=data, resume_from=run_file)
+    edited(run_file, lambda state: change(state["run"]))
+
+    resume = lambda: fit(other, data, epochs=2, validation_data=data, resume_from=run_file)  # noqa: E731
+    refused(other, resume, CheckpointError, message)
 
 
 def test_the_order_of_parameters_does_not_matter(run_file, make_backbone):

@@ -548,8 +548,13 @@ class Thing:
 
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [(Thing(), "Thing"), (len, "builtin_function_or_method"), ([{"deep": Thing()}], "Thing")],
-    ids=["instance", "function", "deep"],
+    [
+        (Thing(), "Thing"),
+        (len, "builtin_function_or_method"),
+        (torch.Size([1]), "Size"),
+        ([{"deep": Thing()}], "Thing"),
+    ],
+    ids=["instance", "function", "tuple of its own class", "deep"],
 )
 def test_something_strange_in_an_optimizer_group_is_named_before_any_byte(trainer, saved, value, kind):
     """What a checkpoint cannot hold is a CheckpointTypeError with its place and type, before anything is written."""
@@ -570,14 +575,20 @@ def test_something_strange_in_an_optimizer_group_is_named_before_any_byte(traine
 def test_a_strange_tensor_is_named_before_any_byte(trainer, saved, tensor):
     """A sparse tensor, one without memory or one of a single number many times over is refused by its place."""
     trainer.optimizer.param_groups[0]["mine"] = tensor
-    with pytest.raises(CheckpointTypeError, match=r"optimizer/groups/0/mine is not an ordinary dense tensor"):
+    with pytest.raises(CheckpointTypeError, match=r"^optimizer/groups/0/mine is not an ordinary dense tensor"):
         trainer.save(saved)
+
+
+def test_a_strange_state_is_named(tmp_path):
+    """Where the state itself is none that can be written, the message says so."""
+    with pytest.raises(CheckpointTypeError, match=r"^the state is a Thing"):
+        archive.write_checkpoint(tmp_path / "last.pt", Thing())
 
 
 def test_keys_that_are_no_text_are_named(trainer, saved):
     """A key that is no text is refused with its place."""
     trainer.optimizer.param_groups[0]["mine"] = {3: "x"}
-    with pytest.raises(CheckpointTypeError, match=r"optimizer/groups/0/mine has the key 3: expected text"):
+    with pytest.raises(CheckpointTypeError, match=r"^optimizer/groups/0/mine has the key 3: expected text"):
         trainer.save(saved)
 
 
@@ -696,6 +707,54 @@ def test_a_frozen_file_that_went_is_written_again(make_backbone, tmp_path, data)
     assert same(dict(other.model.state_dict()), dict(trainer.model.state_dict()))
 
 
+def test_a_frozen_file_of_an_earlier_process_is_written_anew(make_backbone, tmp_path):
+    """A run does not trust a file of frozen weights that it has not written: it may be damaged."""
+    tk.Checkpoint(tmp_path).save(make_trainer(make_backbone(), "block5"))
+    frozen = next(tmp_path.glob("frozen-*.pt"))
+    before = frozen.read_bytes()
+    damage(frozen)
+
+    tk.Checkpoint(tmp_path).save(make_trainer(make_backbone(), "block5"))
+
+    assert frozen.read_bytes() == before
+
+
+def test_an_old_state_that_somebody_removes_first_is_no_error(trainer, tmp_path, monkeypatch):
+    """Another process may remove an old state at the moment when the callback does."""
+    callback, unlink = tk.Checkpoint(tmp_path, keep_last=1), Path.unlink
+    callback.save(trainer)
+    trainer._training.global_step = 1
+
+    def second(path, **options):
+        if path.suffix == ".pt":
+            os.unlink(path)  # noqa: PTH108
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", second)
+    callback.save(trainer)
+
+    assert names(tmp_path) == ["step-00000001.pt"]
+
+
+def test_a_second_run_of_a_trainer_may_save_where_the_first_did(trainer, tmp_path, data):
+    """States up to the step at which a run begins are of its own past."""
+    for _ in range(2):
+        fit(trainer, data, callbacks=[tk.Checkpoint(tmp_path)])
+
+    assert names(tmp_path) == ["step-00000003.pt", "step-00000006.pt"]
+
+
+@pytest.mark.parametrize("linked", ["callback", "resume_from"])
+def test_a_folder_is_the_same_under_another_name(make_backbone, tmp_path, data, linked):
+    """A run resumed from an older state may save to the state's folder, through a link or not."""
+    fit(make_trainer(make_backbone()), data, epochs=2, callbacks=[tk.Checkpoint(tmp_path / "runs")])
+    (tmp_path / "link").symlink_to("runs")
+    folder = {"callback": tmp_path / "runs", "resume_from": tmp_path / "runs", linked: tmp_path / "link"}
+    old = folder["resume_from"] / "step-00000003.pt"
+
+    fit(make_trainer(make_backbone()), data, 2, callbacks=[tk.Checkpoint(folder["callback"])], resume_from=old)
+
+
 def test_a_folder_of_another_run_is_refused(make_backbone, tmp_path, data):
     """A new run may not save where a longer one did: refused before the first step with both ways out."""
     fit(make_trainer(make_backbone()), data, epochs=2, callbacks=[tk.Checkpoint(tmp_path)])
@@ -718,6 +777,21 @@ def test_a_folder_of_another_run_is_refused_on_resuming_too(make_backbone, tmp_p
             callbacks=[tk.Checkpoint(tmp_path / "b", keep_last=1)],
             resume_from=tmp_path / "a",
         )
+
+
+def test_the_newest_state_is_read_by_its_own_name(trainer, tmp_path):
+    """The newest of several states comes with its path, and the one before it is named where it is damaged."""
+    callback = tk.Checkpoint(tmp_path, keep_last=3)
+    for step in range(3):
+        trainer._training.global_step = step
+        callback.save(trainer)
+
+    path, state = read_newest(tmp_path)
+    assert (path.name, state["progress"]["global_step"]) == ("step-00000002.pt", 2)
+
+    damage(path)
+    with pytest.raises(CheckpointError, match=r"The newest good one is .*step-00000001\.pt"):
+        read_newest(tmp_path)
 
 
 def test_a_damaged_newest_state_names_the_newest_good_one(make_backbone, tmp_path, data):

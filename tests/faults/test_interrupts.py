@@ -548,5 +548,47 @@ def test_interrupts_serve_twice():
         interrupts.check()
 
 
+def interrupted(interrupts, *, count=1, error=None):
+    with interrupts:
+        for _ in range(count):
+            os.kill(os.getpid(), signal.SIGINT)
+        if error is not None:
+            raise error
+
+
+def test_a_second_signal_does_not_mark_the_next_use():
+    """That a use was stopped at once by a second signal is forgotten when the next begins."""
+    interrupts = Interrupts()
+    with pytest.raises(KeyboardInterrupt, match="interrupted twice"):
+        interrupted(interrupts, count=2)
+    assert interrupts.twice
+    with interrupts:
+        assert not interrupts.twice
+
+
+def test_nested_blocks_are_one():
+    """A block inside another of the same object neither raises nor puts handlers back: the outer one does."""
+    interrupts, before = Interrupts(), signal.getsignal(signal.SIGINT)
+
+    def nested():
+        with interrupts as outer:
+            interrupted(interrupts)
+            with interrupts as inner:
+                assert inner is outer is interrupts
+                assert interrupts.received == signal.SIGINT
+            assert signal.getsignal(signal.SIGINT) != before
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        nested()
+    assert str(caught.value) == ""
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_an_error_after_a_signal_is_not_hidden():
+    """Where the work fails after a signal came, its own error is raised."""
+    with pytest.raises(ValueError, match="the work's own"):
+        interrupted(Interrupts(), error=ValueError("the work's own"))
+
+
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
