@@ -38,7 +38,7 @@ bench:           ## install the other libraries and run all benchmarks (an hour;
 	$(PYTHON) benchmarks/safety.py
 	$(PYTHON) benchmarks/bars.py
 
-mutations:       ## break what each guarantee depends on and check that a test fails (MINUTES)
+mutations:       ## break what each guarantee depends on and check that a test fails (45 minutes)
 	$(PYTHON) tests/run_mutations.py
 
 fuzz:            ## mutate checkpoint and feature files for three minutes
