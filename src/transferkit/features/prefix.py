@@ -15,6 +15,7 @@ from transferkit.compute.out_of_memory import within_memory
 from transferkit.data.preprocessing import Preprocessing
 from transferkit.model.backbone import Backbone
 from transferkit.model.head import TransferModel
+from transferkit.model.layers import Layers
 
 NOTHING_FROZEN = "nothing is frozen: freeze_until(model, 'head') freezes the backbone"
 
@@ -33,7 +34,7 @@ _PIXELS_ON_CPU = 2**19  # 128 images of 64x64: more brought nothing, and the wid
 _PIXELS_ON_GPU = 2**23  # 167 images of 224x224
 
 
-def pure_prefix(model: TransferModel) -> tuple[nn.Sequential, str]:
+def pure_prefix(model: TransferModel) -> tuple[Layers, str]:
     """Return the frozen first layers of a model, and why their output cannot be cached; `""` if it can.
 
     This is the one decision about what is frozen and pure. `TransferModel.split` finds what training does not change;
@@ -80,11 +81,11 @@ class Prefix:
         batch_size: Images computed at once; it is halved when memory runs out.
     """
 
-    def __init__(self, layers: nn.Sequential, preprocess: Preprocessing, *, device: Device) -> None:
+    def __init__(self, layers: Layers, preprocess: Preprocessing, *, device: Device) -> None:
         self.device = device
         self._own = layers
         self._preprocess = preprocess
-        self._layers = nn.Sequential(*(_cast(layer, device.dtype) for layer in layers))
+        self._layers = Layers((_cast(layer, device.dtype) for layer in layers), layers.pools)
         self._state: list[Any] | None = None
         pixels = _PIXELS_ON_GPU if device.torch_device.type == "cuda" else _PIXELS_ON_CPU
         self.batch_size = max(1, pixels // preprocess.image_size**2)
@@ -124,9 +125,11 @@ class Prefix:
         start = f"{self._preprocess} {device.precision} {device.torch_device.type} {torch.__version__}"
         digest = hashlib.sha256(start.encode())
         digests = [digest.hexdigest()]
-        for layer in self._own:
+        for index, layer in enumerate(self._own):
             digest.update(_settings(layer).encode())
             digest_tensors(digest, layer.state_dict())
+            if pool := self._own.pools.get(index):
+                digest.update(f"pooled {pool.name} {index == max(self._own.pools)}".encode())
             digests.append(digest.hexdigest())
         return tuple(digests)
 
@@ -139,14 +142,14 @@ class Prefix:
             outputs = []
             output = torch.zeros(1, 3, size, size, device=self.device.torch_device)
             with torch.no_grad(), self.device.autocast():
-                for layer in (nn.Identity(), *self._layers):
-                    output = layer(output)
+                for index in range(len(self._layers) + 1):
+                    output = self._layers[index - 1 : index](output) if index else output
                     outputs.append((tuple(output.permute(0, 2, 3, 1).shape[1:]), output.dtype))
             return outputs
 
         return within_memory(run, 1, device=self.device, what="frozen layers")[0]
 
-    def is_current(self, layers: nn.Sequential, preprocess: Preprocessing) -> bool:
+    def is_current(self, layers: Layers, preprocess: Preprocessing) -> bool:
         """Return whether `digests` were read, and these layers are those they were read of, and unchanged.
 
         Reads every weight: 15 ms for VGG16. A prefix whose digests nobody has read is never current: making it anew
@@ -175,8 +178,8 @@ def _settings(layer: nn.Module) -> str:
     return f"{type(layer).__name__} {sorted(settings.items())}"
 
 
-def _state(layers: nn.Sequential, preprocess: Preprocessing) -> list[Any]:
+def _state(layers: Layers, preprocess: Preprocessing) -> list[Any]:
     """Return something that differs once a layer is replaced or changed in any way; quicker than the digests."""
     tensors = [tensor for layer in layers for tensor in layer.state_dict().values()]
     checksums = [zlib.crc32(raw_bytes(tensor)) for tensor in tensors]
-    return [preprocess, *map(id, layers), *map(_settings, layers), *checksums]
+    return [preprocess, layers.pools, *map(id, layers), *map(_settings, layers), *checksums]

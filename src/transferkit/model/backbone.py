@@ -13,6 +13,7 @@ from transferkit.base.arguments import one_of
 from transferkit.base.arrays import digest_tensors
 from transferkit.data.preprocessing import CONVENTIONS, Preprocessing, find_convention
 from transferkit.errors import ArgumentError, ImageError, PreprocessingError, close_matches
+from transferkit.model.layers import Layers, Pool
 from transferkit.model.weights import (
     check_is_file,
     checked_state_dict,
@@ -43,7 +44,7 @@ class Backbone(nn.Module):
             `block5_pool`, and `block1_bn1`, ... in the `_bn` variants.
         preprocess: As above.
         image_size: Height and width of the input, in pixels.
-        feature_shape: Shape of one image's output, `(512, image_size // 32, image_size // 32)`.
+        feature_shape: Shape of one image's output, `(512, image_size // 32, image_size // 32)` behind all five blocks.
 
     Raises:
         ArgumentError: `features` has a layer of another type.
@@ -62,11 +63,22 @@ class Backbone(nn.Module):
 
     @property
     def feature_shape(self) -> tuple[int, int, int]:
-        channels = [module.out_channels for module in self.features if isinstance(module, nn.Conv2d)][-1]  # 512
-        return (channels, self.image_size // 32, self.image_size // 32)
+        halvings = sum(isinstance(module, nn.MaxPool2d) for module in self.features)
+        side = self.image_size // 2**halvings
+        return (self.num_channels(len(self.features) - 1), side, side)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def num_channels(self, index: int) -> int:
+        """Return how many channels `features[index]` puts out."""
+        convolutions = [module for module in self.features[: index + 1] if isinstance(module, nn.Conv2d)]
+        return convolutions[-1].out_channels
+
+    def forward(self, images: Tensor, pools: Mapping[int, Pool] | None = None) -> Tensor:
         """Return the features `(N, 512, H // 32, W // 32)` of preprocessed images `(N, 3, H, W)`.
+
+        Args:
+            images: Preprocessed.
+            pools: Return the pooled outputs of these layers instead, `(N, D, 1, 1)`, the last layer among them; see
+                `Layers`.
 
         Raises:
             ImageError: The images are raw (uint8), not of shape `(N, 3, H, W)`, or smaller than 32 pixels.
@@ -82,7 +94,7 @@ class Backbone(nn.Module):
                 f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} or more, since five pooling layers halve them. Resize them first; "
                 "backbone.preprocess does that for raw uint8 images."
             )
-        features: Tensor = self.features(images)
+        features: Tensor = Layers(self.features, pools)(images) if pools else self.features(images)
         return features
 
     @property

@@ -29,6 +29,7 @@ class WithPreprocessing(nn.Module):
         model: The copy.
         classes: The class names, in the order of the probabilities.
         threshold: Probability from which a label counts, where an image may have several; None where it has one.
+        temperature: What logits are divided by, above 0.
         image_size: Height and width, in pixels, that images are resized to.
 
     Raises:
@@ -53,6 +54,7 @@ class WithPreprocessing(nn.Module):
         self.model.to("cpu", torch.float32, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.classes = model.classes
         self.threshold = model.threshold
+        self.temperature = model.temperature
         self.image_size = model.backbone.image_size
         self.eval().requires_grad_(requires_grad=False)
 
@@ -69,6 +71,7 @@ class WithPreprocessing(nn.Module):
             )
         inputs = self.model.backbone.preprocess.normalize(self._resize(images))
         logits: Tensor = self.model(inputs.to(memory_format=torch.channels_last))  # quicker, and as Trainer does
+        logits = logits / self.temperature
         return logits.softmax(dim=1) if self.threshold is None else logits.sigmoid()
 
     def _resize(self, images: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """A model of a backbone and a head, and how a new head is attached."""
 
+import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -9,13 +10,45 @@ import torch
 from torch import Tensor, nn
 
 from transferkit.base.arguments import fraction, one_of, whole_number
-from transferkit.errors import ArgumentError, HeadMismatchError
+from transferkit.errors import ArgumentError, HeadMismatchError, UnknownLayerError, close_matches
 from transferkit.model.backbone import Backbone
+from transferkit.model.layers import POOLINGS, Layers, Pool
 from transferkit.model.modes import modes_kept
 
-POOLINGS = ("flatten", "avg", "max")
+FLATTEN = "flatten"
+NUM_POOLED = 3
+"""Blocks that a head pools if it is not told: the last ones."""
 
 _DEPENDS_ON_MODE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+
+
+class Standardize(nn.Module):
+    """Subtracts a mean from each feature and divides by a standard deviation, those of the training images.
+
+    `Trainer` measures both before its first step; training does not change them.
+
+    Args:
+        num_features: D.
+
+    Attributes:
+        mean: float32 `(D,)`; 0 until it is measured.
+        std: float32 `(D,)`; 1 until it is measured.
+        num_images: Images measured, int64 `()`.
+    """
+
+    mean: Tensor
+    std: Tensor
+    num_images: Tensor
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("std", torch.ones(num_features))
+        self.register_buffer("num_images", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return standardised features, of the shape `(N, D)` that they have."""
+        return (features - self.mean) / self.std
 
 
 class TransferModel(nn.Module):
@@ -23,11 +56,15 @@ class TransferModel(nn.Module):
 
     Attributes:
         backbone: The `Backbone`.
-        head: Maps features `(N, 512, h, w)` to logits `(N, len(classes))`.
+        head: Maps features to logits `(N, len(classes))`: the pooled outputs of several layers, `(N, D, 1, 1)`, or the
+            output of the last one, `(N, 512, h, w)`.
         classes: The class names; class index i is `classes[i]`.
         head_arguments: The arguments that `attach_head` built the head from; None for a user's own head.
+        pools: How the outputs of layers are pooled for the head, by the index of the layer in `backbone.features`;
+            empty where the head takes the output of the last one.
         threshold: Probability, 0 to 1, from which a label counts as predicted, if an image may have several labels;
             None if each has exactly one. `Trainer` sets it from its loss.
+        temperature: What logits are divided by before they become probabilities, above 0. `Trainer.calibrate` sets it.
     """
 
     def __init__(
@@ -36,26 +73,38 @@ class TransferModel(nn.Module):
         head: nn.Module,
         classes: Sequence[str],
         head_arguments: dict[str, Any] | None = None,
+        pools: dict[int, Pool] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.classes = tuple(classes)
         self.head_arguments = head_arguments
+        self.pools = dict(pools or {})
         self.threshold: float | None = None
+        self.temperature = 1.0
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers whose pooled outputs the head takes; empty where it takes the output of the last one."""
+        return tuple(self.backbone.layer_names[index] for index in self.pools)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits `(N, len(classes))` of preprocessed images, float `(N, 3, H, W)`."""
-        logits: Tensor = self.head(self.backbone(images))
+        features = self.backbone(images, self.pools) if self.pools else self.backbone(images)
+        logits: Tensor = self.head(features)
         return logits
 
-    def split(self) -> tuple[nn.Sequential, nn.Sequential]:
+    def split(self) -> tuple[Layers, Layers]:
         """Return prefix and suffix, split where training begins: `suffix(prefix(x))` equals `model(x)`.
 
         The prefix is the longest sequence of first layers without trainable parameters whose batch norm and dropout
         layers are in eval mode: a pure function of the images that training does not change. Both parts share this
         model's modules. In VGG the prefix ends with a ReLU or a pooling layer, which have no parameters; a ReLU at the
         start of the suffix would overwrite the prefix's output, because it works in place.
+
+        Where the head takes pooled features of several layers, those of the prefix are part of its output; see
+        `Layers`.
 
         Example:
             >>> from transferkit import attach_head, freeze_until, load_backbone
@@ -64,20 +113,21 @@ class TransferModel(nn.Module):
             >>> len(prefix), len(suffix)  # 24 modules make blocks 1 to 4; 7 make block 5; one is the head
             (24, 8)
         """
-        layers = [*self.backbone.features, self.head]
+        layers = Layers([*self.backbone.features, self.head], self.pools)
         frozen = 0
         while frozen < len(layers) and _is_frozen(layers[frozen]):
             frozen += 1
-        return nn.Sequential(*layers[:frozen]), nn.Sequential(*layers[frozen:])
+        return layers[:frozen], layers[frozen:]
 
 
 def attach_head(
     backbone: Backbone,
     classes: int | Sequence[str],
     *,
+    layers: Sequence[str] | None = None,
+    pooling: str = "avg",
     hidden: Sequence[int] = (),
     dropout: float = 0.0,
-    pooling: str = "flatten",
     head: nn.Module | None = None,
 ) -> TransferModel:
     """Put a new, randomly initialized head on a backbone.
@@ -85,23 +135,31 @@ def attach_head(
     Args:
         backbone: It becomes part of the model; it is not copied.
         classes: Two or more class names, or their number (the names are then "0", "1", ...).
+        layers: The blocks or layers whose outputs the head takes, such as `["block4", "block5"]`; a block stands for
+            the output of its last layer. Layers behind the last one named are left out of the model. None takes the
+            last three blocks, or with `pooling="flatten"` the last one.
+        pooling: `"avg"` and `"max"` pool each layer's output over its positions, concatenate the results (256 + 512 +
+            512 numbers for blocks 3 to 5) and standardise them by the training images. `"flatten"` keeps every position
+            of the last block (512 * h * w numbers) as it is.
         hidden: Widths of fully connected layers before the last, each followed by ReLU and dropout.
         dropout: Probability of dropping a hidden activation in training; at least 0 and less than 1.
-        pooling: `"flatten"` keeps every position (512 * h * w inputs); `"avg"` and `"max"` pool over positions (512
-            inputs).
-        head: A module of your own, instead of `hidden`, `dropout` and `pooling`: it maps features
-            `(N, *backbone.feature_shape)` to logits `(N, len(classes))`.
+        head: A module of your own, instead of `pooling`, `hidden` and `dropout`: it maps features to logits
+            `(N, len(classes))`. The features are `(N, *backbone.feature_shape)`; with `layers`, average-pooled
+            `(N, D, 1, 1)`.
 
     Raises:
         ArgumentError: A value is out of range, class names repeat, or `head` is combined with `hidden`, `dropout` or
             `pooling`.
+        UnknownLayerError: The backbone has no such layer.
         HeadMismatchError: `head` does not accept the features or does not return one logit for each class; or
             `backbone` is not a `Backbone`.
 
     Example:
         >>> from transferkit import load_backbone
-        >>> model = attach_head(load_backbone(weights=None), ["cat", "dog"], hidden=(4096, 4096))
-        >>> model.head.fc1.in_features  # 512 * 7 * 7
+        >>> attach_head(load_backbone(weights=None), ["cat", "dog"]).head.logits.in_features  # 256 + 512 + 512
+        1280
+        >>> recipe = attach_head(load_backbone(weights=None), 10, hidden=(4096, 4096), pooling="flatten")
+        >>> recipe.head.fc1.in_features  # 512 * 7 * 7
         25088
     """
     if not isinstance(backbone, Backbone):
@@ -110,43 +168,43 @@ def attach_head(
             + (" This model already has a head: pass model.backbone." if isinstance(backbone, TransferModel) else "")
         )
     names = _class_names(classes)
-    arguments = None
-    if head is None:
-        head = build_head(backbone.feature_shape, len(names), hidden, dropout, pooling)
-        arguments = {"hidden": list(hidden), "dropout": dropout, "pooling": pooling}
-    elif hidden or dropout or pooling != "flatten":
+    one_of("pooling", pooling, (*POOLINGS, FLATTEN))
+    if head is not None and (hidden or dropout or pooling != "avg"):
         raise ArgumentError(
             f"hidden={hidden!r}, dropout={dropout!r} and pooling={pooling!r} describe the built-in head, but head= is "
             "also given. Pass one or the other."
         )
+    flat = pooling == FLATTEN if head is None else layers is None
+    pools = find_pools(backbone, layers, FLATTEN if flat else pooling)
+    if pools and max(pools) < len(backbone.features) - 1:
+        backbone = Backbone(backbone.name, backbone.features[: max(pools) + 1], backbone.preprocess)
+    arguments = None
+    if head is None:
+        head = build_head(backbone, pools, len(names), hidden, dropout)
+        arguments = {"pooling": pooling, "hidden": list(hidden), "dropout": dropout}
     else:
-        _check_head(head, backbone.feature_shape, len(names))
+        _check_head(head, _feature_shape(backbone, pools), len(names))
     parameter = next(backbone.parameters())
-    return TransferModel(backbone, head.to(parameter.device), names, arguments)
+    return TransferModel(backbone, head.to(parameter.device), names, arguments, pools)
 
 
 def build_head(
-    feature_shape: tuple[int, int, int], num_classes: int, hidden: Sequence[int], dropout: float, pooling: str
+    backbone: Backbone, pools: Mapping[int, Pool], num_classes: int, hidden: Sequence[int], dropout: float
 ) -> nn.Sequential:
-    """Build the head that `attach_head` describes, for features of shape `(C, h, w)`.
+    """Build the head that `attach_head` describes.
 
     Raises:
         ArgumentError: A value is out of range.
     """
-    one_of("pooling", pooling, POOLINGS)
     fraction("dropout", dropout)
     if not isinstance(hidden, Iterable):
         raise ArgumentError(f"hidden={hidden!r} cannot be used: expected a list of widths, such as ({hidden!r},).")
     for width in hidden:
         whole_number("each width of hidden", width)
-    channels, height, width = feature_shape
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    if pooling == "avg":
-        layers["pool"] = nn.AdaptiveAvgPool2d(1)  # (N, 512, h, w) -> (N, 512, 1, 1)
-    elif pooling == "max":
-        layers["pool"] = nn.AdaptiveMaxPool2d(1)
-    layers["flatten"] = nn.Flatten()
-    inputs = channels * height * width if pooling == "flatten" else channels
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    inputs = math.prod(_feature_shape(backbone, pools))
+    if pools:
+        layers["standardize"] = Standardize(inputs)
     for number, outputs in enumerate(hidden, start=1):
         layers[f"fc{number}"] = nn.Linear(inputs, outputs)
         layers[f"relu{number}"] = nn.ReLU()
@@ -155,6 +213,41 @@ def build_head(
         inputs = outputs
     layers["logits"] = nn.Linear(inputs, num_classes)
     return nn.Sequential(layers)
+
+
+def _feature_shape(backbone: Backbone, pools: Mapping[int, Pool]) -> tuple[int, int, int]:
+    return (sum(pool.channels for pool in pools.values()), 1, 1) if pools else backbone.feature_shape
+
+
+def find_pools(backbone: Backbone, layers: Sequence[str] | None, pooling: str) -> dict[int, Pool]:
+    """Return the layers whose outputs a head pools, by index, in forward order; the arguments are `attach_head`'s.
+
+    Raises:
+        ArgumentError: `layers` is empty or names a layer twice, or several layers are to be flattened.
+        UnknownLayerError: The backbone has no such layer.
+    """
+    if pooling == FLATTEN:
+        if layers is not None:
+            raise ArgumentError(
+                f'layers={layers!r} cannot be flattened: pooling="flatten" takes the last block alone. Leave layers '
+                'out, or pool them: pooling="avg".'
+            )
+        return {}
+    blocks = list(dict.fromkeys(name.split("_")[0] for name in backbone.layer_names))
+    if isinstance(layers, str) or (layers is not None and not layers):
+        raise ArgumentError(f'layers={layers!r} cannot be used: expected a list of names, such as ["block4", "block5"].')
+    pools: dict[int, Pool] = {}
+    for layer in blocks[-NUM_POOLED:] if layers is None else layers:
+        matching = [i for i, name in enumerate(backbone.layer_names) if layer in (name, name.split("_")[0])]
+        if not matching:
+            raise UnknownLayerError(
+                f"cannot take the output of layer {layer!r}: {backbone.name} has no such layer. "
+                f"{close_matches(layer, [*blocks, *backbone.layer_names])}"
+            )
+        if matching[-1] in pools:
+            raise ArgumentError(f"layers={list(layers or ())!r} name {backbone.layer_names[matching[-1]]} twice.")
+        pools[matching[-1]] = Pool(pooling, backbone.num_channels(matching[-1]))
+    return dict(sorted(pools.items()))
 
 
 def _class_names(classes: int | Sequence[str]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from transferkit.base.files import atomic_write
 from transferkit.base.torch_files import check_archive, is_ordinary, read_torch_file
 from transferkit.errors import CheckpointError, CheckpointTypeError, CheckpointWriteError
 
-FORMAT = 3
+FORMAT = 4
 
 VERSIONS = {package: version(package) for package in ("transferkit", "torch", "torchvision")}
 

@@ -1,6 +1,7 @@
 """A model as plain types and tensors, and back."""
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from transferkit.data.preprocessing import Preprocessing
 from transferkit.errors import ArgumentError, CheckpointError, HeadMismatchError, TransferKitError
 from transferkit.model.backbone import Backbone, load_backbone
 from transferkit.model.freezing import find_boundary, first_trainable, freeze_until, trainable_state
-from transferkit.model.head import TransferModel, attach_head, build_head
+from transferkit.model.head import TransferModel, attach_head, build_head, find_pools
 from transferkit.model.weights import differences
 from transferkit.saving.archive import check_no_tensors, check_parts, read_checkpoint, shown, write_checkpoint
 
@@ -23,8 +24,10 @@ PARTS: dict[str, Any] = {
     "backbone": (str,),
     "preprocessing": (dict,),
     "classes": [(str,)],
+    "layers": [(str,)],
     "head": (dict, type(None)),
     "threshold": (float, type(None)),
+    "temperature": (float,),
     "first_trainable": (str, type(None)),
     "frozen": [(str,)],
     "weights": {str: (Tensor,)},
@@ -39,8 +42,10 @@ def model_state(model: TransferModel) -> dict[str, Any]:
         "backbone": model.backbone.name,
         "preprocessing": asdict(model.backbone.preprocess),
         "classes": list(model.classes),
+        "layers": list(model.layers),
         "head": model.head_arguments,
         "threshold": model.threshold,
+        "temperature": model.temperature,
         "first_trainable": first_trainable(model),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "weights": dict(model.state_dict()),
@@ -75,7 +80,11 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
             f"the checkpoint is of a model for {labels[state['threshold'] is None]}, this one is for "
             f"{labels[model.threshold is None]}: expected the same kind of loss in Trainer."
         )
-    live = {"backbone": model.backbone.name, "preprocessing": asdict(model.backbone.preprocess)}
+    live = {
+        "backbone": model.backbone.name,
+        "preprocessing": asdict(model.backbone.preprocess),
+        "layers": list(model.layers),
+    }
     for name, value in live.items():
         if type(value) is not type(state[name]) or value != state[name]:
             raise CheckpointError(
@@ -93,6 +102,8 @@ def _check_description(state: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"the checkpoint has the threshold {state['threshold']}: expected one above 0 and below 1."
         )
+    if not 0 < state["temperature"] < math.inf:
+        raise CheckpointError(f"the checkpoint has the temperature {state['temperature']}: expected one above 0.")
     if len(state["classes"]) < 2:
         raise CheckpointError(f"the checkpoint has {len(state['classes'])} classes: expected 2 or more.")
 
@@ -100,7 +111,7 @@ def _check_description(state: Mapping[str, Any]) -> None:
 def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
     """Assign a saved model, which `check_model_state` has accepted, to a live one: its weights and what is frozen."""
     model.load_state_dict(state["weights"])
-    model.threshold = state["threshold"]
+    model.threshold, model.temperature = state["threshold"], state["temperature"]
     freeze_until(model, state["first_trainable"] or "head")
     frozen = set(state["frozen"])
     for name, parameter in model.named_parameters():
@@ -231,9 +242,10 @@ def _build(state: Mapping[str, Any], head: nn.Module | None, backbone: Backbone 
             image_size=state["preprocessing"]["image_size"],
             preprocessing=Preprocessing(**state["preprocessing"]),
         )
+    arguments = state["head"] if head is None else {"head": head}
     if head is None:
         _check_head_size(backbone, state)
-    return attach_head(backbone, state["classes"], **(state["head"] if head is None else {"head": head}))
+    return attach_head(backbone, state["classes"], layers=state["layers"] or None, **arguments)
 
 
 def _check_head_size(backbone: Backbone, state: Mapping[str, Any]) -> None:
@@ -242,8 +254,10 @@ def _check_head_size(backbone: Backbone, state: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"the checkpoint describes a head of more layers than its {len(state['weights'])} weights."
         )
+    arguments = dict(state["head"])
+    pools = find_pools(backbone, state["layers"] or None, arguments.pop("pooling"))
     with torch.device("meta"):
-        head = build_head(backbone.feature_shape, len(state["classes"]), **state["head"])
+        head = build_head(backbone, pools, len(state["classes"]), **arguments)
     weights = {name.removeprefix("head."): w for name, w in state["weights"].items() if name.startswith("head.")}
     if faults := differences(head.state_dict(), weights):
         raise CheckpointError(f"the checkpoint's weights do not fit the head that it describes: {faults}.")

@@ -30,7 +30,7 @@ def evaluate(network: nn.Module, batches: Batches, *, training: Training, loss: 
     """
     losses, correct, outputs = [], torch.zeros((), dtype=torch.float64), []
     for inputs, targets in batches:
-        logits = evaluation_step(network, inputs, device=training.device)
+        logits = _logits(network, inputs, training)
         losses.append(loss.each(logits, targets))
         correct = correct.to(logits.device) + count_correct(logits, targets, training.model.threshold)
         if training.metrics:
@@ -46,7 +46,7 @@ def predict_proba(network: nn.Module, batches: Batches, *, training: Training) -
     Raises:
         NonFiniteError: When the network makes infinity or NaN of an image.
     """
-    logits = [evaluation_step(network, inputs, device=training.device) for inputs, _ in batches]
+    logits = [_logits(network, inputs, training) for inputs, _ in batches]
     return _finite_probabilities(torch.cat(logits), training.model.threshold)
 
 
@@ -56,7 +56,7 @@ def assess(network: nn.Module, batches: Batches, *, training: Training, loss: Lo
     Raises:
         NonFiniteError: When the network makes infinity or NaN of an image.
     """
-    outputs = [(evaluation_step(network, inputs, device=training.device), targets) for inputs, targets in batches]
+    outputs = [(_logits(network, inputs, training), targets) for inputs, targets in batches]
     logits, targets = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     probabilities = _finite_probabilities(logits, training.model.threshold)
     true = class_indices(targets) if training.model.threshold is None else targets >= 0.5
@@ -68,6 +68,10 @@ def assess(network: nn.Module, batches: Batches, *, training: Training, loss: Lo
         training.model.threshold,
         measure(training.metrics, outputs, training.model.threshold),
     )
+
+
+def _logits(network: nn.Module, inputs: Tensor, training: Training) -> Tensor:
+    return evaluation_step(network, inputs, device=training.device) / training.model.temperature
 
 
 def _finite_probabilities(logits: Tensor, threshold: float | None) -> npt.NDArray[np.float32]:

@@ -1,0 +1,122 @@
+"""The layers of a model in a row, and the pooled features of several of them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+POOLINGS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "avg": functional.adaptive_avg_pool2d,
+    "max": functional.adaptive_max_pool2d,
+}
+
+
+class Pool(NamedTuple):
+    """How a layer's output is pooled over its positions, `(N, C, h, w)` to `(N, C, 1, 1)`.
+
+    Attributes:
+        name: `"avg"` or `"max"`.
+        channels: C.
+    """
+
+    name: str
+    channels: int
+
+    def __call__(self, activation: Tensor) -> Tensor:
+        return POOLINGS[self.name](activation, 1)
+
+
+class Layers(nn.Sequential):
+    """Consecutive layers of a model: an `nn.Sequential` that may also pool the outputs of some layers.
+
+    Behind the last pooled layer the result is all that was pooled, concatenated: `(N, D, 1, 1)`. Layers that end before
+    it return their activation with what is pooled so far in rows below it, `(N, C, h + r, w)`, so that one tensor holds
+    all that the following layers need. It can be cached, and cut at any layer: `layers[n:](layers[:n](x))` equals
+    `layers(x)`.
+
+    Args:
+        layers: The modules.
+        pools: How the output of a layer is pooled, by the index of the layer; None pools none.
+        pooled: Channels pooled by earlier layers, which lie below the input.
+
+    Attributes:
+        pools: As above.
+        pooled: As above.
+
+    Example:
+        >>> layers = Layers([nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1)], {0: Pool("avg", 4), 1: Pool("avg", 5)})
+        >>> images = torch.randn(2, 3, 8, 8)
+        >>> layers(images).shape, layers[:1](images).shape  # 4 pooled numbers fit into one row of 4 x 8
+        (torch.Size([2, 9, 1, 1]), torch.Size([2, 4, 9, 8]))
+        >>> torch.equal(layers[1:](layers[:1](images)), layers(images))
+        True
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], pools: Mapping[int, Pool] | None = None, pooled: int = 0) -> None:
+        super().__init__(*layers)
+        self.pools = dict(pools or {})
+        self.pooled = pooled
+
+    @overload  # type: ignore[override] # torch's own returns nn.Sequential
+    def __getitem__(self, index: int) -> nn.Module: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Layers": ...
+
+    def __getitem__(self, index: int | slice) -> "nn.Module | Layers":
+        modules = list(self)
+        if not isinstance(index, slice):
+            return modules[index]
+        first, end, _ = index.indices(len(modules))
+        return Layers(
+            modules[first:end],
+            {place - first: pool for place, pool in self.pools.items() if first <= place},  # those to come, too
+            self.pooled_before(first),
+        )
+
+    def pooled_before(self, index: int) -> int:
+        """Return how many channels lie below the input of a layer."""
+        if all(place < index for place in self.pools):  # the last is behind: they are the activation now
+            return 0
+        return self.pooled + sum(pool.channels for place, pool in self.pools.items() if place < index)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the output of the last layer, with what is pooled below it if more is to come."""
+        activation, pooled = _separate(inputs, self.pooled)
+        last = max(self.pools, default=-1)
+        for index, layer in enumerate(self):
+            activation = layer(activation)
+            if index in self.pools:
+                pooled.append(self.pools[index](activation))
+            if index == last:
+                activation, pooled = torch.cat(pooled, dim=1), []
+        return _below(activation, pooled)
+
+
+def _rows(pooled: int, channels: int, width: int) -> int:
+    """Return how many rows of an activation so many numbers take."""
+    return -(-pooled // (channels * width))
+
+
+def _below(activation: Tensor, pooled: list[Tensor]) -> Tensor:
+    if not pooled:
+        return activation
+    _, channels, _, width = activation.shape
+    numbers = torch.cat(pooled, dim=1).flatten(1)
+    rows = _rows(numbers.shape[1], channels, width)
+    numbers = functional.pad(numbers, (0, rows * width * channels - numbers.shape[1]))
+    return torch.cat([activation, numbers.unflatten(1, (rows, width, channels)).permute(0, 3, 1, 2)], dim=2)
+
+
+def _separate(inputs: Tensor, pooled: int) -> tuple[Tensor, list[Tensor]]:
+    if not pooled:
+        return inputs, []
+    _, channels, _, width = inputs.shape
+    rows = _rows(pooled, channels, width)
+    numbers = inputs[:, :, -rows:].permute(0, 2, 3, 1).flatten(1)[:, :pooled]
+    # with the strides that it would have without rows below it: other kernels would round otherwise
+    channels_last = inputs.is_contiguous(memory_format=torch.channels_last)
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    return inputs[:, :, :-rows].contiguous(memory_format=order), [numbers[:, :, None, None]]
