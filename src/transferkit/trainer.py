@@ -53,6 +53,7 @@ from transferkit.training.run import (
     without_loader,
 )
 from transferkit.training.schedules import Schedule, check_schedule, find_schedule
+from transferkit.training.standardizing import measure_features
 from transferkit.training.state import (
     assign_training_state,
     check_training_state,
@@ -311,7 +312,7 @@ class Trainer:
             )
             check_schedule(training.schedule, run.num_steps)
             called.before_run(validated=validation is not None)
-            facts = run_facts(training, run, lr, augment) if called or resume_from is not None else {}
+            facts = run_facts(training, run, lr, augment, called) if called or resume_from is not None else {}
             saved = None if resume_from is None else read_run(training, resume_from, facts, called, display)
             if saved is None:
                 check_trains(training.model, run)
@@ -322,7 +323,8 @@ class Trainer:
                 assign_training_state(training, saved)  # nothing was changed before
             display.say(f"{describe_frozen(training.model)}; on {self.device.torch_device} in {self.device.precision}")
             run.check_feeds()
-            progress = self._begin(facts)
+            measure_features(training, run)
+            progress = self._begin(facts, called)
             if saved is not None:
                 progress.load(saved["run"])
                 training.epoch, training.micro_batch_size = progress.epoch, saved["progress"]["micro_batch_size"]
@@ -363,7 +365,8 @@ class Trainer:
         if lr is not None:
             set_lr(self.optimizer, lr)
         run.check_feeds()
-        progress = self._begin({})
+        measure_features(self._training, run)
+        progress = self._begin({}, CallbackList(self, ()))
         return (step for _ in range(epochs) for step in train_epoch(self._training, run, progress))
 
     def lr_find(
@@ -549,9 +552,10 @@ class Trainer:
         """
         self._features.share(other._features)
 
-    def _begin(self, facts: dict[str, Any]) -> Progress:
+    def _begin(self, facts: dict[str, Any], callbacks: CallbackList) -> Progress:
+        self.model.temperature = 1.0  # it belongs to the weights of before
         sums = Sums(self.device.torch_device, keep_outputs=bool(self.metrics))
-        return Progress(facts, self.global_step, self.epoch, BestWeights(self.model), sums)
+        return Progress(facts, self.global_step, self.epoch, BestWeights(self.model), callbacks, sums)
 
     def _open_source(
         self, data: object, num_workers: int, on_bad_image: str = "raise", display: Display = QUIET
