@@ -301,7 +301,9 @@ class Trainer:
                 held_out, workers = without_loader(validation_data, num_workers)
                 validation = self._open_source(held_out, workers, on_bad_image, display)
             if validation_split is not None:
-                source, validation = split_validation(source, validation_split, training.seed)
+                source, validation = split_validation(
+                    source, validation_split, training.seed, multi_label=self.model.threshold is not None
+                )
             feed = self._feeds(augment, n_views, display)
             run = open_run(
                 training,

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 
 from transferkit.base.arguments import whole_number
 from transferkit.data.images import upright_rgb
-from transferkit.data.sources import ArraySource, DatasetSource, LoaderSource, Source
+from transferkit.data.sources import ArraySource, DatasetSource, LoaderSource, Source, SubsetSource
 from transferkit.errors import (
     ArgumentError,
     HeadMismatchError,
@@ -108,6 +108,8 @@ def open_data(
         ArgumentError: `data` is of an unsupported type, or `num_workers` is negative.
     """
     whole_number("num_workers", num_workers, at_least=0)
+    if isinstance(data, ArraySource | DatasetSource | LoaderSource | SubsetSource):  # opened before
+        return data
     if with_targets:
         _check_classes(data, classes)
     else:
