@@ -27,6 +27,8 @@ from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError
 from transferkit.features.cache import FeatureCache, open_folder
 from transferkit.features.feed import Batches, Feed, Frozen
+from transferkit.linear.choice import LinearHead
+from transferkit.linear.temperature import fit_temperature
 from transferkit.model.freezing import describe_frozen
 from transferkit.model.head import TransferModel
 from transferkit.model.modes import modes_kept
@@ -36,7 +38,7 @@ from transferkit.results.lr_sweep import LearningRateSweep
 from transferkit.saving import archive
 from transferkit.saving import model as model_state
 from transferkit.training.callback_list import CallbackList
-from transferkit.training.evaluation import assess, evaluate, predict_proba
+from transferkit.training.evaluation import assess, evaluate, logits_of, predict_proba
 from transferkit.training.loop import CACHED_BATCH_SIZE, Callback, Epochs, train_epoch
 from transferkit.training.loss import Loss, LossFunction, find_loss
 from transferkit.training.lr_find import spaced_rates, sweep
@@ -53,6 +55,7 @@ from transferkit.training.run import (
     without_loader,
 )
 from transferkit.training.schedules import Schedule, check_schedule, find_schedule
+from transferkit.training.solving import solve_head
 from transferkit.training.standardizing import measure_features
 from transferkit.training.state import (
     assign_training_state,
@@ -338,6 +341,93 @@ class Trainer:
                 self._run, self._given, self._progress = None, (None, None), None
         called.after_run()
         return progress.history
+
+    def solve(
+        self,
+        data: object,
+        *,
+        validation_data: object = None,
+        l2: float | None = None,
+        folds: int = 4,
+        augment: Augment | None = None,
+        n_views: int | None = None,
+        on_bad_image: str = "raise",
+        num_workers: int = 0,
+        verbose: int = 1,
+    ) -> LinearHead:
+        """Solve a linear head on a frozen backbone: the weights that are best by the loss, without any rate or epoch.
+
+        The features of each image are computed once. Logistic regression with an L2 penalty is then solved to its
+        optimum on all of them at once, for penalties from strong to weak. Held-out images choose the penalty, and set
+        the model's temperature. The result is an ordinary head, which can be trained further together with deeper
+        layers.
+
+        Args:
+            data: As in `fit`, without a `DataLoader` that shuffles.
+            validation_data: Images to choose the penalty by. None uses cross-validation: each fold is left out once, and
+                the final head is solved on all images.
+            l2: The penalty, above 0: the mean loss plus `l2 / 2` times the sum of the squared weights on standardised
+                features. None chooses it among 13 from 10 to 1e-5.
+            folds: Parts of the cross-validation, 2 or more; as many as images is leave-one-out.
+            augment: As in `fit`; needs `n_views`.
+            n_views: Fixed views of each image, each a row of its own.
+            on_bad_image: As in `fit`.
+            num_workers: Processes that read a `Dataset`.
+            verbose: As in `fit`.
+
+        Returns:
+            The solved head, with accuracy and loss of the held-out images for each penalty tried.
+
+        Raises:
+            HeadMismatchError: When the head is not linear.
+            CacheError: When more than the head trains, or features cannot be cached.
+            TransferKitError: As in `fit`.
+
+        Example:
+            >>> found = trainer.solve(train)  # doctest: +SKIP
+            >>> print(found)  # doctest: +SKIP
+            accuracy 0.7355 ± 0.0098 on held-out images, L2 0.0316
+        """
+        display = Display(verbose)
+        with self._interrupts:
+            feed = self._feeds(augment, n_views, display)
+            train = feed(self._open_source(data, num_workers, on_bad_image, display), "training")
+            held_out = None
+            if validation_data is not None:
+                check_same_classes(data, validation_data)
+                held_out = feed(self._open_source(validation_data, num_workers, on_bad_image, display), "validation")
+            solved = solve_head(
+                self._training,
+                train,
+                held_out,
+                l2=None if l2 is None else positive("l2", l2),
+                folds=whole_number("folds", folds, at_least=2),
+            )
+            display.say(f"solved the head: {solved}")
+        return solved
+
+    def calibrate(self, data: object, *, batch_size: int | None = None, num_workers: int = 0) -> float:
+        """Fit the temperature by which the model's logits are divided, and return it.
+
+        Probabilities of unseen images then say how often the model is right. No prediction of a class changes. The
+        temperature is kept in the model: it is saved and exported with it. Further training sets it back to 1.
+
+        Args:
+            data: Labelled images that the model was not trained on, as in `fit`.
+            batch_size: 32 if None.
+            num_workers: Processes that read a `Dataset`.
+
+        Raises:
+            NonFiniteError: When the model makes infinity or NaN of an image.
+
+        References:
+            Guo et al., 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599.
+        """
+        self.model.temperature = 1.0
+        with self._passing(data, batch_size, num_workers) as (network, batches):
+            logits, targets = logits_of(network, batches, training=self._training)
+        self.model.temperature = fit_temperature(logits, targets, self._training.loss)
+        return self.model.temperature
 
     def steps(
         self,
