@@ -26,6 +26,7 @@ from transferkit.data.selection import POLICIES, split_validation, without_bad_i
 from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError
 from transferkit.features.cache import FeatureCache, open_folder
+from transferkit.features.chunks import CachedFeatures
 from transferkit.features.feed import Batches, Feed, Frozen
 from transferkit.linear.choice import LinearHead
 from transferkit.linear.temperature import fit_temperature
@@ -643,6 +644,23 @@ class Trainer:
         Their keys say which of them belong to this trainer's images and frozen layers.
         """
         self._features.share(other._features)
+
+    def _features_of(self, data: object, num_workers: int, display: Display) -> tuple[CachedFeatures, Loss]:
+        """Return the features of labelled images, and the loss with what depends on their targets."""
+        with self._interrupts:
+            feed = self._feeds(None, None, display)(self._open_source(data, num_workers), "training")
+            features = feed.features()
+        loss = self._training.loss.for_run(feed.inputs.source, len(self.model.classes), self.device.torch_device)
+        return features, loss
+
+    def _validate(self, source: Source) -> dict[str, float]:
+        """Return loss and accuracy of labelled images, over cached features where that is safe."""
+        feed = self._feeds(None, None, QUIET)(source, "validation")
+        with self._interrupts, modes_kept(self.model):
+            self.model.eval()
+            network, batches = feed.open(CACHED_BATCH_SIZE)
+            with closing(batches):
+                return evaluate(network, batches, training=self._training, loss=self._training.loss)
 
     def _begin(self, facts: dict[str, Any], callbacks: CallbackList) -> Progress:
         self.model.temperature = 1.0  # it belongs to the weights of before

@@ -234,7 +234,9 @@ def find_pools(backbone: Backbone, layers: Sequence[str] | None, pooling: str) -
         return {}
     blocks = list(dict.fromkeys(name.split("_")[0] for name in backbone.layer_names))
     if isinstance(layers, str) or (layers is not None and not layers):
-        raise ArgumentError(f'layers={layers!r} cannot be used: expected a list of names, such as ["block4", "block5"].')
+        raise ArgumentError(
+            f'layers={layers!r} cannot be used: expected a list of names, such as ["block4", "block5"].'
+        )
     pools: dict[int, Pool] = {}
     for layer in blocks[-NUM_POOLED:] if layers is None else layers:
         matching = [i for i, name in enumerate(backbone.layer_names) if layer in (name, name.split("_")[0])]

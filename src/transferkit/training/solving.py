@@ -16,9 +16,7 @@ from transferkit.training.metrics import count_correct
 from transferkit.training.training import Training
 
 
-def solve_head(
-    training: Training, train: Feed, validation: Feed | None, *, l2: float | None, folds: int
-) -> LinearHead:
+def solve_head(training: Training, train: Feed, validation: Feed | None, *, l2: float | None, folds: int) -> LinearHead:
     """Give the linear head of a model the weights that are best by its loss, and its temperature.
 
     Args:
