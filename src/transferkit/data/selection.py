@@ -52,7 +52,7 @@ def split_validation(
 def _of_each_class(classes: Tensor, order: Tensor, share: float) -> Tensor:
     """Return the first images of each class in an order: a share of them, at least one, and not all."""
     held_out, before = [], 0
-    for index in classes.unique():
+    for index in torch.unique(classes):
         own = order[classes[order] == index]
         count = round(share * (before + len(own))) - round(share * before)  # the roundings of classes add up to one
         held_out.append(own[: min(max(1, count), len(own) - 1)])

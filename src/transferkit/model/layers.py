@@ -113,7 +113,7 @@ def _below(activation: Tensor, pooled: list[Tensor]) -> Tensor:
     numbers = torch.cat(pooled, dim=1).flatten(1)
     rows = _rows(numbers.shape[1], channels, width)
     numbers = functional.pad(numbers, (0, rows * width * channels - numbers.shape[1]))
-    return torch.cat([activation, numbers.unflatten(1, (rows, width, channels)).permute(0, 3, 1, 2)], dim=2)
+    return torch.cat([activation, numbers.view(-1, rows, width, channels).permute(0, 3, 1, 2)], dim=2)
 
 
 def _separate(inputs: Tensor, pooled: int) -> tuple[Tensor, list[Tensor]]:

@@ -79,7 +79,7 @@ class Probe:
         rows = [("layers", "image size", "accuracy", "loss", "seconds"), *self._rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = [
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
             for row in rows
         ]
         return "\n".join([*lines, self._last_line()])
@@ -93,7 +93,7 @@ class Probe:
 
     def _last_line(self) -> str:
         return "features: " + ", ".join(
-            f"{seconds:.0f} s at {size} px" for size, seconds in self.feature_seconds.items()
+            f"{spent:.0f} s at {size} px" for size, spent in self.feature_seconds.items()
         )
 
     def plot(self, ax: "Axes | None" = None) -> "Figure":

@@ -1,6 +1,7 @@
 """The linear head of a model, solved to its optimum on cached features."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def solve_head(training: Training, train: Feed, validation: Feed | None, *, l2: 
 
 def _parts(model: TransferModel) -> tuple[Standardize | None, nn.Linear]:
     """Return the parts of a linear head."""
-    parts = list(model.head) if isinstance(model.head, nn.Sequential) else [model.head]
+    parts: list[Any] = list(model.head) if isinstance(model.head, nn.Sequential) else [model.head]
     kinds = [type(part) for part in parts]
     if kinds not in ([nn.Flatten, Standardize, nn.Linear], [nn.Flatten, nn.Linear]) or parts[-1].bias is None:
         raise HeadMismatchError(
