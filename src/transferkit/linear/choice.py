@@ -46,7 +46,7 @@ class Strength:
     accuracy_error: float
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class LinearHead:
     """A linear head at its optimum, for standardised features.
 
@@ -70,13 +70,6 @@ class LinearHead:
     path: list[Strength]
     held_out: Tensor
     logits: Tensor
-
-    def __str__(self) -> str:
-        chosen = [strength for strength in self.path if strength.l2 == self.l2]
-        scored = [f"accuracy {best.accuracy:.4f} ± {best.accuracy_error:.4f} on held-out images, " for best in chosen]
-        return f"{''.join(scored)}L2 {self.l2:.3g}"
-
-    __repr__ = __str__  # what an interpreter shows
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Return weight `(K, D)` and bias `(K,)` for the features as they are."""
@@ -209,7 +202,7 @@ class _Folds:
         size = max(1, _BATCH_NUMBERS // (classes * max(count, 24 * len(design.variances))))
         self.batches = [
             Problems(design, targets, loss, classes=classes, members=fold_of[:, None] != batch)
-            for batch in torch.arange(used, device=fold_of.device).split(size)
+            for batch in torch.split(torch.arange(used, device=fold_of.device), size)
         ]
 
     def solve(self, l2: float) -> Tensor:
