@@ -46,7 +46,7 @@ class Strength:
     accuracy_error: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearHead:
     """A linear head at its optimum, for standardised features.
 
@@ -70,6 +70,13 @@ class LinearHead:
     path: list[Strength]
     held_out: Tensor
     logits: Tensor
+
+    def __str__(self) -> str:
+        chosen = [strength for strength in self.path if strength.l2 == self.l2]
+        scored = [f"accuracy {best.accuracy:.4f} ± {best.accuracy_error:.4f} on held-out images, " for best in chosen]
+        return f"{''.join(scored)}L2 {self.l2:.3g}"
+
+    __repr__ = __str__  # what an interpreter shows
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Return weight `(K, D)` and bias `(K,)` for the features as they are."""
