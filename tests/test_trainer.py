@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
-from tiny import CLASSES, Stream, changed, differences, figures, make_model, make_trainer, weights_of
+from tiny import CLASSES, STANDARDIZE, Stream, changed, differences, figures, make_model, make_trainer, weights_of
 from transferkit.errors import ArgumentError, ImageError, NothingToTrainError, TargetError
 from transferkit.model.freezing import first_trainable
 
@@ -111,7 +111,10 @@ def test_fit_leaves_the_global_generators_alone(make_backbone, data):
 @pytest.mark.parametrize("arguments", [{}, {"optimizer": "adamw"}, {"optimizer": "sgd", "weight_decay": 0.1}])
 @pytest.mark.parametrize("boundary", ["block3", "head"])
 def test_frozen_layers_stay_bit_identical(make_backbone, data, boundary, arguments):
-    """Parameters and batch norm statistics before the boundary keep every bit; all after it change."""
+    """Parameters and batch norm statistics before the boundary keep every bit; all after it change.
+
+    What standardises the features is measured, not trained.
+    """
     model = tk.attach_head(make_backbone(batch_norm=True), CLASSES)
     before = weights_of(model)
     trainer = make_trainer(tk.freeze_until(model, boundary), **arguments)
@@ -122,7 +125,7 @@ def test_frozen_layers_stay_bit_identical(make_backbone, data, boundary, argumen
         for name in before
         if name.startswith("head.") or int(name.removeprefix("backbone.features.")[:2].strip(".")) >= first
     }
-    assert changed(before, model) == expected
+    assert changed(before, model) - STANDARDIZE == expected - STANDARDIZE
 
 
 def test_frozen_layers_have_no_optimizer_state(model, data):
@@ -135,7 +138,10 @@ def test_frozen_layers_have_no_optimizer_state(model, data):
 
 
 def test_second_phase_trains_what_was_unfrozen(model, data):
-    """After `freeze_until(model, "block3")` a second `fit` trains blocks 3 to 5 too, with the same groups."""
+    """After `freeze_until(model, "block3")` a second `fit` trains blocks 3 to 5 too, with the same groups.
+
+    The features stay standardised as in the first phase.
+    """
     trainer = make_trainer(tk.freeze_until(model, "head"))
     optimizer = trainer.optimizer
     trainer.fit(data, epochs=2, batch_size=8, verbose=0)
@@ -144,7 +150,7 @@ def test_second_phase_trains_what_was_unfrozen(model, data):
     history = trainer.fit(data, epochs=2, batch_size=8, lr={"backbone": 1e-4, "head": 1e-3}, verbose=0)
     assert changed(before, model) == {
         name for name in before if name.startswith("head.") or name.split(".")[2] in ("6", "9", "12")
-    }
+    } - STANDARDIZE
     assert trainer.optimizer is optimizer
     assert len(optimizer.param_groups) == 6
     assert history.history["lr"] == [1e-3, 1e-3]

@@ -17,6 +17,9 @@ from transferkit.data.preprocessing import CONVENTIONS
 
 CLASSES = ["cat", "dog", "owl"]
 
+STANDARDIZE = frozenset(f"head.standardize.{name}" for name in ("mean", "std", "num_images"))
+"""Buffers of a head that pools: measured of the training images before the first step, and changed by no step."""
+
 # ---- networks, trainers, images
 
 
