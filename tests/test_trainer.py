@@ -148,9 +148,10 @@ def test_second_phase_trains_what_was_unfrozen(model, data):
     before = weights_of(model)
     tk.freeze_until(model, "block3")
     history = trainer.fit(data, epochs=2, batch_size=8, lr={"backbone": 1e-4, "head": 1e-3}, verbose=0)
-    assert changed(before, model) == {
-        name for name in before if name.startswith("head.") or name.split(".")[2] in ("6", "9", "12")
-    } - STANDARDIZE
+    assert (
+        changed(before, model)
+        == {name for name in before if name.startswith("head.") or name.split(".")[2] in ("6", "9", "12")} - STANDARDIZE
+    )
     assert trainer.optimizer is optimizer
     assert len(optimizer.param_groups) == 6
     assert history.history["lr"] == [1e-3, 1e-3]
