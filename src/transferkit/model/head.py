@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -223,7 +223,7 @@ def find_pools(backbone: Backbone, layers: Sequence[str] | None, pooling: str) -
     """Return the layers whose outputs a head pools, by index, in forward order; the arguments are `attach_head`'s.
 
     Raises:
-        ArgumentError: `layers` is empty or names a layer twice, or several layers are to be flattened.
+        ArgumentError: `layers` is empty, no list, or names a layer twice, or layers are to be flattened.
         UnknownLayerError: The backbone has no such layer.
     """
     if pooling == FLATTEN:
@@ -234,10 +234,13 @@ def find_pools(backbone: Backbone, layers: Sequence[str] | None, pooling: str) -
             )
         return {}
     blocks = list(dict.fromkeys(name.split("_")[0] for name in backbone.layer_names))
-    if isinstance(layers, str) or (layers is not None and not layers):
-        raise ArgumentError(f'layers={layers!r} cannot be used: expected a list of names, such as ["block4", "block5"].')
+    layers = blocks[-NUM_POOLED:] if layers is None else layers
+    if isinstance(layers, str) or not isinstance(layers, Collection) or len(layers) == 0:
+        raise ArgumentError(
+            f'layers={layers!r} cannot be used: expected a list of names, such as ["block4", "block5"].'
+        )
     pools: dict[int, Pool] = {}
-    for layer in blocks[-NUM_POOLED:] if layers is None else layers:
+    for layer in layers:
         matching = [i for i, name in enumerate(backbone.layer_names) if layer in (name, name.split("_")[0])]
         if not matching:
             raise UnknownLayerError(
@@ -245,7 +248,7 @@ def find_pools(backbone: Backbone, layers: Sequence[str] | None, pooling: str) -
                 f"{close_matches(layer, [*blocks, *backbone.layer_names])}"
             )
         if matching[-1] in pools:
-            raise ArgumentError(f"layers={list(layers or ())!r} name {backbone.layer_names[matching[-1]]} twice.")
+            raise ArgumentError(f"layers={layers!r} name {backbone.layer_names[matching[-1]]} twice.")
         pools[matching[-1]] = Pool(pooling, backbone.num_channels(matching[-1]))
     return dict(sorted(pools.items()))
 
