@@ -85,11 +85,13 @@ class Layers(nn.Sequential):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the output of the last layer, with what is pooled below it if more is to come."""
         activation, pooled = _separate(inputs, self.pooled)
-        last = max(self.pools, default=-1)
-        for index, layer in enumerate(self):
+        layers, last = list(self), max(self.pools, default=-1)
+        for index, layer in enumerate(layers):
             activation = layer(activation)
             if index in self.pools:
-                pooled.append(self.pools[index](activation))
+                # a ReLU in place would overwrite what the gradient of max pooling needs
+                overwritten = any(getattr(following, "inplace", False) for following in layers[index + 1 : index + 2])
+                pooled.append(self.pools[index](activation.clone() if overwritten else activation))
             if index == last:
                 activation, pooled = torch.cat(pooled, dim=1), []
         return _below(activation, pooled)
@@ -107,7 +109,7 @@ def _below(activation: Tensor, pooled: list[Tensor]) -> Tensor:
     numbers = torch.cat(pooled, dim=1).flatten(1)
     rows = _rows(numbers.shape[1], channels, width)
     numbers = functional.pad(numbers, (0, rows * width * channels - numbers.shape[1]))
-    return torch.cat([activation, numbers.unflatten(1, (rows, width, channels)).permute(0, 3, 1, 2)], dim=2)
+    return torch.cat([activation, numbers.reshape(numbers.shape[0], rows, width, channels).permute(0, 3, 1, 2)], dim=2)
 
 
 def _separate(inputs: Tensor, pooled: int) -> tuple[Tensor, list[Tensor]]:
