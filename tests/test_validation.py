@@ -10,13 +10,13 @@ from transferkit.data.open import open_data
 from transferkit.data.selection import split_validation
 from transferkit.errors import ArgumentError, EmptyDataError, TargetError
 
-CLASSES = [str(number) for number in range(200)]
+CLASSES = ["ant", "bee", "cat", "dog"]
 
 
 def numbered(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and targets that both say which number they have."""
+    """Images that say which number they have, of four classes in turn."""
     numbers = torch.arange(count)
-    return numbers.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 1, 1), numbers
+    return numbers.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 1, 1), numbers % 4
 
 
 def read(part) -> tuple[list[int], list[int], list[int]]:
@@ -27,7 +27,7 @@ def read(part) -> tuple[list[int], list[int], list[int]]:
 
 def split(data: object, share: float, seed: int = 0):
     train, held_out = split_validation(open_data(data, CLASSES), share, seed)
-    return read(train)[1], read(held_out)[1]
+    return read(train)[0], read(held_out)[0]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
@@ -42,7 +42,8 @@ def test_each_image_keeps_its_target_and_its_place():
     """In both parts an image comes with its own target and with its place in the whole data."""
     for part in split_validation(open_data(numbered(40), CLASSES), 0.25, seed=0):
         images, targets, places = read(part)
-        assert images == targets == places
+        assert images == places
+        assert targets == [number % 4 for number in images]
 
 
 def test_a_part_says_how_much_it_is():
@@ -58,7 +59,8 @@ def test_a_part_is_read_in_the_order_asked_for():
     order = torch.arange(10).flip(0)
     (_, targets, places), *others = held_out.batches(10, seed=0, order=order)
     assert others == []
-    assert targets.tolist() == places == sorted(places, reverse=True)
+    assert targets.tolist() == [place % 4 for place in places]
+    assert places == sorted(places, reverse=True)
 
 
 def test_the_split_depends_on_the_seed_alone():
@@ -109,8 +111,20 @@ def test_a_shuffled_column_keeps_its_images():
     images, targets = numbered(20)
     column = LabelledColumn(list(reversed(range(20))), targets.tolist())
     train, held_out = split_validation(open_data((images, column), CLASSES), 0.25, seed=0)
-    assert read(train)[0] == read(train)[1]
-    assert read(held_out)[0] == read(held_out)[1]
+    for part in (train, held_out):
+        images, targets, _ = read(part)
+        assert targets == [number % 4 for number in images]
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.5, 0.97])
+def test_every_class_is_in_both_parts(share):
+    """A rare class is held back in proportion, and at least once; one of its images at least is left to train on."""
+    targets = torch.tensor([0] * 60 + [1] * 30 + [2] * 2 + [3] * 1)
+    images = torch.zeros(93, 3, 1, 1, dtype=torch.uint8)
+    train, held_out = (part.all_targets() for part in split_validation(open_data((images, targets), CLASSES), share, 0))
+    assert set(train.tolist()) == {0, 1, 2, 3}
+    assert set(held_out.tolist()) == {0, 1, 2}  # the only image of the last trains
+    assert abs(int((held_out == 0).sum()) - 60 * share) < 1.01
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, float("nan"), 5, "a fifth"])
@@ -137,7 +151,7 @@ def test_validation_data_and_a_split_are_refused_together(model, data):
     """Two sources of validation data are one too many."""
     trainer = tk.Trainer(model, device="cpu", precision="fp32")
     with pytest.raises(ArgumentError, match=r"validation_data and validation_split are both given: expected one"):
-        trainer.fit(data, validation_data=data, validation_split=0.25)
+        trainer.fit(data, validation_data=data, validation_split=0.25, epochs=1)
 
 
 @pytest.mark.parametrize("count", [20, 28])
@@ -145,7 +159,7 @@ def test_another_number_of_targets_is_seen_before_the_split(model, data, count):
     """More or fewer targets than images are refused with a split as without one."""
     trainer = tk.Trainer(model, device="cpu", precision="fp32")
     with pytest.raises(TargetError, match=rf"24 images but {count} targets: expected one target for each image"):
-        trainer.fit((data[0], torch.zeros(count, dtype=torch.int64)), validation_split=0.25, verbose=0)
+        trainer.fit((data[0], torch.zeros(count, dtype=torch.int64)), validation_split=0.25, verbose=0, epochs=1)
 
 
 @pytest.mark.parametrize("as_dataset", [False, True])
@@ -157,7 +171,7 @@ def test_a_bad_target_is_named_by_its_place_in_the_whole_data(model, data, index
     trainer = tk.Trainer(model, device="cpu", precision="fp32")
     whole = TensorDataset(images, targets) if as_dataset else (images, targets)
     with pytest.raises(TargetError, match=rf"target 9 at index {index} is out of range"):
-        trainer.fit(whole, validation_split=0.25, verbose=0)
+        trainer.fit(whole, validation_split=0.25, verbose=0, epochs=1)
 
 
 def test_fit_validates_on_the_held_out_images(model, data):
@@ -170,6 +184,7 @@ def test_fit_validates_on_the_held_out_images(model, data):
         batch_size=4,
         verbose=0,
         callbacks=[lambda trainer, report: counts.append(trainer.global_step)],
+        epochs=1,
     )
     assert counts == [5]  # 18 images in batches of 4
     places = split_validation(open_data(data, model.classes), 0.25, seed=5)[1].indices

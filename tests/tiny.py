@@ -38,9 +38,12 @@ def make_model(
     return tk.freeze_until(tk.attach_head(backbone, CLASSES, **head), boundary)
 
 
+PLAIN = {"device": "cpu", "precision": "fp32", "lr": 1e-2, "schedule": "constant", "clip_grad_norm": None}
+
+
 def make_trainer(model: tk.TransferModel, *, micro_batch_size: int | None = None, **arguments: object) -> tk.Trainer:
     """Return a trainer that computes in fp32 on the CPU, with a learning rate for so small a network."""
-    trainer = tk.Trainer(model, **{"device": "cpu", "precision": "fp32", "lr": 1e-2, **arguments})
+    trainer = tk.Trainer(model, **{**PLAIN, **arguments})
     trainer.micro_batch_size = micro_batch_size
     return trainer
 

@@ -16,17 +16,22 @@ from transferkit.compute.device import Device
 from transferkit.data.preprocessing import Preprocessing
 from transferkit.errors import TransferKitError
 from transferkit.features.dataset import FeatureDataset, cache_features
+from transferkit.fine_tune import fine_tune
+from transferkit.linear.choice import LinearHead
 from transferkit.model.backbone import Backbone, load_backbone
 from transferkit.model.export import WithPreprocessing
 from transferkit.model.freezing import freeze_until
 from transferkit.model.head import TransferModel, attach_head
+from transferkit.probe import probe
 from transferkit.results.assessment import Assessment, confusion_matrix, plot_confusion_matrix, plot_predictions
 from transferkit.results.history import EpochReport, History
 from transferkit.results.lr_sweep import LearningRateSweep, plot_lr_find
+from transferkit.results.probing import Probe, plot_probe
 from transferkit.results.summary import Summary, summary
 from transferkit.saving.model import load_model, save_model
 from transferkit.search import SearchResult, Trial, search
 from transferkit.trainer import Trainer
+from transferkit.training.averaging import WeightAverage
 from transferkit.training.callbacks import EarlyStopping, GradualUnfreezing
 from transferkit.training.checkpoint import Checkpoint
 from transferkit.training.loggers import CSVLogger, TensorBoardLogger
@@ -51,7 +56,9 @@ __all__ = [
     "GradualUnfreezing",
     "History",
     "LearningRateSweep",
+    "LinearHead",
     "Preprocessing",
+    "Probe",
     "SearchResult",
     "Step",
     "Summary",
@@ -60,17 +67,21 @@ __all__ = [
     "TransferKitError",
     "TransferModel",
     "Trial",
+    "WeightAverage",
     "WithPreprocessing",
     "attach_head",
     "cache_features",
     "confusion_matrix",
     "discriminative_lr",
+    "fine_tune",
     "freeze_until",
     "load_backbone",
     "load_model",
     "plot_confusion_matrix",
     "plot_lr_find",
     "plot_predictions",
+    "plot_probe",
+    "probe",
     "save_model",
     "search",
     "summary",

@@ -26,7 +26,10 @@ from transferkit.data.selection import POLICIES, split_validation, without_bad_i
 from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError
 from transferkit.features.cache import FeatureCache, open_folder
+from transferkit.features.chunks import CachedFeatures
 from transferkit.features.feed import Batches, Feed, Frozen
+from transferkit.linear.choice import LinearHead
+from transferkit.linear.temperature import fit_temperature
 from transferkit.model.freezing import describe_frozen
 from transferkit.model.head import TransferModel
 from transferkit.model.modes import modes_kept
@@ -36,7 +39,7 @@ from transferkit.results.lr_sweep import LearningRateSweep
 from transferkit.saving import archive
 from transferkit.saving import model as model_state
 from transferkit.training.callback_list import CallbackList
-from transferkit.training.evaluation import assess, evaluate, predict_proba
+from transferkit.training.evaluation import assess, evaluate, logits_of, predict_proba
 from transferkit.training.loop import CACHED_BATCH_SIZE, Callback, Epochs, train_epoch
 from transferkit.training.loss import Loss, LossFunction, find_loss
 from transferkit.training.lr_find import spaced_rates, sweep
@@ -53,6 +56,8 @@ from transferkit.training.run import (
     without_loader,
 )
 from transferkit.training.schedules import Schedule, check_schedule, find_schedule
+from transferkit.training.solving import solve_head
+from transferkit.training.standardizing import measure_features
 from transferkit.training.state import (
     assign_training_state,
     check_training_state,
@@ -74,11 +79,13 @@ class Trainer:
         optimizer: `"adam"`, `"adamw"`, `"sgd"` (momentum 0.9), `"rmsprop"`, an optimizer class or
             `functools.partial` of one, or an instance over the model's parameters. Fused where torch can.
         lr: Learning rate, above 0: one number, or `{"backbone": 1e-5, "head": 1e-3}`, in which blocks may have their
-            own (`"block5": 1e-4`; see `discriminative_lr`). None is 1e-3.
+            own (`"block5": 1e-4`; see `discriminative_lr`). None is 3e-4 for the head and 1e-4 for the backbone (1e-2
+            and 1e-3 with `"sgd"`), and the own default of an optimizer class.
         weight_decay: 0 or more; None is the optimizer's own default, 0.01 for AdamW and 0 for the others named here.
         schedule: `"constant"`, `"linear"` or `"cosine"` (both fall to 0 over one call of `fit`), `"one_cycle"` (rises
             from 1/25 over the first 30 % of the steps, then falls to 0), `warmup("cosine", 0.1)`, or a function of
-            progress (0 to 1) that returns a factor. Steps that fp16 skips count.
+            progress (0 to 1) that returns a factor. Steps that fp16 skips count. `"auto"` is `warmup("cosine", 0.1)`
+            where the number of steps is known, else `"constant"`.
         clip_grad_norm: Largest Euclidean norm of all gradients together; None does not clip.
         loss: `CrossEntropy` (None), `BinaryCrossEntropy` where an image may have several labels, or any function or
             module of (logits, targets) that returns the mean over a batch.
@@ -142,8 +149,8 @@ class Trainer:
         optimizer: str | OptimizerClass | Optimizer = "adam",
         lr: LearningRate | None = None,
         weight_decay: float | None = None,
-        schedule: str | Schedule = "constant",
-        clip_grad_norm: float | None = None,
+        schedule: str | Schedule = "auto",
+        clip_grad_norm: float | None = 1.0,
         loss: Loss | LossFunction | None = None,
         metrics: object = None,
         device: str | torch.device | Device = "auto",
@@ -228,7 +235,7 @@ class Trainer:
         *,
         validation_data: object = None,
         validation_split: float | None = None,
-        epochs: int = 1,
+        epochs: int = 10,
         batch_size: int | None = None,
         lr: LearningRate | None = None,
         augment: Augment | None = None,
@@ -300,7 +307,9 @@ class Trainer:
                 held_out, workers = without_loader(validation_data, num_workers)
                 validation = self._open_source(held_out, workers, on_bad_image, display)
             if validation_split is not None:
-                source, validation = split_validation(source, validation_split, training.seed)
+                source, validation = split_validation(
+                    source, validation_split, training.seed, multi_label=self.model.threshold is not None
+                )
             feed = self._feeds(augment, n_views, display)
             run = open_run(
                 training,
@@ -311,7 +320,7 @@ class Trainer:
             )
             check_schedule(training.schedule, run.num_steps)
             called.before_run(validated=validation is not None)
-            facts = run_facts(training, run, lr, augment) if called or resume_from is not None else {}
+            facts = run_facts(training, run, lr, augment, called) if called or resume_from is not None else {}
             saved = None if resume_from is None else read_run(training, resume_from, facts, called, display)
             if saved is None:
                 check_trains(training.model, run)
@@ -322,7 +331,8 @@ class Trainer:
                 assign_training_state(training, saved)  # nothing was changed before
             display.say(f"{describe_frozen(training.model)}; on {self.device.torch_device} in {self.device.precision}")
             run.check_feeds()
-            progress = self._begin(facts)
+            measure_features(training, run)
+            progress = self._begin(facts, called)
             if saved is not None:
                 progress.load(saved["run"])
                 training.epoch, training.micro_batch_size = progress.epoch, saved["progress"]["micro_batch_size"]
@@ -334,6 +344,93 @@ class Trainer:
                 self._run, self._given, self._progress = None, (None, None), None
         called.after_run()
         return progress.history
+
+    def solve(
+        self,
+        data: object,
+        *,
+        validation_data: object = None,
+        l2: float | None = None,
+        folds: int = 4,
+        augment: Augment | None = None,
+        n_views: int | None = None,
+        on_bad_image: str = "raise",
+        num_workers: int = 0,
+        verbose: int = 1,
+    ) -> LinearHead:
+        """Solve a linear head on a frozen backbone: the weights that are best by the loss, without any rate or epoch.
+
+        The features of each image are computed once. Logistic regression with an L2 penalty is then solved to its
+        optimum on all of them at once, for penalties from strong to weak. Held-out images choose the penalty, and set
+        the model's temperature. The result is an ordinary head, which can be trained further together with deeper
+        layers.
+
+        Args:
+            data: As in `fit`, without a `DataLoader` that shuffles.
+            validation_data: Images to choose the penalty by. None uses cross-validation: each fold is left out once,
+                and the final head is solved on all images.
+            l2: The penalty, above 0: the mean loss plus `l2 / 2` times the sum of the squared weights on standardised
+                features. None chooses it among 13 from 10 to 1e-5.
+            folds: Parts of the cross-validation, 2 or more; as many as images is leave-one-out.
+            augment: As in `fit`; needs `n_views`.
+            n_views: Fixed views of each image, each a row of its own.
+            on_bad_image: As in `fit`.
+            num_workers: Processes that read a `Dataset`.
+            verbose: As in `fit`.
+
+        Returns:
+            The solved head, with accuracy and loss of the held-out images for each penalty tried.
+
+        Raises:
+            HeadMismatchError: When the head is not linear.
+            CacheError: When more than the head trains, or features cannot be cached.
+            TransferKitError: As in `fit`.
+
+        Example:
+            >>> found = trainer.solve(train)  # doctest: +SKIP
+            >>> print(found)  # doctest: +SKIP
+            accuracy 0.7355 ± 0.0098 on held-out images, L2 0.0316
+        """
+        display = Display(verbose)
+        with self._interrupts:
+            feed = self._feeds(augment, n_views, display)
+            train = feed(self._open_source(data, num_workers, on_bad_image, display), "training")
+            held_out = None
+            if validation_data is not None:
+                check_same_classes(data, validation_data)
+                held_out = feed(self._open_source(validation_data, num_workers, on_bad_image, display), "validation")
+            solved = solve_head(
+                self._training,
+                train,
+                held_out,
+                l2=None if l2 is None else positive("l2", l2),
+                folds=whole_number("folds", folds, at_least=2),
+            )
+            display.say(f"solved the head: {solved}")
+        return solved
+
+    def calibrate(self, data: object, *, batch_size: int | None = None, num_workers: int = 0) -> float:
+        """Fit the temperature by which the model's logits are divided, and return it.
+
+        Probabilities of unseen images then say how often the model is right. No prediction of a class changes. The
+        temperature is kept in the model: it is saved and exported with it. Further training sets it back to 1.
+
+        Args:
+            data: Labelled images that the model was not trained on, as in `fit`.
+            batch_size: 32 if None.
+            num_workers: Processes that read a `Dataset`.
+
+        Raises:
+            NonFiniteError: When the model makes infinity or NaN of an image.
+
+        References:
+            Guo et al., 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599.
+        """
+        self.model.temperature = 1.0
+        with self._passing(data, batch_size, num_workers) as (network, batches):
+            logits, targets = logits_of(network, batches, training=self._training)
+        self.model.temperature = fit_temperature(logits, targets, self._training.loss)
+        return self.model.temperature
 
     def steps(
         self,
@@ -363,7 +460,8 @@ class Trainer:
         if lr is not None:
             set_lr(self.optimizer, lr)
         run.check_feeds()
-        progress = self._begin({})
+        measure_features(self._training, run)
+        progress = self._begin({}, CallbackList(self, ()))
         return (step for _ in range(epochs) for step in train_epoch(self._training, run, progress))
 
     def lr_find(
@@ -549,9 +647,27 @@ class Trainer:
         """
         self._features.share(other._features)
 
-    def _begin(self, facts: dict[str, Any]) -> Progress:
+    def _features_of(self, data: object, num_workers: int, display: Display) -> tuple[CachedFeatures, Loss]:
+        """Return the features of labelled images, and the loss with what depends on their targets."""
+        with self._interrupts:
+            feed = self._feeds(None, None, display)(self._open_source(data, num_workers), "training")
+            features = feed.features()
+        loss = self._training.loss.for_run(feed.inputs.source, len(self.model.classes), self.device.torch_device)
+        return features, loss
+
+    def _validate(self, source: Source) -> dict[str, float]:
+        """Return loss and accuracy of labelled images, over cached features where that is safe."""
+        feed = self._feeds(None, None, QUIET)(source, "validation")
+        with self._interrupts, modes_kept(self.model):
+            self.model.eval()
+            network, batches = feed.open(CACHED_BATCH_SIZE)
+            with closing(batches):
+                return evaluate(network, batches, training=self._training, loss=self._training.loss)
+
+    def _begin(self, facts: dict[str, Any], callbacks: CallbackList) -> Progress:
+        self.model.temperature = 1.0  # it belongs to the weights of before
         sums = Sums(self.device.torch_device, keep_outputs=bool(self.metrics))
-        return Progress(facts, self.global_step, self.epoch, BestWeights(self.model), sums)
+        return Progress(facts, self.global_step, self.epoch, BestWeights(self.model), callbacks, sums)
 
     def _open_source(
         self, data: object, num_workers: int, on_bad_image: str = "raise", display: Display = QUIET

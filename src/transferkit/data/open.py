@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 
 from transferkit.base.arguments import whole_number
 from transferkit.data.images import upright_rgb
-from transferkit.data.sources import ArraySource, DatasetSource, LoaderSource, Source
+from transferkit.data.sources import ArraySource, DatasetSource, LoaderSource, Source, SubsetSource
 from transferkit.errors import (
     ArgumentError,
     HeadMismatchError,
@@ -108,6 +108,8 @@ def open_data(
         ArgumentError: `data` is of an unsupported type, or `num_workers` is negative.
     """
     whole_number("num_workers", num_workers, at_least=0)
+    if isinstance(data, ArraySource | DatasetSource | LoaderSource | SubsetSource):  # opened before
+        return data
     if with_targets:
         _check_classes(data, classes)
     else:
@@ -160,6 +162,31 @@ def class_names(data: object) -> list[str] | None:
         return parts[0] if parts else None
     found = getattr(data, "classes", None)
     return None if found is None else list(map(str, found))
+
+
+def find_classes(data: object, classes: Sequence[str] | int | None) -> Sequence[str] | int:
+    """Return the classes given or, if there are none, those that data names, or their number by its targets.
+
+    Raises:
+        ArgumentError: When the data does not tell.
+
+    Example:
+        >>> find_classes((np.zeros((3, 8, 8, 3), np.uint8), [0, 2, 1]), None)
+        3
+    """
+    if classes is not None:
+        return classes
+    names = class_names(data)
+    if names is not None:
+        return names
+    targets = data[1] if isinstance(data, tuple) and len(data) == 2 else getattr(data, "targets", None)
+    if isinstance(targets, list | Tensor | np.ndarray) and len(targets):
+        found = np.asarray(targets)
+        return found.shape[1] if found.ndim == 2 else int(found.max()) + 1
+    raise ArgumentError(
+        f"the classes of a {type(data).__name__} are not known, because it has no list of them: pass classes=, their "
+        "names or number."
+    )
 
 
 def _check_classes(data: object, expected: Sequence[str]) -> None:

@@ -4,16 +4,23 @@ from collections.abc import Callable
 from contextlib import closing
 
 import torch
+from torch import Tensor
 
 from transferkit.base.arguments import fraction
 from transferkit.base.display import Display
 from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.data.sources import DatasetSource, Source, SubsetSource
+from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError, EmptyDataError, ImageError
 
 
-def split_validation(source: Source, validation_split: float, seed: int) -> tuple[SubsetSource, SubsetSource]:
+def split_validation(
+    source: Source, validation_split: float, seed: int, *, multi_label: bool = False
+) -> tuple[SubsetSource, SubsetSource]:
     """Split data at random, by `seed`, into training and validation images, both in the order of the data.
+
+    Each class with two images or more is in both, in the same proportion as far as whole images allow. Where an image
+    may have several labels the split is blind to them.
 
     Raises:
         ArgumentError: `validation_split` is not between 0 and 1, or the data is a `DataLoader`.
@@ -35,9 +42,22 @@ def split_validation(source: Source, validation_split: float, seed: int) -> tupl
             f"training and {count} validation images: expected at least 1 of each."
         )
     order = shuffled(source.num_images, derive_seed(seed, "validation"))
-    return SubsetSource(source, torch.sort(order[count:]).values), SubsetSource(
-        source, torch.sort(order[:count]).values
-    )
+    targets = source.all_targets()
+    held_out = order[:count] if multi_label else _of_each_class(class_indices(targets), order, validation_split)
+    kept = torch.ones(source.num_images, dtype=torch.bool)
+    kept[held_out] = False
+    return SubsetSource(source, kept.nonzero().flatten()), SubsetSource(source, (~kept).nonzero().flatten())
+
+
+def _of_each_class(classes: Tensor, order: Tensor, share: float) -> Tensor:
+    """Return the first images of each class in an order: a share of them, at least one, and not all."""
+    held_out, before = [], 0
+    for index in torch.unique(classes):
+        own = order[classes[order] == index]
+        count = round(share * (before + len(own))) - round(share * before)  # the roundings of classes add up to one
+        held_out.append(own[: min(max(1, count), len(own) - 1)])
+        before += len(own)
+    return torch.cat(held_out)
 
 
 POLICIES = ("raise", "skip")

@@ -16,6 +16,7 @@ from transferkit.model.layers import POOLINGS, Layers, Pool
 from transferkit.model.modes import modes_kept
 
 FLATTEN = "flatten"
+POOLING = "avgmax"
 NUM_POOLED = 3
 """Blocks that a head pools if it is not told: the last ones."""
 
@@ -125,7 +126,7 @@ def attach_head(
     classes: int | Sequence[str],
     *,
     layers: Sequence[str] | None = None,
-    pooling: str = "avg",
+    pooling: str = POOLING,
     hidden: Sequence[int] = (),
     dropout: float = 0.0,
     head: nn.Module | None = None,
@@ -138,14 +139,14 @@ def attach_head(
         layers: The blocks or layers whose outputs the head takes, such as `["block4", "block5"]`; a block stands for
             the output of its last layer. Layers behind the last one named are left out of the model. None takes the
             last three blocks, or with `pooling="flatten"` the last one.
-        pooling: `"avg"` and `"max"` pool each layer's output over its positions, concatenate the results (256 + 512 +
-            512 numbers for blocks 3 to 5) and standardise them by the training images. `"flatten"` keeps every position
-            of the last block (512 * h * w numbers) as it is.
+        pooling: How each layer's output is pooled over its positions: `"avg"`, `"max"`, or `"avgmax"` for both. What
+            is pooled is concatenated (2 * (256 + 512 + 512) numbers for blocks 3 to 5) and standardised by the training
+            images. `"flatten"` keeps every position of the last block (512 * h * w numbers) as it is.
         hidden: Widths of fully connected layers before the last, each followed by ReLU and dropout.
-        dropout: Probability of dropping a hidden activation in training; at least 0 and less than 1.
-        head: A module of your own, instead of `pooling`, `hidden` and `dropout`: it maps features to logits
-            `(N, len(classes))`. The features are `(N, *backbone.feature_shape)`; with `layers`, average-pooled
-            `(N, D, 1, 1)`.
+        dropout: Probability of dropping a hidden activation in training, or without `hidden` a feature; at least 0 and
+            less than 1.
+        head: A module of your own, instead of `hidden` and `dropout`: it maps features to logits
+            `(N, len(classes))`. The features are `(N, *backbone.feature_shape)`; with `layers`, pooled `(N, D, 1, 1)`.
 
     Raises:
         ArgumentError: A value is out of range, class names repeat, or `head` is combined with `hidden`, `dropout` or
@@ -156,8 +157,8 @@ def attach_head(
 
     Example:
         >>> from transferkit import load_backbone
-        >>> attach_head(load_backbone(weights=None), ["cat", "dog"]).head.logits.in_features  # 256 + 512 + 512
-        1280
+        >>> attach_head(load_backbone(weights=None), ["cat", "dog"]).head.logits.in_features  # 2 * (256 + 512 + 512)
+        2560
         >>> recipe = attach_head(load_backbone(weights=None), 10, hidden=(4096, 4096), pooling="flatten")
         >>> recipe.head.fc1.in_features  # 512 * 7 * 7
         25088
@@ -169,7 +170,7 @@ def attach_head(
         )
     names = _class_names(classes)
     one_of("pooling", pooling, (*POOLINGS, FLATTEN))
-    if head is not None and (hidden or dropout or pooling != "avg"):
+    if head is not None and (hidden or dropout or pooling != POOLING):
         raise ArgumentError(
             f"hidden={hidden!r}, dropout={dropout!r} and pooling={pooling!r} describe the built-in head, but head= is "
             "also given. Pass one or the other."
@@ -211,12 +212,14 @@ def build_head(
         if dropout:
             layers[f"dropout{number}"] = nn.Dropout(dropout)
         inputs = outputs
+    if dropout and not hidden:
+        layers["dropout"] = nn.Dropout(dropout)
     layers["logits"] = nn.Linear(inputs, num_classes)
     return nn.Sequential(layers)
 
 
 def _feature_shape(backbone: Backbone, pools: Mapping[int, Pool]) -> tuple[int, int, int]:
-    return (sum(pool.channels for pool in pools.values()), 1, 1) if pools else backbone.feature_shape
+    return (sum(pool.size for pool in pools.values()), 1, 1) if pools else backbone.feature_shape
 
 
 def find_pools(backbone: Backbone, layers: Sequence[str] | None, pooling: str) -> dict[int, Pool]:
@@ -230,7 +233,7 @@ def find_pools(backbone: Backbone, layers: Sequence[str] | None, pooling: str) -
         if layers is not None:
             raise ArgumentError(
                 f'layers={layers!r} cannot be flattened: pooling="flatten" takes the last block alone. Leave layers '
-                'out, or pool them: pooling="avg".'
+                'out, or pool them: pooling="avgmax".'
             )
         return {}
     blocks = list(dict.fromkeys(name.split("_")[0] for name in backbone.layer_names))

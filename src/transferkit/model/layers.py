@@ -7,25 +7,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-POOLINGS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "avg": functional.adaptive_avg_pool2d,
-    "max": functional.adaptive_max_pool2d,
+POOLINGS: dict[str, tuple[Callable[[Tensor, int], Tensor], ...]] = {
+    "avg": (functional.adaptive_avg_pool2d,),
+    "max": (functional.adaptive_max_pool2d,),
+    "avgmax": (functional.adaptive_avg_pool2d, functional.adaptive_max_pool2d),
 }
 
 
 class Pool(NamedTuple):
-    """How a layer's output is pooled over its positions, `(N, C, h, w)` to `(N, C, 1, 1)`.
+    """How a layer's output is pooled over its positions, `(N, C, h, w)` to `(N, size, 1, 1)`.
 
     Attributes:
-        name: `"avg"` or `"max"`.
+        name: `"avg"`, `"max"`, or `"avgmax"` for both, one after the other.
         channels: C.
     """
 
     name: str
     channels: int
 
+    @property
+    def size(self) -> int:
+        """Numbers that an image gives."""
+        return self.channels * len(POOLINGS[self.name])
+
     def __call__(self, activation: Tensor) -> Tensor:
-        return POOLINGS[self.name](activation, 1)
+        return torch.cat([pool(activation, 1) for pool in POOLINGS[self.name]], dim=1)
 
 
 class Layers(nn.Sequential):
@@ -39,7 +45,7 @@ class Layers(nn.Sequential):
     Args:
         layers: The modules.
         pools: How the output of a layer is pooled, by the index of the layer; None pools none.
-        pooled: Channels pooled by earlier layers, which lie below the input.
+        pooled: Numbers pooled by earlier layers, which lie below the input.
 
     Attributes:
         pools: As above.
@@ -77,10 +83,10 @@ class Layers(nn.Sequential):
         )
 
     def pooled_before(self, index: int) -> int:
-        """Return how many channels lie below the input of a layer."""
+        """Return how many pooled numbers of an image lie below the input of a layer."""
         if all(place < index for place in self.pools):  # the last is behind: they are the activation now
             return 0
-        return self.pooled + sum(pool.channels for place, pool in self.pools.items() if place < index)
+        return self.pooled + sum(pool.size for place, pool in self.pools.items() if place < index)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the output of the last layer, with what is pooled below it if more is to come."""
@@ -109,7 +115,7 @@ def _below(activation: Tensor, pooled: list[Tensor]) -> Tensor:
     numbers = torch.cat(pooled, dim=1).flatten(1)
     rows = _rows(numbers.shape[1], channels, width)
     numbers = functional.pad(numbers, (0, rows * width * channels - numbers.shape[1]))
-    return torch.cat([activation, numbers.reshape(numbers.shape[0], rows, width, channels).permute(0, 3, 1, 2)], dim=2)
+    return torch.cat([activation, numbers.view(-1, rows, width, channels).permute(0, 3, 1, 2)], dim=2)
 
 
 def _separate(inputs: Tensor, pooled: int) -> tuple[Tensor, list[Tensor]]:

@@ -16,7 +16,7 @@ from transferkit.data.preprocessing import Preprocessing
 from transferkit.errors import ArgumentError, CheckpointError, HeadMismatchError, TransferKitError
 from transferkit.model.backbone import Backbone, load_backbone
 from transferkit.model.freezing import find_boundary, first_trainable, freeze_until, trainable_state
-from transferkit.model.head import FLATTEN, TransferModel, attach_head, build_head, find_pools
+from transferkit.model.head import FLATTEN, POOLING, TransferModel, attach_head, build_head, find_pools
 from transferkit.model.weights import differences
 from transferkit.saving.archive import check_no_tensors, check_parts, read_checkpoint, shown, write_checkpoint
 
@@ -100,8 +100,8 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
 
 
 def _pooling(layers: list[str], head: Mapping[str, Any] | None) -> Any:
-    """Return how a model pools: nothing in the weights tells it. For a head of the user's own layers are averaged."""
-    return head.get("pooling") if head else "avg" if layers else FLATTEN
+    """Return how a model pools, which its weights do not tell; with a head of the user's own it is the default."""
+    return head.get("pooling") if head else POOLING if layers else FLATTEN
 
 
 def _check_description(state: Mapping[str, Any]) -> None:

@@ -1,8 +1,11 @@
 """The callbacks of one run, and when each is called."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from transferkit.errors import ArgumentError
 from transferkit.results.history import EpochReport
@@ -19,8 +22,11 @@ class CallbackList:
     - `before_run(trainer, validated=...)`, called before anything changes, to refuse a run it cannot serve.
     - `before_first_step(global_step, resumed_from=...)`, called once it is known where the run begins.
     - `after_step(trainer)`.
+    - `validating(trainer)`, a context manager around validation and the choice of the best weights.
     - `on_stop(trainer)`, called when something ends the run early between two steps; returns the path it saved to.
     - `after_run()`, called at the very end of a run that nothing interrupted.
+    - `state()`, tensors by name that a checkpoint holds for it, and `load(state, live)`, which gets them and the
+      model's weights when the run is resumed.
 
     Args:
         trainer: What callbacks are called with.
@@ -57,6 +63,14 @@ class CallbackList:
         for after_step in self._after_step:
             after_step(self._trainer)
 
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        """Enter the contexts of those that want another model validated."""
+        with ExitStack() as stack:
+            for callback in self._having("validating"):
+                stack.enter_context(callback.validating(self._trainer))
+            yield
+
     def after_epoch(self, report: EpochReport) -> bool:
         """Call each with the report; return whether one of them ends the run."""
         return any([callback(self._trainer, report) is True for callback in self._callbacks])  # noqa: C419 - call all
@@ -71,6 +85,16 @@ class CallbackList:
         """Let each raise what it kept to itself during the run."""
         for callback in self._having("after_run"):
             callback.after_run()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return what a checkpoint holds for each callback that has a state, by its settings."""
+        return {repr(callback): callback.state() for callback in self._having("state")}
+
+    def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Give each its state back; `state` has the same keys as that of the present callbacks."""
+        live = self._trainer.model.state_dict()
+        for callback in self._having("state"):
+            callback.load(state[repr(callback)], live)
 
     def _having(self, method: str) -> list[Any]:
         return [callback for callback in self._callbacks if hasattr(callback, method)]

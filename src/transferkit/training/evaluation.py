@@ -46,8 +46,8 @@ def predict_proba(network: nn.Module, batches: Batches, *, training: Training) -
     Raises:
         NonFiniteError: When the network makes infinity or NaN of an image.
     """
-    logits = [_logits(network, inputs, training) for inputs, _ in batches]
-    return _finite_probabilities(torch.cat(logits), training.model.threshold)
+    logits, _ = logits_of(network, batches, training=training)
+    return _finite_probabilities(logits, training.model.threshold)
 
 
 def assess(network: nn.Module, batches: Batches, *, training: Training, loss: Loss) -> Assessment:
@@ -56,8 +56,7 @@ def assess(network: nn.Module, batches: Batches, *, training: Training, loss: Lo
     Raises:
         NonFiniteError: When the network makes infinity or NaN of an image.
     """
-    outputs = [(_logits(network, inputs, training), targets) for inputs, targets in batches]
-    logits, targets = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    logits, targets = logits_of(network, batches, training=training)
     probabilities = _finite_probabilities(logits, training.model.threshold)
     true = class_indices(targets) if training.model.threshold is None else targets >= 0.5
     return Assessment(
@@ -66,8 +65,19 @@ def assess(network: nn.Module, batches: Batches, *, training: Training, loss: Lo
         true.cpu().numpy(),
         training.model.classes,
         training.model.threshold,
-        measure(training.metrics, outputs, training.model.threshold),
+        measure(training.metrics, [(logits, targets)], training.model.threshold),
+        training.model.temperature,
     )
+
+
+def logits_of(network: nn.Module, batches: Batches, *, training: Training) -> tuple[Tensor, Tensor]:
+    """Return the logits of every image, divided by the temperature, float32 `(N, K)`, and the targets, on the device.
+
+    The arguments are those of `evaluate`.
+    """
+    outputs = [(_logits(network, inputs, training), targets) for inputs, targets in batches]
+    logits, targets = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    return logits, targets
 
 
 def _logits(network: nn.Module, inputs: Tensor, training: Training) -> Tensor:

@@ -148,13 +148,14 @@ class Epochs:
             self._train(bar)
         loss, accuracy = progress.sums.means()
         figures = measure(self.training.metrics, progress.sums.outputs, self.training.model.threshold)
-        validation = self.validate()
-        seconds, skipped = time.perf_counter() - started, progress.skipped - progress.skipped_before
-        lr = self.training.optimizer.param_groups[-1]["lr"]
-        report = EpochReport(progress.epoch, loss, accuracy, lr, seconds, skipped=skipped)
-        vars(report).update(figures | {f"val_{name}": value for name, value in validation.items()})
-        speed = (progress.sums.count - before) / seconds
-        progress.finish_epoch(report)
+        with self.callbacks.validating():
+            validation = self.validate()
+            seconds, skipped = time.perf_counter() - started, progress.skipped - progress.skipped_before
+            lr = self.training.optimizer.param_groups[-1]["lr"]
+            report = EpochReport(progress.epoch, loss, accuracy, lr, seconds, skipped=skipped)
+            vars(report).update(figures | {f"val_{name}": value for name, value in validation.items()})
+            speed = (progress.sums.count - before) / seconds
+            progress.finish_epoch(report)
         left = self.run.num_epochs - len(progress.history.reports)
         self.display.say(f"{report}  {speed:,.0f} images/s" + (f"  {seconds * left:,.0f} s left" if left else ""))
         return report

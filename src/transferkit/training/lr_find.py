@@ -23,6 +23,7 @@ from transferkit.model.freezing import trainable_state
 from transferkit.model.modes import modes_kept
 from transferkit.results.lr_sweep import LearningRateSweep
 from transferkit.training.run import Run
+from transferkit.training.standardizing import measure_features
 from transferkit.training.step import guarded_step
 from transferkit.training.training import Training
 
@@ -73,6 +74,7 @@ def sweep(
         closing(_batches(training, run)) as batches,
         display.bar("lr_find", len(rates) * run.batch_size) as bar,
     ):
+        measure_features(training, run)
         model.train()
         for index, (rate, (network, inputs, targets)) in enumerate(zip(rates, batches, strict=False)):
             for group in optimizer.param_groups:

@@ -12,10 +12,11 @@ from transferkit.model.freezing import trainable_state
 from transferkit.model.weights import differences
 from transferkit.results.history import EpochReport, History
 from transferkit.saving.archive import check_items, check_no_tensors, check_parts, shown
+from transferkit.training.callback_list import CallbackList
 from transferkit.training.metrics import Sums
 from transferkit.training.step import Step
 
-PARTS: dict[str, tuple[type, ...]] = {
+PARTS: dict[str, Any] = {
     "facts": (dict,),
     "first_step": (int,),
     "first_epoch": (int,),
@@ -25,6 +26,7 @@ PARTS: dict[str, tuple[type, ...]] = {
     "sums": (dict,),
     "reports": (list,),
     "best": (dict, type(None)),
+    "callbacks": {str: {str: (Tensor,)}},
     "ended": (bool,),
 }
 
@@ -91,6 +93,7 @@ class Progress:
         first_step: Steps the trainer had made before it.
         first_epoch: Epochs it had finished before it.
         best: The weights of the best epoch so far.
+        callbacks: Those of the run; some have a state that a checkpoint holds.
         sums: Loss and accuracy of the current epoch.
         history: The finished epochs.
         batches: Batches of the current epoch that were trained on or skipped.
@@ -104,6 +107,7 @@ class Progress:
     first_step: int
     first_epoch: int
     best: BestWeights
+    callbacks: CallbackList
     sums: Sums
     history: History = field(default_factory=History)
     batches: int = 0
@@ -154,6 +158,7 @@ class Progress:
             },
             "reports": [dict(vars(report)) for report in self.history.reports],
             "best": self.best.state(),
+            "callbacks": self.callbacks.state(),
             "ended": self.ended,
         }
 
@@ -168,6 +173,7 @@ class Progress:
         self.sums.outputs = [(logits.to(device), targets.to(device)) for logits, targets in sums["outputs"]]
         self.history.reports[:] = [_report(figures) for figures in state["reports"]]
         self.best.load(state["best"])
+        self.callbacks.load(state["callbacks"])
 
 
 def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, Tensor], *, origin: str) -> None:

@@ -122,7 +122,9 @@ def read_run(
     return state
 
 
-def run_facts(training: Training, run: Run, lr: LearningRate | None, augment: Augment | None) -> dict[str, Any]:
+def run_facts(
+    training: Training, run: Run, lr: LearningRate | None, augment: Augment | None, callbacks: CallbackList
+) -> dict[str, Any]:
     """Return what a call must have in common with the one it resumes."""
     constant = training.schedule is SCHEDULES["constant"]
     validation = None if run.validation is None else run.validation.inputs.source
@@ -140,5 +142,6 @@ def run_facts(training: Training, run: Run, lr: LearningRate | None, augment: Au
         "clip_grad_norm": training.clip_grad_norm,
         "loss": run.loss.describe(),
         "metrics": sorted(training.metrics),
+        "callbacks with a state": sorted(callbacks.state()),
         "seed": training.seed,
     }

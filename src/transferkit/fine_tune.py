@@ -1,0 +1,315 @@
+"""`fine_tune`: from a backbone and data to the best model that the time allows, in one call."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transferkit.base.arguments import positive, whole_number
+from transferkit.base.display import Display
+from transferkit.base.randomness import derive_seed, seeded
+from transferkit.compute.device import Device
+from transferkit.data.augmentation import Augment
+from transferkit.data.open import find_classes
+from transferkit.data.selection import split_validation
+from transferkit.data.sources import Source, SubsetSource
+from transferkit.model.backbone import Backbone
+from transferkit.model.freezing import freeze_until as freeze
+from transferkit.model.head import attach_head
+from transferkit.trainer import Trainer
+from transferkit.training.averaging import WeightAverage
+from transferkit.training.checkpoint import Checkpoint
+from transferkit.training.loss import CrossEntropy, Loss, LossFunction
+from transferkit.training.optimizers import LearningRate
+from transferkit.training.progress import BestWeights
+from transferkit.training.schedules import warmup
+
+HELD_OUT = 0.1
+"""Fraction of the training images that is held out where there is no validation data."""
+
+FEWEST_PER_CLASS = 20
+"""Images of a class below which nothing but the head is fitted."""
+
+EPOCHS = 12
+IMAGES_SEEN = 48_000
+"""Epochs of deeper training at most, and without a budget fewer where they would see more images than that."""
+
+FEWEST_EPOCHS = 3
+"""Epochs below which deeper training is not begun."""
+
+VIEWS = 4
+"""Views of each image that the head is solved on if nothing else trains."""
+
+MOST_VIEWS = 6
+"""Views of each image in deeper training."""
+
+BATCH_SIZE = 32
+
+RATES = {"head": 1e-4, "backbone": 1e-4}
+"""Learning rates of deeper training with Adam, which begins from the solved head."""
+
+DROPOUT = 0.5
+"""Of the features in deeper training."""
+
+LABEL_SMOOTHING = 0.1
+
+DECAY = 0.99
+"""Of the average of weights: about the last 100 steps."""
+
+PLAN = "plan.json"
+
+_TIMED_STEPS = 4
+_SPARE = 0.93  # fraction of the time left that is planned for
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How layers before the head are trained: from `boundary` on, for some epochs, on fixed views of each image."""
+
+    boundary: str | None
+    epochs: int
+    n_views: int | None
+
+
+def fine_tune(
+    backbone: Backbone,
+    data: object,
+    validation_data: object = None,
+    *,
+    budget: float | None = None,
+    classes: Sequence[str] | int | None = None,
+    layers: Sequence[str] | None = None,
+    freeze_until: str | None = "auto",
+    epochs: int | None = None,
+    lr: LearningRate | None = None,
+    batch_size: int = BATCH_SIZE,
+    augment: Augment | None = ("flip", "crop"),
+    loss: Loss | LossFunction | None = None,
+    metrics: object = None,
+    folder: str | PathLike[str] | None = None,
+    device: str | torch.device | Device = "auto",
+    precision: str = "auto",
+    cache: bool | str | PathLike[str] = "auto",
+    seed: int = 0,
+    on_bad_image: str = "raise",
+    num_workers: int = 0,
+    verbose: int = 1,
+) -> Trainer:
+    """Go from a backbone and labelled images to the best model that the time allows.
+
+    1. With everything frozen, the head is solved to its optimum on cached features; cross-validation chooses its
+       penalty.
+    2. Where there are 20 images of a class or more and time for it, the last two blocks, or the last one, are trained
+       together with the head from there: Adam, a warm-up, a cosine, cached random views, a moving average of the
+       weights. A tenth of the images, or the validation data, is held out, and tells whether that was better. If it
+       was not, the solved head stays, fitted to all images.
+    3. A temperature makes the probabilities honest.
+
+    Each choice can be made by hand. Ctrl-C during the second part ends it, and the best model so far is returned.
+
+    Args:
+        backbone: From `load_backbone`; it becomes part of the model.
+        data: As in `Trainer.fit`, but no `DataLoader` that shuffles.
+        validation_data: Held-out images; None holds out a tenth of `data`.
+        budget: Seconds that all of it may take. None decides by the number of images, so that a run depends on the
+            seed alone: 12 epochs for up to 4,000 images, fewer for more.
+        classes: The class names or their number; None takes them from the data.
+        layers: As in `attach_head`.
+        freeze_until: The first layer that trains: `"head"` solves the head and ends; None trains everything. `"auto"`
+            chooses among the last two blocks by the time.
+        epochs: Of the second part; None decides by the time or the number of images.
+        lr: Learning rates of the second part, as in `Trainer`; None is 1e-4.
+        batch_size: Of the second part.
+        augment: As in `Trainer.fit`; None uses the images as they are.
+        loss: As in `Trainer`, convex in the logits: cross-entropy or binary cross-entropy. None is cross-entropy with
+            a label smoothing of 0.1.
+        metrics: As in `Trainer`.
+        folder: Where the second part saves checkpoints. A call with the same arguments continues from the last one.
+        device: As in `Trainer`.
+        precision: As in `Trainer`.
+        cache: As in `Trainer`.
+        seed: Everything random depends on it.
+        on_bad_image: As in `Trainer.fit`.
+        num_workers: Processes that read a `Dataset`.
+        verbose: As in `Trainer.fit`.
+
+    Returns:
+        A trainer with the model, to evaluate, predict and save with, or to train further.
+
+    Raises:
+        ArgumentError: When a value is out of range, or the classes are not known.
+        TransferKitError: As in `Trainer.fit` and `Trainer.solve`.
+
+    Example:
+        >>> from transferkit import load_backbone
+        >>> images, targets = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8), torch.arange(16) % 2
+        >>> backbone = load_backbone("vgg11", weights=None, image_size=32)
+        >>> trainer = fine_tune(backbone, (images, targets), device="cpu", verbose=0)
+        >>> trainer.predict(images).shape
+        (16,)
+
+    References:
+        Kumar et al., 2022, "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution",
+        arXiv:2202.10054: the head first, then the layers before it.
+    """
+    started = time.perf_counter()
+    end = None if budget is None else started + positive("budget", budget)
+    display = Display(verbose)
+    with seeded(derive_seed(whole_number("seed", seed, at_least=0), "head")):
+        model = freeze(attach_head(backbone, find_classes(data, classes), layers=layers, dropout=DROPOUT), "head")
+    trainer = Trainer(
+        model,
+        lr=RATES if lr is None else lr,
+        schedule=warmup("cosine"),
+        clip_grad_norm=1.0,
+        loss=CrossEntropy(label_smoothing=LABEL_SMOOTHING) if loss is None else loss,
+        metrics=metrics,
+        device=device,
+        precision=precision,
+        cache=cache,
+        seed=seed,
+    )
+    every = trainer._open_source(data, num_workers, on_bad_image, display)
+    wanted = freeze_until != "head" and (
+        freeze_until != "auto" or (every.num_images or 0) >= FEWEST_PER_CLASS * len(model.classes)
+    )
+    train, held_out = every, None
+    if validation_data is not None:
+        held_out = trainer._open_source(validation_data, num_workers, on_bad_image, display)
+    elif wanted:
+        train, held_out = split_validation(every, HELD_OUT, seed, multi_label=model.threshold is not None)
+    solving = time.perf_counter()
+    trainer.solve(train, verbose=verbose)
+    solve_s = time.perf_counter() - solving
+    deeper = False
+    if wanted and held_out is not None:
+        job = _Job(trainer, train, held_out, whole_number("batch_size", batch_size), augment, end, display)
+        plan = _read_plan(folder) or job.plan(freeze_until, epochs)
+        deeper = plan is not None and job.train(plan, folder)
+    if not deeper:
+        views = VIEWS if end is None else int(_SPARE * (end - time.perf_counter()) / solve_s)
+        if augment is not None and views > 1:
+            trainer.solve(every, augment=augment, n_views=min(VIEWS, views), verbose=verbose)
+        elif train is not every:
+            trainer.solve(every, verbose=verbose)
+    display.say(f"{time.perf_counter() - started:.0f} s in all; temperature {model.temperature:.2f}")
+    return trainer
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Training of deeper layers from the solved head.
+
+    Attributes:
+        trainer: Whose head is solved on `train`; nothing else trains yet.
+        train: The training images.
+        held_out: The images that tell what is better.
+        batch_size: Of the training steps.
+        augment: As in `Trainer.fit`.
+        end: When it must be over, by `time.perf_counter`; None has time.
+        display: Shows what is done.
+    """
+
+    trainer: Trainer
+    train_source: Source
+    held_out: Source
+    batch_size: int
+    augment: Augment | None
+    end: float | None
+    display: Display
+
+    def plan(self, boundary: str | None, epochs: int | None) -> _Plan | None:
+        """Decide from which layer on to train, and how long; None if there is too little time for anything."""
+        count = self.train_source.num_images or 0
+        most = epochs or max(FEWEST_EPOCHS, min(EPOCHS, IMAGES_SEEN // count))
+        blocks = list(dict.fromkeys(name.split("_")[0] for name in self.trainer.model.backbone.layer_names))
+        layers = blocks[-2:] if boundary == "auto" else [boundary]
+        if self.end is None:
+            return _Plan(layers[0], most, self._views(most))
+        for layer in layers:
+            step_s, image_s = self._time(layer)
+            steps = self.train_source.num_batches(self.batch_size) or 0
+            epoch_s = step_s * steps + image_s * (self.held_out.num_images or 0)
+            for number in range(most, (epochs or FEWEST_EPOCHS) - 1, -1):
+                needed = (self._views(number) or 1) * count * image_s + number * epoch_s
+                if needed < _SPARE * (self.end - time.perf_counter()):
+                    return _Plan(layer, number, self._views(number))
+        return None
+
+    def train(self, plan: _Plan, folder: str | PathLike[str] | None) -> bool:
+        """Train deeper layers; return whether that was better on the held-out images. If not, the solved head is back.
+
+        Ctrl-C ends the training, and the best model so far counts.
+        """
+        trainer, model = self.trainer, self.trainer.model
+        before = trainer._validate(self.held_out)
+        self.display.say(
+            f"solved head: accuracy {before['accuracy']:.4f} on {self.held_out.num_images:,} held-out images. From "
+            f"{plan.boundary or 'the first layer'} on, {plan.epochs} epochs of training follow"
+        )
+        callbacks: list[Any] = [WeightAverage(DECAY)]
+        if folder is not None:
+            callbacks.append(Checkpoint(folder))
+            (Path(folder) / PLAN).write_text(json.dumps(asdict(plan)))
+        freeze(model, plan.boundary)
+        solved = BestWeights(model)
+        solved.take()
+        try:
+            trainer.fit(
+                self.train_source,
+                validation_data=self.held_out,
+                epochs=plan.epochs,
+                batch_size=self.batch_size,
+                augment=self.augment,
+                n_views=plan.n_views,
+                callbacks=callbacks,
+                resume_from=folder,
+                verbose=self.display.verbose,
+            )
+        except KeyboardInterrupt:
+            self.display.say("interrupted: the best model so far")
+        reports = [] if trainer.history is None else trainer.history.reports
+        best = max([(report.val_accuracy or 0.0, -(report.val_loss or math.inf)) for report in reports], default=None)
+        if best is not None and best > (before["accuracy"], -before["loss"]):
+            trainer.calibrate(self.held_out)
+            return True
+        self.display.say("training deeper layers was no better on the held-out images: the solved head stays")
+        solved.restore()
+        freeze(model, "head")
+        return False
+
+    def _views(self, epochs: int) -> int | None:
+        return None if self.augment is None else min(MOST_VIEWS, epochs)
+
+    def _time(self, layer: str | None) -> tuple[float, float]:
+        """Return the seconds of a training step from a layer on, and of the frozen layers for an image."""
+        few = SubsetSource(
+            self.train_source, torch.arange(min(self.train_source.num_images or 0, _TIMED_STEPS * self.batch_size))
+        )
+        freeze(self.trainer.model, layer)
+        seconds = []
+        for _ in range(3):  # the first computes features, and the second may still warm up; nothing changes
+            started = time.perf_counter()
+            self.trainer.lr_find(
+                few,
+                batch_size=self.batch_size,
+                num_steps=_TIMED_STEPS,
+                augment=self.augment,
+                n_views=self._views(1),
+                verbose=0,
+            )
+            seconds.append(time.perf_counter() - started)
+        freeze(self.trainer.model, "head")
+        return seconds[2] / _TIMED_STEPS, max(0.0, seconds[0] - seconds[1]) / few.num_images
+
+
+def _read_plan(folder: str | PathLike[str] | None) -> _Plan | None:
+    """Return the plan of the call that this one continues."""
+    path = None if folder is None else Path(folder) / PLAN
+    return _Plan(**json.loads(path.read_text())) if path is not None and path.exists() else None

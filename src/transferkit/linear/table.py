@@ -1,0 +1,102 @@
+"""Rows of features, read in float32 blocks: cached features or one tensor, all of their columns or some."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from transferkit.compute.host_memory import host_bytes
+from transferkit.features.chunks import CachedFeatures
+
+BLOCK_BYTES = 64 * 2**20
+"""Size of a block of rows in float32: what reading a table takes of memory, a few times over."""
+
+MEMORY_FRACTION = 0.25
+"""Fraction of the free memory that a table may take as float32; a larger one is read again in each pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """`N` rows of `D` features, somewhere, in some dtype.
+
+    Attributes:
+        read: Returns the rows from `start` to `stop` as a floating-point tensor `(stop - start, all columns)`.
+        shape: `(N, D)`.
+        device: Where the blocks go. Apple's MPS has no float64, so there they go to the CPU.
+        columns: The columns to use, ascending or not, one slice after the other; None uses all.
+        width: Number of columns that `read` returns.
+
+    Example:
+        >>> table = Table.of_tensor(torch.arange(6).reshape(2, 3), columns=[slice(2, 3), slice(0, 1)])
+        >>> table.shape, list(table.blocks())
+        ((2, 2), [tensor([[2., 0.],
+                [5., 3.]])])
+    """
+
+    read: Callable[[int, int], Tensor]
+    shape: tuple[int, int]
+    device: torch.device
+    columns: Sequence[slice] | None
+    width: int
+
+    @classmethod
+    def of_tensor(
+        cls, rows: Tensor, *, columns: Sequence[slice] | None = None, device: torch.device | None = None
+    ) -> Self:
+        """Return the table of a tensor `(N, ...)` of any number dtype; each row is flattened.
+
+        Args:
+            rows: The features. Nothing is copied.
+            columns: Columns to use; None uses all.
+            device: Where the blocks go; None leaves them where the tensor is.
+        """
+        flat = rows.flatten(1)
+        return cls._of(lambda start, stop: flat[start:stop], flat.shape, device or rows.device, columns)
+
+    @classmethod
+    def of_features(cls, features: CachedFeatures, *, columns: Sequence[slice] | None = None) -> Self:
+        """Return the table of cached features, flattened as `nn.Flatten` does with `(N, C, h, w)`.
+
+        All views lie end to end: row `v * N + i` is view `v` of image `i`. Files stay mapped and are read block by
+        block.
+        """
+        rows = features.rows.flatten()
+        example = features.parts[0]
+
+        def read(start: int, stop: int) -> Tensor:
+            return features.gather(rows[start:stop].to(example.device)).permute(0, 3, 1, 2).flatten(1)
+
+        return cls._of(read, (len(rows), example[0].numel()), features.device.torch_device, columns)
+
+    @classmethod
+    def _of(
+        cls,
+        read: Callable[[int, int], Tensor],
+        shape: Sequence[int],
+        device: torch.device,
+        columns: Sequence[slice] | None,
+    ) -> Self:
+        count, width = shape
+        used = width if columns is None else sum(len(range(*part.indices(width))) for part in columns)
+        return cls(read, (count, used), torch.device("cpu") if device.type == "mps" else device, columns, width)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield all rows in order, float32 `(n, D)` on the device, in blocks of at most `BLOCK_BYTES`."""
+        size = max(1, BLOCK_BYTES // (4 * max(1, self.width)))
+        for start in range(0, self.shape[0], size):
+            block = self.read(start, min(start + size, self.shape[0]))
+            if self.columns is not None:
+                block = torch.cat([block[:, part] for part in self.columns], dim=1)
+            yield block.to(self.device).float()
+
+    def fits_in_memory(self) -> bool:
+        """Return whether the rows as float32 take at most `MEMORY_FRACTION` of the free memory of the device."""
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        elif (memory := host_bytes()) is not None:
+            free = memory["free"]
+        else:
+            return True  # the system does not say
+        return 4 * self.shape[0] * self.shape[1] <= MEMORY_FRACTION * free

@@ -1,0 +1,59 @@
+"""One number that makes a model's probabilities honest."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from transferkit.errors import EmptyDataError, NonFiniteError
+from transferkit.linear.logistic import Loss
+
+LOWEST, HIGHEST = 0.05, 20.0
+
+
+def fit_temperature(logits: Tensor, targets: Tensor, loss: Loss) -> float:
+    """Return the temperature `T`, 0.05 to 20, at which `logits / T` have the least mean loss.
+
+    Above 1 the model was too sure of itself. Dividing by it changes no prediction of a class.
+
+    Args:
+        logits: `(N, K)`, of images that the model was not trained on.
+        targets: int64 `(N,)` or float32 `(N, K)`.
+        loss: Its `each` is used: neither smoothing nor weights.
+
+    Raises:
+        EmptyDataError: When there are no rows.
+        NonFiniteError: When a logit is infinite or NaN, or the slope of the loss is.
+
+    Example:
+        >>> from transferkit.training.loss import CrossEntropy
+        >>> logits = torch.tensor([[9.0, 0.0], [9.0, 0.0], [9.0, 0.0], [9.0, 0.0]])
+        >>> temperature = fit_temperature(logits, torch.tensor([0, 0, 0, 1]), CrossEntropy())
+        >>> (logits / temperature).softmax(dim=1)[0, 0]  # three of four are right
+        tensor(0.7500)
+
+    References:
+        Guo et al., 2017, "On Calibration of Modern Neural Networks".
+    """
+    if len(logits) == 0:
+        raise EmptyDataError("a temperature cannot be fitted to 0 images: expected at least one.")
+    if not bool(logits.isfinite().all()):
+        row = int((~logits.isfinite().all(dim=1)).nonzero()[0])
+        raise NonFiniteError(f"the logits of row {row} are not finite: expected numbers.")
+    low, high = math.log(LOWEST), math.log(HIGHEST)
+    while high - low > 1e-6:  # the loss falls, then rises, because it is convex in 1 / T
+        middle = (low + high) / 2
+        slope = _slope(logits, targets, loss, middle)
+        if not math.isfinite(slope):
+            raise NonFiniteError("the loss has a slope that is not finite: expected a loss finite for every logit.")
+        if slope == 0:  # no logit prefers a class
+            return math.exp(middle)
+        low, high = (low, middle) if slope > 0 else (middle, high)
+    return math.exp((low + high) / 2)
+
+
+def _slope(logits: Tensor, targets: Tensor, loss: Loss, log_temperature: float) -> float:
+    with torch.enable_grad():
+        variable = torch.tensor(log_temperature, device=logits.device, requires_grad=True)
+        mean = loss.each(logits.detach().float() * torch.exp(-variable), targets).mean()
+        return float(torch.autograd.grad(mean, variable)[0])

@@ -1,0 +1,114 @@
+"""`probe` scores the features of every block before any training."""
+
+import copy
+import time
+from collections.abc import Sequence
+from os import PathLike
+
+import torch
+
+from transferkit.base.arguments import whole_number
+from transferkit.base.display import Display
+from transferkit.base.randomness import seeded
+from transferkit.compute.device import Device
+from transferkit.data.open import find_classes
+from transferkit.errors import ArgumentError
+from transferkit.linear.choice import solve
+from transferkit.linear.table import Table
+from transferkit.model.backbone import Backbone
+from transferkit.model.freezing import freeze_until
+from transferkit.model.head import TransferModel, attach_head
+from transferkit.results.probing import Probe, ProbeScore
+from transferkit.trainer import Trainer
+from transferkit.training.loss import Loss, LossFunction
+
+
+def probe(
+    backbone: Backbone,
+    data: object,
+    *,
+    classes: Sequence[str] | int | None = None,
+    image_sizes: Sequence[int] | None = None,
+    folds: int = 4,
+    loss: Loss | LossFunction | None = None,
+    device: str | torch.device | Device = "auto",
+    precision: str = "auto",
+    cache: str | PathLike[str] | None = None,
+    seed: int = 0,
+    num_workers: int = 0,
+    verbose: int = 1,
+) -> Probe:
+    """Score the pooled features of each block, alone and together, by cross-validation of a solved linear head.
+
+    One pass over the images computes the features of all blocks. The scores tell which layers a head should take, and
+    from which block on training has something to gain: blocks behind the best single one are too much those of
+    ImageNet.
+
+    Args:
+        backbone: From `load_backbone`; it is copied, and left as it is.
+        data: As in `Trainer.fit`.
+        classes: The class names or their number; None takes them from the data.
+        image_sizes: Heights and widths to compare, in pixels; None takes the backbone's own. Each costs a pass.
+        folds: Parts of the cross-validation, 2 or more.
+        loss: As in `Trainer`.
+        device: As in `Trainer`.
+        precision: As in `Trainer`.
+        cache: A folder for files of features; None keeps them in memory.
+        seed: Of the folds.
+        num_workers: Processes that read a `Dataset`.
+        verbose: As in `Trainer.fit`.
+
+    Raises:
+        ArgumentError: When `backbone` is something else, or a value is out of range.
+        TransferKitError: When the data cannot be used.
+
+    Example:
+        >>> from transferkit import load_backbone
+        >>> images, targets = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8), torch.arange(16) % 2
+        >>> backbone = load_backbone("vgg11", weights=None, image_size=32)
+        >>> found = probe(backbone, (images, targets), device="cpu", verbose=0)
+        >>> [len(score.layers) for score in found.scores]
+        [1, 1, 1, 1, 1, 2, 3, 4, 5]
+
+    References:
+        Alain and Bengio, 2016, "Understanding intermediate layers using linear classifier probes", arXiv:1610.01644.
+    """
+    if not isinstance(backbone, Backbone):
+        raise ArgumentError(f"backbone is a {type(backbone).__name__}: expected a Backbone from load_backbone.")
+    names = find_classes(data, classes)
+    folds = whole_number("folds", folds, at_least=2)
+    display = Display(verbose)
+    scores: list[ProbeScore] = []
+    seconds: dict[int, float] = {}
+    for size in [backbone.image_size] if image_sizes is None else image_sizes:
+        resized = copy.deepcopy(backbone)
+        resized.preprocess = backbone.preprocess.with_image_size(whole_number("each of image_sizes", size, at_least=32))
+        blocks = tuple(dict.fromkeys(name.split("_")[0] for name in backbone.layer_names))
+        with seeded(seed):  # the head is never used
+            model = freeze_until(attach_head(resized, names, layers=blocks), "head")
+        trainer = Trainer(
+            model, loss=loss, device=device, precision=precision, cache="auto" if cache is None else cache, seed=seed
+        )
+        started = time.perf_counter()
+        features, run_loss = trainer._features_of(data, num_workers, display)
+        seconds[size] = time.perf_counter() - started
+        columns = _columns(model)
+        sets = [(block,) for block in blocks] + [blocks[-count:] for count in range(2, len(blocks) + 1)]
+        for layers in sets:
+            started = time.perf_counter()
+            table = Table.of_features(features, columns=[columns[block] for block in layers])
+            solved = solve(table, features.targets, run_loss, classes=len(model.classes), folds=folds, seed=seed)
+            best = min(solved.path, key=lambda strength: strength.loss)
+            spent = time.perf_counter() - started
+            scores.append(ProbeScore(layers, size, best.accuracy, best.accuracy_error, best.loss, best.l2, spent))
+            display.say(f"{','.join(layers)} at {size} px: {best.accuracy:.4f} ± {best.accuracy_error:.4f}")
+    return Probe(scores, seconds)
+
+
+def _columns(model: TransferModel) -> dict[str, slice]:
+    """Return where the pooled features of each block lie."""
+    columns, start = {}, 0
+    for layer, pool in zip(model.layers, model.pools.values(), strict=True):
+        columns[layer.split("_")[0]] = slice(start, start + pool.size)
+        start += pool.size
+    return columns

@@ -1,0 +1,106 @@
+"""`WeightAverage`: the average of the weights over the last steps, validated and kept instead of the last ones."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from transferkit.base.arguments import fraction
+from transferkit.errors import CheckpointError
+from transferkit.model.freezing import trainable_state
+from transferkit.model.weights import differences
+from transferkit.training.callbacks import Running
+
+
+class WeightAverage:
+    """A callback that keeps an exponential moving average of all weights that train.
+
+    Validation sees the average, and so do the best weights that `fit` leaves in the model; training steps do not.
+    Without validation data the model has the average at the end of the run. In the first steps the average forgets
+    faster: over n steps it covers about the last tenth, until `decay` says more.
+
+    It takes memory for one more copy of the weights that train, and reads and writes them once in each step.
+
+    Args:
+        decay: How much of the average stays in each step, at least 0 and less than 1; 0.99 averages over about 100
+            steps.
+
+    Raises:
+        ArgumentError: When `decay` is out of range.
+
+    Example:
+        >>> trainer.fit(train, epochs=6, callbacks=[WeightAverage(0.99)])  # doctest: +SKIP
+
+    References:
+        Polyak and Juditsky, 1992, "Acceleration of Stochastic Approximation by Averaging".
+    """
+
+    def __init__(self, decay: float = 0.99) -> None:
+        self.decay = fraction("decay", decay)
+        self._average: dict[str, Tensor] = {}
+        self._steps = 0
+        self._model: nn.Module | None = None  # that of a run without validation data
+
+    def __repr__(self) -> str:
+        return f"WeightAverage({self.decay})"
+
+    def before_run(self, trainer: Running, *, validated: bool) -> None:
+        """Begin a new average."""
+        self._average, self._steps = {}, 0
+        self._model = None if validated else trainer.model
+
+    def after_step(self, trainer: Running) -> None:
+        """Move the average towards the weights."""
+        self._steps += 1
+        live = trainable_state(trainer.model)
+        for name in live.keys() - self._average.keys():  # the first step, or the first after more began to train
+            self._average[name] = live[name].detach().clone()
+        decay = min(self.decay, self._steps / (10 + self._steps))
+        moving = [name for name, value in live.items() if value.is_floating_point()]
+        with torch.no_grad():
+            torch._foreach_lerp_([self._average[n] for n in moving], [live[n].detach() for n in moving], 1 - decay)
+            for name in live.keys() - set(moving):
+                self._average[name].copy_(live[name])
+
+    @contextmanager
+    def validating(self, trainer: Running) -> Iterator[None]:
+        """Put the average into the model, and the weights of the last step back afterwards."""
+        state = trainer.model.state_dict()
+        live = {name: state[name].clone() for name in self._average}
+        _assign(state, self._average)
+        try:
+            yield
+        finally:
+            _assign(state, live)
+
+    def __call__(self, trainer: Running, report: object) -> None:
+        """Do nothing after an epoch."""
+
+    def after_run(self) -> None:
+        """Leave the average in the model where no validation chose."""
+        if self._model is not None:
+            _assign(self._model.state_dict(), self._average)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the average and the number of steps in it, not copied."""
+        return {**self._average, "steps": torch.tensor(self._steps)}
+
+    def load(self, state: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned in another process; `live` are the model's weights.
+
+        Raises:
+            CheckpointError: When it does not fit.
+        """
+        average = {name: value for name, value in state.items() if name != "steps"}
+        faults = differences({name: live[name] for name in average if name in live}, average, same_width=True)
+        if faults or "steps" not in state:
+            raise CheckpointError(f"the checkpoint's average of the weights does not fit the model: {faults}.")
+        self._steps = int(state["steps"])
+        self._average = {name: value.to(live[name].device) for name, value in average.items()}
+
+
+def _assign(state: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            state[name].copy_(value)

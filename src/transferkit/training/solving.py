@@ -1,0 +1,91 @@
+"""The linear head of a model, solved to its optimum on cached features."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transferkit.errors import CacheError, HeadMismatchError
+from transferkit.features.chunks import CachedFeatures
+from transferkit.features.feed import Feed
+from transferkit.linear.choice import STRENGTHS, LinearHead, solve
+from transferkit.linear.table import Table
+from transferkit.linear.temperature import fit_temperature
+from transferkit.model.head import Standardize, TransferModel
+from transferkit.training.metrics import count_correct
+from transferkit.training.training import Training
+
+
+def solve_head(training: Training, train: Feed, validation: Feed | None, *, l2: float | None, folds: int) -> LinearHead:
+    """Give the linear head of a model the weights that are best by its loss, and its temperature.
+
+    Args:
+        training: Its model, loss and seed are used; what its optimizer remembers of the head is dropped.
+        train: The training images. Each of their views is a row of its own.
+        validation: Images to choose the strength by, instead of cross-validation.
+        l2: Strength of the L2 penalty, above 0; None chooses it.
+        folds: Parts of the cross-validation.
+
+    Raises:
+        HeadMismatchError: When the head is not linear.
+        CacheError: When more than the head trains, or features cannot be cached.
+    """
+    model = training.model
+    standardize, linear = _parts(model)
+    _check_boundary(model)
+    cached = train.features()
+    held_out = None if validation is None else validation.features()
+    targets = _targets(cached)
+    solved = solve(
+        Table.of_features(cached),
+        targets,
+        training.loss.for_run(train.inputs.source, len(model.classes), cached.device.torch_device),
+        classes=len(model.classes),
+        strengths=STRENGTHS if l2 is None else [l2],
+        folds=folds,
+        groups=torch.arange(cached.rows.shape[1]).repeat(len(cached.rows)),
+        validation=None if held_out is None else (Table.of_features(held_out), _targets(held_out)),
+        seed=training.seed,
+        count_correct=partial(count_correct, threshold=model.threshold),
+    )
+    with torch.no_grad():
+        weight, bias = (solved.weight, solved.bias) if standardize else solved.folded()
+        if standardize is not None:
+            standardize.mean.copy_(solved.mean)
+            standardize.std.copy_(solved.std)
+            standardize.num_images.fill_(cached.rows.shape[1])
+        linear.weight.copy_(weight)
+        linear.bias.copy_(bias)
+    for parameter in model.head.parameters():
+        training.optimizer.state.pop(parameter, None)
+    model.temperature = 1.0
+    if len(solved.logits):
+        known = targets if held_out is None else _targets(held_out)
+        model.temperature = fit_temperature(solved.logits, known[solved.held_out], training.loss)
+    return solved
+
+
+def _parts(model: TransferModel) -> tuple[Standardize | None, nn.Linear]:
+    """Return the parts of a linear head."""
+    every: list[Any] = list(model.head) if isinstance(model.head, nn.Sequential) else [model.head]
+    parts = [part for part in every if not isinstance(part, nn.Dropout)]  # it is off where the head is solved
+    kinds = [type(part) for part in parts]
+    if kinds not in ([nn.Flatten, Standardize, nn.Linear], [nn.Flatten, nn.Linear]) or parts[-1].bias is None:
+        raise HeadMismatchError(
+            f"the head has the layers {', '.join(kind.__name__ for kind in kinds)}, and only a linear one can be "
+            "solved: expected Flatten and Linear with a bias, as attach_head(backbone, classes) makes it, without "
+            "hidden=. Trainer.fit trains any head."
+        )
+    return (parts[1] if isinstance(parts[1], Standardize) else None), parts[-1]
+
+
+def _check_boundary(model: TransferModel) -> None:
+    depth, wanted = len(model.split()[0]), len(model.backbone.features)
+    if depth != wanted:
+        what = "the head is frozen, too" if depth > wanted else "layers before the head train"
+        raise CacheError(f"the head cannot be solved: {what}. Expected freeze_until(model, 'head') before.")
+
+
+def _targets(cached: CachedFeatures) -> Tensor:
+    return cached.targets.repeat(len(cached.rows), *(1 for _ in cached.targets.shape[1:]))

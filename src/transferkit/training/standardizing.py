@@ -1,0 +1,64 @@
+"""The mean and standard deviation by which a head standardises its features, measured on training images."""
+
+from contextlib import closing
+
+import torch
+from torch import Tensor
+
+from transferkit.base.randomness import seeded
+from transferkit.data.sources import epoch_order
+from transferkit.model.head import Standardize
+from transferkit.model.modes import modes_kept
+from transferkit.training.run import Run
+from transferkit.training.step import evaluation_step
+from transferkit.training.training import Training
+
+MOST_IMAGES = 2048
+"""Training images that are measured: more hardly move a mean."""
+
+
+def measure_features(training: Training, run: Run) -> None:
+    """Set the statistics of the head's `Standardize` layers, unless they have some.
+
+    Up to 2,048 training images go through the network, from cached features where there are some.
+    """
+    layers = [part for part in training.model.head.modules() if isinstance(part, Standardize)]
+    if all(layer.num_images for layer in layers):  # host sync, once a run
+        return
+    seen: dict[Standardize, list[Tensor]] = {layer: [] for layer in layers}
+    handles = [layer.register_forward_pre_hook(lambda part, inputs: seen[part].append(inputs[0])) for layer in layers]
+    order = epoch_order(run.source.num_images, training.seed, training.epoch)
+    buffers = {name: value.clone() for name, value in training.model.named_buffers()}  # batch norm counts what it sees
+    try:
+        with modes_kept(training.model), seeded(training.seed, training.device.torch_device):
+            training.model.train()  # batch norm that trains normalises by each batch, now as in the steps that follow
+            network, batches = run.train.open(run.batch_size, order=None if order is None else order[:MOST_IMAGES])
+            with closing(batches):
+                count = 0
+                for inputs, targets in batches:
+                    evaluation_step(network, inputs, device=training.device)
+                    count += len(targets)
+                    if count >= MOST_IMAGES:
+                        break
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, value in training.model.named_buffers():
+            value.copy_(buffers[name])
+    for layer, features in seen.items():
+        set_statistics(layer, torch.cat(features).double())
+
+
+def set_statistics(layer: Standardize, features: Tensor) -> None:
+    """Let a layer standardise by the mean and standard deviation of features `(N, D)`; constant ones are divided by 1.
+
+    Example:
+        >>> layer = Standardize(2)
+        >>> set_statistics(layer, torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+        >>> layer(torch.tensor([[3.0, 5.0]]))
+        tensor([[1., 0.]])
+    """
+    mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
+    layer.mean.copy_(mean)
+    layer.std.copy_(torch.where(std > 1e-5 * mean.abs(), std, 1.0))
+    layer.num_images.fill_(len(features))
