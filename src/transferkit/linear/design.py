@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transferkit.errors import EmptyDataError, NonFiniteError
+from transferkit.errors import NonFiniteError
 from transferkit.linear.table import Table
 
 LARGEST_GRAM = 4096
@@ -98,18 +98,13 @@ def moments(table: Table) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each feature, float32 `(D,)`. Reads the table once.
 
     Raises:
-        EmptyDataError: When the table has no rows.
         NonFiniteError: When a feature is infinite or NaN.
     """
-    if table.shape[0] == 0:
-        raise EmptyDataError("a linear head cannot be solved on 0 images: expected at least one.")
-    shift, start = torch.zeros(()), 0
     total = square = torch.zeros(table.shape[1], dtype=torch.float64, device=table.device)
+    start = 0
     for block in table.blocks():
         exact = block.double()
-        shift = shift if start else exact.mean(dim=0)  # of the first block: squares of differences lose no digits
-        exact -= shift
-        total, square = total + exact.sum(dim=0), square + exact.square_().sum(dim=0)
+        total, square = total + exact.sum(dim=0), square + exact.square().sum(dim=0)
         if not bool(square.isfinite().all()):  # host sync: once a block
             row = start + int((~block.isfinite().all(dim=1)).nonzero()[0])
             raise NonFiniteError(
@@ -117,9 +112,8 @@ def moments(table: Table) -> tuple[Tensor, Tensor]:
                 "and the precision of the frozen layers."
             )
         start += len(block)
-    offset = total / table.shape[0]
-    mean = shift + offset
-    std = (square / table.shape[0] - offset.square()).clamp_min(0).sqrt()
+    mean = total / table.shape[0]
+    std = (square / table.shape[0] - mean.square()).clamp_min(0).sqrt()
     rounding = (_CONSTANT * mean.abs()).clamp_min(1e-30)
     return mean.float(), torch.where(std > rounding, std, rounding.clamp_min(1)).float()
 
@@ -132,7 +126,6 @@ def design_of(table: Table) -> Design:
     take a reading for each block of rows.
 
     Raises:
-        EmptyDataError: When the table has no rows.
         NonFiniteError: When a feature is infinite or NaN.
     """
     count, width = table.shape

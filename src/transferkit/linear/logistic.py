@@ -1,5 +1,6 @@
 """Logistic regression with an L2 penalty, solved to its optimum: L-BFGS over all rows, several problems at once."""
 
+import math
 from collections import deque
 from typing import Protocol
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from transferkit.errors import NonFiniteError
 from transferkit.linear.design import Design
 
-_PAIRS = 12
+PAIRS = 12
 """Steps that L-BFGS remembers."""
 
 _NOTHING = 1e-13
@@ -62,12 +63,21 @@ class Problems:
         count, problems = members.shape
         self.design, self.loss = design, loss
         self.targets = targets.repeat_interleave(problems, dim=0)
-        weights = [torch.as_tensor(loss.total_weight(targets[own])) for own in members.T]
-        self.scale = (members / torch.stack(weights).to(members.device).float())[..., None]  # (N, P, 1)
+        weights = [float(loss.total_weight(targets[own])) for own in members.T]  # host sync: once
+        self.scale = (members / torch.tensor(weights, device=members.device))[..., None]  # (N, P, 1)
         self.share = self.scale.sum(dim=0).squeeze(1)  # (P,): 1 without class weights
         self.weights = torch.zeros(problems, classes, len(design.variances), device=members.device)
         self.logits = torch.zeros(count, problems, classes, device=members.device)
         self.curvature = torch.ones(problems, device=members.device)
+        self._path: deque[tuple[float, Tensor]] = deque(maxlen=2)
+
+    def follow(self, l2: float, *, tolerance: float) -> None:
+        """Solve the next penalty of a path from the solutions of the last two, continued in the logarithm of `l2`."""
+        if len(self._path) == 2:
+            (first, before), (second, weights) = self._path
+            self.weights = weights + math.log(l2 / second) / math.log(second / first) * (weights - before)
+        self.solve(l2, tolerance=tolerance)
+        self._path.append((l2, self.weights))
 
     def solve(self, l2: float, *, tolerance: float, max_steps: int = 500) -> int:
         """Solve from where the weights are, and return the number of steps.
@@ -89,7 +99,7 @@ class Problems:
         self.logits = self._logits(self.weights)
         slopes = self._slopes(self.logits)
         gradient = self._gradient(slopes) + penalty * self.weights
-        pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=_PAIRS)
+        pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=PAIRS)
         mark = torch.full_like(self.curvature, torch.inf)  # the last fall that was half of the one before
         stale = torch.zeros_like(mark)
         for steps in range(max_steps):
