@@ -53,12 +53,16 @@ def split(task: Task) -> tuple[Subset, Subset]:
     root = Path(task.folder)
     divided = (root / "train").is_dir()
     train = ImageFolder(root / "train" if divided else root)
-    test = ImageFolder(root / "test") if divided else train
-    ranks, test_ranks = rank_in_class(train.targets, task.seed), rank_in_class(test.targets, 0)
-    order, test_order = np.lexsort((train.targets, ranks)), np.lexsort((test.targets, test_ranks))
-    if not divided:
-        held_out = ranks < np.bincount(train.targets)[train.targets] // 4
-        order, test_order = order[~held_out[order]], order[held_out[order]]
+    ranks = rank_in_class(train.targets, task.seed)
+    if divided:
+        test = ImageFolder(root / "test")
+        test_order = np.lexsort((test.targets, rank_in_class(test.targets, 0)))
+    else:
+        test, test_order = train, np.lexsort((train.targets, ranks))
+        ranks = ranks - np.bincount(train.targets)[train.targets] // 4  # negative: the test part
+        test_order = test_order[ranks[test_order] < 0]
+    order = np.lexsort((train.targets, ranks))
+    order = order[ranks[order] >= 0]
     number, _, per_class = task.size.partition("/")
     count = len(order) if number == "all" else int(number) * (len(train.classes) if per_class else 1)
     if count > len(order):

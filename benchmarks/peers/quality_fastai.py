@@ -55,8 +55,8 @@ def default(task: Task, train: Subset, test: Subset) -> Curve:
     curve = Curve()
     block = fastai.DataBlock(
         blocks=(fastai.ImageBlock, fastai.CategoryBlock),
-        get_x=lambda item: item[0],
-        get_y=lambda item: item[1],
+        get_x=fastai.ItemGetter(0),
+        get_y=fastai.ItemGetter(1),
         splitter=fastai.IndexSplitter(range(len(train), len(train) + len(test))),
         item_tfms=fastai.Resize(task.image_size),
         batch_tfms=fastai.Normalize.from_stats(MEAN, DEVIATION),

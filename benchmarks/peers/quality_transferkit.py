@@ -16,9 +16,9 @@ def end(curve: Curve, trainer: tk.Trainer, test: Subset) -> Curve:
 
 def fine_tune(task: Task, train: Subset, test: Subset) -> Curve:
     backbone = load(task)
-    seconds = task.method.partition(":")[2]
+    budget = float(task.method.partition(":")[2] or 0) or None
     curve = Curve()
-    trainer = tk.fine_tune(backbone, train, budget=float(seconds) if seconds else None, seed=task.seed)
+    trainer = tk.fine_tune(backbone, train, budget=budget, epochs=task.epochs, seed=task.seed, verbose=0)
     return end(curve, trainer, test)
 
 
@@ -27,7 +27,7 @@ def solve(task: Task, train: Subset, test: Subset) -> Curve:
     curve = Curve()
     model = tk.freeze_until(tk.attach_head(backbone, train.dataset.classes), "head")
     trainer = tk.Trainer(model, seed=task.seed)
-    trainer.solve(train)
+    trainer.solve(train, verbose=0)
     return end(curve, trainer, test)
 
 
