@@ -331,7 +331,7 @@ MANY = [f"class {number}" for number in range(37)]
             {"hidden": (17,)},
             "adam",
             CheckpointError,
-            r"weight \(16, 24\) instead of \(17, 24\).*head built otherw",
+            r"weight \(16, 48\) instead of \(17, 48\).*head built otherw",
         ),
         ({"image_size": 64}, "adam", CheckpointError, r"preprocessing .*'image_size': 32.*'image_size': 64.*the same"),
         ({"name": "other"}, "adam", CheckpointError, r"backbone tiny, the model other: expected the same"),
