@@ -79,13 +79,13 @@ def test_without_dropout_there_is_no_dropout_layer(backbone: tk.Backbone) -> Non
 def test_features_are_standardised_once_they_are_measured(backbone: tk.Backbone) -> None:
     """A new head leaves features as they are; with mean and std it subtracts the one and divides by the other."""
     head = tk.attach_head(backbone, 2).head
-    features = torch.randn(6, 24, 1, 1)
+    features = torch.randn(6, 48, 1, 1)
     assert torch.equal(head(features), head.logits(features.flatten(1)))
 
-    head.standardize.mean.copy_(torch.linspace(-1, 1, 24))
-    head.standardize.std.copy_(torch.linspace(0.5, 2, 24))
+    head.standardize.mean.copy_(torch.linspace(-1, 1, 48))
+    head.standardize.std.copy_(torch.linspace(0.5, 2, 48))
 
-    standardised = (features.flatten(1) - torch.linspace(-1, 1, 24)) / torch.linspace(0.5, 2, 24)
+    standardised = (features.flatten(1) - torch.linspace(-1, 1, 48)) / torch.linspace(0.5, 2, 48)
     assert torch.equal(head(features), head.logits(standardised))
     assert torch.equal(head.eval()(features), head.logits(standardised))
 
@@ -104,18 +104,18 @@ def test_standardising_trains_nothing(backbone: tk.Backbone) -> None:
 def test_hidden_dropout_is_active_in_training_only(backbone: tk.Backbone) -> None:
     """Dropout changes logits from call to call in training mode and not in eval mode."""
     model = tk.attach_head(backbone, 2, hidden=(64,), dropout=0.5)
-    features = torch.randn(2, 24, 1, 1)
+    features = torch.randn(2, 48, 1, 1)
 
     assert not torch.equal(model.head(features), model.head(features))
     assert torch.equal(model.eval().head(features), model.head(features))
 
 
 def test_full_vgg16_head_has_25088_inputs() -> None:
-    """VGG16 at 224 pixels flattens to 512 * 7 * 7 inputs, and pools to 256 + 512 + 512."""
+    """VGG16 at 224 pixels flattens to 512 * 7 * 7 inputs, and pools to 256 + 512 + 512 means and as many maxima."""
     backbone = tk.load_backbone("vgg16", weights=None)
 
     assert tk.attach_head(backbone, 10, hidden=(16,), pooling="flatten").head.fc1.in_features == 25_088
-    assert tk.attach_head(backbone, 10, hidden=(16,)).head.fc1.in_features == 1_280
+    assert tk.attach_head(backbone, 10, hidden=(16,)).head.fc1.in_features == 2_560
 
 
 def test_heads_follow_the_seed(backbone: tk.Backbone) -> None:
@@ -208,7 +208,7 @@ def test_unusable_dropout_is_refused(backbone: tk.Backbone, dropout: float) -> N
 
 
 @pytest.mark.parametrize(
-    ("pooling", "remedy"), [("average", "Did you mean 'avg'"), ("sum", "Known: 'avg', 'max', 'flatten'")]
+    ("pooling", "remedy"), [("average", "Did you mean 'avg'"), ("sum", "Known: 'avg', 'max', 'avgmax', 'flatten'")]
 )
 def test_unknown_pooling_is_refused(backbone: tk.Backbone, pooling: str, remedy: str) -> None:
     """A misspelt pooling is refused with the poolings there are."""
