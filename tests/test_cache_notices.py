@@ -165,7 +165,7 @@ def test_a_hook_among_the_frozen_layers_sees_every_epoch(make_backbone, data):
 
 @pytest.mark.parametrize("place", ["head", "last convolution"])
 def test_a_hook_behind_the_boundary_is_called(make_backbone, data, images_seen, place):
-    """Hooks on what trains are called for every image in every epoch, and where the head is measured, while the features before them are cached."""
+    """Hooks on what trains are called for every image in every epoch and in measuring, over cached features."""
     model, seen = make_model(make_backbone, "block5"), []
     module = model.head if place == "head" else model.backbone.features[12]
     module.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))

@@ -594,7 +594,7 @@ def test_data_without_a_good_image_is_refused(model, count):
 
 
 def test_a_bad_image_is_read_once_and_never_again(model):
-    """After the look before the run, no epoch touches the bad image; the others are measured, then read once an epoch."""
+    """Only the look before the run touches the bad image; the others are measured, then read once an epoch."""
     dataset = Counted(120, [40])
     make_trainer(model).fit(dataset, epochs=3, batch_size=40, on_bad_image="skip", verbose=0)
     assert dataset.reads.count(40) == 1
