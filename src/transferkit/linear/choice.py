@@ -224,7 +224,7 @@ class _Folds:
         self.targets = targets[self.rows]
         self.fold_of = fold_of[self.rows]
         self.parts = [(self.fold_of == fold).nonzero().squeeze(1) for fold in range(used)]
-        size = max(1, _BATCH_NUMBERS // (classes * max(count, 2 * PAIRS * len(design.variances))))
+        size = max(1, _BATCH_NUMBERS // (classes * max(count, 2 * PAIRS * len(design.axes))))
         self.batches = [
             Problems(design, targets, loss, classes=classes, members=fold_of[:, None] != batch)
             for batch in torch.split(torch.arange(used, device=fold_of.device), size)

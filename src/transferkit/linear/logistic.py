@@ -50,13 +50,13 @@ class Problems:
         members: Which rows each problem uses, bool `(N, P)`; each has at least one.
 
     Attributes:
-        weights: The solutions, `(P, K, A + 1)`, on the axes of the design, the bias last; zero before `solve`.
+        weights: The solutions, `(P, K, A + 1)`, for the columns of the design, the bias last; zero before `solve`.
         logits: Of all rows in all problems, `(N, P, K)`.
 
     References:
         Böhning, 1992, "Multinomial logistic regression algorithm": the Hessian is bounded by a multiple of the
-        covariance of the features. On its axes that bound is diagonal, and preconditions L-BFGS. The multiple is
-        measured along each step, so it suits any loss.
+        covariance of the features. That preconditions L-BFGS, with a multiple that is measured along each step, so it
+        suits any loss.
     """
 
     def __init__(self, design: Design, targets: Tensor, loss: Loss, *, classes: int, members: Tensor) -> None:
@@ -66,7 +66,7 @@ class Problems:
         weights = [float(loss.total_weight(targets[own])) for own in members.T]  # host sync: once
         self.scale = (members / torch.tensor(weights, device=members.device))[..., None]  # (N, P, 1)
         self.share = self.scale.sum(dim=0).squeeze(1)  # (P,): 1 without class weights
-        self.weights = torch.zeros(problems, classes, len(design.variances), device=members.device)
+        self.weights = torch.zeros(problems, classes, len(design.axes), device=members.device)
         self.logits = torch.zeros(count, problems, classes, device=members.device)
         self.curvature = torch.ones(problems, device=members.device)
         self._path: deque[tuple[float, Tensor]] = deque(maxlen=2)
@@ -103,8 +103,7 @@ class Problems:
         mark = torch.full_like(self.curvature, torch.inf)  # the last fall that was half of the one before
         stale = torch.zeros_like(mark)
         for steps in range(max_steps):
-            scale = (self.curvature * self.share)[:, None, None] * self.design.variances + penalty
-            direction = _newton_like(gradient, pairs, scale)
+            direction = self._direction(gradient, pairs, l2)
             slope = (gradient * direction).sum(dim=(1, 2))
             if not bool(slope.isfinite().all()):  # host sync
                 raise NonFiniteError(
@@ -145,6 +144,17 @@ class Problems:
             (slopes,) = torch.autograd.grad(self.loss.sum(leaf, self.targets), leaf)
         return slopes.view(logits.shape) * self.scale
 
+    def _direction(self, gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, Tensor]], l2: float) -> Tensor:
+        """Return the L-BFGS direction of each problem, `(P, K, A + 1)`."""
+        direction, kept = -gradient, []
+        for step, bend, inverse in reversed(pairs):
+            kept.append(inverse * (step * direction).sum(dim=(1, 2), keepdim=True))
+            direction = direction - kept[-1] * bend
+        direction = self.design.precondition(direction, self.curvature * self.share, l2)
+        for step, bend, inverse in pairs:
+            direction = direction + (kept.pop() - inverse * (bend * direction).sum(dim=(1, 2), keepdim=True)) * step
+        return direction
+
     def _search(
         self, slopes: Tensor, change: Tensor, start: Tensor, linear: Tensor, square: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -178,17 +188,4 @@ class Problems:
         size = length * (self.scale * change.square()).sum(dim=(0, 2))
         measured = rise / size
         usable = running & measured.isfinite() & (measured > 0)
-        self.curvature = torch.where(usable, measured, self.curvature)
-
-
-def _newton_like(gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, Tensor]], scale: Tensor) -> Tensor:
-    """Return the L-BFGS direction of each problem from its gradient `(P, K, A + 1)`; `scale` is the first Hessian."""
-    direction = -gradient
-    kept = []
-    for step, bend, inverse in reversed(pairs):
-        kept.append(inverse * (step * direction).sum(dim=(1, 2), keepdim=True))
-        direction = direction - kept[-1] * bend
-    direction = direction / scale
-    for step, bend, inverse in pairs:
-        direction = direction + (kept.pop() - inverse * (bend * direction).sum(dim=(1, 2), keepdim=True)) * step
-    return direction
+        self.curvature = torch.where(usable, measured.clamp_min(1e-8), self.curvature)
