@@ -84,7 +84,9 @@ def train_once(train: Data, test: Data, classes: list[str], settings: dict[str, 
     backbone = tk.load_backbone(
         weights=ASSETS / "vgg16_imagenet_features_bf16.pt", preprocessing="IMAGENET1K_FEATURES", image_size=32
     )
-    model = tk.freeze_until(tk.attach_head(backbone, classes, hidden=(256,)), settings["freeze_until"])
+    model = tk.freeze_until(
+        tk.attach_head(backbone, classes, hidden=(256,), pooling="flatten"), settings["freeze_until"]
+    )
     if settings.get("lr_find"):
         found = tk.Trainer(model, seed=seed).lr_find(train, verbose=0)
         return {**settings, "suggestion": found.suggestion, "lrs": found.lrs, "losses": found.losses}

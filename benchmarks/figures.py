@@ -134,7 +134,7 @@ def draw_model() -> None:
         weights = ASSETS / "vgg16_imagenet_features_bf16.pt"
         backbone = tk.load_backbone(weights=weights, preprocessing="IMAGENET1K_FEATURES", image_size=32)
         torch.manual_seed(0)
-        model = tk.freeze_until(tk.attach_head(backbone, train.classes, hidden=(256,)), "block5")
+        model = tk.freeze_until(tk.attach_head(backbone, train.classes, hidden=(256,), pooling="flatten"), "block5")
         trainer = tk.Trainer(model, lr=1e-4, schedule=tk.warmup("cosine", 30 / 252))  # 30 of 4 * 63 steps
         trainer.fit(train, validation_data=test, epochs=4, verbose=0)
         assessment = trainer.assess(test)

@@ -32,7 +32,9 @@ def build(
         backbone = tk.load_backbone(name, weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=32)
     else:
         backbone = tk.load_backbone(name, weights=None, image_size=32)
-    return tk.freeze_until(tk.attach_head(backbone, 10, hidden=hidden, dropout=dropout), frozen_until)
+    return tk.freeze_until(
+        tk.attach_head(backbone, 10, hidden=hidden, dropout=dropout, pooling="flatten"), frozen_until
+    )
 
 
 def loss_arguments() -> dict[str, Any]:
