@@ -74,6 +74,15 @@ def questions() -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
             for depth in ("head", "block5", "block3")
             for seed in (0, 1, 2)
         ),
+        "solved": lambda: (
+            {"freeze_until": "head", "layers": layers, "image_size": size}
+            for size, layers in [
+                (32, ["block5"]),
+                (32, ["block4", "block5"]),
+                (32, ["block3", "block4", "block5"]),
+                (64, ["block3", "block4", "block5"]),
+            ]
+        ),
     }
 
 
@@ -82,8 +91,16 @@ def train_once(train: Data, test: Data, classes: list[str], settings: dict[str, 
     seed = settings.get("seed", 0)
     torch.manual_seed(seed)
     backbone = tk.load_backbone(
-        weights=ASSETS / "vgg16_imagenet_features_bf16.pt", preprocessing="IMAGENET1K_FEATURES", image_size=32
+        weights=ASSETS / "vgg16_imagenet_features_bf16.pt",
+        preprocessing="IMAGENET1K_FEATURES",
+        image_size=settings.get("image_size", 32),
     )
+    if "layers" in settings:
+        model = tk.freeze_until(tk.attach_head(backbone, classes, layers=settings["layers"]), "head")
+        trainer = tk.Trainer(model, seed=seed)
+        found = trainer.solve(train, verbose=0)
+        scores = {f"val_{name}": [round(value, 5)] for name, value in trainer.evaluate(test).items()}
+        return {**settings, "l2": found.l2, "history": scores}
     model = tk.freeze_until(
         tk.attach_head(backbone, classes, hidden=(256,), pooling="flatten"), settings["freeze_until"]
     )
