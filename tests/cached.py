@@ -192,7 +192,7 @@ def _features_pre_hook(model: tk.TransferModel) -> None:
 
 def _backbone_forward(model: tk.TransferModel) -> None:
     forward = model.backbone.forward
-    model.backbone.forward = lambda images: forward(images) * 2
+    model.backbone.forward = lambda *inputs: forward(*inputs) * 2
 
 
 IMPURE: dict[str, tuple[Change, str]] = {

@@ -149,7 +149,7 @@ def test_preprocessed_images_are_not_augmented(model, data):
     with pytest.raises(
         ImageError, match=r"augment works on raw images, but these are preprocessed \(float\): pass uin"
     ):
-        trainer.fit((model.backbone.preprocess(data[0]), data[1]), augment="flip", verbose=0)
+        trainer.fit((model.backbone.preprocess(data[0]), data[1]), augment="flip", verbose=0, epochs=1)
     assert trainer.global_step == 0
 
 
@@ -158,7 +158,7 @@ def test_training_images_are_augmented_when_asked_and_only_then(model, data, aug
     """Without `augment` the model trains on the images as they are, with it on changed ones."""
     seen = []
     handle = model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
-    make_trainer(model).fit(data, batch_size=24, augment=augment, verbose=0)
+    make_trainer(model).fit(data, batch_size=24, augment=augment, verbose=0, epochs=1)
     handle.remove()
     expected = model.backbone.preprocess(data[0])
     unchanged = sum(any(torch.equal(image, other) for other in expected) for image in seen[0])
@@ -169,7 +169,7 @@ def test_training_images_are_augmented_when_asked_and_only_then(model, data, aug
 def test_validation_and_prediction_are_not_augmented(model, data):
     """`augment` changes training images only: the validation figures are those of the plain images."""
     trainer = make_trainer(model)
-    history = trainer.fit(data, validation_data=data, augment=lambda image: image * 0, verbose=0)
+    history = trainer.fit(data, validation_data=data, augment=lambda image: image * 0, verbose=0, epochs=1)
     assert history.history["val_loss"] == [trainer.evaluate(data)["loss"]]
 
 

@@ -187,6 +187,10 @@ def trainer_of(model, **arguments):
     return tk.Trainer(model, **{"lr": 3e-2, "device": "cpu", "precision": "fp32", **arguments})
 
 
+HEAD = {"hidden": (16,), "pooling": "flatten"}
+"""A head that learns slowly enough for `liked_best_at_first`."""
+
+
 def liked_best_at_first(make_model_again, data, epochs=1):
     """The images with what the model says of them after its first epochs: it never agrees as well again."""
     trainer = trainer_of(make_model_again())
@@ -216,7 +220,7 @@ def test_unfreezing_in_the_middle_of_a_run(make_backbone, data, boundary, batch_
     """Where a callback unfreezes layers after the best epoch, the whole model comes back as it was in that epoch."""
 
     def again():
-        return make_model(make_backbone(batch_norm=batch_norm), "head", hidden=(16,))
+        return make_model(make_backbone(batch_norm=batch_norm), "head", **HEAD)
 
     model, unfreeze = again(), UnfreezeAfter(1, boundary)
     validation = liked_best_at_first(again, data, epochs=2)
@@ -234,7 +238,7 @@ def test_unfreezing_in_a_callback_that_leaves_eval_mode(make_backbone, data):
     """So it is where the callback leaves the model in eval mode, as one that predicts by hand does."""
 
     def again():
-        return make_model(make_backbone(batch_norm=True), "head", hidden=(16,))
+        return make_model(make_backbone(batch_norm=True), "head", **HEAD)
 
     model, unfreeze = again(), UnfreezeAfter(1, "block5", leave_in_eval=True)
     validation = liked_best_at_first(again, data, epochs=2)
@@ -260,7 +264,7 @@ def test_a_run_that_fails_after_unfreezing(make_backbone, data):
     """An error in a later epoch leaves the whole model as it was in the best one."""
 
     def again():
-        return make_model(make_backbone(batch_norm=True), "head", hidden=(16,))
+        return make_model(make_backbone(batch_norm=True), "head", **HEAD)
 
     model, unfreeze = again(), UnfreezeAfter(0, "block5")
     trainer = trainer_of(model)

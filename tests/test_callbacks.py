@@ -71,7 +71,7 @@ def test_watching_validation_without_any_is_refused_before_a_step(model, data):
     """The message names the figure and both remedies; no step was made."""
     trainer = tk.Trainer(tk.freeze_until(model, "head"), device="cpu")
     with pytest.raises(ArgumentError, match=r"watches val_accuracy.*pass validation_data or validation_split.*loss"):
-        trainer.fit(data, callbacks=[tk.EarlyStopping()], verbose=0)
+        trainer.fit(data, callbacks=[tk.EarlyStopping()], verbose=0, epochs=1)
     assert trainer.global_step == 0
 
 
@@ -129,7 +129,7 @@ def test_an_unknown_layer_is_refused_before_a_step(model, data):
     """A name that is no layer is refused with close names before the first step."""
     trainer = tk.Trainer(tk.freeze_until(model, "head"), device="cpu")
     with pytest.raises(UnknownLayerError, match=r"block55.*Did you mean"):
-        trainer.fit(data, callbacks=[tk.GradualUnfreezing({1: "block55"})], verbose=0)
+        trainer.fit(data, callbacks=[tk.GradualUnfreezing({1: "block55"})], verbose=0, epochs=1)
     assert trainer.global_step == 0
 
 

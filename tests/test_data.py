@@ -180,7 +180,7 @@ def test_predict_takes_a_folder_of_unknown_images(model, data, tmp_path):
 def test_images_given_are_not_changed(model, data):
     """Training, augmentation included, leaves the user's tensors as they were."""
     images, targets = data[0].clone(), data[1].clone()
-    make_trainer(model).fit(data, augment=["flip", lambda image: image.fill_(0)], verbose=0)
+    make_trainer(model).fit(data, augment=["flip", lambda image: image.fill_(0)], verbose=0, epochs=1)
     assert torch.equal(data[0], images)
     assert torch.equal(data[1], targets)
 
@@ -365,7 +365,9 @@ def test_target_out_of_range_is_named_by_value_and_place(model, data, kind, targ
         dataset.targets = targets.tolist()
     kinds = {"tensors": data, "loader": DataLoader(dataset, batch_size=5)}
     with pytest.raises(TargetError, match=rf"target {target} at index 13 is out of range: expected 0 to 2"):
-        make_trainer(model).fit(kinds.get(kind, dataset), batch_size=None if kind == "loader" else 5, verbose=0)
+        make_trainer(model).fit(
+            kinds.get(kind, dataset), batch_size=None if kind == "loader" else 5, verbose=0, epochs=1
+        )
 
 
 def test_target_transform_is_applied_before_targets_are_judged(data):
@@ -412,7 +414,7 @@ def test_sixteen_bit_image_is_refused_with_its_place(model):
     samples = pil_samples(9)
     samples[7] = (Image.new("I;16", (32, 32)), 0)
     with pytest.raises(ImageError, match=r"image 7 has mode 'I;16': expected 8 bits per channel"):
-        make_trainer(model).fit(Samples(samples), batch_size=2, verbose=0)
+        make_trainer(model).fit(Samples(samples), batch_size=2, verbose=0, epochs=1)
 
 
 def test_mixed_raw_and_preprocessed_images_are_refused():
@@ -438,7 +440,7 @@ def test_images_scaled_to_0_to_1_are_refused_before_a_step(model, data, kind):
     trainer = make_trainer(model)
     before = model.head.logits.weight.clone()
     with pytest.raises(ImageError, match=r"values from 0 to .*not preprocessed.*without ToTensor or a division by 255"):
-        trainer.fit(kinds[kind], verbose=0)
+        trainer.fit(kinds[kind], verbose=0, epochs=1)
     assert torch.equal(model.head.logits.weight, before)
 
 
@@ -446,7 +448,7 @@ def test_preprocessed_images_of_another_size_are_refused(model, data):
     """Preprocessed images of another size than the backbone's are refused with both sizes."""
     images = model.backbone.preprocess.with_image_size(48)(data[0])
     with pytest.raises(ImageError, match=r"have 48x48 pixels: expected 32x32. Pass raw uint8 images"):
-        make_trainer(model).fit((images, data[1]), verbose=0)
+        make_trainer(model).fit((images, data[1]), verbose=0, epochs=1)
 
 
 def test_batches_of_a_loader_need_two_parts(data):
@@ -497,7 +499,7 @@ def test_validation_data_of_other_classes_is_refused_before_a_step(model, data):
     """Validation folders that miss a class, which would shift every label, are refused before the first step."""
     trainer = make_trainer(model)
     with pytest.raises(HeadMismatchError, match=r"the data has 2 classes \(cat, owl\), the model 3"):
-        trainer.fit(data, validation_data=Named(["cat", "owl"]), verbose=0)
+        trainer.fit(data, validation_data=Named(["cat", "owl"]), verbose=0, epochs=1)
     assert trainer.global_step == 0
 
 
@@ -518,7 +520,7 @@ def test_validation_data_that_cannot_be_used_is_refused_before_a_step(model, dat
     trainer = make_trainer(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(error, match=match):
-        trainer.fit(data, validation_data=make(*data), verbose=0)
+        trainer.fit(data, validation_data=make(*data), verbose=0, epochs=1)
     assert trainer.global_step == 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -344,7 +344,7 @@ def test_nothing_is_shown_when_told_so(as_terminal, model, trainer, data, capsys
 def test_lines_alone_in_a_terminal(as_terminal, trainer, data, capsys):
     """verbose=2 draws no bar in a terminal either."""
     terminal = as_terminal()
-    trainer.fit(data, verbose=2)
+    trainer.fit(data, verbose=2, epochs=1)
     assert terminal.getvalue() == ""
     assert "epoch 1" in capsys.readouterr().out
 

@@ -100,4 +100,4 @@ def test_an_empty_list_is_refused(trainer):
 def test_a_path_does_not_train(trainer, path):
     """What `predict` takes without targets `fit` refuses."""
     with pytest.raises(ValueError, match="expected images, not a path"):
-        trainer.fit(path)
+        trainer.fit(path, epochs=1)

@@ -14,6 +14,7 @@ ORDER = [
     {"data"},
     {"model"},
     {"features", "saving"},
+    {"linear"},
     {"results"},
     {"training"},
     {"trainer"},

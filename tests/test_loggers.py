@@ -71,7 +71,7 @@ def test_another_file_is_refused_and_kept(model, data, tmp_path, content):
     path.write_text(content)
     trainer = make_trainer(model)
     with pytest.raises(ArgumentError, match=r"mine\.csv.*(Name another file|name another)"):
-        trainer.fit(data, callbacks=[tk.CSVLogger(path)], verbose=0)
+        trainer.fit(data, callbacks=[tk.CSVLogger(path)], verbose=0, epochs=1)
     assert (path.read_text(), trainer.global_step) == (content, 0)
 
 
@@ -79,7 +79,7 @@ def test_a_missing_folder_is_refused_before_a_step(model, data, tmp_path):
     """The message names the folder."""
     trainer = make_trainer(model)
     with pytest.raises(ArgumentError, match=r"there is no folder .*nowhere"):
-        trainer.fit(data, callbacks=[tk.CSVLogger(tmp_path / "nowhere" / "log.csv")], verbose=0)
+        trainer.fit(data, callbacks=[tk.CSVLogger(tmp_path / "nowhere" / "log.csv")], verbose=0, epochs=1)
     assert trainer.global_step == 0
 
 

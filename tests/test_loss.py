@@ -96,7 +96,7 @@ def test_multi_hot_rows_of_any_kind_train_the_same(make_backbone, labels, form):
     trained = []
     for data in ((images, rows), forms[form]):
         trainer = make_trainer(make_model(make_backbone()), loss=tk.BinaryCrossEntropy(), cache=False, optimizer="sgd")
-        trainer.fit(data, batch_size=None if form == "loader" and data is forms[form] else 24, verbose=0)
+        trainer.fit(data, batch_size=None if form == "loader" and data is forms[form] else 24, verbose=0, epochs=1)
         trained.append(weights_of(trainer.model))
     for name, value in trained[0].items():
         torch.testing.assert_close(trained[1][name], value, rtol=1e-5, atol=1e-6)
@@ -197,14 +197,14 @@ def test_other_targets_than_multi_hot_rows_are_refused(model, data, targets, mes
     """Class indices, rows of another width and entries beyond 0 and 1 are refused before a step, with what to do."""
     trainer = make_trainer(model, loss=tk.BinaryCrossEntropy())
     with pytest.raises(TargetError, match=message):
-        trainer.fit((data[0], targets), verbose=0)
+        trainer.fit((data[0], targets), verbose=0, epochs=1)
     assert trainer.global_step == 0
 
 
 def test_multi_hot_rows_without_the_loss_name_it(model, labels):
     """Cross-entropy refuses rows that do not sum to one and says which loss takes them."""
     with pytest.raises(TargetError, match=r"several labels, pass Trainer\(loss=transferkit.BinaryCrossEntropy"):
-        make_trainer(model).fit(labels, verbose=0)
+        make_trainer(model).fit(labels, verbose=0, epochs=1)
 
 
 @pytest.mark.parametrize("threshold", [0, 1, -0.1, 1.5, math.nan, "a"])
@@ -221,7 +221,7 @@ def test_a_threshold_out_of_range_is_refused(threshold):
 def test_a_function_trains_as_in_a_plain_loop(make_backbone, data, boundary):
     """A function of (logits, targets) gives the weights of a loop that minimises it."""
     trainer = make_trainer(make_model(make_backbone(), boundary), loss=focal, optimizer="sgd", lr=0.1)
-    trainer.fit(data, batch_size=24, verbose=0)
+    trainer.fit(data, batch_size=24, verbose=0, epochs=1)
     model = make_model(make_backbone(), boundary)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     order = tk.data.sources.epoch_order(24, 0, 0)
@@ -238,7 +238,7 @@ def test_micro_batches_weigh_a_functions_parts(make_backbone, data):
         trainer = make_trainer(
             make_model(make_backbone()), loss=focal, optimizer="sgd", lr=0.1, micro_batch_size=micro_batch_size
         )
-        trainer.fit((data[0][:5], data[1][:5]), batch_size=5, verbose=0)
+        trainer.fit((data[0][:5], data[1][:5]), batch_size=5, verbose=0, epochs=1)
         trained.append(weights_of(trainer.model))
     for name, value in trained[0].items():
         torch.testing.assert_close(trained[1][name], value, rtol=1e-4, atol=1e-6)
@@ -257,7 +257,7 @@ def test_evaluation_uses_the_function(model, data):
 def test_torchs_binary_loss_means_several_labels(model, labels):
     """nn.BCEWithLogitsLoss trains multi-hot targets and sets the threshold to 1/2."""
     trainer = make_trainer(model, loss=nn.BCEWithLogitsLoss())
-    trainer.fit(labels, verbose=0)
+    trainer.fit(labels, verbose=0, epochs=1)
     assert model.threshold == 0.5
     assert trainer.predict(labels[0]).shape == (24, 3)
 
@@ -270,7 +270,7 @@ def test_a_function_for_several_labels(model, labels):
         model,
         loss=lambda logits, rows: seen.append(rows.shape) or functional.binary_cross_entropy_with_logits(logits, rows),
     )
-    trainer.fit(labels, batch_size=24, verbose=0)
+    trainer.fit(labels, batch_size=24, verbose=0, epochs=1)
     assert seen[-1] == (24, 3)
 
 
@@ -288,7 +288,7 @@ def test_a_function_that_is_no_loss_is_refused_before_a_step(model, data, loss, 
     """What does not return one number that depends on the logits is refused with what is expected."""
     before = weights_of(model)
     with pytest.raises(ArgumentError, match=message):
-        make_trainer(model, loss=loss).fit(data, verbose=0)
+        make_trainer(model, loss=loss).fit(data, verbose=0, epochs=1)
     assert differences(before, weights_of(model)) == []
 
 

@@ -166,7 +166,7 @@ def test_shared_state_of_an_optimizer_stays(make_backbone, data):
 
     model = make_model(make_backbone)
     trainer = make_trainer(model, lr=None, optimizer=Noting(model.parameters(), lr=0.01, momentum=0.9))
-    trainer.fit(data, batch_size=8, verbose=0)
+    trainer.fit(data, batch_size=8, verbose=0, epochs=1)
     kept = trainer.optimizer.state
     identities = {id(value) for state in kept.values() for value in state.values() if isinstance(value, torch.Tensor)}
     before = snapshot(trainer)
@@ -241,13 +241,13 @@ def fail():
 def test_nothing_changes_when_it_is_ended(make_backbone, data, act, error, number):
     """Ctrl-C and an error in the first, a middle or the last step leave everything as it was; then fit works."""
     trainer = make_trainer(make_model(make_backbone, batch_norm=True))
-    trainer.fit(data, batch_size=8, verbose=0)
+    trainer.fit(data, batch_size=8, verbose=0, epochs=1)
     before = snapshot(trainer)
     with at_step(trainer, number, act) as calls, pytest.raises(error):
         trainer.lr_find(data, batch_size=8, num_steps=5, verbose=0)
     assert len(calls) == number + 1
     assert_nothing_changed(before, trainer)
-    trainer.fit(data, batch_size=8, verbose=0)
+    trainer.fit(data, batch_size=8, verbose=0, epochs=1)
     assert len(trainer.lr_find(data, batch_size=8, num_steps=2, verbose=0).lrs) == 2
 
 
@@ -320,7 +320,7 @@ def test_a_failing_update_leaves_the_gradient_scaler_usable(make_backbone, data,
         trainer.lr_find(data, batch_size=8, num_steps=3, verbose=0)
     assert_nothing_changed(before, trainer)
     optimizer.fails = False
-    trainer.fit(data, batch_size=8, verbose=0)
+    trainer.fit(data, batch_size=8, verbose=0, epochs=1)
 
 
 def test_a_loss_that_is_not_a_number_at_once_ends_it(make_backbone, data, capsys):
@@ -386,7 +386,7 @@ def test_views_are_those_of_fit(make_backbone, data, images_seen):
     """With n_views the features of every view are computed once, and are those that fit takes."""
     trainer = make_trainer(make_model(make_backbone))
     trainer.lr_find(data, batch_size=8, num_steps=4, augment="color", n_views=2, verbose=0)
-    trainer.fit(data, batch_size=8, augment="color", n_views=2, verbose=0)
+    trainer.fit(data, batch_size=8, augment="color", n_views=2, verbose=0, epochs=1)
     assert sum(count for count, _ in images_seen) == 48
 
 

@@ -72,7 +72,7 @@ def test_the_training_figure_is_of_the_outputs_while_the_weights_change(backbone
     seen = []
     trainer = make_trainer(make_model(backbone), metrics={"one": lambda p, t: seen.append((p, t)) or 0.0})
     steps = list(make_trainer(make_model(backbone)).steps(data, batch_size=10))
-    trainer.fit(data, batch_size=10, verbose=0)
+    trainer.fit(data, batch_size=10, verbose=0, epochs=1)
     (probabilities, targets), *_ = seen
     assert probabilities.shape == (24, 3)
     assert torch.equal(targets, torch.cat([step.targets for step in steps]))
@@ -176,17 +176,19 @@ def test_early_stopping_names_a_misspelt_metric_before_a_step(model, data):
     """A name close to a figure is refused before the run, one that no report has after the first epoch."""
     trainer = make_trainer(model, metrics={"recall": macro_recall})
     with pytest.raises(ArgumentError, match="monitor='val_recal' is no figure"):
-        trainer.fit(data, validation_data=data, callbacks=[tk.EarlyStopping("val_recal")], verbose=0)
+        trainer.fit(data, validation_data=data, callbacks=[tk.EarlyStopping("val_recal")], verbose=0, epochs=1)
     assert trainer.global_step == 0
     with pytest.raises(ArgumentError, match="watches 'pets', which the report lacks: it has loss, accuracy"):
-        trainer.fit(data, callbacks=[tk.EarlyStopping("pets")], verbose=0)
+        trainer.fit(data, callbacks=[tk.EarlyStopping("pets")], verbose=0, epochs=1)
 
 
 def test_a_logger_goes_on_with_a_file_that_lacks_a_figure(make_backbone, data, tmp_path):
     """Lines of an earlier run without the metric stay, with nothing in its column."""
     trainer = make_trainer(make_model(make_backbone()))
-    trainer.fit(data, callbacks=[tk.CSVLogger(tmp_path / "log.csv")], verbose=0)
-    trainer.fit(data, callbacks=[lambda _, report: setattr(report, "pets", 1.0), tk.CSVLogger(tmp_path / "log.csv")])
+    trainer.fit(data, callbacks=[tk.CSVLogger(tmp_path / "log.csv")], verbose=0, epochs=1)
+    trainer.fit(
+        data, callbacks=[lambda _, report: setattr(report, "pets", 1.0), tk.CSVLogger(tmp_path / "log.csv")], epochs=1
+    )
     assert pets_in(tmp_path / "log.csv") == ["", "1.0"]
 
 

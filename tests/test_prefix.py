@@ -15,6 +15,7 @@ from cached import IMPURE, make_model
 from transferkit.data.preprocessing import CONVENTIONS
 from transferkit.features.feed import Frozen
 from transferkit.features.prefix import NOTHING_FROZEN, Prefix, pure_prefix
+from transferkit.model.layers import Layers
 
 ASSETS = Path(__file__).parent.parent / "examples" / "assets"
 CLASSES = ["cat", "dog", "owl"]
@@ -71,7 +72,7 @@ def test_gives_the_bits_of_the_layers(make_backbone, data, precision, batch_norm
 def test_a_batch_norm_before_the_first_convolution_gives_its_bits(data, precision):
     """A first layer that is no convolution gives its own bits: autocast leaves its input in fp32."""
     device = tk.Device("cpu", precision)
-    layers = with_statistics(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True)))
+    layers = with_statistics(Layers([nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True)]))
     layers = device.prepare(layers.eval().requires_grad_(False))
     inputs = V1(data[0])
     assert torch.equal(make_prefix(layers, device)(inputs), by_hand(layers, inputs, device))
@@ -94,9 +95,9 @@ def test_goes_on_behind_layers_already_computed(make_backbone, data, precision):
 def test_the_batch_size_does_not_matter(backbone, data, batch_size):
     """However many images are computed at once, each gives the same bits in bf16, in its place."""
     device = tk.Device("cpu", "bf16")
-    prefix = make_prefix(frozen_layers(backbone, device), device)
-    inputs = inputs_of(data, backbone)
-    expected = by_hand(backbone.features, inputs, device)
+    layers = frozen_layers(backbone, device)
+    prefix, inputs = make_prefix(layers, device), inputs_of(data, backbone)
+    expected = by_hand(layers, inputs, device)
     prefix.batch_size = batch_size
     assert torch.equal(prefix(inputs), expected)
 
@@ -104,7 +105,7 @@ def test_the_batch_size_does_not_matter(backbone, data, batch_size):
 def test_large_images_are_computed_in_smaller_batches():
     """The number of images computed at once falls with their area and never below one."""
     device = tk.Device("cpu", "fp32")
-    sizes = [make_prefix(nn.Sequential(), device, V1.with_image_size(size)).batch_size for size in (64, 128, 4096)]
+    sizes = [make_prefix(Layers([]), device, V1.with_image_size(size)).batch_size for size in (64, 128, 4096)]
     assert sizes == [128, 32, 1]
 
 
@@ -141,7 +142,7 @@ def test_features_can_be_trained_on(backbone, data, precision):
     """The output is an ordinary tensor: what comes behind it can be differentiated."""
     device = tk.Device("cpu", precision)
     features = make_prefix(frozen_layers(backbone, device), device)(inputs_of(data, backbone))
-    linear = nn.Linear(8, 3)
+    linear = nn.Linear(8 + 8 + 8, 3)
     with device.autocast():
         linear(features.flatten(1)).sum().backward()
     assert linear.weight.grad.any()
@@ -159,11 +160,13 @@ def test_vgg16_gives_one_image_the_same_bits_in_every_batch(tmp_path):
         weights=ASSETS / "vgg16_imagenet_features_bf16.pt", preprocessing="IMAGENET1K_FEATURES", image_size=32
     )
     device = tk.Device("cpu", "bf16")
-    prefix = make_prefix(frozen_layers(backbone, device), device, backbone.preprocess)
+    layers = frozen_layers(backbone, device)
+    prefix = make_prefix(layers, device, backbone.preprocess)
     inputs = backbone.preprocess(pixels.permute(0, 3, 1, 2))
     assert len(inputs) == 64
     whole = prefix(inputs)
-    assert torch.equal(whole, by_hand(backbone.features, inputs, device))
+    assert whole.shape == (64, 256 + 512 + 512, 1, 1)
+    assert torch.equal(whole, by_hand(layers, inputs, device))
     for batch_size in (1, 2, 7, 16, 32):
         assert torch.equal(torch.cat([prefix(part) for part in torch.split(inputs, batch_size)]), whole)
 
@@ -254,7 +257,7 @@ def test_every_weight_and_statistic_counts(layers, key):
 def test_every_setting_of_a_layer_counts(one, other):
     """Layers with equal weights and another setting that changes the output have other digests."""
     other.load_state_dict(one.state_dict())
-    first, second = (digests(nn.Sequential(layer.eval())) for layer in (one, other))
+    first, second = (digests(Layers([layer.eval()])) for layer in (one, other))
     assert first[1] != second[1]
 
 
@@ -384,7 +387,7 @@ def test_another_preprocessing_is_noticed(layers, prefix):
 
 def test_the_mode_of_layers_without_one_does_not_count(data):
     """ReLUs and convolutions frozen by hand do the same in both modes: neither digests nor prefix depend on it."""
-    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)).requires_grad_(False)
+    layers = Layers([nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)]).requires_grad_(False)
     prefix = make_prefix(layers.train(), tk.Device("cpu", "fp32"))
     expected = prefix.digests
     assert prefix.is_current(layers.eval(), V1)

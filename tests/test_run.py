@@ -22,10 +22,10 @@ def test_a_batch_of_one_for_batch_norm_is_refused(
     trainer = with_batch_norm(backbone)
     message = rf"batch_size={batch_size} leaves a batch of 1 image of {count}.*needs 2 or more"
     with pytest.raises(ArgumentError, match=message) as error:
-        trainer.fit((images, targets), batch_size=batch_size, verbose=0)
+        trainer.fit((images, targets), batch_size=batch_size, verbose=0, epochs=1)
     assert trainer.global_step == 0
     serves = int(str(error.value).rsplit("such as ", 1)[1].rstrip("."))
-    trainer.fit((images, targets), batch_size=serves, verbose=0)
+    trainer.fit((images, targets), batch_size=serves, verbose=0, epochs=1)
 
 
 def test_a_batch_of_one_trains_without_batch_norm(model: tk.TransferModel, data: tuple[Tensor, Tensor]) -> None:
@@ -40,5 +40,5 @@ def test_frozen_batch_norm_takes_a_batch_of_one(backbone: tk.Backbone, data: tup
     trainer = with_batch_norm(backbone)
     tk.freeze_until(trainer.model, "head.2")
     before = trainer.model.head[1].running_mean.clone()
-    trainer.fit(data, batch_size=23, verbose=0)
+    trainer.fit(data, batch_size=23, verbose=0, epochs=1)
     assert torch.equal(trainer.model.head[1].running_mean, before)

@@ -236,7 +236,7 @@ def test_image_sizes_may_be_tried(make_backbone, folder):
 def test_the_model_is_that_after_its_best_epoch(search, data):
     """The best model validates with the best score, though later epochs were worse."""
     validation = (data[0], (data[1] + 1) % 3)  # the more is learnt, the worse
-    result = search({"lr": [3e-2], "freeze_until": ["block5"], "epochs": [6]}, data, validation_data=validation)
+    result = search({"lr": [3e-2], "freeze_until": ["block5"], "epochs": [12]}, data, validation_data=validation)
     accuracies = result.trials[0].history.history["val_accuracy"]
     assert accuracies[-1] < max(accuracies)
     trainer = tk.Trainer(result.best_model_, device="cpu", precision="fp32")
@@ -577,12 +577,12 @@ def test_shared_features_are_not_computed_again(trainers, data, images_seen):
     """What one computed serves the other, both ways, and what the other adds serves the first."""
     one, other = trainers(), trainers()
     other.share_features(one)
-    one.fit(data, verbose=0)
-    other.fit(data, verbose=0)
+    one.fit(data, verbose=0, epochs=1)
+    other.fit(data, verbose=0, epochs=1)
     more = (255 - data[0], data[1])
-    other.fit(more, verbose=0)
+    other.fit(more, verbose=0, epochs=1)
     assert sum(count for count, _ in images_seen) == 48
-    one.fit(more, verbose=0)
+    one.fit(more, verbose=0, epochs=1)
     assert sum(count for count, _ in images_seen) == 48
 
 
@@ -594,10 +594,10 @@ def test_shared_features_never_mix(trainers, data, arguments):
     targets = (data[1] * 2) % 3
     alone = trainers(**arguments).fit((data[0], targets), epochs=2, verbose=0)
     one, other = trainers(), trainers(**arguments)
-    one.fit(data, verbose=0)
+    one.fit(data, verbose=0, epochs=1)
     other.share_features(one)
     assert figures(other.fit((data[0], targets), epochs=2, verbose=0)) == figures(alone)
-    one.fit(data, verbose=0)
+    one.fit(data, verbose=0, epochs=1)
 
 
 def test_shared_features_take_the_targets_of_the_data(trainers, data):
@@ -605,7 +605,7 @@ def test_shared_features_take_the_targets_of_the_data(trainers, data):
     other = (data[0], (data[1] + 1) % 3)
     alone = trainers().fit(other, epochs=2, verbose=0)
     one, two = trainers(), trainers()
-    one.fit(data, verbose=0)
+    one.fit(data, verbose=0, epochs=1)
     two.share_features(one)
     assert figures(two.fit(other, epochs=2, verbose=0)) == figures(alone)
 

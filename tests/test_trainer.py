@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
-from tiny import CLASSES, Stream, changed, differences, figures, make_model, make_trainer, weights_of
+from tiny import CLASSES, STANDARDIZE, Stream, changed, differences, figures, make_model, make_trainer, weights_of
 from transferkit.errors import ArgumentError, ImageError, NothingToTrainError, TargetError
 from transferkit.model.freezing import first_trainable
 
@@ -98,7 +98,7 @@ def test_fit_leaves_the_global_generators_alone(make_backbone, data):
     trainer = make_trainer(model)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     trainer.fit(data, validation_split=0.25, epochs=2, batch_size=8, augment="trivial", verbose=0)
-    trainer.fit(list(zip(*data, strict=True)), validation_data=data, batch_size=8, verbose=0)
+    trainer.fit(list(zip(*data, strict=True)), validation_data=data, batch_size=8, verbose=0, epochs=1)
     trainer.predict(data)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
@@ -111,7 +111,10 @@ def test_fit_leaves_the_global_generators_alone(make_backbone, data):
 @pytest.mark.parametrize("arguments", [{}, {"optimizer": "adamw"}, {"optimizer": "sgd", "weight_decay": 0.1}])
 @pytest.mark.parametrize("boundary", ["block3", "head"])
 def test_frozen_layers_stay_bit_identical(make_backbone, data, boundary, arguments):
-    """Parameters and batch norm statistics before the boundary keep every bit; all after it change."""
+    """Parameters and batch norm statistics before the boundary keep every bit; all after it change.
+
+    What standardises the features is measured, not trained.
+    """
     model = tk.attach_head(make_backbone(batch_norm=True), CLASSES)
     before = weights_of(model)
     trainer = make_trainer(tk.freeze_until(model, boundary), **arguments)
@@ -122,29 +125,33 @@ def test_frozen_layers_stay_bit_identical(make_backbone, data, boundary, argumen
         for name in before
         if name.startswith("head.") or int(name.removeprefix("backbone.features.")[:2].strip(".")) >= first
     }
-    assert changed(before, model) == expected
+    assert changed(before, model) - STANDARDIZE == expected - STANDARDIZE
 
 
 def test_frozen_layers_have_no_optimizer_state(model, data):
     """No momentum is kept for what is frozen."""
     trainer = make_trainer(tk.freeze_until(model, "block3"))
-    trainer.fit(data, verbose=0)
+    trainer.fit(data, verbose=0, epochs=1)
     assert {id(parameter) for parameter in trainer.optimizer.state} == {
         id(parameter) for parameter in model.parameters() if parameter.requires_grad
     }
 
 
 def test_second_phase_trains_what_was_unfrozen(model, data):
-    """After `freeze_until(model, "block3")` a second `fit` trains blocks 3 to 5 too, with the same groups."""
+    """After `freeze_until(model, "block3")` a second `fit` trains blocks 3 to 5 too, with the same groups.
+
+    The features stay standardised as in the first phase.
+    """
     trainer = make_trainer(tk.freeze_until(model, "head"))
     optimizer = trainer.optimizer
     trainer.fit(data, epochs=2, batch_size=8, verbose=0)
     before = weights_of(model)
     tk.freeze_until(model, "block3")
     history = trainer.fit(data, epochs=2, batch_size=8, lr={"backbone": 1e-4, "head": 1e-3}, verbose=0)
-    assert changed(before, model) == {
-        name for name in before if name.startswith("head.") or name.split(".")[2] in ("6", "9", "12")
-    }
+    assert (
+        changed(before, model)
+        == {name for name in before if name.startswith("head.") or name.split(".")[2] in ("6", "9", "12")} - STANDARDIZE
+    )
     assert trainer.optimizer is optimizer
     assert len(optimizer.param_groups) == 6
     assert history.history["lr"] == [1e-3, 1e-3]
@@ -154,10 +161,10 @@ def test_second_phase_trains_what_was_unfrozen(model, data):
 def test_freezing_more_in_the_second_phase_stops_it(model, data):
     """What is frozen after a first phase keeps every bit, although the optimizer has momentum for it."""
     trainer = make_trainer(model, optimizer="sgd", weight_decay=0.1)
-    trainer.fit(data, batch_size=8, verbose=0)
+    trainer.fit(data, batch_size=8, verbose=0, epochs=1)
     before = weights_of(model)
     tk.freeze_until(model, "head")
-    trainer.fit(data, batch_size=8, verbose=0)
+    trainer.fit(data, batch_size=8, verbose=0, epochs=1)
     assert {name.split(".")[0] for name in changed(before, model)} == {"head"}
 
 
@@ -231,8 +238,8 @@ def test_optimizer_instance_is_used(make_backbone, data):
     """An instance trains the model as the same optimizer by class does."""
     first, second = make_model(make_backbone()), make_model(make_backbone())
     instance = torch.optim.SGD(first.parameters(), lr=1e-2, fused=True)
-    tk.Trainer(first, optimizer=instance, device="cpu", precision="fp32").fit(data, batch_size=8, verbose=0)
-    make_trainer(second, optimizer=torch.optim.SGD).fit(data, batch_size=8, verbose=0)
+    tk.Trainer(first, optimizer=instance, device="cpu", precision="fp32").fit(data, batch_size=8, verbose=0, epochs=1)
+    make_trainer(second, optimizer=torch.optim.SGD).fit(data, batch_size=8, verbose=0, epochs=1)
     assert differences(first.state_dict(), second.state_dict()) == []
 
 
@@ -341,7 +348,7 @@ def test_callback_that_is_no_list_is_refused_before_a_step(model, data):
     """One function instead of a list of them is refused before an epoch is lost on it."""
     trainer = make_trainer(model)
     with pytest.raises(ArgumentError, match=r"callbacks.*expected a (list|sequence)"):
-        trainer.fit(data, callbacks=lambda trainer, report: None, verbose=0)
+        trainer.fit(data, callbacks=lambda trainer, report: None, verbose=0, epochs=1)
     assert trainer.global_step == 0
 
 
@@ -586,7 +593,7 @@ def test_training_figures_are_means_over_images(model, data):
     images, targets = data
     with torch.no_grad():
         logits = model(model.backbone.preprocess(images))
-    history = make_trainer(model, lr=1e-30, optimizer="sgd").fit(data, batch_size=11, verbose=0)
+    history = make_trainer(model, lr=1e-30, optimizer="sgd").fit(data, batch_size=11, verbose=0, epochs=1)
     assert history.history["loss"] == pytest.approx([functional.cross_entropy(logits, targets).item()], rel=1e-6)
     assert history.history["accuracy"] == [(logits.argmax(dim=1) == targets).sum().item() / 24]
 
@@ -600,7 +607,7 @@ def test_reported_loss_includes_smoothing_and_weights(model, data):
     trainer = make_trainer(
         model, lr=1e-30, optimizer="sgd", loss=tk.CrossEntropy(label_smoothing=0.3, class_weights=weights)
     )
-    history = trainer.fit(data, validation_data=data, batch_size=24, verbose=0)
+    history = trainer.fit(data, validation_data=data, batch_size=24, verbose=0, epochs=1)
     assert history.history["loss"] == pytest.approx([expected], rel=1e-5)
     assert history.history["val_loss"] == pytest.approx([functional.cross_entropy(logits, data[1]).item()], rel=1e-6)
 
@@ -644,7 +651,7 @@ def test_prediction_uses_the_statistics_of_training(make_backbone, data):
     """With batch norm and dropout a prediction is repeatable and changes no state."""
     model = tk.attach_head(make_backbone(batch_norm=True), CLASSES, hidden=(16,), dropout=0.5)
     trainer = make_trainer(model)
-    trainer.fit(data, batch_size=8, verbose=0)
+    trainer.fit(data, batch_size=8, verbose=0, epochs=1)
     before = weights_of(model)
     assert np.array_equal(trainer.predict_proba(data[0]), trainer.predict_proba(data[0]))
     assert changed(before, model) == set()
@@ -794,7 +801,7 @@ def test_history_counts_epochs_over_the_life_of_the_trainer(model, data):
     """The second call of `fit` goes on counting; its history is its own."""
     trainer = make_trainer(model)
     trainer.fit(data, epochs=2, verbose=0)
-    history = trainer.fit(data, validation_data=data, verbose=0)
+    history = trainer.fit(data, validation_data=data, verbose=0, epochs=1)
     assert history.epoch == [2]
     assert list(history.history) == ["loss", "accuracy", "lr", "epoch_s", "val_loss", "val_accuracy"]
     assert all(len(values) == 1 for values in history.history.values())

@@ -151,7 +151,7 @@ def test_validation_data_and_a_split_are_refused_together(model, data):
     """Two sources of validation data are one too many."""
     trainer = tk.Trainer(model, device="cpu", precision="fp32")
     with pytest.raises(ArgumentError, match=r"validation_data and validation_split are both given: expected one"):
-        trainer.fit(data, validation_data=data, validation_split=0.25)
+        trainer.fit(data, validation_data=data, validation_split=0.25, epochs=1)
 
 
 @pytest.mark.parametrize("count", [20, 28])
@@ -159,7 +159,7 @@ def test_another_number_of_targets_is_seen_before_the_split(model, data, count):
     """More or fewer targets than images are refused with a split as without one."""
     trainer = tk.Trainer(model, device="cpu", precision="fp32")
     with pytest.raises(TargetError, match=rf"24 images but {count} targets: expected one target for each image"):
-        trainer.fit((data[0], torch.zeros(count, dtype=torch.int64)), validation_split=0.25, verbose=0)
+        trainer.fit((data[0], torch.zeros(count, dtype=torch.int64)), validation_split=0.25, verbose=0, epochs=1)
 
 
 @pytest.mark.parametrize("as_dataset", [False, True])
@@ -171,7 +171,7 @@ def test_a_bad_target_is_named_by_its_place_in_the_whole_data(model, data, index
     trainer = tk.Trainer(model, device="cpu", precision="fp32")
     whole = TensorDataset(images, targets) if as_dataset else (images, targets)
     with pytest.raises(TargetError, match=rf"target 9 at index {index} is out of range"):
-        trainer.fit(whole, validation_split=0.25, verbose=0)
+        trainer.fit(whole, validation_split=0.25, verbose=0, epochs=1)
 
 
 def test_fit_validates_on_the_held_out_images(model, data):
@@ -184,6 +184,7 @@ def test_fit_validates_on_the_held_out_images(model, data):
         batch_size=4,
         verbose=0,
         callbacks=[lambda trainer, report: counts.append(trainer.global_step)],
+        epochs=1,
     )
     assert counts == [5]  # 18 images in batches of 4
     places = split_validation(open_data(data, model.classes), 0.25, seed=5)[1].indices

@@ -17,6 +17,9 @@ from transferkit.data.preprocessing import CONVENTIONS
 
 CLASSES = ["cat", "dog", "owl"]
 
+STANDARDIZE = frozenset(f"head.standardize.{name}" for name in ("mean", "std", "num_images"))
+"""Buffers of a head that pools: measured of the training images before the first step, and changed by no step."""
+
 # ---- networks, trainers, images
 
 
@@ -35,9 +38,12 @@ def make_model(
     return tk.freeze_until(tk.attach_head(backbone, CLASSES, **head), boundary)
 
 
+PLAIN = {"device": "cpu", "precision": "fp32", "lr": 1e-2, "schedule": "constant", "clip_grad_norm": None}
+
+
 def make_trainer(model: tk.TransferModel, *, micro_batch_size: int | None = None, **arguments: object) -> tk.Trainer:
     """Return a trainer that computes in fp32 on the CPU, with a learning rate for so small a network."""
-    trainer = tk.Trainer(model, **{"device": "cpu", "precision": "fp32", "lr": 1e-2, **arguments})
+    trainer = tk.Trainer(model, **{**PLAIN, **arguments})
     trainer.micro_batch_size = micro_batch_size
     return trainer
 

@@ -25,7 +25,7 @@ from transferkit.model.head import attach_head
 from transferkit.trainer import Trainer
 from transferkit.training.averaging import WeightAverage
 from transferkit.training.checkpoint import Checkpoint
-from transferkit.training.loss import Loss, LossFunction
+from transferkit.training.loss import CrossEntropy, Loss, LossFunction
 from transferkit.training.optimizers import LearningRate
 from transferkit.training.progress import BestWeights
 from transferkit.training.schedules import warmup
@@ -51,8 +51,13 @@ MOST_VIEWS = 6
 
 BATCH_SIZE = 32
 
-RATES = {"head": 2e-4, "backbone": 2e-4}
+RATES = {"head": 1e-4, "backbone": 1e-4}
 """Learning rates of deeper training with Adam, which begins from the solved head."""
+
+DROPOUT = 0.5
+"""Of the features in deeper training."""
+
+LABEL_SMOOTHING = 0.1
 
 DECAY = 0.99
 """Of the average of weights: about the last 100 steps."""
@@ -119,10 +124,11 @@ def fine_tune(
         freeze_until: The first layer that trains: `"head"` solves the head and ends; None trains everything. `"auto"`
             chooses among the last two blocks by the time.
         epochs: Of the second part; None decides by the time or the number of images.
-        lr: Learning rates of the second part, as in `Trainer`; None is 2e-4.
+        lr: Learning rates of the second part, as in `Trainer`; None is 1e-4.
         batch_size: Of the second part.
         augment: As in `Trainer.fit`; None uses the images as they are.
-        loss: As in `Trainer`, convex in the logits: cross-entropy or binary cross-entropy.
+        loss: As in `Trainer`, convex in the logits: cross-entropy or binary cross-entropy. None is cross-entropy with
+            a label smoothing of 0.1.
         metrics: As in `Trainer`.
         folder: Where the second part saves checkpoints. A call with the same arguments continues from the last one.
         device: As in `Trainer`.
@@ -156,13 +162,13 @@ def fine_tune(
     end = None if budget is None else started + positive("budget", budget)
     display = Display(verbose)
     with seeded(derive_seed(whole_number("seed", seed, at_least=0), "head")):
-        model = freeze(attach_head(backbone, find_classes(data, classes), layers=layers), "head")
+        model = freeze(attach_head(backbone, find_classes(data, classes), layers=layers, dropout=DROPOUT), "head")
     trainer = Trainer(
         model,
         lr=RATES if lr is None else lr,
         schedule=warmup("cosine"),
         clip_grad_norm=1.0,
-        loss=loss,
+        loss=CrossEntropy(label_smoothing=LABEL_SMOOTHING) if loss is None else loss,
         metrics=metrics,
         device=device,
         precision=precision,

@@ -79,11 +79,13 @@ class Trainer:
         optimizer: `"adam"`, `"adamw"`, `"sgd"` (momentum 0.9), `"rmsprop"`, an optimizer class or
             `functools.partial` of one, or an instance over the model's parameters. Fused where torch can.
         lr: Learning rate, above 0: one number, or `{"backbone": 1e-5, "head": 1e-3}`, in which blocks may have their
-            own (`"block5": 1e-4`; see `discriminative_lr`). None is 1e-3.
+            own (`"block5": 1e-4`; see `discriminative_lr`). None is 3e-4 for the head and 1e-4 for the backbone (1e-2
+            and 1e-3 with `"sgd"`), and the own default of an optimizer class.
         weight_decay: 0 or more; None is the optimizer's own default, 0.01 for AdamW and 0 for the others named here.
         schedule: `"constant"`, `"linear"` or `"cosine"` (both fall to 0 over one call of `fit`), `"one_cycle"` (rises
             from 1/25 over the first 30 % of the steps, then falls to 0), `warmup("cosine", 0.1)`, or a function of
-            progress (0 to 1) that returns a factor. Steps that fp16 skips count.
+            progress (0 to 1) that returns a factor. Steps that fp16 skips count. `"auto"` is `warmup("cosine", 0.1)`
+            where the number of steps is known, else `"constant"`.
         clip_grad_norm: Largest Euclidean norm of all gradients together; None does not clip.
         loss: `CrossEntropy` (None), `BinaryCrossEntropy` where an image may have several labels, or any function or
             module of (logits, targets) that returns the mean over a batch.
@@ -147,8 +149,8 @@ class Trainer:
         optimizer: str | OptimizerClass | Optimizer = "adam",
         lr: LearningRate | None = None,
         weight_decay: float | None = None,
-        schedule: str | Schedule = "constant",
-        clip_grad_norm: float | None = None,
+        schedule: str | Schedule = "auto",
+        clip_grad_norm: float | None = 1.0,
         loss: Loss | LossFunction | None = None,
         metrics: object = None,
         device: str | torch.device | Device = "auto",
@@ -233,7 +235,7 @@ class Trainer:
         *,
         validation_data: object = None,
         validation_split: float | None = None,
-        epochs: int = 1,
+        epochs: int = 10,
         batch_size: int | None = None,
         lr: LearningRate | None = None,
         augment: Augment | None = None,

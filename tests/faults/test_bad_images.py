@@ -88,7 +88,7 @@ def read_all(dataset, num_workers=0):
 def fit_error(model, dataset, **arguments):
     trainer = make_trainer(model)
     with pytest.raises(ImageError) as caught:
-        trainer.fit(dataset, **{"batch_size": 4, "verbose": 0, **arguments})
+        trainer.fit(dataset, **{"epochs": 1, "batch_size": 4, "verbose": 0, **arguments})
     return str(caught.value)
 
 
@@ -270,7 +270,7 @@ def test_an_unusual_file_is_converted_to_rgb(model, folder, kind, form):
     dataset = KINDS[kind](folder)
     assert torch.equal(read_all(dataset)[5], expected)
     trainer = make_trainer(model)
-    trainer.fit(dataset, batch_size=4, verbose=0)
+    trainer.fit(dataset, batch_size=4, verbose=0, epochs=1)
     assert trainer.global_step == 3
     assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
 
@@ -403,7 +403,7 @@ def test_whatever_a_data_set_raises_becomes_one_error(model, error):
     for num_workers in (0, 1):
         trainer = make_trainer(model)
         with pytest.raises(ImageError, match=rf"cannot read image 7: {type(error).__name__}") as caught:
-            trainer.fit(Raises(), batch_size=4, verbose=0, num_workers=num_workers)
+            trainer.fit(Raises(), batch_size=4, verbose=0, num_workers=num_workers, epochs=1)
         if num_workers == 0:
             assert caught.value.__cause__ is error
 
@@ -443,7 +443,7 @@ def test_no_worker_outlives_a_bad_image_while_its_error_is_kept(model, folder):
     half_jpeg(Path(dataset.samples[5][0]))
     trainer = make_trainer(model)
     with pytest.raises(ImageError) as caught:
-        trainer.fit(dataset, batch_size=2, verbose=0, num_workers=1)
+        trainer.fit(dataset, batch_size=2, verbose=0, num_workers=1, epochs=1)
     assert multiprocessing.active_children() == []
     assert caught.value is not None
 
@@ -454,7 +454,7 @@ def test_no_worker_outlives_a_bad_image_while_its_error_is_kept(model, folder):
 def fit_lines(capsys, model, dataset, **arguments):
     """Train with "skip" and return the trainer and the lines that were printed."""
     trainer = make_trainer(model, **arguments.pop("trainer", {}))
-    trainer.fit(dataset, **{"on_bad_image": "skip", "batch_size": 4, **arguments})
+    trainer.fit(dataset, **{"epochs": 1, "on_bad_image": "skip", "batch_size": 4, **arguments})
     return trainer, capsys.readouterr().out.splitlines()
 
 
@@ -494,7 +494,7 @@ def test_what_is_said_of_a_skipped_image_does_not_ask_for_what_was_done(model, c
     _, lines = fit_lines(capsys, model, Counted(120, [17]))
     assert not [line for line in lines if "pass on_bad" in line]
     with pytest.raises(ImageError) as caught:
-        make_trainer(model).fit(Counted(120, [17, 18]), on_bad_image="skip", verbose=0)
+        make_trainer(model).fit(Counted(120, [17, 18]), on_bad_image="skip", verbose=0, epochs=1)
     assert "pass on_bad" not in str(caught.value)
 
 
@@ -572,7 +572,7 @@ def test_one_in_a_hundred_may_be_bad_and_no_more(model, capsys):
     ]
     trainer = make_trainer(model)
     with pytest.raises(ImageError, match=r"3 of the first 1\d\d images .* at most 1% of all 200.*picture 17 is bad"):
-        trainer.fit(Counted(200, [17, 100, 150]), on_bad_image="skip", verbose=0)
+        trainer.fit(Counted(200, [17, 100, 150]), on_bad_image="skip", verbose=0, epochs=1)
     assert trainer.global_step == 0
 
 
@@ -581,7 +581,7 @@ def test_one_image_may_always_be_bad_and_two_of_few_not(model, capsys):
     trainer, _ = fit_lines(capsys, model, Counted(5, [2]))
     assert trainer.global_step == 1
     with pytest.raises(ImageError, match=r"2 of the first 5 images"):
-        trainer.fit(Counted(5, [2, 4]), on_bad_image="skip", verbose=0)
+        trainer.fit(Counted(5, [2, 4]), on_bad_image="skip", verbose=0, epochs=1)
 
 
 @pytest.mark.parametrize("count", [1, 40])
@@ -589,7 +589,7 @@ def test_data_without_a_good_image_is_refused(model, count):
     """Where every image is bad nothing is trained and an error says so."""
     trainer = make_trainer(model)
     with pytest.raises((ImageError, EmptyDataError), match="picture 0 is bad"):
-        trainer.fit(Counted(count, range(count)), on_bad_image="skip", verbose=0)
+        trainer.fit(Counted(count, range(count)), on_bad_image="skip", verbose=0, epochs=1)
     assert trainer.global_step == 0
 
 
@@ -623,7 +623,7 @@ def test_another_bad_image_on_resuming_is_noticed(make_backbone, tmp_path):
         dataset.images, dataset.bad, dataset.reads = images, {bad}, []
         torch.manual_seed(3)
         trainer = make_trainer(tk.attach_head(make_backbone(), CLASSES))
-        trainer.fit(dataset, batch_size=60, on_bad_image="skip", verbose=0, **arguments)
+        trainer.fit(dataset, epochs=1, batch_size=60, on_bad_image="skip", verbose=0, **arguments)
 
     images = torch.randint(0, 255, (120, 3, 32, 32), dtype=torch.uint8)
     train(30, callbacks=[tk.Checkpoint(tmp_path / "run")])
@@ -637,7 +637,7 @@ def test_skipping_does_not_reach_a_loader(model, data):
     loader = DataLoader(TensorDataset(*data), batch_size=8, shuffle=True)
     for arguments in ({"data": loader}, {"data": data, "validation_data": loader}):
         with pytest.raises(ArgumentError, match=r'on_bad_image="skip" does not work with a DataLoader.*its Dataset'):
-            trainer.fit(arguments.pop("data"), on_bad_image="skip", verbose=0, **arguments)
+            trainer.fit(arguments.pop("data"), epochs=1, on_bad_image="skip", verbose=0, **arguments)
     assert trainer.global_step == 0
 
 
@@ -645,7 +645,7 @@ def test_skipping_does_not_reach_a_loader(model, data):
 def test_an_unknown_policy_is_refused(model, data, policy):
     """What is done with bad images is "raise" or "skip"."""
     with pytest.raises(ArgumentError, match=r"on_bad_image=.* is not known.*'raise'"):
-        make_trainer(model).fit(data, on_bad_image=policy, verbose=0)
+        make_trainer(model).fit(data, on_bad_image=policy, verbose=0, epochs=1)
 
 
 def test_images_in_memory_are_not_looked_through(make_backbone, data):
@@ -654,7 +654,7 @@ def test_images_in_memory_are_not_looked_through(make_backbone, data):
     for policy in ("raise", "skip"):
         torch.manual_seed(3)
         model = tk.attach_head(make_backbone(), CLASSES)
-        make_trainer(model).fit(data, on_bad_image=policy, batch_size=8, verbose=0)
+        make_trainer(model).fit(data, on_bad_image=policy, batch_size=8, verbose=0, epochs=1)
         trained.append(model.state_dict())
     assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
 
@@ -685,7 +685,7 @@ def test_folders_whose_classes_differ_are_refused(backbone, folder, tmp_path, nu
     }[wrap]
     trainer = make_trainer(tk.attach_head(backbone, num_classes))
     with pytest.raises(HeadMismatchError, match=r"cat, fox, owl") as caught:
-        trainer.fit(ImageFolder(folder), validation_data=wrapped, verbose=0)
+        trainer.fit(ImageFolder(folder), validation_data=wrapped, verbose=0, epochs=1)
     assert "cat, dog, owl" in str(caught.value)
     assert trainer.global_step == 0
 
@@ -696,7 +696,7 @@ def test_a_folder_to_validate_on_that_lacks_a_class_is_refused(backbone, folder,
     shutil.rmtree(tmp_path / "val" / "cat")
     trainer = make_trainer(tk.attach_head(backbone, 3))
     with pytest.raises(HeadMismatchError, match=r"3"):
-        trainer.fit(ImageFolder(folder), validation_data=ImageFolder(tmp_path / "val"), verbose=0)
+        trainer.fit(ImageFolder(folder), validation_data=ImageFolder(tmp_path / "val"), verbose=0, epochs=1)
     assert trainer.global_step == 0
 
 
@@ -711,7 +711,7 @@ def test_a_bad_label_is_named_before_it_reaches_the_loss(model, num_workers, tar
 
     trainer = make_trainer(model)
     with pytest.raises(TargetError, match=rf"{target}|7"):
-        trainer.fit(Labels(), batch_size=4, num_workers=num_workers, verbose=0)
+        trainer.fit(Labels(), batch_size=4, num_workers=num_workers, verbose=0, epochs=1)
     assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
 
 

@@ -237,7 +237,7 @@ def test_a_file_whose_folder_is_gone_in_mid_run_does_no_harm(tmp_path, train):
 
     weights, _, trainer = train(tmp_path / "cache", callbacks=[delete])
     assert_same(weights, expected)
-    trainer.fit((torch.randint(0, 255, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 3), verbose=0)
+    trainer.fit((torch.randint(0, 255, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 3), verbose=0, epochs=1)
 
 
 # ---- full disks
@@ -287,7 +287,7 @@ def test_a_disk_that_fills_up_leaves_the_rest_in_memory(small_disk, make_backbon
         torch.manual_seed(3)
         model = tk.attach_head(tk.freeze_until(make_backbone(), "block3"), CLASSES)
         dataset = FillsTheDisk((images, torch.arange(150) % 3), small_disk)
-        make_trainer(model, precision="fp32", folder=folder).fit(dataset, batch_size=64, verbose=2)
+        make_trainer(model, precision="fp32", folder=folder).fit(dataset, batch_size=64, verbose=2, epochs=1)
         trained.append(model.state_dict())
         assert dataset.full is (folder is not None)
     assert_same(*trained)
@@ -311,7 +311,7 @@ def test_a_file_size_limit_leaves_features_in_memory(tmp_path, make_backbone):
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
         try:
-            trainer.fit((images, torch.arange(100) % 3), batch_size=50, verbose=0)
+            trainer.fit((images, torch.arange(100) % 3), batch_size=50, verbose=0, epochs=1)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
             signal.signal(signal.SIGXFSZ, handler)

@@ -113,11 +113,11 @@ def assert_same_state(one, other):
 def assert_stops_before_the_bad_step(make, kind):
     """Step 13 of two epochs is bad: an error says so, and all is as in a run that ended with step 12."""
     stopped, reference = make(kind), make(kind)
-    stopped.fit(make_batches(), verbose=0)
+    stopped.fit(make_batches(), verbose=0, epochs=1)
     with pytest.raises(NonFiniteError, match=r"step 13 \(epoch 1, batch 3, all from 0\)") as caught:
-        stopped.fit(make_batches(kind), verbose=0)
-    reference.fit(make_batches(), verbose=0)
-    reference.fit(make_batches(without=range(BAD, 10)), verbose=0)
+        stopped.fit(make_batches(kind), verbose=0, epochs=1)
+    reference.fit(make_batches(), verbose=0, epochs=1)
+    reference.fit(make_batches(without=range(BAD, 10)), verbose=0, epochs=1)
     assert_same_state(stopped, reference)
     assert (stopped.global_step, reference.global_step) == (13, 13)
     assert all(parameter.grad is None for parameter in stopped.model.parameters())
@@ -181,8 +181,8 @@ def test_scaled_gradients_that_are_not_finite_change_no_weight(make_trainer, hal
     skipped, reference = (make_trainer(kind, precision="fp16") for _ in range(2))
     for trainer in (skipped, reference):
         trainer.device.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    skipped.fit(make_batches(kind, number=4), verbose=0)
-    reference.fit(make_batches(number=3), verbose=0)
+    skipped.fit(make_batches(kind, number=4), verbose=0, epochs=1)
+    reference.fit(make_batches(number=3), verbose=0, epochs=1)
     assert_same_state(skipped, reference)
     assert (skipped.global_step, skipped.device.scaler.get_scale()) == (4, 512.0)
 
@@ -205,9 +205,9 @@ def test_a_checkpoint_is_saved_there(make_trainer, tmp_path):
     """A `Checkpoint` holds the state of the step before the bad one, though it saves after epochs alone."""
     stopped, reference, loaded = (make_trainer("NaN gradient") for _ in range(3))
     with pytest.raises(NonFiniteError):
-        stopped.fit(make_batches("NaN gradient"), callbacks=[tk.Checkpoint(tmp_path)], verbose=0)
+        stopped.fit(make_batches("NaN gradient"), callbacks=[tk.Checkpoint(tmp_path)], verbose=0, epochs=1)
     assert [path.name for path in tmp_path.iterdir()] == [f"step-{BAD:08d}.pt"]
-    reference.fit(make_batches(without=range(BAD, 10)), verbose=0)
+    reference.fit(make_batches(without=range(BAD, 10)), verbose=0, epochs=1)
     loaded.load(tmp_path / f"step-{BAD:08d}.pt")
     assert_same_state(loaded, reference)
 
@@ -225,7 +225,7 @@ def test_the_tensor_is_named_as_in_the_model(make_backbone, data):
     model = tk.freeze_until(tk.attach_head(make_backbone(), CLASSES, hidden=(16,)), "head")
     model.head.fc1.weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(NonFiniteError, match=r"first in the gradient of head\.fc1\.weight"):
-        tk.Trainer(model, device="cpu", precision="fp32", lr=1e-2).fit(data, verbose=0)
+        tk.Trainer(model, device="cpu", precision="fp32", lr=1e-2).fit(data, verbose=0, epochs=1)
 
 
 def test_the_output_is_named_as_in_the_model(make_backbone, data):
@@ -235,7 +235,7 @@ def test_the_output_is_named_as_in_the_model(make_backbone, data):
     for boundary in (None, "head"):
         tk.freeze_until(model, boundary)
         with pytest.raises(NonFiniteError, match=r"first in the output of head\.fc1 \(Linear\)"):
-            tk.Trainer(model, device="cpu", precision="fp32", lr=1e-2).fit(data, verbose=0)
+            tk.Trainer(model, device="cpu", precision="fp32", lr=1e-2).fit(data, verbose=0, epochs=1)
 
 
 def test_buffers_that_a_head_assigns_anew_are_put_back(make_backbone, data):
@@ -256,7 +256,7 @@ def test_buffers_that_a_head_assigns_anew_are_put_back(make_backbone, data):
     images = model.backbone.preprocess(data[0])
     images[:, 0, 3, 3] = math.nan
     with pytest.raises(NonFiniteError):
-        tk.Trainer(model, device="cpu", precision="fp32", lr=1e-2).fit((images, data[1]), verbose=0)
+        tk.Trainer(model, device="cpu", precision="fp32", lr=1e-2).fit((images, data[1]), verbose=0, epochs=1)
     assert torch.equal(model.head.mean, torch.zeros(8))
 
 
@@ -284,8 +284,8 @@ def test_a_step_left_out_is_as_if_its_batch_had_not_been_there(make_trainer, kin
     skipping = make_trainer(kind, max_skipped=10, **arguments)
     reference = make_trainer(kind, **arguments)
     torch.full((10_000,), 1e30)  # what memory that is not cleared may hold
-    history = skipping.fit(make_batches(kind, bad=(bad,)), verbose=0)
-    expected = reference.fit(make_batches(without=(bad,)), verbose=0)
+    history = skipping.fit(make_batches(kind, bad=(bad,)), verbose=0, epochs=1)
+    expected = reference.fit(make_batches(without=(bad,)), verbose=0, epochs=1)
     assert (skipping.global_step, history.reports[0].skipped) == (9, 1)
     assert history.history["loss"] == expected.history["loss"]
     assert history.history["accuracy"] == expected.history["accuracy"]
@@ -298,7 +298,7 @@ def test_it_is_counted_and_printed_and_the_schedule_moves_with_the_updates(make_
     trainer = make_trainer("NaN gradient", max_skipped=10, schedule="linear", lr=1.0)
     rates = [step.lr for step in trainer.steps(make_batches("NaN gradient"))]
     assert rates == pytest.approx([1 - made / 10 for made in range(9)])
-    history = trainer.fit(make_batches("NaN gradient"), lr=1e-3)
+    history = trainer.fit(make_batches("NaN gradient"), lr=1e-3, epochs=1)
     assert "1 steps skipped: not finite" in capsys.readouterr().out
     assert history.reports[0].skipped == 1
     assert trainer.global_step == 18
@@ -318,14 +318,14 @@ def test_the_budget_holds_over_a_run(make_trainer):
     assert reports == [2]
     none = make_trainer("NaN gradient", max_skipped=0)
     with pytest.raises(NonFiniteError, match="step 3 "):
-        none.fit(make_batches("NaN gradient"), verbose=0)
+        none.fit(make_batches("NaN gradient"), verbose=0, epochs=1)
 
 
 def test_what_was_left_out_is_remembered_over_a_stop(make_trainer, tmp_path):
     """A run that stops behind a bad batch and is resumed has the report and the bits of one that did not."""
     make = functools.partial(make_trainer, "NaN gradient", max_skipped=1, dropout=0.5)
     whole, stopped, resumed = make(), make(), make()
-    expected = whole.fit(make_batches("NaN gradient"), verbose=0)
+    expected = whole.fit(make_batches("NaN gradient"), verbose=0, epochs=1)
     checkpoint = tk.Checkpoint(tmp_path, every_steps=5)
 
     def stop(module, inputs):
@@ -334,8 +334,8 @@ def test_what_was_left_out_is_remembered_over_a_stop(make_trainer, tmp_path):
 
     stopped.model.head.register_forward_pre_hook(stop)
     with pytest.raises(InterruptedError):
-        stopped.fit(make_batches("NaN gradient"), callbacks=[checkpoint], verbose=0)
-    history = resumed.fit(make_batches("NaN gradient"), resume_from=tmp_path, verbose=0)
+        stopped.fit(make_batches("NaN gradient"), callbacks=[checkpoint], verbose=0, epochs=1)
+    history = resumed.fit(make_batches("NaN gradient"), resume_from=tmp_path, verbose=0, epochs=1)
     assert history.reports[0].skipped == 1
     assert history.history["loss"] == expected.history["loss"]
     assert_same_state(resumed, whole)
@@ -344,7 +344,7 @@ def test_what_was_left_out_is_remembered_over_a_stop(make_trainer, tmp_path):
 def test_an_epoch_of_nothing_but_bad_steps_has_no_loss(make_trainer):
     """A mean over no image is not a loss of 0, which would be the best there is."""
     trainer = make_trainer("NaN gradient", max_skipped=10)
-    report = trainer.fit(make_batches("NaN gradient", bad=(0, 1), number=2), verbose=0).reports[0]
+    report = trainer.fit(make_batches("NaN gradient", bad=(0, 1), number=2), verbose=0, epochs=1).reports[0]
     assert report.skipped == 2
     assert math.isnan(report.loss)
 
@@ -357,11 +357,11 @@ def test_a_parameter_without_elements_is_looked_past(make_backbone, data):
     model = tk.attach_head(make_backbone(), CLASSES, head=head)
     for precision in ("fp32", "bf16"):
         before = weights_of(model)
-        tiny.make_trainer(model, precision=precision).fit(data, verbose=0)
+        tiny.make_trainer(model, precision=precision).fit(data, verbose=0, epochs=1)
         assert {"head.fc1.weight", "head.logits.bias"} < changed(before, model)
     head.fc1.weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(NonFiniteError, match=r"first in the gradient of head\.fc1\.weight"):
-        tiny.make_trainer(model).fit(data, verbose=0)
+        tiny.make_trainer(model).fit(data, verbose=0, epochs=1)
 
 
 @pytest.mark.parametrize("policy", ["raise", "skip"])
@@ -369,10 +369,10 @@ def test_a_nan_pixel_in_the_first_batch_is_no_other_than_in_the_fourth(make_trai
     """Which batch is the first is chance: the same error, or the same skip, as anywhere else."""
     trainer = make_trainer("NaN pixel", max_skipped=10 if policy == "skip" else 0)
     if policy == "skip":
-        assert trainer.fit(make_batches("NaN pixel", bad=(0,)), verbose=0).reports[0].skipped == 1
+        assert trainer.fit(make_batches("NaN pixel", bad=(0,)), verbose=0, epochs=1).reports[0].skipped == 1
     else:
         with pytest.raises(NonFiniteError, match=r"step 0 .*the network's input for image 1"):
-            trainer.fit(make_batches("NaN pixel", bad=(0,)), verbose=0)
+            trainer.fit(make_batches("NaN pixel", bad=(0,)), verbose=0, epochs=1)
 
 
 # ---- fused kernels that are told on the device
@@ -439,7 +439,7 @@ def test_a_scale_that_collapses_is_an_error(make_trainer, half, number):
 def test_the_label_that_torch_would_ignore_is_refused(model, data, targets):
     """-100 is no class here: a mean over no image would be NaN."""
     with pytest.raises(TargetError, match="-100"):
-        tk.Trainer(model, device="cpu", precision="fp32").fit((data[0], targets), verbose=0)
+        tk.Trainer(model, device="cpu", precision="fp32").fit((data[0], targets), verbose=0, epochs=1)
 
 
 RATES = [math.nan, math.inf, -1e-3, 0.0, -0.0]
@@ -473,7 +473,7 @@ def test_a_schedule_that_gives_no_number_is_an_error_before_the_step(model, data
     """The user's own function may return NaN or infinity: no weight becomes one."""
     trainer = tk.Trainer(model, device="cpu", precision="fp32", schedule=lambda p: 1.0 if p < 0.5 else factor)
     with pytest.raises(tk.TransferKitError, match="schedule"):
-        trainer.fit(data, batch_size=6, verbose=0)
+        trainer.fit(data, batch_size=6, verbose=0, epochs=1)
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 

@@ -155,7 +155,7 @@ def test_a_limit_that_is_met_in_a_later_part(make_trainer, data, where):
     head = falling.model.head
     head.register_forward_pre_hook(lambda module, inputs: setattr(head, "limit", 100 if not head.sizes else 3))
     for trainer in (falling, small):
-        trainer.fit(data, batch_size=8, verbose=0)
+        trainer.fit(data, batch_size=8, verbose=0, epochs=1)
     assert head.sizes[:5] == [4, 2, 2, 2, 2]
     assert_same_state(falling, small)
 
@@ -178,7 +178,7 @@ def test_a_step_that_is_not_finite_is_explained_in_the_same_parts(make_trainer, 
     trainer.model.head.layers[4].weight.register_hook(lambda gradient: gradient * torch.inf)
     tk.freeze_until(trainer.model, "head")
     with pytest.raises(NonFiniteError, match=r"step 0 .*the gradient of"):
-        trainer.fit(data, batch_size=8, verbose=0)
+        trainer.fit(data, batch_size=8, verbose=0, epochs=1)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -195,7 +195,7 @@ def test_a_ragged_last_part_gives_the_gradient_of_the_whole(model, data, precisi
             lr=1.0,
             loss=tk.CrossEntropy(class_weights=[1.0, 2.0, 5.0]),
         )
-        trainer.fit((data[0][:5], data[1][:5]), batch_size=5, verbose=0)
+        trainer.fit((data[0][:5], data[1][:5]), batch_size=5, verbose=0, epochs=1)
         before = dict(model.named_parameters())
         updates.append({name: value - before[name] for name, value in trainer.model.named_parameters()})
     tolerance = 1e-5 if precision == "fp32" else 3e-2
@@ -213,7 +213,7 @@ def test_one_image_that_does_not_fit_is_an_error_that_changes_nothing(make_train
     trainer = make_trainer(0, error=error, where=where)
     before = copied(trainer)
     with pytest.raises(OutOfMemoryError, match=r"one image at a time.*GiB free of .* GiB") as caught:
-        trainer.fit(data, batch_size=8, verbose=0)
+        trainer.fit(data, batch_size=8, verbose=0, epochs=1)
     message, reason = str(caught.value), str(ERRORS[error]()).splitlines()
     assert (reason[0] if reason else "MemoryError") in message
     assert differences(copied(trainer), before) == []
@@ -227,7 +227,7 @@ def test_other_errors_pass_unchanged(make_trainer, data, error, where):
     raised = []
     trainer = make_trainer(4, error=lambda: raised.append(1) or error, where=where)
     with pytest.raises(type(error)) as caught:
-        trainer.fit(data, batch_size=8, verbose=0)
+        trainer.fit(data, batch_size=8, verbose=0, epochs=1)
     assert caught.value is error
     assert raised == [1]
     assert trainer.micro_batch_size is None
@@ -245,11 +245,11 @@ def test_what_a_failed_step_leaves_does_not_reach_the_next(make_trainer, data, e
 
     hook = failed.model.backbone.register_forward_pre_hook(fail_later)
     with pytest.raises(RuntimeError):
-        failed.fit(data, batch_size=8, verbose=0)
+        failed.fit(data, batch_size=8, verbose=0, epochs=1)
     hook.remove()
     failed.model.head.limit = 100
     for trainer in (failed, fresh):
-        trainer.fit(data, batch_size=8, verbose=0)
+        trainer.fit(data, batch_size=8, verbose=0, epochs=1)
     assert_same_state(failed, fresh)
 
 
@@ -303,7 +303,7 @@ def test_no_room_for_the_optimizers_state_changes_nothing(make_trainer, data, op
     trainer = make_trainer(optimizer=optimizer)
     before = copied(trainer)
     with NoRoom(torch.empty_like, skip=skip), pytest.raises(OutOfMemoryError, match=r"optimizer's state.*GiB free of"):
-        trainer.fit(data, batch_size=8, verbose=0)
+        trainer.fit(data, batch_size=8, verbose=0, epochs=1)
     assert differences(copied(trainer), before) == []
     assert not trainer.optimizer.state
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
@@ -335,7 +335,7 @@ def test_the_optimizers_own_step_is_never_made_twice(make_trainer, data, error):
     failing = make_trainer(optimizer=functools.partial(Short, fused=False))
     reference = make_trainer(optimizer=functools.partial(torch.optim.SGD, fused=False))
     with pytest.raises((RuntimeError, MemoryError)):
-        failing.fit(data, batch_size=8, verbose=0)
+        failing.fit(data, batch_size=8, verbose=0, epochs=1)
     next(reference.steps(data, batch_size=8))
     parameters = [dict(trainer.model.named_parameters()) for trainer in (failing, reference)]
     assert len(calls) == 2
@@ -394,7 +394,7 @@ def test_the_prefix_says_when_one_image_does_not_fit(make_backbone, data):
     model = tk.freeze_until(tk.attach_head(make_backbone(), CLASSES), "head")
     trainer = tk.Trainer(model, device="cpu", precision="fp32")
     with Crowded(0), pytest.raises(OutOfMemoryError, match=r"frozen layers, one image at a time.*GiB free of"):
-        trainer.fit(data, verbose=0)
+        trainer.fit(data, verbose=0, epochs=1)
 
 
 @pytest.mark.parametrize("cache", [True, False])

@@ -115,7 +115,7 @@ def test_a_worker_that_dies_or_hangs_is_one_error_in_time(make_backbone, tmp_pat
         assert other.global_step == trainer.global_step
         assert changed(trainer.model.state_dict(), other.model) == set()
     step = trainer.global_step
-    trainer.fit(Pictures(), batch_size=4, num_workers=num_workers, verbose=0)
+    trainer.fit(Pictures(), batch_size=4, num_workers=num_workers, verbose=0, epochs=1)
     assert trainer.global_step == step + 8
 
 
@@ -155,7 +155,7 @@ def test_a_death_while_features_are_computed_leaves_no_part_of_a_file(make_backb
     """A worker that dies in the pass that fills the cache is that error too, and the folder stays empty."""
     trainer = make_trainer(make_backbone, frozen="head", cache=tmp_path)
     with pytest.raises(WorkerError, match=r"was reading image 21 "):
-        trainer.fit(Pictures(DEATHS["SIGKILL"]), batch_size=4, num_workers=2, verbose=0)
+        trainer.fit(Pictures(DEATHS["SIGKILL"]), batch_size=4, num_workers=2, verbose=0, epochs=1)
     assert list(tmp_path.iterdir()) == []
     assert children() == []
 
@@ -165,7 +165,7 @@ def test_a_death_while_bad_images_are_looked_for(make_backbone):
     """A worker that dies is no bad image, and is not skipped."""
     with pytest.raises(WorkerError, match=r"was reading image 21 "):
         make_trainer(make_backbone).fit(
-            Pictures(DEATHS["SIGKILL"]), on_bad_image="skip", batch_size=4, num_workers=2, verbose=0
+            Pictures(DEATHS["SIGKILL"]), on_bad_image="skip", batch_size=4, num_workers=2, verbose=0, epochs=1
         )
 
 
@@ -178,7 +178,7 @@ def fail(error):
 def test_a_worker_that_raises_gives_the_samples_own_error(make_backbone, error):
     """An exception in a worker is an `ImageError` with index and path, not a traceback in a text."""
     with pytest.raises(ImageError, match=rf"cannot read image 21 \(photos/021.jpg\): {type(error).__name__}") as caught:
-        make_trainer(make_backbone).fit(Pictures(lambda: fail(error)), batch_size=4, num_workers=2, verbose=0)
+        make_trainer(make_backbone).fit(Pictures(lambda: fail(error)), batch_size=4, num_workers=2, verbose=0, epochs=1)
     assert "Traceback" not in str(caught.value)
     assert children() == []
 
@@ -189,7 +189,7 @@ def test_a_data_set_that_ends_its_worker_is_told_with_its_sample(make_backbone, 
     """`sys.exit` and the like in a data set end a worker: an error with the sample, in time."""
     started = time.monotonic()
     with pytest.raises((WorkerError, ImageError)) as caught:
-        make_trainer(make_backbone).fit(Pictures(lambda: fail(error)), batch_size=4, num_workers=2, verbose=0)
+        make_trainer(make_backbone).fit(Pictures(lambda: fail(error)), batch_size=4, num_workers=2, verbose=0, epochs=1)
     assert time.monotonic() - started < 2 + 10
     assert "image 21 (photos/021.jpg)" in str(caught.value)
 
@@ -207,7 +207,7 @@ def test_an_image_that_cannot_be_sent_does_not_hang_in_silence(make_backbone, ca
     """An image with a gradient graph, which no process can send to another, ends in an error within the time limit."""
     started = time.monotonic()
     with pytest.raises((WorkerError, ImageError)):
-        make_trainer(make_backbone).fit(Unsendable(), batch_size=4, num_workers=1, verbose=0)
+        make_trainer(make_backbone).fit(Unsendable(), batch_size=4, num_workers=1, verbose=0, epochs=1)
     assert time.monotonic() - started < 2 + 10
     capfd.readouterr()
 
@@ -216,7 +216,7 @@ def test_an_image_that_cannot_be_sent_does_not_hang_in_silence(make_backbone, ca
 def test_a_normal_end_leaves_no_worker(make_backbone):
     """After fit with validation, evaluate and predict no worker is there."""
     trainer = make_trainer(make_backbone)
-    trainer.fit(Pictures(), validation_data=Pictures(), batch_size=8, num_workers=2, verbose=0)
+    trainer.fit(Pictures(), validation_data=Pictures(), batch_size=8, num_workers=2, verbose=0, epochs=1)
     assert children() == []
     trainer.evaluate(Pictures(), num_workers=2)
     trainer.predict(Pictures(), num_workers=2)
@@ -269,7 +269,7 @@ def test_no_worker_outlives_an_error_between_two_steps(make_backbone, tmp_path, 
 
     trainer = make_trainer(make_backbone)
     with pytest.raises(type(error)) as caught:
-        trainer.fit(Pictures(), batch_size=2, callbacks=[Fails(tmp_path)], num_workers=2, verbose=0)
+        trainer.fit(Pictures(), batch_size=2, callbacks=[Fails(tmp_path)], num_workers=2, verbose=0, epochs=1)
     assert caught.value is not None
     assert multiprocessing.active_children() == []
 
@@ -281,7 +281,9 @@ def test_a_death_in_another_thread_is_told_as_well(make_backbone):
 
     def run():
         try:
-            make_trainer(make_backbone).fit(Pictures(DEATHS["SIGKILL"]), batch_size=4, num_workers=2, verbose=0)
+            make_trainer(make_backbone).fit(
+                Pictures(DEATHS["SIGKILL"]), batch_size=4, num_workers=2, verbose=0, epochs=1
+            )
         except BaseException as error:  # noqa: BLE001 - whatever comes out is what is tested
             caught.append(error)
 

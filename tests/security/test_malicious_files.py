@@ -82,7 +82,7 @@ def test_code_in_a_frozen_file_is_not_run(tmp_path, canary, make_backbone, data)
     """Code in the place of a run's frozen weights is refused, and not run."""
     model = tk.freeze_until(tk.attach_head(make_backbone(), 3), "head")
     trainer = tk.Trainer(model, device="cpu", precision="fp32")
-    trainer.fit(data, batch_size=8, verbose=0, callbacks=[tk.Checkpoint(tmp_path / "run")])
+    trainer.fit(data, batch_size=8, verbose=0, callbacks=[tk.Checkpoint(tmp_path / "run")], epochs=1)
     frozen = next((tmp_path / "run").glob("frozen-*.pt"))
     torch.save({"format": archive.FORMAT, "frozen": payloads(canary)["os.system"]}, frozen)
     other = tk.Trainer(tk.attach_head(make_backbone(seed=9), 3), device="cpu", precision="fp32")

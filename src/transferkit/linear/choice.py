@@ -149,8 +149,9 @@ def solve(
     path: list[Strength] = []
     held_out, logits = targets.new_zeros(0, dtype=torch.int64), torch.zeros(0, classes, device=table.device)
     best, start, losses, worse = strengths[0], None, None, 0
-    for l2 in strengths if scorer is not None else ():
-        assert scorer is not None
+    for l2 in strengths:
+        if scorer is None:
+            break
         here = scorer.solve(l2)
         own = loss.each(here, scorer.targets).double()
         path.append(Strength(l2, float(own.mean()), *_accuracy(here, scorer.targets, scorer.parts, right)))
@@ -209,7 +210,7 @@ class _Folds:
         size = max(1, _BATCH_NUMBERS // (classes * max(count, 24 * len(design.variances))))
         self.batches = [
             Problems(design, targets, loss, classes=classes, members=fold_of[:, None] != batch)
-            for batch in torch.arange(used, device=fold_of.device).split(size)
+            for batch in torch.split(torch.arange(used, device=fold_of.device), size)
         ]
 
     def solve(self, l2: float) -> Tensor:
@@ -253,7 +254,7 @@ def _count_largest(logits: Tensor, targets: Tensor) -> Tensor:
 def _accuracy(
     logits: Tensor, targets: Tensor, parts: list[Tensor], count_correct: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[float, float]:
-    """Return accuracy and its standard error over the parts of the held-out rows, or of a proportion if there is one."""
+    """Return accuracy and its standard error over the parts of the held-out rows, or of a proportion."""
     right = torch.stack([count_correct(logits[part], targets[part]).double() for part in parts])
     accuracy = float(right.sum()) / len(logits)
     if len(parts) == 1:

@@ -103,21 +103,20 @@ def moments(table: Table) -> tuple[Tensor, Tensor]:
     """
     if table.shape[0] == 0:
         raise EmptyDataError("a linear head cannot be solved on 0 images: expected at least one.")
-    shift, start = None, 0
+    shift, start = torch.zeros(()), 0
     total = square = torch.zeros(table.shape[1], dtype=torch.float64, device=table.device)
     for block in table.blocks():
         exact = block.double()
-        shift = exact.mean(dim=0) if shift is None else shift
+        shift = shift if start else exact.mean(dim=0)  # of the first block: squares of differences lose no digits
         exact -= shift
         total, square = total + exact.sum(dim=0), square + exact.square_().sum(dim=0)
         if not bool(square.isfinite().all()):  # host sync: once a block
             row = start + int((~block.isfinite().all(dim=1)).nonzero()[0])
             raise NonFiniteError(
-                f"the features of row {row} are not finite: expected numbers. Look at this image, and at the weights and "
-                "the precision of the frozen layers."
+                f"the features of row {row} are not finite: expected numbers. Look at this image, and at the weights "
+                "and the precision of the frozen layers."
             )
         start += len(block)
-    assert shift is not None
     offset = total / table.shape[0]
     mean = shift + offset
     std = (square / table.shape[0] - offset.square()).clamp_min(0).sqrt()

@@ -142,7 +142,8 @@ def attach_head(
             is pooled is concatenated (2 * (256 + 512 + 512) numbers for blocks 3 to 5) and standardised by the training
             images. `"flatten"` keeps every position of the last block (512 * h * w numbers) as it is.
         hidden: Widths of fully connected layers before the last, each followed by ReLU and dropout.
-        dropout: Probability of dropping a hidden activation in training; at least 0 and less than 1.
+        dropout: Probability of dropping a hidden activation in training, or without `hidden` a feature; at least 0 and
+            less than 1.
         head: A module of your own, instead of `hidden` and `dropout`: it maps features to logits
             `(N, len(classes))`. The features are `(N, *backbone.feature_shape)`; with `layers`, pooled `(N, D, 1, 1)`.
 
@@ -210,6 +211,8 @@ def build_head(
         if dropout:
             layers[f"dropout{number}"] = nn.Dropout(dropout)
         inputs = outputs
+    if dropout and not hidden:
+        layers["dropout"] = nn.Dropout(dropout)
     layers["logits"] = nn.Linear(inputs, num_classes)
     return nn.Sequential(layers)
 

@@ -4,16 +4,18 @@ import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from transferkit.base.arguments import whole_number
+from transferkit.base.arguments import fraction, whole_number
 from transferkit.data.open import open_data
 from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError
+from transferkit.results.calibration import expected_calibration_error
 from transferkit.results.figures import open_axes
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
+
+_SMALLEST = np.finfo(np.float32).tiny
 
 
 def confusion_matrix(targets: npt.ArrayLike, predicted: npt.ArrayLike, num_classes: int) -> Integers:
@@ -90,6 +94,7 @@ class Assessment:
         classes: The class names.
         threshold: Probability from which a label counts as predicted; None where each image has exactly one label.
         metrics: The trainer's metrics over these images, by name.
+        temperature: What the model divides its logits by; see `Trainer.calibrate`.
 
     Example:
         >>> probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]], np.float32)
@@ -111,6 +116,7 @@ class Assessment:
     classes: tuple[str, ...]
     threshold: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    temperature: float = 1.0
 
     @property
     def predicted(self) -> Integers:
@@ -136,6 +142,42 @@ class Assessment:
         both = (self.predicted & self.targets).sum(axis=1)
         either = (self.predicted | self.targets).sum(axis=1)
         return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())
+
+    def accuracy_interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Return the bounds between which the accuracy on all images of this kind lies, with so much confidence.
+
+        Args:
+            confidence: Above 0 and below 1.
+
+        Raises:
+            ArgumentError: When `confidence` is out of range, or an image may have several labels.
+
+        References:
+            Wilson, 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
+        """
+        self._one_label("accuracy_interval")
+        z, count = NormalDist().inv_cdf(0.5 + fraction("confidence", confidence) / 2), len(self.targets)
+        centre = (self.accuracy + z**2 / (2 * count)) / (1 + z**2 / count)
+        spread = self.accuracy * (1 - self.accuracy) / count + z**2 / (4 * count**2)
+        half = z * math.sqrt(spread) / (1 + z**2 / count)
+        return centre - half, centre + half
+
+    def calibration_error(self, *, calibrated: bool = True) -> float:
+        """Return the expected calibration error: how far confidence is from accuracy, 0 to 1, over 15 bins.
+
+        Args:
+            calibrated: False gives that of the model without its temperature.
+        """
+        probabilities = self.probabilities
+        if not calibrated:  # logits, up to a constant that no probability depends on
+            logs = np.log(np.maximum(probabilities, _SMALLEST)) * self.temperature
+            other = (
+                0.0 if self.threshold is None else np.log(np.maximum(1 - probabilities, _SMALLEST)) * self.temperature
+            )
+            powers = np.exp(logs)
+            total = powers.sum(axis=1, keepdims=True) if self.threshold is None else powers + np.exp(other)
+            probabilities = powers / total
+        return expected_calibration_error(probabilities, self.targets)
 
     def top_k_accuracy(self, k: int) -> float:
         """Return the fraction of the images whose true class is among the `k` most probable ones, 0 to 1.
@@ -203,7 +245,11 @@ class Assessment:
 
     def _first_line(self) -> str:
         metrics = "".join(f", {name} {value:.4f}" for name, value in self.metrics.items())
-        return f"accuracy {self.accuracy:.4f}, loss {self.loss:.4f}{metrics}, {len(self.targets):,} images"
+        calibration = ""
+        if self.temperature != 1:
+            now, before = self.calibration_error(), self.calibration_error(calibrated=False)
+            calibration = f", calibration error {now:.4f} ({before:.4f} without temperature)"
+        return f"accuracy {self.accuracy:.4f}, loss {self.loss:.4f}{metrics}{calibration}, {len(self.targets):,} images"
 
     def _labels(self, values: Integers) -> npt.NDArray[np.bool_]:
         """Return class indices as one row of labels for each image, bool `(N, K)`; labels as they are."""

@@ -78,10 +78,7 @@ class Probe:
     def __str__(self) -> str:
         rows = [("layers", "image size", "accuracy", "loss", "seconds"), *self._rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         return "\n".join([*lines, self._last_line()])
 
     __repr__ = __str__  # what an interpreter shows
@@ -92,9 +89,7 @@ class Probe:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table><p>{self._last_line()}</p>"
 
     def _last_line(self) -> str:
-        return "features: " + ", ".join(
-            f"{spent:.0f} s at {size} px" for size, spent in self.feature_seconds.items()
-        )
+        return "features: " + ", ".join(f"{spent:.0f} s at {size} px" for size, spent in self.feature_seconds.items())
 
     def plot(self, ax: "Axes | None" = None) -> "Figure":
         """Draw the accuracy of each set of blocks, with its standard error; see `plot_probe`."""

@@ -66,6 +66,7 @@ def assess(network: nn.Module, batches: Batches, *, training: Training, loss: Lo
         training.model.classes,
         training.model.threshold,
         measure(training.metrics, [(logits, targets)], training.model.threshold),
+        training.model.temperature,
     )
 
 

@@ -28,9 +28,12 @@ OPTIMIZERS: dict[str, OptimizerClass] = {
 
 LearningRate = float | Mapping[str, float]
 
-LR = 1e-3
-
 HEAD, BACKBONE = "head", "backbone"
+
+LR = {HEAD: 3e-4, BACKBONE: 1e-4}
+"""Learning rates of the named optimizers; pretrained layers keep what they know at rates that suit Adam's step size."""
+
+SGD_LR = {HEAD: 1e-2, BACKBONE: 1e-3}
 
 
 def build_optimizer(
@@ -45,7 +48,8 @@ def build_optimizer(
         optimizer: `"adam"`, `"adamw"`, `"sgd"` (momentum 0.9), `"rmsprop"`; a class or `functools.partial` of one;
             or an optimizer already built over this model's parameters.
         model: Whose parameters.
-        lr: Learning rate; one number, or a mapping as in `find_lr`; None is what a `functools.partial` says, else 1e-3.
+        lr: Learning rate; one number, or a mapping as in `find_lr`. None is `LR` for the named optimizers (`SGD_LR` for
+            SGD), and for a class or a `functools.partial` its own default.
         weight_decay: 0 or more; None is the optimizer's own default (0.01 for AdamW), or what a `functools.partial`
             says.
 
@@ -67,6 +71,8 @@ def build_optimizer(
             group.setdefault("initial_lr", group["lr"])
         return optimizer
     if isinstance(optimizer, str):
+        if lr is None:
+            lr = SGD_LR if optimizer == "sgd" else LR
         optimizer = OPTIMIZERS[one_of("optimizer", optimizer, OPTIMIZERS)]
     if not callable(optimizer):
         raise ArgumentError(
@@ -87,8 +93,7 @@ def build_optimizer(
             "parameters of any shape, such as torch.optim.AdamW."
         ) from error
     _check_step(built)
-    own_lr = built.param_groups[0]["lr"] if "lr" in fixed else LR
-    set_lr(built, own_lr if lr is None else lr)
+    set_lr(built, built.param_groups[0]["lr"] if lr is None else lr)
     return built
 
 

@@ -36,7 +36,12 @@ def _cosine(progress: float) -> float:
     return (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
+def _auto(progress: float) -> float:
+    return _AUTO(progress)
+
+
 SCHEDULES: dict[str, Schedule] = {
+    "auto": _auto,
     "constant": _constant,
     "linear": _linear,
     "cosine": _cosine,
@@ -58,6 +63,9 @@ class _Warmup:
         if progress < self.fraction:
             return _FIRST + (1.0 - _FIRST) * progress / self.fraction
         return self.schedule((progress - self.fraction) / (1.0 - self.fraction))
+
+
+_AUTO = _Warmup(_cosine, 0.1)
 
 
 def warmup(schedule: str | Schedule = "cosine", fraction: float = 0.1) -> Schedule:
@@ -140,7 +148,7 @@ def check_schedule(schedule: Schedule, num_steps: int | None) -> None:
     Raises:
         ArgumentError: When it does.
     """
-    if num_steps is None and schedule is not SCHEDULES["constant"]:
+    if num_steps is None and schedule not in (SCHEDULES["constant"], SCHEDULES["auto"]):
         raise ArgumentError(
             "this schedule needs the number of steps, which a DataLoader without length does not tell: use "
             'schedule="constant", or give its data set a __len__.'

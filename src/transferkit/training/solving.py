@@ -68,7 +68,8 @@ def solve_head(training: Training, train: Feed, validation: Feed | None, *, l2: 
 
 def _parts(model: TransferModel) -> tuple[Standardize | None, nn.Linear]:
     """Return the parts of a linear head."""
-    parts: list[Any] = list(model.head) if isinstance(model.head, nn.Sequential) else [model.head]
+    every: list[Any] = list(model.head) if isinstance(model.head, nn.Sequential) else [model.head]
+    parts = [part for part in every if not isinstance(part, nn.Dropout)]  # it is off where the head is solved
     kinds = [type(part) for part in parts]
     if kinds not in ([nn.Flatten, Standardize, nn.Linear], [nn.Flatten, nn.Linear]) or parts[-1].bias is None:
         raise HeadMismatchError(

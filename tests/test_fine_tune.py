@@ -1,0 +1,171 @@
+"""`fine_tune`: from a backbone and images to the best model, in one call."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from tiny import CLASSES, make_backbone, make_images, weights_of
+from torch.utils.data import DataLoader, TensorDataset
+
+import transferkit as tk
+from transferkit.errors import ArgumentError, CacheError
+
+PLAIN = {"device": "cpu", "precision": "fp32", "verbose": 0}
+
+
+def fine_tune(count: int = 72, data: object = None, **arguments: object) -> tk.Trainer:
+    data = make_images(count) if data is None else data
+    return tk.fine_tune(make_backbone(), data, **{"classes": CLASSES, "epochs": 3, **PLAIN, **arguments})
+
+
+def equal(first: tk.Trainer, second: tk.Trainer) -> bool:
+    pairs = zip(first.model.state_dict().items(), second.model.state_dict().items(), strict=True)
+    same = all(name == other and torch.equal(value, another) for (name, value), (other, another) in pairs)
+    return same and first.model.temperature == second.model.temperature
+
+
+def backbone_of(trainer: tk.Trainer) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in weights_of(trainer.model).items() if name.startswith("backbone")}
+
+
+def test_it_learns():
+    """Three classes that differ by one bright channel are told apart on images it has not seen."""
+    trainer = fine_tune(150)
+    assert trainer.evaluate(make_images(60, seed=5))["accuracy"] > 0.9
+
+
+def test_the_same_seed_gives_the_same_model_bit_for_bit():
+    """Without a budget in seconds everything depends on the seed; another seed gives another model."""
+    torch.manual_seed(1)
+    first = fine_tune(seed=3)
+    torch.manual_seed(2)
+    assert equal(first, fine_tune(seed=3))
+    assert not equal(first, fine_tune(seed=4))
+
+
+@pytest.mark.parametrize("arguments", [{"count": 57}, {"freeze_until": "head"}, {"budget": 1e-3}])
+def test_the_backbone_stays_where_there_is_too_little_of_something(arguments):
+    """With 19 images of a class, without time, or when told so, nothing but the head is fitted, to all images."""
+    trainer = fine_tune(augment=None, **arguments)
+    untouched = {f"backbone.{name}": value for name, value in make_backbone().state_dict().items()}
+    assert all(torch.equal(value, untouched[name]) for name, value in backbone_of(trainer).items())
+    solved = tk.Trainer(
+        tk.freeze_until(tk.attach_head(make_backbone(), CLASSES, dropout=0.5), "head"),
+        loss=tk.CrossEntropy(label_smoothing=0.1),
+        device="cpu",
+        precision="fp32",
+    )
+    solved.solve(make_images(arguments.get("count", 72)), verbose=0)
+    assert torch.equal(solved.model.head.logits.weight, trainer.model.head.logits.weight)
+
+
+def test_the_solved_head_stays_where_training_is_no_better(capsys):
+    """Rates that wreck the model cost nothing: by the held-out images the solved head is better, and it comes back."""
+    trainer = fine_tune(lr=30.0, augment=None, verbose=2)
+    assert "no better on the held-out images: the solved head stays" in capsys.readouterr().out
+    untouched = {f"backbone.{name}": value for name, value in make_backbone().state_dict().items()}
+    assert all(torch.equal(value, untouched[name]) for name, value in backbone_of(trainer).items())
+    assert equal(trainer, fine_tune(freeze_until="head", augment=None))
+    assert not any(parameter.requires_grad for parameter in trainer.model.backbone.parameters())
+
+
+def test_choices_of_the_user_are_kept(capsys):
+    """Learning rate, epochs, batch size and the first layer that trains are those given."""
+    rates = {"head": 1e-3, "backbone": 2e-3}
+    trainer = fine_tune(lr=rates, epochs=2, batch_size=13, freeze_until="block3_conv1", verbose=2)
+    assert "From block3_conv1 on, 2 epochs" in capsys.readouterr().out
+    assert [group["initial_lr"] for group in trainer.optimizer.param_groups] == [2e-3] * 5 + [1e-3]
+    assert len(trainer.history.reports) == 2
+    assert trainer.global_step == 2 * 5  # 65 images, since 7 are held out
+
+
+def test_layers_are_passed_on():
+    """The head takes the layers named."""
+    assert fine_tune(layers=["block4", "block5"]).model.layers == ("block4_pool", "block5_pool")
+
+
+def test_validation_data_is_what_chooses(capsys):
+    """With validation data no training image is held out, and its figures decide."""
+    trainer = fine_tune(validation_data=make_images(30, seed=7), verbose=2)
+    printed = capsys.readouterr().out
+    assert "on 30 held-out images" in printed
+    assert "features of 72 images" in printed
+    assert trainer.history.reports[0].val_accuracy is not None
+
+
+def test_one_interrupt_ends_training_and_the_best_model_comes_back():
+    """Ctrl-C in the second epoch: the call returns, with the best of what was there."""
+
+    calls = []
+
+    def interrupt(_probabilities: object, _targets: object) -> float:
+        calls.append(1)
+        if len(calls) == 4:  # training and validation of the second epoch
+            os.kill(os.getpid(), signal.SIGINT)
+        return 0.0
+
+    trainer = fine_tune(150, epochs=30, metrics={"interrupt": interrupt})
+    assert len(trainer.history.reports) < 30
+    assert trainer.evaluate(make_images(60, seed=5))["accuracy"] > 0.9
+
+
+def test_a_run_that_broke_is_continued_as_if_it_had_not(tmp_path):
+    """After an error in the middle, the same call with the same folder gives the bits of an undisturbed one."""
+    whole = fine_tune(seed=1)
+    calls = []
+
+    def break_down(_probabilities: object, _targets: object) -> float:
+        calls.append(1)
+        if len(calls) == 7:
+            raise RuntimeError("power failure")
+        return 0.0
+
+    with pytest.raises(RuntimeError, match="power failure"):
+        fine_tune(seed=1, folder=tmp_path / "run", metrics={"calm": break_down})
+    again = fine_tune(seed=1, folder=tmp_path / "run", metrics={"calm": lambda *_: 0.0})
+    assert equal(whole, again)
+
+
+def test_a_plan_made_by_the_clock_is_kept(tmp_path, capsys):
+    """With a budget the number of epochs depends on the machine: a continued run has the one it began with."""
+    folder = tmp_path / "run"
+    fine_tune(folder=folder, epochs=2, freeze_until="block5")
+    fine_tune(folder=folder, epochs=None, freeze_until="auto", budget=1e4, verbose=2)
+    assert "From block5 on, 2 epochs" in capsys.readouterr().out
+
+
+def test_several_labels():
+    """With binary cross-entropy an image may have several labels, to the end."""
+    images, targets = make_images(72)
+    rows = torch.nn.functional.one_hot(targets, 3)
+    rows[::3, 0] = 1
+    trainer = fine_tune(data=(images, rows), loss=tk.BinaryCrossEntropy())
+    assert trainer.predict(images).dtype == np.bool_
+    assert trainer.predict(images).shape == (72, 3)
+
+
+def test_classes_come_from_the_data():
+    """A data set that names its classes needs no others; targets alone tell their number; neither is refused."""
+    images, targets = make_images(30)
+    named = TensorDataset(images, targets)
+    named.classes = CLASSES
+    assert fine_tune(data=named, classes=None).model.classes == tuple(CLASSES)
+    assert fine_tune(data=(images, targets), classes=None).model.classes == ("0", "1", "2")
+    with pytest.raises(ArgumentError, match=r"classes of a TensorDataset are not known.*pass classes="):
+        fine_tune(data=TensorDataset(images, targets), classes=None)
+
+
+def test_a_loader_that_shuffles_is_refused():
+    """Features cannot be kept of images whose order nobody knows; the message says what to pass."""
+    loader = DataLoader(TensorDataset(*make_images(30)), batch_size=5, shuffle=True)
+    with pytest.raises((CacheError, ArgumentError), match=r"DataLoader.*pass"):
+        fine_tune(data=loader)
+
+
+@pytest.mark.parametrize(("name", "value"), [("budget", 0), ("budget", -1.0), ("seed", -1), ("batch_size", 0)])
+def test_values_out_of_range_are_refused(name, value):
+    """A number that makes no sense is refused by name, before anything is computed."""
+    with pytest.raises(ArgumentError, match=name):
+        fine_tune(**{name: value})
