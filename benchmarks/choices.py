@@ -105,7 +105,7 @@ def train_once(train: Data, test: Data, classes: list[str], settings: dict[str, 
         tk.attach_head(backbone, classes, hidden=(256,), pooling="flatten"), settings["freeze_until"]
     )
     if settings.get("lr_find"):
-        found = tk.Trainer(model, seed=seed).lr_find(train, verbose=0)
+        found = tk.Trainer(model, lr=1e-3, seed=seed, clip_grad_norm=None).lr_find(train, verbose=0)
         return {**settings, "suggestion": found.suggestion, "lrs": found.lrs, "losses": found.losses}
     lr = settings["lr"]
     if isinstance(lr, dict) and "factor" in lr:
@@ -115,7 +115,7 @@ def train_once(train: Data, test: Data, classes: list[str], settings: dict[str, 
     if "warmup_steps" in settings:
         num_steps = settings["epochs"] * math.ceil(len(train[0]) / batch_size)
         schedule = tk.warmup(schedule, settings["warmup_steps"] / num_steps)
-    trainer = tk.Trainer(model, lr=lr, seed=seed, schedule=schedule)
+    trainer = tk.Trainer(model, lr=lr, seed=seed, schedule=schedule, clip_grad_norm=None)
     layers = {int(epoch): layer for epoch, layer in settings.get("unfreezing", {}).items()}
     history = trainer.fit(
         train,

@@ -135,7 +135,8 @@ def draw_model() -> None:
         backbone = tk.load_backbone(weights=weights, preprocessing="IMAGENET1K_FEATURES", image_size=32)
         torch.manual_seed(0)
         model = tk.freeze_until(tk.attach_head(backbone, train.classes, hidden=(256,), pooling="flatten"), "block5")
-        trainer = tk.Trainer(model, lr=1e-4, schedule=tk.warmup("cosine", 30 / 252))  # 30 of 4 * 63 steps
+        warm = tk.warmup("cosine", 30 / 252)  # 30 of 4 * 63 steps
+        trainer = tk.Trainer(model, lr=1e-4, schedule=warm, clip_grad_norm=None)
         trainer.fit(train, validation_data=test, epochs=4, verbose=0)
         assessment = trainer.assess(test)
         save(tk.plot_confusion_matrix(assessment), "confusion_matrix")

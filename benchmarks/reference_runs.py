@@ -66,7 +66,8 @@ def half_precision() -> Iterator[None]:
 def run(
     model: tk.TransferModel, *, fit: dict[str, Any] | None = None, micro_batch_size: int | None = None, **options: Any
 ) -> dict[str, Any]:
-    trainer = tk.Trainer(model, **{"device": "cpu", "precision": "bf16", "seed": 3, "lr": 1e-4, **options})
+    fixed = {"device": "cpu", "precision": "bf16", "seed": 3, "lr": 1e-4, "schedule": "constant", "clip_grad_norm": None}
+    trainer = tk.Trainer(model, **{**fixed, **options})
     trainer.micro_batch_size = micro_batch_size
     if trainer.device.precision == "fp16":
         trainer.device.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)

@@ -31,7 +31,7 @@ def fit_seconds(*, images: int, image_size: int, epochs: int, frozen_until: str 
     model = tk.attach_head(
         tk.load_backbone(weights=None, image_size=image_size), 10, hidden=(4096, 4096), pooling="flatten"
     )
-    trainer = tk.Trainer(tk.freeze_until(model, frozen_until), lr=1e-4, schedule="constant", cache=cache)
+    trainer = tk.Trainer(tk.freeze_until(model, frozen_until), lr=1e-4, cache=cache)
     data = (torch.randint(0, 256, (images, 3, image_size, image_size), dtype=torch.uint8), torch.arange(images) % 10)
     started = time.perf_counter()
     trainer.fit(data, epochs=epochs, batch_size=32, verbose=0)

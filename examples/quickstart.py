@@ -6,9 +6,7 @@ two pictures are written to the current folder: predictions.png and confusion_ma
 """
 
 import importlib.util
-import math
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 
@@ -21,14 +19,6 @@ ASSETS = Path(__file__).parent / "assets"
 BUDGET = 40  # seconds
 
 
-def interval(accuracy: float, count: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of an accuracy measured on so many images."""
-    z2 = 1.96**2 / count
-    center = (accuracy + z2 / 2) / (1 + z2)
-    half = math.sqrt(z2 * (accuracy * (1 - accuracy) + z2 / 4)) / (1 + z2)
-    return center - half, center + half
-
-
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         zipfile.ZipFile(ASSETS / "cifar10_subset.zip").extractall(folder)
@@ -36,14 +26,11 @@ def main() -> None:
         weights = ASSETS / "vgg16_imagenet_features_bf16.pt"  # online, load_backbone("vgg16") is enough
         backbone = tk.load_backbone("vgg16", weights=weights, preprocessing="IMAGENET1K_FEATURES", image_size=64)
 
-        started = time.perf_counter()
         trainer = tk.fine_tune(backbone, train, budget=BUDGET)
-        seconds = time.perf_counter() - started
 
         assessment = trainer.assess(test)  # the first time that a test image is used
-        low, high = interval(assessment.accuracy, len(test))
-        print(f"accuracy {assessment.accuracy:.3f} on {len(test)} test images, after {seconds:.0f} s")
-        print(f"95 % interval {low:.3f} to {high:.3f}")
+        low, high = assessment.accuracy_interval()
+        print(f"accuracy {assessment.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}) on {len(test)} test images")
 
         if importlib.util.find_spec("matplotlib"):
             shown = Subset(test, range(10, len(test), 21))  # 24 images of all classes

@@ -2,9 +2,7 @@
 
 import hashlib
 import importlib.util
-import math
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -48,34 +46,23 @@ def test_quickstart_is_short() -> None:
     assert len((ROOT / "examples" / "quickstart.py").read_text().splitlines()) < 60
 
 
-@pytest.mark.parametrize(("right", "count"), [(0, 10), (81, 263), (370, 500), (10, 10)])
-def test_quickstart_prints_wilsons_interval(right: int, count: int) -> None:
-    """At each end of the interval an accuracy lies 1.96 of its own standard errors from the one that was measured."""
-    interval = runpy.run_path(str(ROOT / "examples" / "quickstart.py"))["interval"]
-    accuracy = right / count
-    low, high = interval(accuracy, count)
-    assert 0 <= low < high <= 1
-    for end in (low, high):
-        assert abs(end - accuracy) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / count), abs=1e-9)
-
-
 def test_readme_shows_what_the_quickstart_prints() -> None:
-    """README's block of output has the lines that the quickstart prints itself."""
+    """README's block of output ends with the line that the quickstart prints."""
     [shown] = re.findall(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert re.search(
-        r"^accuracy 0\.\d{3} on 500 test images, after \d+ s\n95 % interval 0\.\d{3} to 0\.\d{3}$", shown, re.M
-    )
+    line = r"accuracy 0\.\d{3} \(95 % interval 0\.\d{3} to 0\.\d{3}\) on 500 test images"
+    assert re.fullmatch(line, shown.splitlines()[-1])
 
 
 @pytest.mark.slow
 def test_quickstart_runs(tmp_path: Path, small_assets: Path) -> None:
     """The quickstart writes its pictures where it is called; here on fewer images, with less time."""
-    source = (ROOT / "examples" / "quickstart.py").read_text().replace("BUDGET = 40", "BUDGET = 5")
+    source, count = re.subn(r"BUDGET = \d+", "BUDGET = 5", (ROOT / "examples" / "quickstart.py").read_text())
+    assert count == 1
     (tmp_path / "assets").symlink_to(small_assets)
     (tmp_path / "quickstart.py").write_text(source)
     result = run(tmp_path / "quickstart.py", folder=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert re.search(r"^accuracy 0\.\d{3} on 80 test images", result.stdout, re.MULTILINE)
+    assert re.search(r"^accuracy 0\.\d{3} \(95 % interval .*\) on 80 test images$", result.stdout, re.MULTILINE)
     pictures = {"predictions.png", "confusion_matrix.png"} if importlib.util.find_spec("matplotlib") else set()
     assert {path.name for path in tmp_path.glob("*.png")} == pictures
 
