@@ -66,7 +66,14 @@ def half_precision() -> Iterator[None]:
 def run(
     model: tk.TransferModel, *, fit: dict[str, Any] | None = None, micro_batch_size: int | None = None, **options: Any
 ) -> dict[str, Any]:
-    fixed = {"device": "cpu", "precision": "bf16", "seed": 3, "lr": 1e-4, "schedule": "constant", "clip_grad_norm": None}
+    fixed = {
+        "device": "cpu",
+        "precision": "bf16",
+        "seed": 3,
+        "lr": 1e-4,
+        "schedule": "constant",
+        "clip_grad_norm": None,
+    }
     trainer = tk.Trainer(model, **{**fixed, **options})
     trainer.micro_batch_size = micro_batch_size
     if trainer.device.precision == "fp16":

@@ -33,8 +33,8 @@ def main() -> None:
         print(f"accuracy {assessment.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}) on {len(test)} test images")
 
         if importlib.util.find_spec("matplotlib"):
-            shown = Subset(test, range(10, len(test), 21))  # 24 images of all classes
-            tk.plot_predictions(trainer.assess(shown), shown, num_images=24).savefig("predictions.png", dpi=150)
+            shown = Subset(test, range(10, len(test), 42))  # 12 images
+            tk.plot_predictions(trainer.assess(shown), shown, num_images=12).savefig("predictions.png", dpi=150)
             tk.plot_confusion_matrix(assessment).savefig("confusion_matrix.png", dpi=150)
             print("predictions.png and confusion_matrix.png written")
 
