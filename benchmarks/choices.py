@@ -74,6 +74,15 @@ def questions() -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
             for depth in ("head", "block5", "block3")
             for seed in (0, 1, 2)
         ),
+        "solved": lambda: (
+            {"freeze_until": "head", "layers": layers, "image_size": size}
+            for size, layers in [
+                (32, ["block5"]),
+                (32, ["block4", "block5"]),
+                (32, ["block3", "block4", "block5"]),
+                (64, ["block3", "block4", "block5"]),
+            ]
+        ),
     }
 
 
@@ -82,11 +91,21 @@ def train_once(train: Data, test: Data, classes: list[str], settings: dict[str, 
     seed = settings.get("seed", 0)
     torch.manual_seed(seed)
     backbone = tk.load_backbone(
-        weights=ASSETS / "vgg16_imagenet_features_bf16.pt", preprocessing="IMAGENET1K_FEATURES", image_size=32
+        weights=ASSETS / "vgg16_imagenet_features_bf16.pt",
+        preprocessing="IMAGENET1K_FEATURES",
+        image_size=settings.get("image_size", 32),
     )
-    model = tk.freeze_until(tk.attach_head(backbone, classes, hidden=(256,)), settings["freeze_until"])
+    if "layers" in settings:
+        model = tk.freeze_until(tk.attach_head(backbone, classes, layers=settings["layers"]), "head")
+        trainer = tk.Trainer(model, seed=seed)
+        found = trainer.solve(train, verbose=0)
+        scores = {f"val_{name}": [round(value, 5)] for name, value in trainer.evaluate(test).items()}
+        return {**settings, "l2": found.l2, "history": scores}
+    model = tk.freeze_until(
+        tk.attach_head(backbone, classes, hidden=(256,), pooling="flatten"), settings["freeze_until"]
+    )
     if settings.get("lr_find"):
-        found = tk.Trainer(model, seed=seed).lr_find(train, verbose=0)
+        found = tk.Trainer(model, lr=1e-3, seed=seed, clip_grad_norm=None).lr_find(train, verbose=0)
         return {**settings, "suggestion": found.suggestion, "lrs": found.lrs, "losses": found.losses}
     lr = settings["lr"]
     if isinstance(lr, dict) and "factor" in lr:
@@ -96,7 +115,7 @@ def train_once(train: Data, test: Data, classes: list[str], settings: dict[str, 
     if "warmup_steps" in settings:
         num_steps = settings["epochs"] * math.ceil(len(train[0]) / batch_size)
         schedule = tk.warmup(schedule, settings["warmup_steps"] / num_steps)
-    trainer = tk.Trainer(model, lr=lr, seed=seed, schedule=schedule)
+    trainer = tk.Trainer(model, lr=lr, seed=seed, schedule=schedule, clip_grad_norm=None)
     layers = {int(epoch): layer for epoch, layer in settings.get("unfreezing", {}).items()}
     history = trainer.fit(
         train,

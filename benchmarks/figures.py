@@ -1,7 +1,7 @@
-"""Draw the tutorial's figures from docs/results/choices_*.json: python benchmarks/figures.py.
+"""Draw the figures of the documentation: python benchmarks/figures.py.
 
-benchmarks/choices.py writes these JSON files. Two figures show a model, which this script trains on the images in
-examples/assets (half a minute).
+Most show docs/results/choices_*.json, which benchmarks/choices.py writes. The others show a model and a probe, which
+this script makes on the images in examples/assets (two minutes).
 """
 
 import json
@@ -10,9 +10,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
 
 import transferkit as tk
@@ -127,20 +127,29 @@ def draw_sweeps() -> None:
 
 
 def draw_model() -> None:
-    """Confusion matrix and worst predictions of the tutorial's model."""
+    """The tutorial's model: some predictions, the worst ones and the confusion matrix."""
     with tempfile.TemporaryDirectory() as folder:
         zipfile.ZipFile(ASSETS / "cifar10_subset.zip").extractall(folder)
         train, test = ImageFolder(Path(folder) / "train"), ImageFolder(Path(folder) / "test")
         weights = ASSETS / "vgg16_imagenet_features_bf16.pt"
-        backbone = tk.load_backbone(weights=weights, preprocessing="IMAGENET1K_FEATURES", image_size=32)
-        torch.manual_seed(0)
-        model = tk.freeze_until(tk.attach_head(backbone, train.classes, hidden=(256,)), "block5")
-        trainer = tk.Trainer(model, lr=1e-4, schedule=tk.warmup("cosine", 30 / 252))  # 30 of 4 * 63 steps
-        trainer.fit(train, validation_data=test, epochs=4, verbose=0)
-        assessment = trainer.assess(test)
+        backbone = tk.load_backbone(weights=weights, preprocessing="IMAGENET1K_FEATURES", image_size=64)
+        trainer = tk.fine_tune(backbone, train, budget=40)
+        assessment, some = trainer.assess(test), Subset(test, range(10, len(test), 42))
         save(tk.plot_confusion_matrix(assessment), "confusion_matrix")
-        save(tk.plot_predictions(assessment, test), "predictions")
-        print(assessment)
+        save(tk.plot_predictions(assessment, test), "predictions_worst")
+        save(tk.plot_predictions(trainer.assess(some), some), "predictions")
+        print(assessment, assessment.accuracy_interval(), sep="\n")
+
+
+def draw_probe() -> None:
+    """Scores of each block at two image sizes; prints the table of the page on finding layers."""
+    with tempfile.TemporaryDirectory() as folder:
+        zipfile.ZipFile(ASSETS / "cifar10_subset.zip").extractall(folder)
+        weights = ASSETS / "vgg16_imagenet_features_bf16.pt"
+        backbone = tk.load_backbone(weights=weights, preprocessing="IMAGENET1K_FEATURES", image_size=64)
+        probe = tk.probe(backbone, ImageFolder(Path(folder) / "train"), image_sizes=[32, 64], verbose=0)
+        save(probe.plot(), "probe")
+        print(probe)
 
 
 def main() -> None:
@@ -152,6 +161,7 @@ def main() -> None:
     draw_groups("unfreezing", label_unfreezing, "unfreezing")
     draw_sweeps()
     draw_model()
+    draw_probe()
 
 
 if __name__ == "__main__":

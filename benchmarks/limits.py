@@ -48,7 +48,9 @@ def convolution_flop(model: tk.TransferModel, layers: int, *, first: int = 0) ->
 
 
 def make_model(image_size: int, frozen_until: str | None) -> tk.TransferModel:
-    model = tk.attach_head(tk.load_backbone(weights=None, image_size=image_size), 10, hidden=(4096, 4096))
+    model = tk.attach_head(
+        tk.load_backbone(weights=None, image_size=image_size), 10, hidden=(4096, 4096), pooling="flatten"
+    )
     return tk.freeze_until(model, frozen_until)
 
 

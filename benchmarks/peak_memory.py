@@ -48,7 +48,9 @@ def measure(image_size: int, frozen_until: str | None, micro_batch_size: int | N
     images = torch.randint(0, 256, (IMAGES, 3, image_size, image_size), dtype=torch.uint8)
     data = (images, torch.arange(IMAGES) % 10)
     before = resident_bytes("VmRSS")
-    model = tk.attach_head(tk.load_backbone(weights=None, image_size=image_size), 10, hidden=(4096, 4096))
+    model = tk.attach_head(
+        tk.load_backbone(weights=None, image_size=image_size), 10, hidden=(4096, 4096), pooling="flatten"
+    )
     trainer = tk.Trainer(tk.freeze_until(model, frozen_until), lr=1e-4, device="cpu")
     trainer.micro_batch_size = micro_batch_size
     trainer.fit(data, validation_data=data, epochs=2, batch_size=BATCH_SIZE, verbose=0)

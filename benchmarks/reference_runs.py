@@ -32,7 +32,9 @@ def build(
         backbone = tk.load_backbone(name, weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=32)
     else:
         backbone = tk.load_backbone(name, weights=None, image_size=32)
-    return tk.freeze_until(tk.attach_head(backbone, 10, hidden=hidden, dropout=dropout), frozen_until)
+    return tk.freeze_until(
+        tk.attach_head(backbone, 10, hidden=hidden, dropout=dropout, pooling="flatten"), frozen_until
+    )
 
 
 def loss_arguments() -> dict[str, Any]:
@@ -64,7 +66,15 @@ def half_precision() -> Iterator[None]:
 def run(
     model: tk.TransferModel, *, fit: dict[str, Any] | None = None, micro_batch_size: int | None = None, **options: Any
 ) -> dict[str, Any]:
-    trainer = tk.Trainer(model, **{"device": "cpu", "precision": "bf16", "seed": 3, "lr": 1e-4, **options})
+    fixed = {
+        "device": "cpu",
+        "precision": "bf16",
+        "seed": 3,
+        "lr": 1e-4,
+        "schedule": "constant",
+        "clip_grad_norm": None,
+    }
+    trainer = tk.Trainer(model, **{**fixed, **options})
     trainer.micro_batch_size = micro_batch_size
     if trainer.device.precision == "fp16":
         trainer.device.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)

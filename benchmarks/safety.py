@@ -74,7 +74,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, images of {options.image_size} px")
     print("trains               step ms   checks, % of it (quartiles)   save s   save, % of an epoch's steps")
     for name, layer in ROWS.items():
-        model = tk.attach_head(tk.load_backbone(weights=None, image_size=options.image_size), 10, hidden=(4096, 4096))
+        model = tk.attach_head(
+            tk.load_backbone(weights=None, image_size=options.image_size), 10, hidden=(4096, 4096), pooling="flatten"
+        )
         trainer = tk.Trainer(tk.freeze_until(model, layer), lr=1e-5, device=device)
         images = torch.randint(0, 256, (BATCHES * BATCH_SIZE, 3, *[options.image_size] * 2), dtype=torch.uint8)
         steps = trainer.steps((images, torch.arange(len(images)) % 10), epochs=10**6, batch_size=BATCH_SIZE)

@@ -28,7 +28,9 @@ MODES: dict[str, str | bool] = {"kept": "auto", "recomputed": False}
 
 def fit_seconds(*, images: int, image_size: int, epochs: int, frozen_until: str | None, cache: str | bool) -> float:
     torch.manual_seed(0)
-    model = tk.attach_head(tk.load_backbone(weights=None, image_size=image_size), 10, hidden=(4096, 4096))
+    model = tk.attach_head(
+        tk.load_backbone(weights=None, image_size=image_size), 10, hidden=(4096, 4096), pooling="flatten"
+    )
     trainer = tk.Trainer(tk.freeze_until(model, frozen_until), lr=1e-4, cache=cache)
     data = (torch.randint(0, 256, (images, 3, image_size, image_size), dtype=torch.uint8), torch.arange(images) % 10)
     started = time.perf_counter()

@@ -1,4 +1,6 @@
-"""Fine-tune VGG16 on CIFAR-10, with the four hyper-parameters of fine-tuning as flags.
+"""Fine-tune VGG16 on CIFAR-10 by hand, with the four hyper-parameters of fine-tuning as flags.
+
+The head is that of the classic recipe, fully connected layers on the flattened features of the last block.
 
     python examples/finetune_cifar10.py --frozen-until head --epochs 10 --lr 1e-3
     python examples/finetune_cifar10.py --frozen-until block5 --epochs 5 --lr 1e-4 --schedule cosine
@@ -74,12 +76,13 @@ def main() -> None:
         )
     except (OSError, RuntimeError) as error:  # no network, or CIFAR-10 is not where --data says
         sys.exit(OFFLINE.format(error=error))
-    model = tk.attach_head(backbone, classes, hidden=options.hidden)
+    model = tk.attach_head(backbone, classes, hidden=options.hidden, pooling="flatten")
     tk.freeze_until(model, None if options.frozen_until == "none" else options.frozen_until)
     trainer = tk.Trainer(
         model,
         lr=options.lr,
         schedule=tk.warmup(options.schedule, options.warmup) if options.warmup else options.schedule,
+        clip_grad_norm=None,
         device=options.device,
         precision=options.precision,
         cache=options.cache or "auto",

@@ -1,6 +1,9 @@
 """What the documentation says of the code is true."""
 
 import ast
+import functools
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -79,3 +82,24 @@ def test_design_lists_every_module() -> None:
     listed = re.findall(r"^ +([\w/]+\.py)", layout[1], re.MULTILINE)
     files = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
     assert sorted(listed) == sorted(file for file in files if "__init__" not in file)
+
+
+def default_of(name: str) -> object:
+    """Return a default by the name that docs/defaults.md gives it: `function(argument=)` or `module.CONSTANT`."""
+    called = re.fullmatch(r"([\w.]+)\((\w+)=\)", name)
+    if called is None:
+        module, constant = name.rsplit(".", 1)
+        return getattr(importlib.import_module(f"transferkit.{module}"), constant)
+    function = functools.reduce(getattr, called[1].split("."), transferkit)
+    return inspect.signature(function).parameters[called[2]].default
+
+
+def test_defaults_are_those_of_the_code() -> None:
+    """The values in docs/defaults.md are the code's, and `fine_tune`'s constants are all there."""
+    text = (ROOT / "docs" / "defaults.md").read_text()
+    rows = re.findall(r"^\| `([\w.]+(?:\(\w+=\)|\.[A-Z_]+))` \| `(.+?)`", text, re.MULTILINE)
+    assert len(rows) > 25
+    assert {name: ast.literal_eval(value) for name, value in rows} == {name: default_of(name) for name, _ in rows}
+    module = importlib.import_module("transferkit.fine_tune")
+    constants = {f"fine_tune.{name}" for name in vars(module) if re.fullmatch(r"[A-Z][A-Z_]+", name)}
+    assert constants - {"fine_tune.PLAN"} == {name for name, _ in rows if re.fullmatch(r"fine_tune\.[A-Z_]+", name)}

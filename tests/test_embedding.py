@@ -235,7 +235,7 @@ def test_grid_search_picks_a_learning_rate_and_predicts(model: tk.TransferModel,
     assert search.best_params_ == {"lr": 1e-2}
     assert (search.predict(features / scale) == targets).mean() > 0.9
     head = nn.Sequential(Scaled(scale), search.best_estimator_.module_)
-    whole = tk.attach_head(model.backbone, model.classes, head=head)
+    whole = tk.attach_head(model.backbone, model.classes, layers=model.layers, head=head)
     trainer = tk.Trainer(whole, device="cpu", precision="fp32")
     assert (trainer.predict(data[0]) == search.predict(features / scale)).all()
 

@@ -1,7 +1,9 @@
 """The examples and README do what they say."""
 
 import hashlib
+import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -35,20 +37,45 @@ def test_assets_are_the_files_their_readme_lists() -> None:
     assert sum(path.stat().st_size for path in ASSETS.iterdir()) <= 35e6
 
 
+def readme_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
 def test_quickstart_is_short() -> None:
     """The quickstart has under 60 lines."""
     assert len((ROOT / "examples" / "quickstart.py").read_text().splitlines()) < 60
 
 
+def test_readme_shows_what_the_quickstart_prints() -> None:
+    """README's block of output ends with the line that the quickstart prints."""
+    [shown] = re.findall(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    line = r"accuracy 0\.\d{3} \(95 % interval 0\.\d{3} to 0\.\d{3}\) on 500 test images"
+    assert re.fullmatch(line, shown.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_quickstart_runs(tmp_path: Path, small_assets: Path) -> None:
+    """The quickstart writes its pictures where it is called; here on fewer images, with less time."""
+    source, count = re.subn(r"BUDGET = \d+", "BUDGET = 5", (ROOT / "examples" / "quickstart.py").read_text())
+    assert count == 1
+    (tmp_path / "assets").symlink_to(small_assets)
+    (tmp_path / "quickstart.py").write_text(source)
+    result = run(tmp_path / "quickstart.py", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^accuracy 0\.\d{3} \(95 % interval .*\) on 80 test images$", result.stdout, re.MULTILINE)
+    pictures = {"predictions.png", "confusion_matrix.png"} if importlib.util.find_spec("matplotlib") else set()
+    assert {path.name for path in tmp_path.glob("*.png")} == pictures
+
+
 def test_readme_code_runs(model: tk.TransferModel, data: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """README's second block of code runs as it stands, given a trainer, data and a network."""
-    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    """README's third block of code, its parts in a loop, runs as it stands, given a trainer, data and a network."""
+    block = readme_blocks()[2]
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3))
     logged: list[float] = []
     logger = type("Logger", (), {"log": staticmethod(lambda loss, lr: logged.append(lr))})
     names = {
         "tk": tk,
-        "trainer": tk.Trainer(tk.freeze_until(model, "head"), device="cpu"),
+        "trainer": tk.Trainer(tk.freeze_until(model, "head"), lr=1e-3, schedule="constant", device="cpu"),
         "train": data,
         "my_logger": logger,
         "net": net,
@@ -62,12 +89,12 @@ def test_readme_code_runs(model: tk.TransferModel, data: tuple[torch.Tensor, tor
     assert not torch.equal(net[1].weight, before)
 
 
-def test_readme_third_block_runs(
+def test_readme_fourth_block_runs(
     backbone: tk.Backbone, data: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """README's third block of code, on choosing and looking, runs as it stands."""
+    """README's fourth block of code, on searching and inspecting, runs as it stands."""
     monkeypatch.chdir(tmp_path)
-    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[2]
+    block = readme_blocks()[3]
     assert "tk.search(" in block
     train = TensorDataset(*data)
     train.classes = ["cat", "dog", "owl"]
@@ -105,18 +132,16 @@ def test_folder_example_trains_and_predicts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_readme_first_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README's ten lines run as they stand on real weights and images, with one epoch instead of fifteen."""
-    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
-    block = block.replace('weights="IMAGENET1K_FEATURES"', "weights=WEIGHTS, preprocessing='IMAGENET1K_FEATURES'")
-    block = re.sub(r"epochs=\d+", "epochs=1", block).replace("image_size=64", "image_size=32")
-    from torchvision.datasets import ImageFolder
-
-    with zipfile.ZipFile(ASSETS / "cifar10_subset.zip") as archive:
-        names = [name for name in archive.namelist() if re.search(r"test/\w+/000\d\.jpg", name)]
-        archive.extractall(tmp_path, names)
-    images = ImageFolder(tmp_path / "test")
+def test_readme_first_blocks_run(tmp_path: Path, small_assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README's first block, the whole job in one call, and its second, by hand, run on real weights and images."""
+    with zipfile.ZipFile(small_assets / "cifar10_subset.zip") as archive:
+        archive.extractall(tmp_path / "photos", [name for name in archive.namelist() if name.endswith(".jpg")])
     monkeypatch.chdir(tmp_path)
-    images[0][0].resize((60, 50)).save("cat.jpg")
-    names_in_block = {"train": images, "val": images, "test": images}
-    exec(block, {**names_in_block, "WEIGHTS": ASSETS / "vgg16_imagenet_features_bf16.pt"})
+    shutil.copy(next((tmp_path / "photos" / "test" / "cat").iterdir()), "cat.jpg")
+    names: dict[str, object] = {"WEIGHTS": ASSETS / "vgg16_imagenet_features_bf16.pt"}
+    first, second = readme_blocks()[:2]
+    local = "weights=WEIGHTS, preprocessing='IMAGENET1K_FEATURES', image_size=32"
+    assert "image_size=64" in first
+    exec(first.replace("image_size=64", local), names)
+    assert "epochs=5" in second
+    exec(second.replace("epochs=5", "epochs=1"), {**names, "val": names["test"]})

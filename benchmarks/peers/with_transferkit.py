@@ -11,9 +11,9 @@ def train(job: Job, data: Data, **trainer_arguments: object) -> Record:
     backbone = tk.load_backbone(
         "vgg16", weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=job.image_size
     )
-    model = tk.attach_head(backbone, NUM_CLASSES, hidden=HIDDEN)
+    model = tk.attach_head(backbone, NUM_CLASSES, hidden=HIDDEN, pooling="flatten")
     tk.freeze_until(model, "head" if job.frozen else None)
-    trainer = tk.Trainer(model, lr=job.lr, **trainer_arguments)
+    trainer = tk.Trainer(model, lr=job.lr, schedule="constant", clip_grad_norm=None, **trainer_arguments)
     record = Record()
     history = trainer.fit(
         (data.train_images, data.train_targets),

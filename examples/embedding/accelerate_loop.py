@@ -19,7 +19,8 @@ def main() -> None:
     images, targets, classes = read_images("train", per_class=40)
     backbone = tk.load_backbone("vgg16", weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=32)
     preprocess = backbone.preprocess  # a prepared model may be wrapped and then has no .backbone
-    model = tk.freeze_until(tk.attach_head(backbone, classes, hidden=(256,)), "block5")
+    model = tk.attach_head(backbone, classes, hidden=(256,), pooling="flatten")
+    tk.freeze_until(model, "block5")
     frozen = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if not p.requires_grad}
 
     # pass every parameter: frozen ones have no gradient, and optimizers skip these

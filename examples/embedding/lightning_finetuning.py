@@ -54,7 +54,7 @@ def main() -> None:
     images, targets, classes = read_images("train", per_class=40)
     test_images, test_targets, _ = read_images("test", per_class=20)
     backbone = tk.load_backbone("vgg16", weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=32)
-    model = tk.freeze_until(tk.attach_head(backbone, classes, hidden=(256,)), FIRST_TRAINED)
+    model = tk.freeze_until(tk.attach_head(backbone, classes, hidden=(256,), pooling="flatten"), FIRST_TRAINED)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
 
     trainer = lightning.Trainer(

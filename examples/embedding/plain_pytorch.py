@@ -24,6 +24,9 @@ def main() -> None:
 
     # the convolutions run once per image; every epoch trains on their output
     features = tk.cache_features(model, (images, targets), device=device)
+    rows, _ = features.numpy()  # Trainer measures mean and deviation by itself, a loop of your own does not
+    model.head.standardize.mean.copy_(torch.from_numpy(rows.mean(axis=0)))
+    model.head.standardize.std.copy_(torch.from_numpy(rows.std(axis=0) + 1e-6))
     loader = DataLoader(features, batch_size=32, shuffle=True)
     _, suffix = model.split()  # the trainable part, here the head
     optimizer = torch.optim.Adam(suffix.parameters(), lr=1e-3)

@@ -21,10 +21,14 @@ def main() -> None:
     device = tk.Device("auto")
     backbone = tk.load_backbone("vgg16", weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=32)
     model = tk.freeze_until(tk.attach_head(backbone, classes), "head")
-    features, labels = tk.cache_features(model, (images, targets), device=device).numpy()  # float32 (N, 512), (N,)
+    features, labels = tk.cache_features(model, (images, targets), device=device).numpy()  # float32 (N, 2560), (N,)
+    mean, std = torch.from_numpy(features.mean(axis=0)), torch.from_numpy(features.std(axis=0) + 1e-6)
 
     def build_head(hidden: tuple[int, ...], dropout: float) -> nn.Module:
-        return tk.attach_head(backbone, classes, hidden=hidden, dropout=dropout).head
+        head = tk.attach_head(backbone, classes, hidden=hidden, dropout=dropout).head
+        head.standardize.mean.copy_(mean)  # Trainer measures both by itself
+        head.standardize.std.copy_(std)
+        return head
 
     net = NeuralNetClassifier(
         build_head,
@@ -44,7 +48,7 @@ def main() -> None:
     print(f"best of {len(search.cv_results_['params'])}: {search.best_params_}, {search.best_score_:.3f} in 3 folds")
 
     # attach the best head to the backbone, and classify raw images
-    best = tk.attach_head(backbone, classes, head=search.best_estimator_.module_)
+    best = tk.attach_head(backbone, classes, layers=model.layers, head=search.best_estimator_.module_)
     scores = tk.Trainer(best, device=device.torch_device).evaluate((test_images, test_targets))
     print(f"accuracy {scores['accuracy']:.3f}")
 
