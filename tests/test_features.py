@@ -563,7 +563,7 @@ def test_shallower_files_are_mapped_once(backbone, data, tmp_path, monkeypatch):
     for boundary in ("block5", "head"):
         assert setup.fill(data, boundary)[1] == "derived"
         another_weight(9)(setup)
-    # before block 5 the 2 * (8 + 8) numbers pooled of blocks 3 and 4 lie in two rows of 2 x 8 below the activation
+    # before block 5 the 16 + 16 numbers pooled of blocks 3 and 4 lie in two rows of 2 x 8 below the activation
     assert sorted(reads) == [(24, 1, 1, 48), (24, 4, 2, 8), (24, 8, 8, 4)]
 
 
