@@ -648,10 +648,10 @@ def vgg():
 
 @pytest.mark.slow
 def test_a_head_alone_is_small_and_finds_its_backbone(vgg, tmp_path, data):
-    """Saved without VGG16's frozen weights a linear head takes under 30 kB, and predicts the same on that backbone."""
-    model = tk.freeze_until(tk.attach_head(vgg, ["cat", "dog", "owl"], pooling="avg"), "head")
+    """Saved without VGG16's frozen weights a linear head takes under 60 kB, and predicts the same on that backbone."""
+    model = tk.freeze_until(tk.attach_head(vgg, ["cat", "dog", "owl"]), "head")
     tk.save_model(model, tmp_path / "head.pt", frozen=False)
-    assert (tmp_path / "head.pt").stat().st_size < 30_000
+    assert (tmp_path / "head.pt").stat().st_size < 60_000  # (3 + 2) * 2,560 numbers are 51 kB
 
     loaded = tk.load_model(tmp_path / "head.pt", backbone=copy.deepcopy(vgg))
 
