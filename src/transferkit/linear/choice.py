@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from transferkit.base.randomness import derive_seed, shuffled
+from transferkit.compute.device import float32_products
 from transferkit.errors import ArgumentError, EmptyDataError, NonFiniteError
 from transferkit.linear.design import Design, design_of, standardised
 from transferkit.linear.logistic import PAIRS, Loss, Problems
@@ -78,6 +79,7 @@ class LinearHead:
         return weight.float(), (self.bias - weight @ self.mean.double()).float()
 
 
+@float32_products("highest")  # torch may have been allowed less, which does not reach the optimum
 def solve(
     table: Table,
     targets: Tensor,
@@ -104,7 +106,7 @@ def solve(
     Args:
         table: The features, `(N, D)`.
         targets: int64 `(N,)`, or float32 `(N, K)`.
-        loss: What is minimised: convex in the logits, and a sum over rows.
+        loss: What is minimised: convex in the logits, and a sum over rows. Weights that it holds are on `table.device`.
         classes: Number of classes `K`.
         validation: Features and targets of validation rows; None holds out folds of the training rows.
         strengths: The penalties, from strong to weak. If there is only one, it is scored and used.
