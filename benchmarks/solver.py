@@ -1,8 +1,8 @@
 """Compare the solver of linear heads with scikit-learn's LogisticRegression and LogisticRegressionCV, in one run.
 
 The features are made to look like those of a network: correlated, not negative, 1,280 of each image, ten classes.
-Seconds are CPU seconds of the process, which other processes change little; the ratio is scikit-learn's to the solver's.
-The error is a bound on the distance from the optimum relative to the weights, from the gradient in float64:
+Seconds are CPU seconds of the process, which other processes change little, and ratios are scikit-learn's to the
+solver's. The error is a bound on the distance from the optimum relative to the weights, from the gradient in float64:
 
     OMP_NUM_THREADS=1 python benchmarks/solver.py --rows 500 2000 10000
 """
