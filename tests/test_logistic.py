@@ -235,6 +235,21 @@ def test_what_float32_cannot_tell_from_zero_ends_the_steps():
     assert alone.solve(1e-5, tolerance=0) < 300
 
 
+@pytest.mark.parametrize("curvature", [1e-6, 1e6])
+def test_a_step_has_the_right_length_whatever_curvature_is_expected(curvature):
+    """Steps that begin far too long or far too short are measured along the way, and lead to the optimum at once."""
+    features, targets = problem(60, 6)
+    parts = design.design_of(Table.of_tensor(features))
+    members = torch.ones(60, 1, dtype=torch.bool)
+    solved = []
+    for expected in (0.2, curvature):
+        alone = logistic.Problems(parts, targets, CrossEntropy(), classes=3, members=members)
+        alone.curvature[:] = expected
+        assert alone.solve(0.01, tolerance=1e-4) < 30
+        solved.append(alone.weights)
+    torch.testing.assert_close(solved[0], solved[1], atol=1e-3, rtol=1e-3)
+
+
 def test_products_are_exact_whatever_torch_may_do():
     """Matrix products are in float32 proper although torch was allowed less, and stay allowed afterwards."""
     seen = []

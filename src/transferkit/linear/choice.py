@@ -15,8 +15,8 @@ from transferkit.linear.design import Design, design_of, standardised
 from transferkit.linear.logistic import PAIRS, Loss, Problems
 from transferkit.linear.table import Table
 
-STRENGTHS = tuple(10 ** (1 - step / 2) for step in range(13))
-"""Penalties tried, from strong to weak: 10 to 1e-5 in half decades, for standardised features."""
+STRENGTHS = tuple(10 ** (2 - step / 2) for step in range(15))
+"""Penalties tried, from strong to weak: 100 to 1e-5 in half decades, for standardised features."""
 
 ONE_FOLD_ROWS = 20_000
 """Above this number of rows only the first fold is held out: a quarter of them tells strengths apart."""
