@@ -82,6 +82,12 @@ def model(backbone: tk.Backbone) -> tk.TransferModel:
 
 
 @pytest.fixture
+def flat_model(backbone: tk.Backbone) -> tk.TransferModel:
+    """The same with a head that takes every position of the last block: nothing is measured before the first step."""
+    return tk.attach_head(backbone, tiny.CLASSES, hidden=(16,), pooling="flatten")
+
+
+@pytest.fixture
 def data() -> tuple[Tensor, Tensor]:
     """24 raw images of three classes that can be told apart: each has one bright channel."""
     return tiny.make_images()

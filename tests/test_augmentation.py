@@ -173,11 +173,11 @@ def test_validation_and_prediction_are_not_augmented(model, data):
     assert history.history["val_loss"] == [trainer.evaluate(data)["loss"]]
 
 
-def test_augmentation_changes_from_epoch_to_epoch(model):
+def test_augmentation_changes_from_epoch_to_epoch(flat_model):
     """An image is drawn for anew in each epoch."""
     drawn = []
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-    make_trainer(model).fit(
+    make_trainer(flat_model).fit(
         (images, [0, 1, 2, 0]), epochs=3, verbose=0, augment=lambda image: drawn.append(float(torch.rand(1))) or image
     )
     assert len(set(drawn)) == len(drawn) == 12

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import transferkit as tk
-from tiny import changed, make_model, weights_of
+from tiny import changed, make_model, make_trainer, weights_of
 from transferkit.training.progress import BestWeights
 
 
@@ -184,7 +184,7 @@ def test_shared_parameters_come_back():
 
 
 def trainer_of(model, **arguments):
-    return tk.Trainer(model, **{"lr": 3e-2, "device": "cpu", "precision": "fp32", **arguments})
+    return make_trainer(model, **{"lr": 3e-2, **arguments})
 
 
 HEAD = {"hidden": (16,), "pooling": "flatten"}

@@ -317,12 +317,12 @@ def test_a_loader_with_batches_of_its_own_is_read_each_epoch(make_backbone, data
 
 
 def test_a_training_loader_is_read_each_epoch(make_backbone, data, images_seen, capsys):
-    """A `DataLoader` of training images is read in every epoch, a line says so, and the run is the plain one."""
+    """A `DataLoader` of training images is read in every epoch and before; a line says so; the run is the plain one."""
     cached, whole = (make_trainer(make_model(make_backbone)) for _ in range(2))
     through_the_whole_model(whole)
     loader = DataLoader(TensorDataset(*data), batch_size=7)
     for trainer in (cached, whole):
         trainer.fit(loader, epochs=3, verbose=2)
-    assert total(images_seen) == 3 * 24
+    assert total(images_seen) == 24 + 3 * 24
     assert len(refusals(lines_of(capsys))) == 1
     assert changed(weights_of(cached.model), whole.model) == set()

@@ -60,7 +60,7 @@ def test_a_resumed_run_stops_where_the_uninterrupted_one_does(make_backbone, dat
         torch.manual_seed(0)
         model = tk.freeze_until(tk.attach_head(make_backbone(), 3), "head")
         callbacks = [tk.Checkpoint(tmp_path / "run"), tk.EarlyStopping("loss", patience=3, min_delta=100.0)]
-        trainer = tk.Trainer(model, device="cpu")
+        trainer = tk.Trainer(model, device="cpu", schedule="constant")
         return trainer.fit(data, epochs=epochs, callbacks=callbacks, resume_from=tmp_path / "run", verbose=0)
 
     assert len(fit(2).reports) == 2
@@ -115,7 +115,7 @@ def test_gradual_unfreezing_goes_on_in_a_resumed_run(make_backbone, data, tmp_pa
         torch.manual_seed(0)
         model = tk.freeze_until(tk.attach_head(make_backbone(), 3), "head")
         callbacks = [tk.Checkpoint(folder), tk.GradualUnfreezing({1: "block5", 2: "block4"})]
-        trainer = tk.Trainer(model, device="cpu", lr=1e-3)
+        trainer = tk.Trainer(model, device="cpu", lr=1e-3, schedule="constant")
         trainer.fit(data, epochs=epochs, callbacks=callbacks, resume_from=folder, verbose=0)
         return model.state_dict()
 

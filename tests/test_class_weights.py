@@ -233,15 +233,16 @@ def test_a_run_is_resumed(model_for, tmp_path):
     """A run with balanced weights goes on to the bits of one that never stopped; with other weights it is refused."""
     data = (images_for(TARGETS), TARGETS)
     arguments = {"epochs": 3, "batch_size": 5, "verbose": 0}
-    whole = tk.Trainer(model_for(), device="cpu", precision="fp32", loss=CrossEntropy(class_weights="balanced"))
+    plain = {"device": "cpu", "precision": "fp32", "schedule": "constant"}
+    whole = tk.Trainer(model_for(), **plain, loss=CrossEntropy(class_weights="balanced"))
     whole.fit(data, **arguments)
-    stopped = tk.Trainer(model_for(), device="cpu", precision="fp32", loss=CrossEntropy(class_weights="balanced"))
+    stopped = tk.Trainer(model_for(), **plain, loss=CrossEntropy(class_weights="balanced"))
     stopped.fit(data, callbacks=[tk.Checkpoint(tmp_path / "run")], **{**arguments, "epochs": 1})
-    resumed = tk.Trainer(model_for(), device="cpu", precision="fp32", loss=CrossEntropy(class_weights="balanced"))
+    resumed = tk.Trainer(model_for(), **plain, loss=CrossEntropy(class_weights="balanced"))
     resumed.fit(data, resume_from=tmp_path / "run", **arguments)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
-    other = tk.Trainer(model_for(), device="cpu", precision="fp32", loss=CrossEntropy(class_weights=[1.0, 2.0, 3.0]))
+    other = tk.Trainer(model_for(), **plain, loss=CrossEntropy(class_weights=[1.0, 2.0, 3.0]))
     with pytest.raises(CheckpointError, match="class_weights"):
         other.fit(data, resume_from=tmp_path / "run", **arguments)
 

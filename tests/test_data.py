@@ -107,7 +107,7 @@ def test_soft_targets_are_what_is_trained_on(make_backbone, data):
     images = data[0]
     rows = torch.rand(24, 3)
     rows /= rows.sum(dim=1, keepdim=True)
-    model = tk.attach_head(make_backbone(), CLASSES)
+    model = tk.attach_head(make_backbone(), CLASSES, pooling="flatten")
     with torch.no_grad():
         logits = model(model.backbone.preprocess(images))
         expected = torch.nn.functional.cross_entropy(logits, rows)
@@ -213,10 +213,10 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert not torch.equal(epoch_order(50, 4, 7), order)
 
 
-def test_fit_reads_each_epoch_in_its_own_order(model):
+def test_fit_reads_each_epoch_in_its_own_order(flat_model):
     """`fit` reads every image once an epoch, shuffled anew in each."""
     dataset = Samples([(torch.zeros(3, 32, 32, dtype=torch.uint8), 0)] * 20)
-    make_trainer(model, seed=3).fit(dataset, epochs=2, batch_size=8, verbose=0)
+    make_trainer(flat_model, seed=3).fit(dataset, epochs=2, batch_size=8, verbose=0)
     read = dataset.read[1:]  # the first is looked at before the run
     assert read[:20] == epoch_order(20, 3, 0).tolist()
     assert read[20:] == epoch_order(20, 3, 1).tolist()
@@ -290,13 +290,13 @@ def test_random_transforms_do_not_depend_on_the_batch():
     assert torch.equal(by_four, by_three)
 
 
-def test_a_data_set_is_augmented_anew_in_each_epoch(model):
+def test_a_data_set_is_augmented_anew_in_each_epoch(flat_model):
     """The same image is drawn differently in the next epoch."""
     angles = []
     dataset = Samples(
         [(torch.zeros(3, 32, 32, dtype=torch.uint8), 0)] * 4, lambda image: angles.append(random.random()) or image
     )
-    make_trainer(model).fit(dataset, epochs=2, batch_size=4, verbose=0)
+    make_trainer(flat_model).fit(dataset, epochs=2, batch_size=4, verbose=0)
     assert len(set(angles)) == len(angles) == 9
 
 

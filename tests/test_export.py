@@ -81,7 +81,7 @@ def test_pixels_are_those_of_preprocess(
     model.backbone.preprocess = CONVENTIONS[convention].with_image_size(32)
     exportable = tk.WithPreprocessing(model)
     images, seen = raw(*shape), []
-    features = torch.zeros(1, 24)
+    features = torch.zeros(1, 48)
     monkeypatch.setattr(exportable.model.backbone, "forward", lambda inputs, pools: seen.append(inputs) or features)
 
     exportable(images)

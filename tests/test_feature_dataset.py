@@ -143,7 +143,7 @@ def test_numpy_gives_rows_in_the_heads_order(model, data, precision, boundary):
     assert isinstance(features, np.ndarray)
     assert features.dtype == np.float32
     assert targets.dtype == np.int64
-    assert features.shape == (24, 8 + 8 + 8 if boundary == "head" else 8 * 8 * 4)
+    assert features.shape == (24, 2 * (8 + 8 + 8) if boundary == "head" else 8 * 8 * 4)
     assert np.array_equal(features, expected)
     assert np.array_equal(targets, data[1].numpy())
 
@@ -197,7 +197,7 @@ def test_views_follow_one_another(frozen, data):
     views = features.features.split(24)
     assert not torch.equal(views[0], views[1])
     assert not torch.equal(views[1], views[2])
-    assert features.numpy()[0].shape == (72, 24)
+    assert features.numpy()[0].shape == (72, 48)
 
 
 def test_views_with_soft_targets(frozen, data):

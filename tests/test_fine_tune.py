@@ -6,10 +6,10 @@ import signal
 import numpy as np
 import pytest
 import torch
-from tiny import CLASSES, make_backbone, make_images, weights_of
 from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
+from tiny import CLASSES, make_backbone, make_images, weights_of
 from transferkit.errors import ArgumentError, CacheError
 
 PLAIN = {"device": "cpu", "precision": "fp32", "verbose": 0}

@@ -15,15 +15,18 @@ from transferkit.errors import ArgumentError, HeadMismatchError
 Maker = Callable[..., tk.Backbone]
 
 
+POOLINGS = ["flatten", "avg", "max", "avgmax"]
+
+
 # --- the built-in head
 
 
 @pytest.mark.parametrize("hidden", [(), (16,), (16, 8)])
-@pytest.mark.parametrize("pooling", ["flatten", "avg", "max"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_logits_have_one_column_for_each_class(make_backbone: Maker, pooling: str, hidden: tuple[int, ...]) -> None:
     """Every pooling with any number of hidden layers gives (N, classes), for features of more than one position."""
     model = tk.attach_head(make_backbone(image_size=96), 5, hidden=hidden, pooling=pooling)
-    widths = [8 * 3 * 3 if pooling == "flatten" else 8 + 8 + 8, *hidden, 5]
+    widths = [{"flatten": 8 * 3 * 3, "avgmax": 2 * (8 + 8 + 8)}.get(pooling, 8 + 8 + 8), *hidden, 5]
 
     assert tuple(model(torch.randn(2, 3, 96, 96)).shape) == (2, 5)
     linear = [module for module in model.head if isinstance(module, nn.Linear)]
@@ -32,7 +35,11 @@ def test_logits_have_one_column_for_each_class(make_backbone: Maker, pooling: st
 
 @pytest.mark.parametrize(
     ("pooling", "pooled"),
-    [("avg", lambda features: features.mean(dim=(2, 3))), ("max", lambda features: features.amax(dim=(2, 3)))],
+    [
+        ("avg", lambda output: output.mean(dim=(2, 3))),
+        ("max", lambda output: output.amax(dim=(2, 3))),
+        ("avgmax", lambda output: torch.cat([output.mean(dim=(2, 3)), output.amax(dim=(2, 3))], dim=1)),
+    ],
 )
 def test_pooling_is_over_positions(make_backbone: Maker, pooling: str, pooled: Callable[[Tensor], Tensor]) -> None:
     """The logits are those of the pooling that the head is called, of blocks 3, 4 and 5 in this order."""
@@ -56,7 +63,7 @@ def test_flattened_features_keep_every_position(make_backbone: Maker) -> None:
     assert model.layers == ()
 
 
-@pytest.mark.parametrize("pooling", ["flatten", "avg", "max"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_layers_have_names_by_number(backbone: tk.Backbone, pooling: str) -> None:
     """The head's layers are standardize if it pools, fc1, relu1, dropout1, fc2, ... and logits."""
     model = tk.attach_head(backbone, 2, hidden=(16, 8), dropout=0.25, pooling=pooling)
@@ -71,21 +78,32 @@ def test_layers_have_names_by_number(backbone: tk.Backbone, pooling: str) -> Non
 
 def test_without_dropout_there_is_no_dropout_layer(backbone: tk.Backbone) -> None:
     """dropout=0 adds no layer, and the last layer has neither ReLU nor dropout behind it."""
+    assert [n for n, _ in tk.attach_head(backbone, 2).head.named_children()] == ["flatten", "standardize", "logits"]
     assert [n for n, _ in tk.attach_head(backbone, 2, hidden=(16,)).head.named_children()] == [
         *("flatten", "standardize", "fc1", "relu1", "logits")
     ]
 
 
+def test_without_hidden_layers_features_are_dropped(backbone: tk.Backbone) -> None:
+    """dropout= of a linear head drops features, in training only."""
+    head = tk.attach_head(backbone, 2, dropout=0.5).head
+    features = torch.randn(2, 48, 1, 1)
+
+    assert [name for name, _ in head.named_children()] == ["flatten", "standardize", "dropout", "logits"]
+    assert not torch.equal(head(features), head(features))
+    assert torch.equal(head.eval()(features), head.logits(features.flatten(1)))
+
+
 def test_features_are_standardised_once_they_are_measured(backbone: tk.Backbone) -> None:
     """A new head leaves features as they are; with mean and std it subtracts the one and divides by the other."""
     head = tk.attach_head(backbone, 2).head
-    features = torch.randn(6, 24, 1, 1)
+    features = torch.randn(6, 48, 1, 1)
     assert torch.equal(head(features), head.logits(features.flatten(1)))
 
-    head.standardize.mean.copy_(torch.linspace(-1, 1, 24))
-    head.standardize.std.copy_(torch.linspace(0.5, 2, 24))
+    head.standardize.mean.copy_(torch.linspace(-1, 1, 48))
+    head.standardize.std.copy_(torch.linspace(0.5, 2, 48))
 
-    standardised = (features.flatten(1) - torch.linspace(-1, 1, 24)) / torch.linspace(0.5, 2, 24)
+    standardised = (features.flatten(1) - torch.linspace(-1, 1, 48)) / torch.linspace(0.5, 2, 48)
     assert torch.equal(head(features), head.logits(standardised))
     assert torch.equal(head.eval()(features), head.logits(standardised))
 
@@ -104,18 +122,18 @@ def test_standardising_trains_nothing(backbone: tk.Backbone) -> None:
 def test_hidden_dropout_is_active_in_training_only(backbone: tk.Backbone) -> None:
     """Dropout changes logits from call to call in training mode and not in eval mode."""
     model = tk.attach_head(backbone, 2, hidden=(64,), dropout=0.5)
-    features = torch.randn(2, 24, 1, 1)
+    features = torch.randn(2, 48, 1, 1)
 
     assert not torch.equal(model.head(features), model.head(features))
     assert torch.equal(model.eval().head(features), model.head(features))
 
 
 def test_full_vgg16_head_has_25088_inputs() -> None:
-    """VGG16 at 224 pixels flattens to 512 * 7 * 7 inputs, and pools to 256 + 512 + 512."""
+    """VGG16 at 224 pixels flattens to 512 * 7 * 7 inputs, and pools to 256 + 512 + 512, by mean and by maximum."""
     backbone = tk.load_backbone("vgg16", weights=None)
 
     assert tk.attach_head(backbone, 10, hidden=(16,), pooling="flatten").head.fc1.in_features == 25_088
-    assert tk.attach_head(backbone, 10, hidden=(16,)).head.fc1.in_features == 1_280
+    assert tk.attach_head(backbone, 10, hidden=(16,)).head.fc1.in_features == 2 * 1_280
 
 
 def test_heads_follow_the_seed(backbone: tk.Backbone) -> None:
@@ -129,14 +147,14 @@ def test_heads_follow_the_seed(backbone: tk.Backbone) -> None:
     assert not torch.equal(heads[0], heads[2])
 
 
-@pytest.mark.parametrize("pooling", ["flatten", "avg", "max"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_the_model_is_head_after_backbone(backbone: tk.Backbone, pooling: str) -> None:
     """model(x) is head(backbone(x)), bit for bit, of the pooled outputs where the head pools."""
     model = tk.attach_head(backbone, 3, hidden=(16,), pooling=pooling)
     images = torch.randn(2, 3, 32, 32)
     features = model.backbone(images, model.pools)
 
-    assert tuple(features.shape) == (2, 8 if pooling == "flatten" else 24, 1, 1)
+    assert tuple(features.shape) == (2, {"flatten": 8, "avgmax": 48}.get(pooling, 24), 1, 1)
     assert torch.equal(model(images), model.head(features))
 
 
@@ -208,7 +226,7 @@ def test_unusable_dropout_is_refused(backbone: tk.Backbone, dropout: float) -> N
 
 
 @pytest.mark.parametrize(
-    ("pooling", "remedy"), [("average", "Did you mean 'avg'"), ("sum", "Known: 'avg', 'max', 'flatten'")]
+    ("pooling", "remedy"), [("average", "Did you mean 'avg'"), ("sum", "Known: 'avg', 'max', 'avgmax', 'flatten'")]
 )
 def test_unknown_pooling_is_refused(backbone: tk.Backbone, pooling: str, remedy: str) -> None:
     """A misspelt pooling is refused with the poolings there are."""
@@ -317,7 +335,7 @@ def test_a_head_for_other_classes_is_refused(backbone: tk.Backbone, head: nn.Mod
         tk.attach_head(backbone, 3, head=head)
 
 
-@pytest.mark.parametrize("argument", [{"hidden": (8,)}, {"dropout": 0.5}, {"pooling": "max"}, {"pooling": "flatten"}])
+@pytest.mark.parametrize("argument", [{"hidden": (8,)}, {"dropout": 0.5}, {"pooling": "avg"}, {"pooling": "flatten"}])
 def test_an_own_head_and_built_in_arguments_exclude_each_other(backbone: tk.Backbone, argument: dict) -> None:
     """Arguments of the built-in head together with a head of one's own are refused, not ignored."""
     with pytest.raises(ArgumentError, match=r"describe the built-in head, but head= is also given\. Pass one or"):

@@ -18,7 +18,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def make_trainer(model):
-    return tk.Trainer(tk.freeze_until(model, "head"), device="cpu")
+    return tk.Trainer(tk.freeze_until(model, "head"), device="cpu", schedule="constant")
 
 
 def test_the_file_has_each_epochs_figures(model, data, tmp_path):

@@ -220,9 +220,11 @@ def test_a_threshold_out_of_range_is_refused(threshold):
 @pytest.mark.parametrize("boundary", ["head", None])
 def test_a_function_trains_as_in_a_plain_loop(make_backbone, data, boundary):
     """A function of (logits, targets) gives the weights of a loop that minimises it."""
-    trainer = make_trainer(make_model(make_backbone(), boundary), loss=focal, optimizer="sgd", lr=0.1)
+    trainer = make_trainer(
+        make_model(make_backbone(), boundary, pooling="flatten"), loss=focal, optimizer="sgd", lr=0.1
+    )
     trainer.fit(data, batch_size=24, verbose=0, epochs=1)
-    model = make_model(make_backbone(), boundary)
+    model = make_model(make_backbone(), boundary, pooling="flatten")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     order = tk.data.sources.epoch_order(24, 0, 0)
     focal(model(model.backbone.preprocess(data[0][order])), data[1][order]).backward()

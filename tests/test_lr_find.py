@@ -22,8 +22,8 @@ from transferkit.errors import ArgumentError, NothingToTrainError
 from transferkit.results.lr_sweep import LearningRateSweep
 
 
-def make_model(make_backbone, *, frozen="block4", batch_norm=False, dropout=0.5):
-    return tiny.make_model(make_backbone(batch_norm=batch_norm), frozen, hidden=(16,), dropout=dropout)
+def make_model(make_backbone, *, frozen="block4", batch_norm=False, dropout=0.5, **head):
+    return tiny.make_model(make_backbone(batch_norm=batch_norm), frozen, hidden=(16,), dropout=dropout, **head)
 
 
 def snapshot(trainer):
@@ -312,7 +312,7 @@ def test_a_failing_update_leaves_the_gradient_scaler_usable(make_backbone, data,
                 fail()
             return super().step(closure)
 
-    model = make_model(make_backbone)
+    model = make_model(make_backbone, pooling="flatten")
     optimizer = Failing(model.parameters(), lr=0.01)
     trainer = make_trainer(model, lr=None, optimizer=optimizer, device=half_device, precision="auto", clip_grad_norm=1)
     before = snapshot(trainer)
@@ -423,7 +423,9 @@ def by_hand(trainer, data, rates, *, batch_size, network, **options):
 def test_losses_are_those_of_a_plain_loop(make_backbone, data, optimizer, clip_grad_norm, batch_norm):
     """Each loss is that of a plain training loop, written out here, at the same rates, over ends of epochs too."""
     arguments = {"optimizer": optimizer, "clip_grad_norm": clip_grad_norm, "lr": {"backbone": 1e-4, "head": 1e-2}}
-    trainer = make_trainer(make_model(make_backbone, frozen=None, batch_norm=batch_norm), **arguments)
+    trainer = make_trainer(
+        make_model(make_backbone, frozen=None, batch_norm=batch_norm, pooling="flatten"), **arguments
+    )
     found = trainer.lr_find(data, batch_size=10, num_steps=8, lr_min=1e-3, lr_max=0.3, verbose=0)
     rates = [1e-3 * 300 ** (step / 7) for step in range(8)]
     assert found.lrs == pytest.approx(rates, rel=1e-12)
@@ -456,7 +458,8 @@ def test_weights_of_classes_and_smoothing_count(make_backbone, data):
     targets = torch.tensor([0] * 16 + [1] * 6 + [2] * 2)
     weights = torch.tensor([24 / (3 * 16), 24 / (3 * 6), 24 / (3 * 2)])
     trainer = make_trainer(
-        make_model(make_backbone, frozen=None), loss=tk.CrossEntropy(label_smoothing=0.2, class_weights="balanced")
+        make_model(make_backbone, frozen=None, pooling="flatten"),
+        loss=tk.CrossEntropy(label_smoothing=0.2, class_weights="balanced"),
     )
     found = trainer.lr_find((data[0], targets), batch_size=8, num_steps=4, lr_min=1e-4, lr_max=1e-2, verbose=0)
     options = {"weight": weights, "label_smoothing": 0.2}
@@ -466,7 +469,7 @@ def test_weights_of_classes_and_smoothing_count(make_backbone, data):
 
 def test_batches_pass_through_in_micro_batches(make_backbone, data):
     """Micro-batches reach the sweep: a layer sees parts of the batch."""
-    trainer = make_trainer(make_model(make_backbone, frozen=None), micro_batch_size=3)
+    trainer = make_trainer(make_model(make_backbone, frozen=None, pooling="flatten"), micro_batch_size=3)
     sizes = []
     trainer.model.backbone.features[0].register_forward_hook(lambda _module, inputs, _: sizes.append(len(inputs[0])))
     trainer.lr_find(data, batch_size=8, num_steps=2, lr_max=1e-4, verbose=0)

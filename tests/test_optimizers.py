@@ -34,20 +34,28 @@ def test_batch_norm_belongs_to_its_block(make_backbone):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "options"),
+    ("name", "kind", "options", "own"),
     [
-        ("adam", torch.optim.Adam, {"weight_decay": 0.0}),
-        ("adamw", torch.optim.AdamW, {"weight_decay": 0.01}),
-        ("sgd", torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.0}),
-        ("rmsprop", torch.optim.RMSprop, {"weight_decay": 0.0}),
+        ("adam", torch.optim.Adam, {"weight_decay": 0.0}, [1e-4] * 5 + [3e-4]),
+        ("adamw", torch.optim.AdamW, {"weight_decay": 0.01}, [1e-4] * 5 + [3e-4]),
+        ("sgd", torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.0}, [1e-3] * 5 + [1e-2]),
+        ("rmsprop", torch.optim.RMSprop, {"weight_decay": 0.0}, [1e-4] * 5 + [3e-4]),
     ],
 )
-def test_names_stand_for_torchs_optimizers(model, name, kind, options):
-    """Each name is the torch optimizer of that name with the documented options."""
+def test_names_stand_for_torchs_optimizers(model, name, kind, options, own):
+    """Each name is the torch optimizer of that name with the documented options, and rates for backbone and head."""
     optimizer = build_optimizer(name, model, None, None)
     assert type(optimizer) is kind
     assert all(group[key] == value for group in optimizer.param_groups for key, value in options.items())
-    assert rates(optimizer) == [1e-3] * 6
+    assert rates(optimizer) == own
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"), [(torch.optim.Adam, 1e-3), (torch.optim.SGD, 1e-3), (torch.optim.Rprop, 1e-2)]
+)
+def test_a_class_keeps_its_own_default_rate(model, kind, own):
+    """Without `lr` an optimizer class has the rate that it has without a trainer, in every group."""
+    assert rates(build_optimizer(kind, model, None, None)) == [own] * 6
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", torch.optim.Adam])

@@ -65,7 +65,7 @@ def both_trained(
     **arguments: object,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights after the plain loop and after `Trainer.fit`, from the same start on the same batches."""
-    model = tk.attach_head(backbone, CLASSES, hidden=(16,))
+    model = tk.attach_head(backbone, CLASSES, hidden=(16,), pooling="flatten")
     plain = copy.deepcopy(model)
     names = backbone.layer_names
     frozen = {None: 0, "block3": names.index("block3_conv1"), "head": len(names)}[boundary]
@@ -82,6 +82,7 @@ def both_trained(
         precision="fp32",
         device="cpu",
         lr=1e-3,
+        schedule="constant",
         clip_grad_norm=clip_grad_norm,
         **arguments,
     )

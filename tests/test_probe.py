@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import CLASSES, make_backbone, make_images, weights_of
 
 import transferkit as tk
+from tiny import CLASSES, make_backbone, make_images, weights_of
 from transferkit.errors import ArgumentError
 from transferkit.linear.choice import solve
 from transferkit.linear.table import Table

@@ -74,7 +74,7 @@ def test_a_function_of_progress_serves():
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("cosin", "Did you mean 'cosine'"), ("step", "Known: 'constant'"), (5, "Known")]
+    ("name", "hint"), [("cosin", "Did you mean 'cosine'"), ("step", "Known: 'auto', 'constant'"), (5, "Known")]
 )
 def test_unknown_schedule_is_refused(name, hint):
     """An unknown name is refused with the names that come close, and with the other way."""

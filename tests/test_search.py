@@ -229,7 +229,7 @@ def test_image_sizes_may_be_tried(make_backbone, folder):
     space = {"size": [32, 64], "lr": [1e-2], "epochs": [1], "freeze_until": ["head"]}
     result = tk.search(build, space, dataset, validation_data=dataset, device="cpu", precision="fp32", verbose=0)
     for trial, size in zip(result.trials, (32, 64), strict=True):
-        _, history = by_hand(partial(build, size), dataset, lr=1e-2, fit={"validation_data": dataset})
+        _, history = by_hand(partial(build, size), dataset, lr=1e-2, fit={"validation_data": dataset, "epochs": 1})
         assert figures(trial.history) == figures(history)
 
 

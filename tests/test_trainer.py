@@ -238,7 +238,7 @@ def test_optimizer_instance_is_used(make_backbone, data):
     """An instance trains the model as the same optimizer by class does."""
     first, second = make_model(make_backbone()), make_model(make_backbone())
     instance = torch.optim.SGD(first.parameters(), lr=1e-2, fused=True)
-    tk.Trainer(first, optimizer=instance, device="cpu", precision="fp32").fit(data, batch_size=8, verbose=0, epochs=1)
+    make_trainer(first, optimizer=instance, lr=None).fit(data, batch_size=8, verbose=0, epochs=1)
     make_trainer(second, optimizer=torch.optim.SGD).fit(data, batch_size=8, verbose=0, epochs=1)
     assert differences(first.state_dict(), second.state_dict()) == []
 
@@ -381,15 +381,15 @@ def test_steps_yield_what_was_done(model, data):
     assert (trainer.epoch, trainer.global_step) == (2, 6)
 
 
-def test_steps_are_made_when_asked_for(model, data):
+def test_steps_are_made_when_asked_for(flat_model, data):
     """No step is made before it is asked for, and none after."""
-    trainer = make_trainer(model)
-    before = weights_of(model)
+    trainer = make_trainer(flat_model)
+    before = weights_of(flat_model)
     steps = trainer.steps(data, batch_size=8)
-    assert changed(before, model) == set()
+    assert changed(before, flat_model) == set()
     next(steps)
     assert trainer.global_step == 1
-    assert "head.logits.weight" in changed(before, model)
+    assert "head.logits.weight" in changed(before, flat_model)
 
 
 def test_steps_give_what_fit_gives(make_backbone, data):
@@ -553,12 +553,12 @@ def test_validation_is_in_eval_mode_and_training_in_training_mode(backbone, data
     assert model.training
 
 
-def test_training_is_in_training_mode_whatever_came_before(model, data):
+def test_training_is_in_training_mode_whatever_came_before(flat_model, data):
     """A model that was in eval mode before fit, or is put into it by a callback, trains in training mode."""
     modes = []
-    model.head.register_forward_hook(lambda module, *_: modes.append(module.training))
-    trainer = make_trainer(model.eval())
-    trainer.fit(data, epochs=2, batch_size=24, callbacks=[lambda *_: model.eval() and None], verbose=0)
+    flat_model.head.register_forward_hook(lambda module, *_: modes.append(module.training))
+    trainer = make_trainer(flat_model.eval())
+    trainer.fit(data, epochs=2, batch_size=24, callbacks=[lambda *_: flat_model.eval() and None], verbose=0)
 
     assert modes == [True, True]
 
@@ -588,24 +588,24 @@ def test_evaluate_is_the_mean_over_images(model, data, batch_size):
     assert measured["accuracy"] == (logits.argmax(dim=1) == targets).sum().item() / 24
 
 
-def test_training_figures_are_means_over_images(model, data):
+def test_training_figures_are_means_over_images(flat_model, data):
     """A ragged last batch counts by its images in the reported training loss and accuracy."""
     images, targets = data
     with torch.no_grad():
-        logits = model(model.backbone.preprocess(images))
-    history = make_trainer(model, lr=1e-30, optimizer="sgd").fit(data, batch_size=11, verbose=0, epochs=1)
+        logits = flat_model(flat_model.backbone.preprocess(images))
+    history = make_trainer(flat_model, lr=1e-30, optimizer="sgd").fit(data, batch_size=11, verbose=0, epochs=1)
     assert history.history["loss"] == pytest.approx([functional.cross_entropy(logits, targets).item()], rel=1e-6)
     assert history.history["accuracy"] == [(logits.argmax(dim=1) == targets).sum().item() / 24]
 
 
-def test_reported_loss_includes_smoothing_and_weights(model, data):
+def test_reported_loss_includes_smoothing_and_weights(flat_model, data):
     """The training loss is the one that is minimised; the validation loss is plain."""
     with torch.no_grad():
-        logits = model(model.backbone.preprocess(data[0]))
+        logits = flat_model(flat_model.backbone.preprocess(data[0]))
     weights = torch.tensor([1.0, 5.0, 9.0])
     expected = functional.cross_entropy(logits, data[1], weights, label_smoothing=0.3).item()
     trainer = make_trainer(
-        model, lr=1e-30, optimizer="sgd", loss=tk.CrossEntropy(label_smoothing=0.3, class_weights=weights)
+        flat_model, lr=1e-30, optimizer="sgd", loss=tk.CrossEntropy(label_smoothing=0.3, class_weights=weights)
     )
     history = trainer.fit(data, validation_data=data, batch_size=24, verbose=0, epochs=1)
     assert history.history["loss"] == pytest.approx([expected], rel=1e-5)
@@ -742,7 +742,7 @@ def test_micro_batches_give_the_update_of_the_batch(make_backbone, data, argumen
     """5 images in parts of 2, 2 and 1 give the update of 5 at once (rtol 1e-5: sums in another order)."""
     trained = []
     for micro_batch_size in (None, 2):
-        model = make_model(make_backbone())
+        model = make_model(make_backbone(), pooling="flatten")
         trainer = make_trainer(model, optimizer="sgd", lr=0.1, micro_batch_size=micro_batch_size, **arguments)
         trainer.fit((data[0][:10], data[1][:10]), batch_size=5, epochs=2, verbose=0)
         trained.append(model.state_dict())
@@ -754,7 +754,7 @@ def test_clipping_bounds_the_update(make_backbone, data):
     """With SGD and rate 1 the whole update has the norm of the limit, where it would be larger without."""
     norms = []
     for clip_grad_norm in (None, 0.01):
-        model = make_model(make_backbone())
+        model = make_model(make_backbone(), pooling="flatten")
         before = weights_of(model)
         trainer = make_trainer(model, optimizer=torch.optim.SGD, lr=1.0, clip_grad_norm=clip_grad_norm)
         next(trainer.steps(data, batch_size=24))
@@ -763,6 +763,42 @@ def test_clipping_bounds_the_update(make_backbone, data):
         )
     assert norms[0] > 0.02
     assert norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_default_schedule_is_a_warmup_and_a_cosine(model, data):
+    """Without `schedule` each step's rate is the head's own times `warmup("cosine", 0.1)` at its place in the run."""
+    steps = list(tk.Trainer(model, device="cpu", precision="fp32").steps(data, epochs=4, batch_size=8))
+    expected = [3e-4 * tk.warmup("cosine", 0.1)(number / 12) for number in range(12)]
+    assert [step.lr for step in steps] == pytest.approx(expected, rel=1e-12)
+    assert steps[0].lr < steps[2].lr > steps[-1].lr
+
+
+def test_the_default_schedule_is_constant_where_the_run_has_no_known_length(model, data):
+    """A loader without a length trains at the rates as they are."""
+    trainer = tk.Trainer(model, device="cpu", precision="fp32")
+    assert {step.lr for step in trainer.steps(DataLoader(Stream(data), batch_size=8), epochs=2)} == {3e-4}
+
+
+def test_gradients_are_clipped_by_default(make_backbone, data):
+    """Without `clip_grad_norm` an update by SGD at rate 1 has norm 1 where it would be larger; None does not clip."""
+    norms = []
+    for arguments in ({}, {"clip_grad_norm": None}):
+        model = make_model(make_backbone(), pooling="flatten")
+        with torch.no_grad():
+            model.head.logits.weight.mul_(100)
+        before = weights_of(model)
+        trainer = tk.Trainer(
+            model, optimizer=torch.optim.SGD, lr=1.0, schedule="constant", device="cpu", precision="fp32", **arguments
+        )
+        next(trainer.steps(data, batch_size=24))
+        norms.append(torch.cat([(value - before[n]).flatten() for n, value in model.state_dict().items()]).norm())
+    assert norms[0] == pytest.approx(1.0, rel=1e-3)
+    assert norms[1] > 2.0
+
+
+def test_fit_makes_ten_epochs_by_default(model, data):
+    """Without `epochs` a run has ten."""
+    assert len(make_trainer(model).fit(data, verbose=0).reports) == 10
 
 
 def test_optimizer_is_fused(model):

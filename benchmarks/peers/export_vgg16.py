@@ -13,7 +13,8 @@ from torchvision.models.vgg import cfgs, make_layers
 
 def main() -> None:
     weights_path, images_path, output_path = sys.argv[1:]
-    state = {name: value.float() for name, value in torch.load(weights_path, weights_only=True).items()}
+    everything = torch.load(weights_path, weights_only=True)
+    state = {name: value.float() for name, value in everything.items() if name.startswith("features.")}
     body = make_layers(cfgs["D"], batch_norm=False)
     body.load_state_dict({name.removeprefix("features."): value for name, value in state.items()})
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """Shared by the contestants on PyTorch: the network, and the images as a data set or as preprocessed tensors."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from job import DEVIATION, HIDDEN, MEAN, NUM_CLASSES, WEIGHTS, Data, Job
@@ -13,12 +15,13 @@ from torchvision.transforms.v2 import functional
 VALIDATION_BATCH_SIZE = 128  # in the best configurations: without gradients, larger batches are slightly faster
 
 
-def build_body(job: Job) -> nn.Sequential:
+def build_body(*, weights: str | Path = WEIGHTS) -> nn.Sequential:
     """Return torchvision's VGG16 convolutions with the pretrained weights; its classifier is never built."""
     body = make_layers(cfgs["D"], batch_norm=False)
-    state = torch.load(WEIGHTS, weights_only=True)
-    body.load_state_dict({name.removeprefix("features."): value.float() for name, value in state.items()})
-    return body.requires_grad_(not job.frozen)
+    state = torch.load(weights, weights_only=True)
+    convolutions = {name: value.float() for name, value in state.items() if name.startswith("features.")}
+    body.load_state_dict({name.removeprefix("features."): value for name, value in convolutions.items()})
+    return body
 
 
 def build_head(job: Job) -> nn.Sequential:
@@ -34,7 +37,7 @@ def build_head(job: Job) -> nn.Sequential:
 
 
 def build_model(job: Job) -> nn.Sequential:
-    return nn.Sequential(build_body(job), build_head(job))
+    return nn.Sequential(build_body().requires_grad_(not job.frozen), build_head(job))
 
 
 def build_fast_model(job: Job) -> nn.Sequential:

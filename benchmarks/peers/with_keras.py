@@ -42,13 +42,13 @@ def convert_weights(body: keras.Model, exported: dict[str, np.ndarray]) -> None:
         layer.set_weights([kernel[:, :, ::-1] if place == 0 else kernel, exported[f"features.{name}.bias"]])
 
 
-def exported_weights(images: np.ndarray) -> dict[str, np.ndarray]:
+def exported_weights(images: np.ndarray, weights: str | Path) -> dict[str, np.ndarray]:
     """Return PyTorch's weights and, as `features`, its output for images in Keras's form: BGR, channels last."""
     with tempfile.TemporaryDirectory() as folder:
         images_path, output_path = Path(folder) / "images.npy", Path(folder) / "weights.npz"
         np.save(images_path, np.ascontiguousarray(images[..., ::-1].transpose(0, 3, 1, 2)))
         script = Path(__file__).with_name("export_vgg16.py")
-        subprocess.run([sys.executable, script, WEIGHTS, images_path, output_path], check=True)
+        subprocess.run([sys.executable, script, weights, images_path, output_path], check=True)
         with np.load(output_path) as exported:
             return dict(exported)
 
@@ -62,12 +62,10 @@ def preprocess(images: np.ndarray, image_size: int) -> np.ndarray:
     return preprocess_input(np.concatenate(resized))
 
 
-def build_model(job: Job, data: Data) -> keras.Model:
-    """Return VGG16 with the head, not yet compiled, after comparing its float32 features with PyTorch's."""
-    keras.utils.set_random_seed(SEED)
-    shape = (job.image_size, job.image_size, 3)
-    images = preprocess(data.train_images[:8], job.image_size)
-    exported = exported_weights(images)
+def build_body(images: np.ndarray, *, weights: str | Path = WEIGHTS) -> keras.Model:
+    """Return VGG16 after comparing its float32 features of some preprocessed images with PyTorch's."""
+    shape = images.shape[1:]
+    exported = exported_weights(images, weights)
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy("float32")
     reference = VGG16(weights=None, include_top=False, input_shape=shape)
@@ -81,6 +79,13 @@ def build_model(job: Job, data: Data) -> keras.Model:
     if policy.name != "float32":
         body = VGG16(weights=None, include_top=False, input_shape=shape)
         body.set_weights(reference.get_weights())
+    return body
+
+
+def build_model(job: Job, data: Data) -> keras.Model:
+    """Return VGG16 with the head, not yet compiled."""
+    keras.utils.set_random_seed(SEED)
+    body = build_body(preprocess(data.train_images[:8], job.image_size))
     body.trainable = not job.frozen
     layers = [keras.layers.Dense(size, activation="relu") for size in HIDDEN]
     last = keras.layers.Dense(NUM_CLASSES, activation="softmax", dtype="float32")

@@ -191,6 +191,8 @@ def fine_tune(
     if wanted and held_out is not None:
         job = _Job(trainer, train, held_out, whole_number("batch_size", batch_size), augment, end, display)
         plan = _read_plan(folder) or job.plan(freeze_until, epochs)
+        if plan is None:
+            display.say(f"no time for deeper training within {budget:.0f} s")
         deeper = plan is not None and job.train(plan, folder)
     if not deeper:
         views = VIEWS if end is None else int(_SPARE * (end - time.perf_counter()) / solve_s)

@@ -331,7 +331,6 @@ class Trainer:
                 assign_training_state(training, saved)  # nothing was changed before
             display.say(f"{describe_frozen(training.model)}; on {self.device.torch_device} in {self.device.precision}")
             run.check_feeds()
-            measure_features(training, run)
             progress = self._begin(facts, called)
             if saved is not None:
                 progress.load(saved["run"])
@@ -460,7 +459,7 @@ class Trainer:
         if lr is not None:
             set_lr(self.optimizer, lr)
         run.check_feeds()
-        measure_features(self._training, run)
+        measure_features(self._training, run, self._interrupts)
         progress = self._begin({}, CallbackList(self, ()))
         return (step for _ in range(epochs) for step in train_epoch(self._training, run, progress))
 

@@ -89,7 +89,7 @@ def run(script, folder):
 
 def make_trainer(backbone, layer=None, **options):
     model = tk.freeze_until(tk.attach_head(backbone, ["cat", "dog", "owl"]), layer)
-    return tk.Trainer(model, device="cpu", precision="fp32", lr=1e-2, **options)
+    return tk.Trainer(model, device="cpu", precision="fp32", lr=1e-2, schedule="constant", **options)
 
 
 def fit(trainer, data, epochs=1, **options):

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from transferkit.base.randomness import derive_seed, shuffled
-from transferkit.errors import ArgumentError
+from transferkit.errors import ArgumentError, EmptyDataError, NonFiniteError
 from transferkit.linear.design import Design, design_of, standardised
-from transferkit.linear.logistic import Loss, Problems
+from transferkit.linear.logistic import PAIRS, Loss, Problems
 from transferkit.linear.table import Table
 
 STRENGTHS = tuple(10 ** (1 - step / 2) for step in range(13))
@@ -19,7 +20,7 @@ STRENGTHS = tuple(10 ** (1 - step / 2) for step in range(13))
 ONE_FOLD_ROWS = 20_000
 """Above this number of rows only the first fold is held out: a quarter of them tells strengths apart."""
 
-PATH_TOLERANCE = 1e-2
+PATH_TOLERANCE = 3e-3
 """Error of the weights, relative to their norm, at which a strength is scored."""
 
 TOLERANCE = 1e-5
@@ -123,8 +124,8 @@ def solve(
             their target.
 
     Raises:
-        ArgumentError: When there are no strengths or one is not positive, or there are several and nothing is held
-            out, or the targets are not as many as the rows.
+        ArgumentError: When the strengths are not positive and falling, or there are several and nothing is held out,
+            or a table does not have as many rows as targets, or validation rows have other features.
         EmptyDataError: When a table has no rows.
         NonFiniteError: When a feature, or a slope of the loss, is infinite or NaN.
 
@@ -140,36 +141,45 @@ def solve(
     _check(table, targets, strengths, folds, validation)
     design = design_of(table)
     targets = targets.to(table.device)
-    right = count_correct or _count_largest
+    everything = torch.ones(len(targets), 1, dtype=torch.bool, device=table.device)
+    final = Problems(design, targets, loss, classes=classes, members=everything)
+    scores: _Folds | _Validation
     if validation is not None:
-        scorer: _Folds | _Rows | None = _Rows(design, targets, loss, classes, validation)
+        scores = _Validation(final, *validation)
     else:
-        fold_of = assign_folds(targets, folds, groups=groups, seed=seed)
-        scorer = _Folds(design, targets, loss, classes, fold_of) if int(fold_of.max()) > 0 else None
+        scores = _Folds(design, targets, loss, classes, assign_folds(targets, folds, groups=groups, seed=seed))
+    l2, logits = strengths[0], final.logits[:0, 0]
     path: list[Strength] = []
-    held_out, logits = targets.new_zeros(0, dtype=torch.int64), torch.zeros(0, classes, device=table.device)
-    best, start, losses, worse = strengths[0], None, None, 0
+    if len(scores.rows):
+        l2, path, final.weights, logits = _choose(scores, strengths, loss, count_correct or _count_largest)
+    final.solve(l2, tolerance=TOLERANCE)
+    weight, bias = design.on_features(final.weights[0])
+    return LinearHead(weight, bias, design.mean, design.std, l2, path, scores.rows, logits)
+
+
+def _choose(
+    scores: "_Folds | _Validation",
+    strengths: Sequence[float],
+    loss: Loss,
+    count_correct: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[float, list[Strength], Tensor, Tensor]:
+    """Return the best strength, all that were tried, and the best one's weights and logits of the held-out rows."""
+    path: list[Strength] = []
+    least = torch.zeros(0)
+    worse = 0
     for l2 in strengths:
-        if scorer is None:
-            break
-        here = scorer.solve(l2)
-        own = loss.each(here, scorer.targets).double()
-        path.append(Strength(l2, float(own.mean()), *_accuracy(here, scorer.targets, scorer.parts, right)))
-        if losses is None or float(own.mean()) < float(losses.mean()):
-            best, start, losses, worse = l2, scorer.weights(), own, 0
-            held_out, logits = scorer.held_out, here.clone()
+        logits = scores.solve(l2)
+        losses = loss.each(logits, scores.targets).double()
+        path.append(Strength(l2, float(losses.mean()), *_accuracy(logits, scores, count_correct)))
+        if len(path) == 1 or path[-1].loss < float(least.mean()):
+            best, least, worse = (l2, scores.weights(), logits), losses, 0
             continue
-        rise = own - losses
+        rise = losses - least  # row by row: the noise of the rise is much less than that of the loss
         worse = worse + 1 if float(rise.mean()) > float(rise.std(correction=0)) / math.sqrt(len(rise)) else 0
         if worse == 2:
             break
-    everything = torch.ones(len(targets), 1, dtype=torch.bool, device=table.device)
-    final = Problems(design, targets, loss, classes=classes, members=everything)
-    if start is not None:
-        final.weights = start
-    final.solve(best, tolerance=TOLERANCE)
-    weight, bias = design.on_features(final.weights[0])
-    return LinearHead(weight, bias, design.mean, design.std, best, path, held_out, logits)
+    l2, weights, logits = best
+    return l2, path, weights, logits
 
 
 def assign_folds(targets: Tensor, folds: int, *, groups: Tensor | None = None, seed: int = 0) -> Tensor:
@@ -198,25 +208,33 @@ def assign_folds(targets: Tensor, folds: int, *, groups: Tensor | None = None, s
 
 
 class _Folds:
-    """Scores a strength by the rows of each fold, with weights solved on the others."""
+    """Scores a strength by the rows of each fold, with weights solved on the others.
+
+    Attributes:
+        rows: Which rows are held out, int64.
+        targets: Of these rows.
+        parts: Places in `rows` of each fold.
+    """
 
     def __init__(self, design: Design, targets: Tensor, loss: Loss, classes: int, fold_of: Tensor) -> None:
-        count, number = len(fold_of), int(fold_of.max()) + 1
-        used = number if count <= ONE_FOLD_ROWS else 1
-        self.held_out = (fold_of < used).nonzero().squeeze(1)
-        self.targets = targets[self.held_out]
-        self.fold_of = fold_of[self.held_out]
+        count = len(fold_of)
+        number = int(fold_of.max()) + 1
+        used = 0 if number == 1 else number if count <= ONE_FOLD_ROWS else 1
+        self.rows = (fold_of < used).nonzero().squeeze(1)
+        self.targets = targets[self.rows]
+        self.fold_of = fold_of[self.rows]
         self.parts = [(self.fold_of == fold).nonzero().squeeze(1) for fold in range(used)]
-        size = max(1, _BATCH_NUMBERS // (classes * max(count, 24 * len(design.variances))))
+        size = max(1, _BATCH_NUMBERS // (classes * max(count, 2 * PAIRS * len(design.axes))))
         self.batches = [
             Problems(design, targets, loss, classes=classes, members=fold_of[:, None] != batch)
             for batch in torch.split(torch.arange(used, device=fold_of.device), size)
         ]
 
     def solve(self, l2: float) -> Tensor:
+        """Return the logits of the held-out rows, `(N, K)`."""
         for batch in self.batches:
-            batch.solve(l2, tolerance=PATH_TOLERANCE)
-        logits = torch.cat([batch.logits[self.held_out] for batch in self.batches], dim=1)
+            batch.follow(l2, tolerance=PATH_TOLERANCE)
+        logits = torch.cat([batch.logits[self.rows] for batch in self.batches], dim=1)
         return logits[torch.arange(len(logits), device=logits.device), self.fold_of]
 
     def weights(self) -> Tensor:
@@ -224,26 +242,32 @@ class _Folds:
         return torch.cat([batch.weights for batch in self.batches]).mean(dim=0, keepdim=True)
 
 
-class _Rows:
+class _Validation:
     """Scores a strength by validation rows, with weights solved on all training rows."""
 
-    def __init__(
-        self, design: Design, targets: Tensor, loss: Loss, classes: int, validation: tuple[Table, Tensor]
-    ) -> None:
-        self.table, self.targets = validation[0], validation[1].to(targets.device)
-        self.design = design
-        self.held_out = torch.arange(len(self.targets), device=targets.device)
-        self.parts = [self.held_out]
-        members = torch.ones(len(targets), 1, dtype=torch.bool, device=targets.device)
-        self.problem = Problems(design, targets, loss, classes=classes, members=members)
+    def __init__(self, problem: Problems, table: Table, targets: Tensor) -> None:
+        self.problem, self.table = problem, table
+        self.targets = targets.to(table.device)
+        self.rows = torch.arange(len(targets), device=table.device)
+        self.parts = [self.rows]
 
     def solve(self, l2: float) -> Tensor:
-        self.problem.solve(l2, tolerance=PATH_TOLERANCE)
-        weight, bias = self.design.on_features(self.problem.weights[0])
-        blocks = standardised(self.table, self.design.mean, self.design.std)
-        return torch.cat([torch.addmm(bias, block, weight.T) for block in blocks])
+        """Return the logits of the validation rows, `(N, K)`. Reads their table once."""
+        self.problem.follow(l2, tolerance=PATH_TOLERANCE)
+        design = self.problem.design
+        weight, bias = design.on_features(self.problem.weights[0])
+        blocks = standardised(self.table, design.mean, design.std)
+        logits = torch.cat([torch.addmm(bias, block, weight.T) for block in blocks])
+        finite = logits.isfinite().all(dim=1)
+        if not bool(finite.all()):  # host sync
+            row = int((~finite).nonzero()[0])
+            raise NonFiniteError(
+                f"the features of validation row {row} are not finite: expected numbers. Look at this image."
+            )
+        return logits
 
     def weights(self) -> Tensor:
+        """Return the solution."""
         return self.problem.weights
 
 
@@ -252,14 +276,15 @@ def _count_largest(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _accuracy(
-    logits: Tensor, targets: Tensor, parts: list[Tensor], count_correct: Callable[[Tensor, Tensor], Tensor]
+    logits: Tensor, scores: "_Folds | _Validation", count_correct: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[float, float]:
-    """Return accuracy and its standard error over the parts of the held-out rows, or of a proportion."""
-    right = torch.stack([count_correct(logits[part], targets[part]).double() for part in parts])
+    """Return the accuracy and its standard error: over the folds, or of a proportion."""
+    parts = [(logits[part], scores.targets[part]) for part in scores.parts]
+    right = torch.stack([count_correct(*part).double() for part in parts])
     accuracy = float(right.sum()) / len(logits)
     if len(parts) == 1:
         return accuracy, math.sqrt(accuracy * (1 - accuracy) / len(logits))
-    sizes = torch.tensor([len(part) for part in parts], device=right.device)
+    sizes = torch.tensor([len(part) for part in scores.parts], device=right.device)
     return accuracy, float((right / sizes).std()) / math.sqrt(len(parts))
 
 
@@ -270,15 +295,19 @@ def _check(
     folds: int,
     validation: tuple[Table, Tensor] | None,
 ) -> None:
-    if not strengths or not all(0 < l2 < math.inf for l2 in strengths):
-        raise ArgumentError(f"l2={list(strengths)} cannot be used: expected one or more numbers above 0.")
+    falling = all(after < before for before, after in pairwise(strengths))
+    if not strengths or not falling or not all(0 < l2 < math.inf for l2 in strengths):
+        raise ArgumentError(f"l2={list(strengths)} cannot be used: expected numbers above 0, from strong to weak.")
     if validation is None and folds < 2 and len(strengths) > 1:
         raise ArgumentError(
             f"folds={folds} holds out no rows to choose among {len(strengths)} penalties by: expected 2 folds or more, "
             "validation data, or one l2."
         )
-    for rows, labels, name in [(table, targets, "training"), *([(*validation, "validation")] if validation else [])]:
-        if rows.shape[0] != len(labels):
+    for name, rows, labels in [("training", table, targets), *([("validation", *validation)] if validation else [])]:
+        if rows.shape[0] != len(labels) or rows.shape[1] != table.shape[1]:
             raise ArgumentError(
-                f"the {name} data has {rows.shape[0]} rows and {len(labels)} targets: expected as many."
+                f"the {name} data has {rows.shape[0]} rows of {rows.shape[1]} features and {len(labels)} targets: "
+                f"expected as many rows as targets, and {table.shape[1]} features."
             )
+        if len(labels) == 0:
+            raise EmptyDataError(f"the {name} data has 0 images: expected at least one.")

@@ -1,58 +1,64 @@
-"""Standardised features in the basis of their principal axes, where a logistic regression is well conditioned."""
+"""Standardised features as what maps weights to logits, with an estimate of how its logistic regressions curve."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from transferkit.errors import EmptyDataError, NonFiniteError
+from transferkit.errors import NonFiniteError
 from transferkit.linear.table import Table
 
-LARGEST_GRAM = 4096
-"""Largest matrix that is decomposed; beyond, the features keep their own axes."""
+LARGEST_PRODUCTS = 4096
+"""Most rows whose inner products are taken in place of the features, where there are more features than rows."""
+
+_AXES = 128
+"""Principal axes that are computed: along these features vary most, and the Hessian is largest."""
+
+_READINGS = 3
+"""Products with the covariance that find them."""
 
 _CONSTANT = 1e-5
 """A column whose standard deviation is a smaller fraction of its mean is constant but for rounding."""
 
-_RANK = 1e-10
-"""Axes whose variance is a smaller fraction of the largest are left out: float32 rows do not hold them."""
+_JITTER = 1e-9
+"""Added to the inner products, as a fraction of their mean square, so that they have a Cholesky factor."""
 
 
 @dataclass(frozen=True, eq=False)
 class Design:
-    """What maps weights to logits: standardised rows and a column of ones, with an axis for each number of a weight.
+    """What maps weights to logits: standardised rows and a column of ones, with a weight for each column.
 
-    The axes are the eigenvectors of the covariance. Weights on them have the norm they have on the features, so the L2
-    penalty is the same. Where there are more features than rows, the axes come from the inner products of the rows:
-    nothing but reading then depends on the number of features. Where both are more than `LARGEST_GRAM`, each feature
-    is an axis.
+    Where there are more features than rows, the rows are replaced by the Cholesky factor of their inner products. It
+    has the same inner products, so the optimum is the same, and its size does not depend on the number of features.
 
     Attributes:
         table: The rows.
         mean: Of each feature, float32 `(D,)`.
         std: Of each feature, float32 `(D,)`; 1 if the feature is constant.
-        variances: Of the rows along each axis, `(A,)`, then 1 for the column of ones.
-        rows: The rows on their axes, with the column of ones, float32 `(N, A + 1)`; None if they do not fit in memory
-            and are read again in each pass.
-        axes: `(D, A)`; None where each feature is an axis or where `combinations` says what they are.
-        combinations: `(N, A)`: each axis as a combination of the standardised rows, where `D > N`.
+        rows: The rows, or their factor, with the column of ones, float32 `(N, A + 1)`; None if they do not fit in
+            memory and are read again in each pass.
+        factor: The factor, float64 `(N, N)`; None if the columns are the features.
+        axes: Principal axes of the rows, `(A + 1, R)`; the last is the column of ones.
+        variances: Of the rows along each axis, `(R,)`.
+        rest: Upper bound of the variance along every other axis, `()`.
     """
 
     table: Table
     mean: Tensor
     std: Tensor
-    variances: Tensor
     rows: Tensor | None
-    axes: Tensor | None
-    combinations: Tensor | None
+    factor: Tensor | None
+    axes: Tensor
+    variances: Tensor
+    rest: Tensor
 
     def logits(self, weights: Tensor) -> Tensor:
         """Return the logits `(N, M)` of weights `(M, A + 1)`. Reads the table once if its rows are not in memory."""
         if self.rows is not None:
             return self.rows @ weights.T
-        weight, bias = self.on_features(weights)
-        return torch.cat([torch.addmm(bias, block, weight.T) for block in self._blocks()])
+        return torch.cat([torch.addmm(weights[:, -1], block, weights[:, :-1].T) for block in self._blocks()])
 
     def gradient(self, slopes: Tensor) -> Tensor:
         """Return the gradient `(M, A + 1)` that follows from the slopes `(N, M)` of the logits.
@@ -61,12 +67,23 @@ class Design:
         """
         if self.rows is not None:
             return slopes.T @ self.rows
-        total = slopes.new_zeros(slopes.shape[1], self.table.shape[1])
-        start = 0
-        for block in self._blocks():
-            total += slopes[start : start + len(block)].T @ block
-            start += len(block)
-        return torch.cat([total if self.axes is None else total @ self.axes, slopes.sum(dim=0)[:, None]], dim=1)
+        return torch.cat([_combined(slopes.T, self._blocks()), slopes.sum(dim=0)[:, None]], dim=1)
+
+    def precondition(self, gradient: Tensor, curvature: Tensor, penalty: float) -> Tensor:
+        """Return the gradient `(P, K, A + 1)` divided by an estimate of the Hessian.
+
+        Args:
+            gradient: Of each problem.
+            curvature: Of each problem's loss in its logits, `(P,)`.
+            penalty: The L2 penalty.
+        """
+        curvature = curvature[:, None, None]
+        penalties = torch.full_like(self.variances, penalty)
+        penalties[-1] = 0  # biases are not penalised
+        variances = curvature * self.variances + penalties
+        rest = curvature * self.rest + penalty
+        along = gradient @ self.axes
+        return gradient / rest + (along * (1 / variances - 1 / rest)) @ self.axes.T
 
     def on_features(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights `(M, A + 1)` as weights on the standardised features `(M, D)` and biases `(M,)`.
@@ -74,14 +91,9 @@ class Design:
         Reads the table once where there are more features than rows.
         """
         own, bias = weights[:, :-1], weights[:, -1]
-        if self.combinations is not None:
-            by_row = own @ self.combinations.T  # (M, N)
-            own, start = own.new_zeros(len(own), self.table.shape[1]), 0
-            for block in self._blocks():
-                own += by_row[:, start : start + len(block)] @ block
-                start += len(block)
-        elif self.axes is not None:
-            own = own @ self.axes.T
+        if self.factor is not None:
+            by_row = torch.linalg.solve_triangular(self.factor.T, own.T.double(), upper=True)
+            own = _combined(by_row.T.float(), self._blocks())
         return own, bias
 
     def _blocks(self) -> Iterator[Tensor]:
@@ -98,18 +110,13 @@ def moments(table: Table) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each feature, float32 `(D,)`. Reads the table once.
 
     Raises:
-        EmptyDataError: When the table has no rows.
         NonFiniteError: When a feature is infinite or NaN.
     """
-    if table.shape[0] == 0:
-        raise EmptyDataError("a linear head cannot be solved on 0 images: expected at least one.")
-    shift, start = torch.zeros(()), 0
     total = square = torch.zeros(table.shape[1], dtype=torch.float64, device=table.device)
+    start = 0
     for block in table.blocks():
         exact = block.double()
-        shift = shift if start else exact.mean(dim=0)  # of the first block: squares of differences lose no digits
-        exact -= shift
-        total, square = total + exact.sum(dim=0), square + exact.square_().sum(dim=0)
+        total, square = total + exact.sum(dim=0), square + exact.square().sum(dim=0)
         if not bool(square.isfinite().all()):  # host sync: once a block
             row = start + int((~block.isfinite().all(dim=1)).nonzero()[0])
             raise NonFiniteError(
@@ -117,83 +124,86 @@ def moments(table: Table) -> tuple[Tensor, Tensor]:
                 "and the precision of the frozen layers."
             )
         start += len(block)
-    offset = total / table.shape[0]
-    mean = shift + offset
-    std = (square / table.shape[0] - offset.square()).clamp_min(0).sqrt()
+    mean = total / table.shape[0]
+    std = (square / table.shape[0] - mean.square()).clamp_min(0).sqrt()
     rounding = (_CONSTANT * mean.abs()).clamp_min(1e-30)
     return mean.float(), torch.where(std > rounding, std, rounding.clamp_min(1)).float()
 
 
 def design_of(table: Table) -> Design:
-    """Standardise a table and find its axes.
+    """Standardise a table.
 
-    Reads the table once for mean and standard deviation, once for the covariance and, if its rows fit in memory as
-    float32, once to take them there. Where `D > N` the covariance is replaced by the inner products of the rows, which
-    take a reading for each block of rows.
+    Reads it once for mean and standard deviation, then once to take its rows to memory or, if they do not fit there as
+    float32, three times for their principal axes. Where `D > N` it reads it once and then once more for each block.
 
     Raises:
-        EmptyDataError: When the table has no rows.
         NonFiniteError: When a feature is infinite or NaN.
     """
-    count, width = table.shape
     mean, std = moments(table)
-    axes = combinations = rows = None
-    if min(count, width) > LARGEST_GRAM:
-        variances = torch.ones(width, device=table.device)
-    elif width <= count:
-        gram = torch.zeros(width, width, dtype=torch.float64, device=table.device)
-        for block in standardised(table, mean, std):
-            exact = block.double()
-            gram += exact.T @ exact
-        values, vectors = _eigh(gram)
-        axes, variances = vectors.float(), (values / count).float()
-    else:
-        values, vectors = _eigh(_inner_products(table, mean, std))
-        combinations, variances = (vectors / values.sqrt()).float(), (values / count).float()
-        rows = _with_ones(vectors * values.sqrt())
-    if rows is None and table.fits_in_memory():
-        rows = torch.empty(count, len(variances) + 1, device=table.device)
-        rows[:, -1] = 1
+    count, width = table.shape
+    rows = factor = None
+    if count < width and count <= LARGEST_PRODUCTS:
+        factor = _factor(table, mean, std)
+        rows = torch.cat([factor, factor.new_ones(count, 1)], dim=1).float()
+    elif table.fits_in_memory():
+        rows = torch.ones(count, width + 1, device=table.device)
         start = 0
         for block in standardised(table, mean, std):
-            rows[start : start + len(block), :-1] = block if axes is None else block @ axes
+            rows[start : start + len(block), :-1] = block
             start += len(block)
-    variances = torch.cat([variances, variances.new_ones(1)])
-    return Design(table, mean, std, variances, rows, axes, combinations)
+
+    def blocks() -> Iterator[Tensor]:
+        return standardised(table, mean, std) if rows is None else iter([rows[:, :-1]])
+
+    axes, variances, rest = _principal_axes(blocks, (count, width if factor is None else count))
+    return Design(table, mean, std, rows, factor, axes, variances, rest)
 
 
-def _with_ones(rows: Tensor) -> Tensor:
-    return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1).float()
+def _combined(by_row: Tensor, blocks: Iterator[Tensor]) -> Tensor:
+    """Return combinations of all rows, `(M, D)`, from the share of each row `(M, N)`."""
+    total, start = torch.zeros(1, device=by_row.device), 0
+    for block in blocks:
+        total = total + by_row[:, start : start + len(block)] @ block
+        start += len(block)
+    return total
 
 
-def _inner_products(table: Table, mean: Tensor, std: Tensor) -> Tensor:
-    """Return the inner products of all standardised rows, float64 `(N, N)`."""
-    products = torch.zeros(table.shape[0], table.shape[0], dtype=torch.float64, device=table.device)
+def _factor(table: Table, mean: Tensor, std: Tensor) -> Tensor:
+    """Return the Cholesky factor of the inner products of all standardised rows, float64 `(N, N)`."""
+    count = table.shape[0]
+    products = torch.zeros(count, count, dtype=torch.float64, device=table.device)
     start = 0
     for block in standardised(table, mean, std):
         exact, other = block.double(), 0
         for second in standardised(table, mean, std):
-            part = slice(start, start + len(block)), slice(other, other + len(second))
-            products[part] = exact @ second.double().T
+            products[start : start + len(block), other : other + len(second)] = exact @ second.double().T
             other += len(second)
             if other >= start + len(block):
-                break  # the rest is the transpose
+                break  # above the diagonal nothing is needed
         start += len(block)
-    return products.tril() + products.tril(-1).T
+    products.diagonal().add_((_JITTER * products.diagonal().mean()).clamp_min(1e-12))
+    factor: Tensor = torch.linalg.cholesky(products)
+    return factor
 
 
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues above rounding, descending, and their eigenvectors.
+def _principal_axes(blocks: Callable[[], Iterator[Tensor]], shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return principal axes with the column of ones, their variances, and a bound of the variances along all others.
 
-    One thread computes them on the CPU: with two threads and another busy process LAPACK was 70 times slower, because
-    its threads wait for each other at every column.
+    References:
+        Halko, Martinsson and Tropp, 2011, "Finding structure with randomness": subspace iteration.
+        Frangella, Tropp and Udell, 2023, "Randomized Nyström Preconditioning".
     """
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        values, vectors = torch.linalg.eigh(matrix)
-    finally:
-        torch.set_num_threads(threads)
-    values, vectors = values.flip(0), vectors.flip(1)
-    rank = int((values > _RANK * values[:1].clamp_min(0)).sum()) if len(values) else 0
-    return values[:rank], vectors[:, :rank]
+    count, width = shape
+    product = torch.randn(width, min(width, _AXES), generator=torch.Generator().manual_seed(0))
+    for _ in range(_READINGS):
+        axes = torch.linalg.qr(product)[0]
+        product = torch.zeros_like(product)
+        for block in blocks():
+            axes, product = axes.to(block.device), product.to(block.device)
+            product += block.T @ (block @ axes)
+    variances, turns = torch.linalg.eigh((axes.T @ product).double() / count)
+    variances = variances.clamp_min(0).float()
+    rest = torch.maximum(variances[0], variances[-1] / 1000)  # a larger quotient would be lost to rounding
+    axes = pad(axes @ turns.float(), (0, 1, 0, 1))
+    axes[-1, -1] = 1
+    return axes, torch.cat([variances, variances.new_ones(1)]), rest

@@ -1,5 +1,6 @@
 """Logistic regression with an L2 penalty, solved to its optimum: L-BFGS over all rows, several problems at once."""
 
+import math
 from collections import deque
 from typing import Protocol
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from transferkit.errors import NonFiniteError
 from transferkit.linear.design import Design
 
-_PAIRS = 12
+PAIRS = 12
 """Steps that L-BFGS remembers."""
 
 _NOTHING = 1e-13
@@ -49,25 +50,34 @@ class Problems:
         members: Which rows each problem uses, bool `(N, P)`; each has at least one.
 
     Attributes:
-        weights: The solutions, `(P, K, A + 1)`, on the axes of the design, the bias last; zero before `solve`.
+        weights: The solutions, `(P, K, A + 1)`, for the columns of the design, the bias last; zero before `solve`.
         logits: Of all rows in all problems, `(N, P, K)`.
 
     References:
         Böhning, 1992, "Multinomial logistic regression algorithm": the Hessian is bounded by a multiple of the
-        covariance of the features. On its axes that bound is diagonal, and preconditions L-BFGS. The multiple is
-        measured along each step, so it suits any loss.
+        covariance of the features. That preconditions L-BFGS, with a multiple that is measured along each step, so it
+        suits any loss.
     """
 
     def __init__(self, design: Design, targets: Tensor, loss: Loss, *, classes: int, members: Tensor) -> None:
         count, problems = members.shape
         self.design, self.loss = design, loss
         self.targets = targets.repeat_interleave(problems, dim=0)
-        weights = [torch.as_tensor(loss.total_weight(targets[own])) for own in members.T]
-        self.scale = (members / torch.stack(weights).to(members.device).float())[..., None]  # (N, P, 1)
+        weights = [float(loss.total_weight(targets[own])) for own in members.T]  # host sync: once
+        self.scale = (members / torch.tensor(weights, device=members.device))[..., None]  # (N, P, 1)
         self.share = self.scale.sum(dim=0).squeeze(1)  # (P,): 1 without class weights
-        self.weights = torch.zeros(problems, classes, len(design.variances), device=members.device)
+        self.weights = torch.zeros(problems, classes, len(design.axes), device=members.device)
         self.logits = torch.zeros(count, problems, classes, device=members.device)
         self.curvature = torch.ones(problems, device=members.device)
+        self._path: deque[tuple[float, Tensor]] = deque(maxlen=2)
+
+    def follow(self, l2: float, *, tolerance: float) -> None:
+        """Solve the next penalty of a path from the solutions of the last two, continued in the logarithm of `l2`."""
+        if len(self._path) == 2:
+            (first, before), (second, weights) = self._path
+            self.weights = weights + math.log(l2 / second) / math.log(second / first) * (weights - before)
+        self.solve(l2, tolerance=tolerance)
+        self._path.append((l2, self.weights))
 
     def solve(self, l2: float, *, tolerance: float, max_steps: int = 500) -> int:
         """Solve from where the weights are, and return the number of steps.
@@ -89,12 +99,11 @@ class Problems:
         self.logits = self._logits(self.weights)
         slopes = self._slopes(self.logits)
         gradient = self._gradient(slopes) + penalty * self.weights
-        pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=_PAIRS)
+        pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=PAIRS)
         mark = torch.full_like(self.curvature, torch.inf)  # the last fall that was half of the one before
         stale = torch.zeros_like(mark)
         for steps in range(max_steps):
-            scale = (self.curvature * self.share)[:, None, None] * self.design.variances + penalty
-            direction = _newton_like(gradient, pairs, scale)
+            direction = self._direction(gradient, pairs, l2)
             slope = (gradient * direction).sum(dim=(1, 2))
             if not bool(slope.isfinite().all()):  # host sync
                 raise NonFiniteError(
@@ -135,6 +144,17 @@ class Problems:
             (slopes,) = torch.autograd.grad(self.loss.sum(leaf, self.targets), leaf)
         return slopes.view(logits.shape) * self.scale
 
+    def _direction(self, gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, Tensor]], l2: float) -> Tensor:
+        """Return the L-BFGS direction of each problem, `(P, K, A + 1)`."""
+        direction, kept = -gradient, []
+        for step, bend, inverse in reversed(pairs):
+            kept.append(inverse * (step * direction).sum(dim=(1, 2), keepdim=True))
+            direction = direction - kept[-1] * bend
+        direction = self.design.precondition(direction, self.curvature * self.share, l2)
+        for step, bend, inverse in pairs:
+            direction = direction + (kept.pop() - inverse * (bend * direction).sum(dim=(1, 2), keepdim=True)) * step
+        return direction
+
     def _search(
         self, slopes: Tensor, change: Tensor, start: Tensor, linear: Tensor, square: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -168,17 +188,4 @@ class Problems:
         size = length * (self.scale * change.square()).sum(dim=(0, 2))
         measured = rise / size
         usable = running & measured.isfinite() & (measured > 0)
-        self.curvature = torch.where(usable, measured, self.curvature)
-
-
-def _newton_like(gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, Tensor]], scale: Tensor) -> Tensor:
-    """Return the L-BFGS direction of each problem from its gradient `(P, K, A + 1)`; `scale` is the first Hessian."""
-    direction = -gradient
-    kept = []
-    for step, bend, inverse in reversed(pairs):
-        kept.append(inverse * (step * direction).sum(dim=(1, 2), keepdim=True))
-        direction = direction - kept[-1] * bend
-    direction = direction / scale
-    for step, bend, inverse in pairs:
-        direction = direction + (kept.pop() - inverse * (bend * direction).sum(dim=(1, 2), keepdim=True)) * step
-    return direction
+        self.curvature = torch.where(usable, measured.clamp_min(1e-8), self.curvature)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -16,6 +16,7 @@ from transferkit.model.layers import POOLINGS, Layers, Pool
 from transferkit.model.modes import modes_kept
 
 FLATTEN = "flatten"
+POOLING = "avgmax"
 NUM_POOLED = 3
 """Blocks that a head pools if it is not told: the last ones."""
 
@@ -125,7 +126,7 @@ def attach_head(
     classes: int | Sequence[str],
     *,
     layers: Sequence[str] | None = None,
-    pooling: str = "avgmax",
+    pooling: str = POOLING,
     hidden: Sequence[int] = (),
     dropout: float = 0.0,
     head: nn.Module | None = None,
@@ -169,7 +170,7 @@ def attach_head(
         )
     names = _class_names(classes)
     one_of("pooling", pooling, (*POOLINGS, FLATTEN))
-    if head is not None and (hidden or dropout or pooling != "avgmax"):
+    if head is not None and (hidden or dropout or pooling != POOLING):
         raise ArgumentError(
             f"hidden={hidden!r}, dropout={dropout!r} and pooling={pooling!r} describe the built-in head, but head= is "
             "also given. Pass one or the other."
@@ -225,7 +226,7 @@ def find_pools(backbone: Backbone, layers: Sequence[str] | None, pooling: str) -
     """Return the layers whose outputs a head pools, by index, in forward order; the arguments are `attach_head`'s.
 
     Raises:
-        ArgumentError: `layers` is empty or names a layer twice, or several layers are to be flattened.
+        ArgumentError: `layers` is empty, no list, or names a layer twice, or layers are to be flattened.
         UnknownLayerError: The backbone has no such layer.
     """
     if pooling == FLATTEN:
@@ -236,12 +237,13 @@ def find_pools(backbone: Backbone, layers: Sequence[str] | None, pooling: str) -
             )
         return {}
     blocks = list(dict.fromkeys(name.split("_")[0] for name in backbone.layer_names))
-    if isinstance(layers, str) or (layers is not None and not layers):
+    layers = blocks[-NUM_POOLED:] if layers is None else layers
+    if isinstance(layers, str) or not isinstance(layers, Collection) or len(layers) == 0:
         raise ArgumentError(
             f'layers={layers!r} cannot be used: expected a list of names, such as ["block4", "block5"].'
         )
     pools: dict[int, Pool] = {}
-    for layer in blocks[-NUM_POOLED:] if layers is None else layers:
+    for layer in layers:
         matching = [i for i, name in enumerate(backbone.layer_names) if layer in (name, name.split("_")[0])]
         if not matching:
             raise UnknownLayerError(
@@ -249,7 +251,7 @@ def find_pools(backbone: Backbone, layers: Sequence[str] | None, pooling: str) -
                 f"{close_matches(layer, [*blocks, *backbone.layer_names])}"
             )
         if matching[-1] in pools:
-            raise ArgumentError(f"layers={list(layers or ())!r} name {backbone.layer_names[matching[-1]]} twice.")
+            raise ArgumentError(f"layers={layers!r} name {backbone.layer_names[matching[-1]]} twice.")
         pools[matching[-1]] = Pool(pooling, backbone.num_channels(matching[-1]))
     return dict(sorted(pools.items()))
 

@@ -91,11 +91,13 @@ class Layers(nn.Sequential):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the output of the last layer, with what is pooled below it if more is to come."""
         activation, pooled = _separate(inputs, self.pooled)
-        last = max(self.pools, default=-1)
-        for index, layer in enumerate(self):
+        layers, last = list(self), max(self.pools, default=-1)
+        for index, layer in enumerate(layers):
             activation = layer(activation)
             if index in self.pools:
-                pooled.append(self.pools[index](activation))
+                # a ReLU in place would overwrite what the gradient of max pooling needs
+                overwritten = any(getattr(following, "inplace", False) for following in layers[index + 1 : index + 2])
+                pooled.append(self.pools[index](activation.clone() if overwritten else activation))
             if index == last:
                 activation, pooled = torch.cat(pooled, dim=1), []
         return _below(activation, pooled)

@@ -105,6 +105,11 @@ def plot_probe(probe: Probe, *, ax: "Axes | None" = None) -> "Figure":
 
     Raises:
         MissingPackageError: When matplotlib is not installed.
+
+    Example:
+        >>> probe = Probe([ProbeScore(("block5",), 64, 0.72, 0.01, 0.9, 0.1, 0.5)], {64: 12.0})
+        >>> plot_probe(probe).axes[0].get_xlabel()
+        'accuracy by cross-validation, with standard error'
     """
     sets = list(dict.fromkeys(score.layers for score in probe.scores))
     ax, figure = open_axes(ax, width=6.0, height=0.6 + 0.36 * len(sets))

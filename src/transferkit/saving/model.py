@@ -16,7 +16,7 @@ from transferkit.data.preprocessing import Preprocessing
 from transferkit.errors import ArgumentError, CheckpointError, HeadMismatchError, TransferKitError
 from transferkit.model.backbone import Backbone, load_backbone
 from transferkit.model.freezing import find_boundary, first_trainable, freeze_until, trainable_state
-from transferkit.model.head import TransferModel, attach_head, build_head, find_pools
+from transferkit.model.head import FLATTEN, POOLING, TransferModel, attach_head, build_head, find_pools
 from transferkit.model.weights import differences
 from transferkit.saving.archive import check_no_tensors, check_parts, read_checkpoint, shown, write_checkpoint
 
@@ -64,7 +64,8 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
     Raises:
         HeadMismatchError: The classes differ.
         UnknownLayerError: The state is frozen up to a layer that the model does not have.
-        CheckpointError: The backbone, the preprocessing, or a name, shape or dtype of the weights differs.
+        CheckpointError: The backbone, the preprocessing, the layers or their pooling, or a name, shape or dtype of the
+            weights differs.
     """
     _check_description(state)
     find_boundary(model, state["first_trainable"])
@@ -84,16 +85,23 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
         "backbone": model.backbone.name,
         "preprocessing": asdict(model.backbone.preprocess),
         "layers": list(model.layers),
+        "pooling": _pooling(list(model.layers), model.head_arguments),
     }
+    saved = {**state, "pooling": _pooling(state["layers"], state["head"])}
     for name, value in live.items():
-        if type(value) is not type(state[name]) or value != state[name]:
+        if type(value) is not type(saved[name]) or value != saved[name]:
             raise CheckpointError(
-                f"the checkpoint has {name} {shown(state[name])}, the model {shown(value)}: expected the same."
+                f"the checkpoint has {name} {shown(saved[name])}, the model {shown(value)}: expected the same."
             )
     if faults := differences(model.state_dict(), state["weights"], same_width=True):
         wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in state["weights"])
         cause = "A wrapper put a prefix before its names: remove it." if wrapped else "Was its head built otherwise?"
         raise CheckpointError(f"the checkpoint's weights do not fit the model: {faults}. {cause}")
+
+
+def _pooling(layers: list[str], head: Mapping[str, Any] | None) -> Any:
+    """Return how a model pools, which its weights do not tell; with a head of the user's own it is the default."""
+    return head.get("pooling") if head else POOLING if layers else FLATTEN
 
 
 def _check_description(state: Mapping[str, Any]) -> None:

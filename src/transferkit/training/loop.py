@@ -23,6 +23,7 @@ from transferkit.training.optimizers import scale_lr
 from transferkit.training.progress import Progress
 from transferkit.training.run import Run
 from transferkit.training.schedules import lr_factor
+from transferkit.training.standardizing import measure_features
 from transferkit.training.step import Step, guarded_step
 from transferkit.training.training import Training
 
@@ -124,6 +125,7 @@ class Epochs:
         """Make what is left of the epochs, and leave the best weights in the model, whatever ends them."""
         progress = self.progress
         try:
+            measure_features(self.training, self.run, self.interrupts)
             while len(progress.history.reports) < self.run.num_epochs and not progress.ended:
                 report = self._epoch()
                 progress.ended = self.callbacks.after_epoch(report)

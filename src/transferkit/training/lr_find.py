@@ -74,7 +74,7 @@ def sweep(
         closing(_batches(training, run)) as batches,
         display.bar("lr_find", len(rates) * run.batch_size) as bar,
     ):
-        measure_features(training, run)
+        measure_features(training, run, interrupts)
         model.train()
         for index, (rate, (network, inputs, targets)) in enumerate(zip(rates, batches, strict=False)):
             for group in optimizer.param_groups:

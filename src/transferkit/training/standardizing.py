@@ -5,6 +5,7 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
+from transferkit.base.interrupts import Interrupts
 from transferkit.base.randomness import seeded
 from transferkit.data.sources import epoch_order
 from transferkit.model.head import Standardize
@@ -17,10 +18,11 @@ MOST_IMAGES = 2048
 """Training images that are measured: more hardly move a mean."""
 
 
-def measure_features(training: Training, run: Run) -> None:
+def measure_features(training: Training, run: Run, interrupts: Interrupts) -> None:
     """Set the statistics of the head's `Standardize` layers, unless they have some.
 
-    Up to 2,048 training images go through the network, from cached features where there are some.
+    Up to 2,048 training images go through the network, from cached features where there are some. An image whose
+    features are not all finite is left out; if there is no other, nothing is set, and the first step says where.
     """
     layers = [part for part in training.model.head.modules() if isinstance(part, Standardize)]
     if all(layer.num_images for layer in layers):  # host sync, once a run
@@ -35,7 +37,7 @@ def measure_features(training: Training, run: Run) -> None:
             network, batches = run.train.open(run.batch_size, order=None if order is None else order[:MOST_IMAGES])
             with closing(batches):
                 count = 0
-                for inputs, targets in batches:
+                for inputs, targets in interrupts.watched(batches):
                     evaluation_step(network, inputs, device=training.device)
                     count += len(targets)
                     if count >= MOST_IMAGES:
@@ -46,7 +48,10 @@ def measure_features(training: Training, run: Run) -> None:
         for name, value in training.model.named_buffers():
             value.copy_(buffers[name])
     for layer, features in seen.items():
-        set_statistics(layer, torch.cat(features).double())
+        rows = torch.cat(features).double()
+        rows = rows[rows.isfinite().all(dim=1)]
+        if len(rows):
+            set_statistics(layer, rows)
 
 
 def set_statistics(layer: Standardize, features: Tensor) -> None:

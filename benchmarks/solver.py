@@ -1,0 +1,109 @@
+"""Compare the solver of linear heads with scikit-learn's LogisticRegression and LogisticRegressionCV, in one run.
+
+The features are made to look like those of a network: correlated, not negative, 1,280 of each image, ten classes. Seconds
+are CPU seconds of the process, which other processes change little; the ratio is scikit-learn's to the solver's. The
+error is a bound on the distance from the optimum relative to the weights, from the gradient in float64:
+
+    OMP_NUM_THREADS=1 python benchmarks/solver.py --rows 500 2000 10000
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+from torch import Tensor
+
+from transferkit.linear.choice import STRENGTHS, solve
+from transferkit.linear.table import Table
+from transferkit.training.loss import CrossEntropy
+
+FEATURES, CLASSES = 1280, 10
+
+
+def make_features(rows: int) -> tuple[Tensor, Tensor]:
+    """Return features `(rows, 1280)` whose variances fall as those of a network's do, and their classes."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.arange(1, FEATURES + 1).float() ** -0.7
+    targets = torch.randint(CLASSES, (rows,), generator=generator)
+    centres = 0.25 * torch.randn(CLASSES, FEATURES, generator=generator)
+    hidden = (torch.randn(rows, FEATURES, generator=generator) + centres[targets]) * sizes
+    return torch.relu(hidden @ torch.randn(FEATURES, FEATURES, generator=generator)), targets
+
+
+def measure(function: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.process_time()
+    result = function()
+    return result, time.process_time() - started
+
+
+def error(weight: Tensor, bias: Tensor, rows: Tensor, targets: Tensor, l2: float) -> float:
+    """Return a bound on the weights' relative error: the objective curves by at least `l2`."""
+    weight = weight.double().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(rows.double() @ weight.T + bias.double(), targets)
+    (gradient,) = torch.autograd.grad(loss + l2 / 2 * weight.square().sum(), weight)
+    return float(gradient.norm() / l2 / weight.detach().norm())
+
+
+def one_penalty(features: Tensor, targets: Tensor, l2: float) -> None:
+    """Solve with one penalty, to four digits and at scikit-learn's defaults."""
+    head, seconds = measure(
+        lambda: solve(Table.of_tensor(features), targets, CrossEntropy(), classes=CLASSES, strengths=[l2], folds=0)
+    )
+    rows = (features - head.mean) / head.std
+    print(
+        f"  l2 {l2:<6g} solver        {seconds:8.2f} s   error {error(head.weight, head.bias, rows, targets, l2):.0e}"
+    )
+    for name, tolerance, array in [
+        ("four digits", 1e-7, rows.double().numpy()),
+        ("defaults", 1e-4, rows.numpy()),
+    ]:
+        model = LogisticRegression(C=1 / (l2 * len(rows)), tol=tolerance, max_iter=10_000)
+        _, theirs = measure(lambda model=model, array=array: model.fit(array, targets.numpy()))
+        far = error(torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_), rows, targets, l2)
+        print(f"            scikit-learn  {theirs:8.2f} s   error {far:.0e}   ratio {theirs / seconds:5.1f}   {name}")
+
+
+def path(features: Tensor, targets: Tensor) -> None:
+    """Choose among the same penalties by the same number of folds, and refit."""
+    head, seconds = measure(lambda: solve(Table.of_tensor(features), targets, CrossEntropy(), classes=CLASSES))
+    rows = ((features - head.mean) / head.std).numpy()
+    tried = np.array([strength.l2 for strength in head.path])  # no more than the solver tried
+    model = LogisticRegressionCV(
+        Cs=1 / (tried * len(rows) * 3 / 4),
+        cv=4,
+        scoring="neg_log_loss",
+        max_iter=10_000,
+        l1_ratios=(0,),
+        use_legacy_attributes=False,
+    )
+    _, theirs = measure(lambda: model.fit(rows, targets.numpy()))
+    print(
+        f"  path of {len(tried)} of {len(STRENGTHS)} penalties, 4 folds, refitted: solver {seconds:.2f} s, l2 {head.l2:.1e}; "
+        f"scikit-learn {theirs:.2f} s, l2 {1 / float(np.ravel(model.C_)[0]) / len(rows) * 4 / 3:.1e}; "
+        f"ratio {theirs / seconds:.1f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[500, 2000, 10_000])
+    parser.add_argument("--no-path", action="store_true", help="leave out the path, which takes scikit-learn minutes")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")  # scikit-learn's, about iterations and about what will change
+    print(f"{FEATURES} features, {CLASSES} classes, {torch.get_num_threads()} threads, CPU seconds")
+    for count in arguments.rows:
+        features, targets = make_features(count)
+        print(f"{count} rows")
+        for l2 in (1.0, 0.1, 0.01):
+            one_penalty(features, targets, l2)
+        if not arguments.no_path:
+            path(features, targets)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,393 @@
+"""Linear heads solved to their optimum."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from transferkit.compute.device import Device
+from transferkit.errors import ArgumentError, EmptyDataError, NonFiniteError
+from transferkit.features.chunks import CachedFeatures
+from transferkit.linear import choice, design, logistic, table
+from transferkit.linear.choice import LinearHead, assign_folds, solve
+from transferkit.linear.table import Table
+from transferkit.training.loss import BinaryCrossEntropy, CrossEntropy, FunctionLoss
+
+
+def problem(rows: int, columns: int, *, classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Correlated features of very different sizes, away from zero, that tell something about the targets."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(rows) % classes
+    features = torch.randn(rows, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    features += torch.randn(classes, columns, generator=generator)[targets]
+    return (features + 5) * torch.logspace(-2, 2, columns), targets
+
+
+def error(head: LinearHead, features: Tensor, targets: Tensor, loss: object, l2: float) -> float:
+    """How far the weights are from the optimum, relative to their norm, at most.
+
+    The objective, written down in float64, is convex with a curvature of at least `l2` in every weight.
+    """
+    rows = features.double()
+    mean, std = rows.mean(dim=0), rows.std(dim=0, correction=0)
+    rows = (rows - mean) / torch.where(std > 0, std, 1)
+    weight, bias = (tensor.double().requires_grad_() for tensor in (head.weight, head.bias))
+    logits = rows @ weight.T + bias
+    objective = loss(logits, targets) + l2 / 2 * weight.square().sum()
+    by_weight, by_bias = torch.autograd.grad(objective, [weight, bias])
+    assert float(by_bias.norm()) < 1e-5
+    return float(by_weight.norm() / l2 / weight.detach().norm())
+
+
+SOFT = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.0, 0.0, 1.0], [0.4, 0.4, 0.2]]).repeat(15, 1)
+HOT = torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 0], [0, 0, 1]]).repeat(12, 1)
+WEIGHTS = torch.tensor([1.0, 4.0, 0.5])
+
+
+@pytest.mark.parametrize("columns", [1, 6, 90], ids=lambda columns: f"{columns} features")
+@pytest.mark.parametrize("l2", [1.0, 1e-2])
+@pytest.mark.parametrize(
+    ("loss", "plain", "targets"),
+    [
+        (CrossEntropy(), torch.nn.CrossEntropyLoss(), torch.arange(60) % 3),
+        (CrossEntropy(0.1, WEIGHTS), None, torch.arange(60) % 3),
+        (CrossEntropy(), torch.nn.CrossEntropyLoss(), SOFT),
+        (BinaryCrossEntropy(), torch.nn.BCEWithLogitsLoss(), HOT),
+        (FunctionLoss(torch.nn.CrossEntropyLoss()), torch.nn.CrossEntropyLoss(), torch.arange(60) % 3),
+    ],
+    ids=["classes", "weighted and smoothed", "soft targets", "several labels", "a user's function"],
+)
+def test_the_weights_are_the_optimum(columns, l2, loss, plain, targets):
+    """The weights agree with the optimum of mean loss and penalty to four digits, for any loss and any shape."""
+    features, _ = problem(60, columns)
+    if plain is None:
+
+        def plain(logits: Tensor, targets: Tensor) -> Tensor:
+            losses = torch.nn.functional.cross_entropy(
+                logits, targets, WEIGHTS.double(), label_smoothing=0.1, reduction="sum"
+            )
+            return losses / WEIGHTS[targets].sum()
+
+    head = solve(Table.of_tensor(features), targets, loss, classes=3, strengths=[l2], folds=0)
+    assert error(head, features, targets, plain, l2) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def linear_model():
+    """scikit-learn's, which sets environment variables when it is imported."""
+    return pytest.importorskip("sklearn.linear_model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(300, 20), (50, 200)])
+def test_scikit_learn_finds_the_same(shape, linear_model):
+    """Weights, biases and probabilities agree to four digits with those of LogisticRegression(C=1 / (l2 * N))."""
+    features, targets = problem(*shape)
+    rows = features.double()
+    rows = (rows - rows.mean(dim=0)) / rows.std(dim=0, correction=0)
+    for l2 in (1.0, 1e-2):
+        head = solve(Table.of_tensor(features), targets, CrossEntropy(), classes=3, strengths=[l2], folds=0)
+        theirs = linear_model.LogisticRegression(C=1 / (l2 * len(rows)), tol=1e-8, max_iter=10_000)
+        theirs.fit(rows.numpy(), targets.numpy())
+        expected = torch.from_numpy(theirs.coef_)
+        assert (head.weight - expected).norm() < 1e-4 * expected.norm()
+        ours = (rows.float() @ head.weight.T + head.bias).softmax(dim=1)
+        assert (ours - torch.from_numpy(theirs.predict_proba(rows.numpy()))).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_scikit_learn_finds_the_same_labels(linear_model):
+    """With several labels each one's weights are those of its own LogisticRegression(C=1 / (l2 * N * K))."""
+    features, _ = problem(60, 6)
+    rows = features.double()
+    rows = (rows - rows.mean(dim=0)) / rows.std(dim=0, correction=0)
+    head = solve(Table.of_tensor(features), HOT, BinaryCrossEntropy(), classes=3, strengths=[1e-2], folds=0)
+    for label in range(3):
+        theirs = linear_model.LogisticRegression(C=1 / (1e-2 * 60 * 3), tol=1e-8, max_iter=10_000)
+        theirs.fit(rows.numpy(), HOT[:, label].numpy())
+        expected = torch.from_numpy(theirs.coef_[0])
+        assert (head.weight[label] - expected).norm() < 1e-4 * expected.norm()
+        assert float(head.bias[label]) == pytest.approx(float(theirs.intercept_[0]), abs=1e-4)
+
+
+@pytest.mark.parametrize("columns", [6, 90])
+def test_a_table_larger_than_memory_gives_the_same(columns, monkeypatch):
+    """Rows that are read again in each pass, in small blocks, lead to the same weights."""
+    features, targets = problem(60, columns)
+
+    def head() -> LinearHead:
+        return solve(Table.of_tensor(features), targets, CrossEntropy(), classes=3, strengths=[1.0, 1e-2])
+
+    expected = head()
+    monkeypatch.setattr(table, "BLOCK_BYTES", 4 * columns * 7)
+    monkeypatch.setattr(Table, "fits_in_memory", lambda self: False)
+    streamed = head()
+    torch.testing.assert_close(streamed.weight, expected.weight, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(streamed.logits, expected.logits, atol=2e-2, rtol=2e-2)
+    if columns == 6:
+        monkeypatch.setattr(design, "_AXES", 3)
+        torch.testing.assert_close(head().weight, expected.weight, atol=1e-4, rtol=1e-4)
+
+
+def test_a_table_in_memory_is_read_twice():
+    """A table that fits is read for its moments and to be held, however long the path is."""
+    features, targets = problem(60, 6)
+    read = []
+    counted = Table.of_tensor(features)
+    counted = Table(
+        lambda start, stop: read.append((start, stop)) or features[start:stop],
+        counted.shape,
+        counted.device,
+        None,
+        counted.width,
+    )
+    solve(counted, targets, CrossEntropy(), classes=3)
+    assert read == [(0, 60)] * 2
+
+
+def test_cached_features_are_flattened_as_the_head_sees_them():
+    """Cached features in several parts, bf16 and in two views, are the rows that nn.Flatten makes of (N, C, h, w)."""
+    parts = [torch.randn(count, 2, 3, 5, generator=torch.Generator().manual_seed(count)).bfloat16() for count in (4, 3)]
+    rows = torch.tensor([[6, 0, 2], [1, 5, 3]])
+    cached = CachedFeatures(parts, rows, torch.zeros(3), Device("cpu"))
+    expected = torch.cat(parts)[rows.flatten()].permute(0, 3, 1, 2).flatten(1).float()
+    assert torch.equal(torch.cat(list(Table.of_features(cached).blocks())), expected)
+    some = Table.of_features(cached, columns=[slice(20, 30), slice(3, 5)])
+    assert some.shape == (6, 12)
+    assert torch.equal(torch.cat(list(some.blocks())), torch.cat([expected[:, 20:30], expected[:, 3:5]], dim=1))
+
+
+@pytest.mark.parametrize("columns", [4, 40])
+def test_leave_one_out_is_exact(columns):
+    """With as many folds as rows, a row's logits are those of a head solved without it, on the same scale."""
+    features, targets = problem(15, columns)
+    head = solve(Table.of_tensor(features), targets, CrossEntropy(), classes=3, strengths=[0.1], folds=15)
+    rows = (features - head.mean) / head.std
+    for row in range(15):
+        others = torch.arange(15) != row
+        parts = design.design_of(Table.of_tensor(features))
+        alone = logistic.Problems(parts, targets, CrossEntropy(), classes=3, members=others[:, None])
+        alone.solve(0.1, tolerance=1e-5)
+        weight, bias = parts.on_features(alone.weights[0])
+        scale = float(weight.norm())
+        left_out = rows[others].double()
+        logits = (left_out @ weight.double().T + bias).requires_grad_()
+        loss = torch.nn.functional.cross_entropy(logits, targets[others])
+        (slopes,) = torch.autograd.grad(loss, logits)
+        assert (slopes.T @ left_out + 0.1 * weight).norm() < 1e-4 * 0.1 * scale  # the optimum without the row
+        torch.testing.assert_close(head.logits[row], rows[row] @ weight.T + bias, atol=0.02, rtol=0.02)
+
+
+def test_the_penalty_has_the_least_held_out_loss():
+    """The penalty of least loss is chosen, and the path ends when the loss has risen twice beyond its noise."""
+    features, targets = problem(80, 30)
+    head = solve(Table.of_tensor(features), targets, CrossEntropy(), classes=3)
+    losses = [strength.loss for strength in head.path]
+    assert [strength.l2 for strength in head.path] == list(choice.STRENGTHS[: len(losses)])
+    best = losses.index(min(losses))
+    assert 0 < best < len(losses) - 2 < len(choice.STRENGTHS) - 3
+    assert head.l2 == head.path[best].l2
+    assert float(CrossEntropy().each(head.logits, targets).mean()) == pytest.approx(losses[best], rel=1e-6)
+    assert head.path[best].accuracy == float((head.logits.argmax(dim=1) == targets).double().mean())
+    assert head.held_out.tolist() == list(range(80))
+    assert error(head, features, targets, torch.nn.CrossEntropyLoss(), head.l2) < 1e-4
+    fold = assign_folds(targets, 4)
+    right = torch.stack([(head.logits.argmax(dim=1) == targets)[fold == part].double().mean() for part in range(4)])
+    assert head.path[best].accuracy_error == pytest.approx(float(right.std()) / 2)
+
+
+def test_validation_rows_choose_the_penalty():
+    """With validation rows the loss and the logits are theirs, and all training rows are trained on."""
+    features, targets = problem(60, 20)
+    more, labels = problem(30, 20, seed=1)
+    head = solve(
+        Table.of_tensor(features), targets, CrossEntropy(), classes=3, validation=(Table.of_tensor(more), labels)
+    )
+    assert head.logits.shape == (30, 3)
+    losses = {strength.l2: strength.loss for strength in head.path}
+    assert losses[head.l2] == min(losses.values())
+    weight, bias = head.folded()
+    exact = CrossEntropy().each(more @ weight.T + bias, labels).mean()
+    assert losses[head.l2] == pytest.approx(float(exact), rel=0.01)
+    assert error(head, features, targets, torch.nn.CrossEntropyLoss(), head.l2) < 1e-4
+
+
+def test_many_rows_hold_out_one_fold(monkeypatch):
+    """Above a number of rows only the first fold is held out."""
+    monkeypatch.setattr(choice, "ONE_FOLD_ROWS", 50)
+    features, targets = problem(60, 6)
+    head = solve(Table.of_tensor(features), targets, CrossEntropy(), classes=3, strengths=[1.0, 0.1])
+    assert torch.equal(head.held_out, (assign_folds(targets, 4) == 0).nonzero().squeeze(1))
+    assert head.logits.shape == (15, 3)
+    accuracy = head.path[0].accuracy
+    assert head.path[0].accuracy_error == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 15))
+
+
+def test_problems_in_batches_give_the_same(monkeypatch):
+    """Folds that do not fit together are solved one after the other, to the same result."""
+    features, targets = problem(60, 6)
+
+    def head() -> LinearHead:
+        return solve(Table.of_tensor(features), targets, CrossEntropy(), classes=3)
+
+    expected = head()
+    monkeypatch.setattr(choice, "_BATCH_NUMBERS", 1)
+    torch.testing.assert_close(head().logits, expected.logits, atol=1e-2, rtol=1e-2)
+
+
+def test_the_result_is_reproducible():
+    """The same call gives the same bits, and the seed draws other folds."""
+    features, targets = problem(40, 8)
+    heads = [
+        solve(Table.of_tensor(features), targets, CrossEntropy(), classes=3, strengths=[1.0, 0.1], seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    assert torch.equal(heads[0].logits, heads[1].logits)
+    assert not torch.equal(heads[0].logits, heads[2].logits)
+
+
+def test_folded_weights_take_the_features_as_they_are():
+    """Folded weights give the logits of the standardised features from the raw ones."""
+    features, targets = problem(40, 8)
+    head = solve(Table.of_tensor(features), targets, CrossEntropy(), classes=3, strengths=[0.1])
+    weight, bias = head.folded()
+    expected = (features - head.mean) / head.std @ head.weight.T + head.bias
+    torch.testing.assert_close(features @ weight.T + bias, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_folds_are_stratified_and_keep_groups_together():
+    """Every class is spread evenly over the folds, and rows of one group share a fold."""
+    targets = torch.tensor([0] * 16 + [1] * 8 + [2] * 4)
+    fold = assign_folds(targets, 4)
+    for label, count in [(0, 4), (1, 2), (2, 1)]:
+        assert torch.bincount(fold[targets == label], minlength=4).tolist() == [count] * 4
+    groups = torch.arange(28).repeat(3) + 100  # three views of each image, end to end
+    by_group = assign_folds(targets.repeat(3), 4, groups=groups).view(3, 28)
+    assert torch.equal(by_group[0], by_group[1])
+    assert torch.equal(by_group[0], by_group[2])
+    assert torch.bincount(by_group[0][targets == 2], minlength=4).tolist() == [1] * 4
+    rare = torch.tensor([[1.0, 0]] * 8 + [[1.0, 1]] * 4)  # the second label is the rarer
+    assert torch.bincount(assign_folds(rare, 4)[8:], minlength=4).tolist() == [1] * 4
+    assert assign_folds(targets, 1000).unique().tolist() == list(range(28))
+
+
+ONES = torch.ones(12, 3)
+
+
+@pytest.mark.parametrize(
+    ("features", "targets", "classes"),
+    [
+        (torch.tensor([[1.0, 2.0]]), torch.tensor([1]), 2),
+        (ONES, torch.arange(12) % 2, 2),
+        (ONES * 1e8, torch.arange(12) % 2, 2),
+        (torch.arange(12.0)[:, None], torch.arange(12) % 2, 2),
+        (torch.randn(4, 3).repeat(3, 1), torch.arange(12) % 2, 2),
+        (torch.randn(12, 3), torch.ones(12, dtype=torch.int64), 2),
+        (torch.randn(12, 30), torch.arange(12) % 3, 5),
+        (torch.randn(12, 3), torch.tensor([0] * 11 + [1]), 2),
+        (torch.arange(12.0)[:, None] * 1e18, (torch.arange(12) > 5).long(), 2),
+        (torch.arange(12.0)[:, None].half(), (torch.arange(12) > 5).long(), 2),
+    ],
+    ids=[
+        "one image",
+        "constant",
+        "large and constant",
+        "one feature",
+        "duplicates",
+        "one class",
+        "classes without images",
+        "a class of one image",
+        "huge",
+        "separable",
+    ],
+)
+def test_odd_data_ends_in_finite_numbers(features, targets, classes):
+    """Data with nothing to learn, or a class without images, ends in finite weights and does not run on."""
+    head = solve(Table.of_tensor(features), targets, CrossEntropy(), classes=classes)
+    assert all(tensor.isfinite().all() for tensor in (head.weight, head.bias, head.mean, head.std, head.logits))
+    assert all(tensor.isfinite().all() for tensor in head.folded())
+    assert head.weight.shape == (classes, features.shape[1])
+    assert all(math.isfinite(strength.loss) and 0 <= strength.accuracy <= 1 for strength in head.path)
+    assert len(head.path) > 0 or len(features) == 1
+
+
+def test_a_class_without_images_is_not_predicted():
+    """The bias of a class without training images goes down, and its probability is next to nothing."""
+    features, targets = problem(40, 5)
+    head = solve(Table.of_tensor(features), targets, CrossEntropy(), classes=4, strengths=[0.1])
+    weight, bias = head.folded()
+    assert (features @ weight.T + bias).softmax(dim=1)[:, 3].max() < 1e-3
+
+
+def test_a_constant_feature_has_no_weight():
+    """A constant feature has a standard deviation of 1 and no weight, however its mean is rounded."""
+    features, targets = problem(40, 3)
+    features = torch.cat([features, torch.full((40, 1), 0.1)], dim=1)
+    head = solve(Table.of_tensor(features), targets, CrossEntropy(), classes=3, strengths=[0.1])
+    assert head.std[3] == 1
+    assert head.weight[:, 3].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_feature_that_is_not_finite_is_named(bad, monkeypatch):
+    """An infinite or NaN feature is an error that names its row, in training and in validation rows."""
+    monkeypatch.setattr(table, "BLOCK_BYTES", 4 * 4 * 10)
+    features, targets = problem(40, 4)
+    broken = features.clone()
+    broken[23, 1] = bad
+    with pytest.raises(NonFiniteError, match="row 23"):
+        solve(Table.of_tensor(broken), targets, CrossEntropy(), classes=3)
+    validation = Table.of_tensor(broken), targets
+    with pytest.raises(NonFiniteError, match="validation row 23"):
+        solve(Table.of_tensor(features), targets, CrossEntropy(), classes=3, validation=validation)
+
+
+def test_a_loss_that_is_not_finite_is_an_error():
+    """A loss whose slope is NaN is reported, not returned as weights."""
+    features, targets = problem(12, 4)
+    loss = FunctionLoss(lambda logits, targets: (logits * math.nan).mean())
+    with pytest.raises(NonFiniteError, match="slope"):
+        solve(Table.of_tensor(features), targets, loss, classes=3)
+
+
+def test_arguments_that_cannot_be_used_are_named():
+    """Wrong penalties, folds and sizes are rejected before anything is read."""
+    features, targets = problem(12, 4)
+    rows = Table.of_tensor(features)
+    for strengths in ([], [0.0], [0.1, 1.0], [math.inf], [1.0, 1.0]):
+        with pytest.raises(ArgumentError, match="from strong to weak"):
+            solve(rows, targets, CrossEntropy(), classes=3, strengths=strengths)
+    with pytest.raises(ArgumentError, match="2 folds or more"):
+        solve(rows, targets, CrossEntropy(), classes=3, folds=1)
+    with pytest.raises(ArgumentError, match="12 rows of 4 features and 11 targets"):
+        solve(rows, targets[1:], CrossEntropy(), classes=3)
+    few = Table.of_tensor(features[:, :3]), targets
+    with pytest.raises(ArgumentError, match="validation data has 12 rows of 3 features"):
+        solve(rows, targets, CrossEntropy(), classes=3, validation=few)
+    with pytest.raises(EmptyDataError, match="training data has 0 images"):
+        solve(Table.of_tensor(features[:0]), targets[:0], CrossEntropy(), classes=3)
+
+
+def test_a_path_is_followed_in_few_steps(monkeypatch):
+    """Each penalty starts from the last two solutions, so a path takes far fewer steps than its parts alone."""
+    features, targets = problem(120, 20)
+    parts = design.design_of(Table.of_tensor(features))
+    members = torch.ones(120, 1, dtype=torch.bool)
+    steps = []
+    solve_one = logistic.Problems.solve
+    monkeypatch.setattr(
+        logistic.Problems, "solve", lambda self, *args, **kwargs: steps.append(solve_one(self, *args, **kwargs))
+    )
+    followed = logistic.Problems(parts, targets, CrossEntropy(), classes=3, members=members)
+    for l2 in choice.STRENGTHS:
+        followed.follow(l2, tolerance=3e-3)
+    alone = 0
+    for l2 in choice.STRENGTHS:
+        fresh = logistic.Problems(parts, targets, CrossEntropy(), classes=3, members=members)
+        alone += solve_one(fresh, l2, tolerance=3e-3)
+    assert sum(steps) < 0.7 * alone
+    assert all(before > after for before, after in pairwise(choice.STRENGTHS))
+    assert (followed.weights - fresh.weights).norm() < 0.02 * fresh.weights.norm()
