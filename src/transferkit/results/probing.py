@@ -112,7 +112,7 @@ def plot_probe(probe: Probe, *, ax: "Axes | None" = None) -> "Figure":
         'accuracy by cross-validation, with standard error'
     """
     sets = list(dict.fromkeys(score.layers for score in probe.scores))
-    ax, figure = open_axes(ax, width=6.0, height=0.6 + 0.36 * len(sets))
+    ax, figure = open_axes(ax, width=7.5, height=0.6 + 0.36 * len(sets))
     sizes = list(probe.feature_seconds)
     for number, size in enumerate(sizes):
         own = [score for score in probe.scores if score.image_size == size]
