@@ -10,6 +10,7 @@ error of an accuracy of 0.75 on 2,000 images is 0.01.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,9 +27,8 @@ import transferkit as tk
 
 def solved(data: Subset, pooling: str, **views: Any) -> Callable[[tk.Backbone], tk.Trainer]:
     def run(backbone: tk.Backbone) -> tk.Trainer:
-        trainer = tk.Trainer(
-            tk.freeze_until(tk.attach_head(backbone, data.dataset.classes, pooling=pooling), "head"), cache=data.cache
-        )
+        model = tk.freeze_until(tk.attach_head(backbone, data.dataset.classes, pooling=pooling), "head")
+        trainer = tk.Trainer(model)
         trainer.solve(data, **views, verbose=0)
         return trainer
 
@@ -39,7 +39,7 @@ def stepped(data: Subset, **arguments: Any) -> Callable[[tk.Backbone], tk.Traine
     def run(backbone: tk.Backbone) -> tk.Trainer:
         torch.manual_seed(0)
         model = tk.freeze_until(tk.attach_head(backbone, data.dataset.classes), "head")
-        trainer = tk.Trainer(model, cache=data.cache, **arguments)
+        trainer = tk.Trainer(model, **arguments)
         trainer.fit(data, verbose=0)
         return trainer
 
@@ -48,8 +48,9 @@ def stepped(data: Subset, **arguments: Any) -> Callable[[tk.Backbone], tk.Traine
 
 def deeper(data: Subset, **constants: Any) -> Callable[[tk.Backbone], tk.Trainer]:
     def run(backbone: tk.Backbone) -> tk.Trainer:
-        with patch.multiple("transferkit.fine_tune", **constants):
-            return tk.fine_tune(backbone, data, epochs=6, freeze_until="block4", cache=data.cache, verbose=0)
+        module = sys.modules["transferkit.fine_tune"]  # tk.fine_tune is the function
+        with patch.multiple(module, **constants):
+            return tk.fine_tune(backbone, data, epochs=6, freeze_until="block4", verbose=0)
 
     return run
 
@@ -76,7 +77,6 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="pooling,views,fit,deeper")
-    parser.add_argument("--cache", type=Path, help="a folder for features")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
@@ -87,7 +87,6 @@ def main() -> None:
     folder = ImageFolder(options.data)
     order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(options.seed)).tolist()
     train, judge = Subset(folder, order[: options.size]), Subset(folder, order[options.size : 2 * options.size])
-    train.cache = str(options.cache) if options.cache else "auto"
     runs = []
     for group, name, run in trials(train):
         if group not in options.only.split(","):
