@@ -74,7 +74,7 @@ def format_tables(report: dict) -> str:
         trial = f", a trial of {epochs} epochs" if epochs else ""
         every = dict.fromkeys(method for methods in sizes.values() for method in methods)
         rows = [[method, *(final(methods.get(method, {})) for methods in sizes.values())] for method in every]
-        parts.append(f"## {data} at {image_size} px, {draws} seeds, up to {num_test} test images{trial}")
+        parts.append(f"## {data} at {image_size} px, seeds: {draws}, up to {num_test} test images{trial}")
         parts.append(markdown(["method", *sizes], rows))
         for size, methods in sizes.items():
             if len({is_own(method) for method in methods}) == 2:

@@ -1,8 +1,8 @@
 """Compare the solver of linear heads with scikit-learn's LogisticRegression and LogisticRegressionCV, in one run.
 
-The features are made to look like those of a network: correlated, not negative, 1,280 of each image, ten classes. Seconds
-are CPU seconds of the process, which other processes change little; the ratio is scikit-learn's to the solver's. The
-error is a bound on the distance from the optimum relative to the weights, from the gradient in float64:
+The features are made to look like those of a network: correlated, not negative, 1,280 of each image, ten classes.
+Seconds are CPU seconds of the process, which other processes change little, and ratios are scikit-learn's to the
+solver's. The error is a bound on the distance from the optimum relative to the weights, from the gradient in float64:
 
     OMP_NUM_THREADS=1 python benchmarks/solver.py --rows 500 2000 10000
 """
@@ -83,7 +83,7 @@ def path(features: Tensor, targets: Tensor) -> None:
     )
     _, theirs = measure(lambda: model.fit(rows, targets.numpy()))
     print(
-        f"  path of {len(tried)} of {len(STRENGTHS)} penalties, 4 folds, refitted: solver {seconds:.2f} s, l2 {head.l2:.1e}; "
+        f"  path of {len(tried)} of {len(STRENGTHS)} penalties, 4 folds: solver {seconds:.2f} s, l2 {head.l2:.1e}; "
         f"scikit-learn {theirs:.2f} s, l2 {1 / float(np.ravel(model.C_)[0]) / len(rows) * 4 / 3:.1e}; "
         f"ratio {theirs / seconds:.1f}"
     )

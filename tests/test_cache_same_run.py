@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
+import transferkit as tk
 from cached import (
     CLASSES,
     EPOCHS,
@@ -80,6 +81,33 @@ def test_same_run_at_every_seed_and_batch_size(pair, data, seed, batch_size):
 def test_same_run_with_every_head(pair, data, head):
     """Every built-in head trains the same, also on features of more than one position."""
     assert_same_run(pair("head", image_size=64, head=head), data)
+
+
+LAYERS = {
+    "default": {},
+    "average": {"pooling": "avg", "hidden": (16,), "dropout": 0.5},
+    "one layer within a block": {"layers": ["block3_relu1"], "hidden": (16,)},
+    "first and last block": {"layers": ["block5", "block1"], "pooling": "max"},
+    "layers in a row": {"layers": ["block2_conv1", "block2_relu1", "block4_conv1"], "dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("batch_norm", [False, True], ids=["plain", "batch norm"])
+@pytest.mark.parametrize("head", LAYERS)
+def test_same_run_at_every_layer(make_backbone, data, validation, head, batch_norm):
+    """Whatever layers a head takes, and before whatever layer training begins, the three runs are the same run."""
+    model = make_model(make_backbone, None, batch_norm=batch_norm, **LAYERS[head])
+    boundaries = {len(tk.freeze_until(model, name).split()[0]): name for name in [*model.backbone.layer_names, "head"]}
+    data = data[0][:10], data[1][:10]
+    for depth, boundary in boundaries.items():
+        cached, uncached, whole = (
+            make_trainer(make_model(make_backbone, boundary, batch_norm=batch_norm, **LAYERS[head]), cache=mode)
+            for mode in (depth > 0, False, False)
+        )
+        trainers = [cached, uncached, through_the_whole_model(whole)]
+        assert_same_run(trainers, data, validation_data=validation)
+        assert len(cached.model.split()[0]) == depth
+        assert cached.model.head.standardize.num_images == 10
 
 
 def test_same_run_with_every_option(pair, data, validation):

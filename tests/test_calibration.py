@@ -70,6 +70,8 @@ def test_calibration_error_is_that_of_the_definition():
 
 def test_calibration_error_of_known_cases():
     """Certain and right is 0, certain and wrong is 1, and 0.8 that is right in four of five is 0."""
+    edge = np.array([[0.5, 0.5], [0.6, 0.4]])  # a bin has its upper edge
+    assert expected_calibration_error(edge, np.array([0, 1]), bins=2) == pytest.approx((0.5 + 0.6) / 2)
     certain = np.eye(2)
     assert expected_calibration_error(certain, np.array([0, 1])) == 0
     assert expected_calibration_error(certain, np.array([1, 0])) == 1

@@ -113,6 +113,117 @@ def test_the_model_comes_back_from_the_file_alone(
     assert differing(loaded.state_dict(), model.state_dict()) == []
 
 
+LAYERS = {
+    "default": {"hidden": (8,), "dropout": 0.5},
+    "flatten": {"pooling": "flatten"},
+    "average": {"pooling": "avg"},
+    "one": {"layers": ["block4"]},
+    "several": {"layers": ["block5", "block2"], "pooling": "max"},
+    "within a block": {"layers": ["block3_relu1", "block1"], "hidden": (4,)},
+}
+
+
+def same_logits(model: tk.TransferModel, other: tk.TransferModel, data: Data) -> bool:
+    """Whether two models give the same logits for raw images, bit for bit, in the same memory layout."""
+    models = [each.eval().to(memory_format=torch.contiguous_format) for each in (model, other)]
+    with torch.no_grad():
+        return torch.equal(*(each(each.backbone.preprocess(data[0][:4])) for each in models))
+
+
+@pytest.mark.parametrize("name", ["vgg11", "vgg11_bn"])
+@pytest.mark.parametrize("head", LAYERS)
+def test_the_layers_of_a_head_come_back(tmp_path: Path, data: Data, narrow: None, name: str, head: str) -> None:
+    """From the file alone comes a model of as many layers, that pools the same ones and gives the same logits."""
+    model = tk.freeze_until(named_model(name, **LAYERS[head]), "block2")
+    trainer = tk.Trainer(model, device="cpu", precision="fp32", lr=1e-2)
+    train(trainer, data)
+    trainer.save(tmp_path / "model.pt")
+
+    loaded = tk.load_model(tmp_path / "model.pt")
+
+    assert (loaded.layers, loaded.pools) == (model.layers, model.pools)
+    assert loaded.backbone.layer_names == model.backbone.layer_names
+    assert len(loaded.backbone.features) == len(model.backbone.features)
+    assert loaded.head_arguments == model.head_arguments
+    assert differing(loaded.state_dict(), model.state_dict()) == []
+    assert same_logits(model, loaded, data)
+
+
+@pytest.mark.parametrize("backbone", ["whole", "shortened"])
+@pytest.mark.parametrize("head", LAYERS)
+def test_a_head_without_its_frozen_layers_finds_them(
+    tmp_path: Path, data: Data, narrow: None, head: str, backbone: str
+) -> None:
+    """Saved with frozen=False a head of any layers comes back on the whole backbone, and on that of the model."""
+    model = tk.freeze_until(named_model("vgg11_bn", **LAYERS[head]), "head")
+    train(tk.Trainer(model, device="cpu", precision="fp32", lr=1e-2), data)
+    tk.save_model(model, tmp_path / "head.pt", frozen=False)
+    given = copy.deepcopy(model.backbone) if backbone == "shortened" else named_model("vgg11_bn").backbone
+    other = named_model("vgg11_bn").backbone
+    with torch.no_grad():
+        other.features[0].bias[0] += 1
+
+    loaded = tk.load_model(tmp_path / "head.pt", backbone=given)
+
+    assert all(name.startswith("head.") for name in archive.read_checkpoint(tmp_path / "head.pt")["model"]["weights"])
+    assert [*loaded.backbone.features] == [*given.features][: len(model.backbone.features)]
+    assert loaded.layers == model.layers
+    assert same_logits(model, loaded, data)
+    with pytest.raises(CheckpointError, match=r"head\.pt was saved without its \d+ frozen weights"):
+        tk.load_model(tmp_path / "head.pt", backbone=other)
+    with pytest.raises(CheckpointError, match=r"head\.pt was saved without its \d+ frozen weights"):
+        tk.load_model(tmp_path / "head.pt")
+
+
+@pytest.mark.parametrize("batch_norm", [False, True], ids=["plain", "batch norm"])
+@pytest.mark.parametrize("head", ["default", "several", "within a block"])
+def test_a_loaded_model_is_cut_like_the_one_saved(tmp_path: Path, narrow: None, head: str, *, batch_norm: bool) -> None:
+    """After save and load, suffix(prefix(x)) is the saved model's output at every boundary, in both modes."""
+    model = named_model("vgg11_bn" if batch_norm else "vgg11", **{**LAYERS[head], "dropout": 0.0})
+    images = torch.randn(4, 3, 32, 32)
+    for boundary in [*model.backbone.layer_names, "head", None]:
+        tk.save_model(tk.freeze_until(model, boundary), tmp_path / "model.pt")
+        loaded = tk.load_model(tmp_path / "model.pt")
+        for training in (False, True):
+            prefix, suffix = loaded.train(training).split()
+            assert len(prefix) == len(model.train(training).split()[0])
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=training):
+                assert torch.equal(suffix(prefix(images)), model(images))
+
+
+def test_an_own_head_on_pooled_layers_comes_back(tmp_path: Path, data: Data, narrow: None) -> None:
+    """The layers that a head of the user's own takes are in the file, and the head is given again."""
+
+    def own() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(2 * (4 + 8), 3))
+
+    model = named_model(head=own(), layers=["block4", "block1"])
+    tk.save_model(model, tmp_path / "model.pt")
+
+    loaded = tk.load_model(tmp_path / "model.pt", head=own())
+
+    assert (loaded.layers, loaded.pools) == (("block1_pool", "block4_pool"), model.pools)
+    assert same_logits(model, loaded, data)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_the_temperature_comes_back(tmp_path: Path, data: Data, narrow: None, temperature: float) -> None:
+    """A loaded model predicts with the temperature of the one saved, from the file and through a trainer."""
+    model = named_model()
+    model.temperature = temperature
+    trainer = tk.Trainer(model, device="cpu", precision="fp32")
+    trainer.save(tmp_path / "model.pt")
+    other = tk.Trainer(named_model(), device="cpu", precision="fp32")
+
+    other.load(tmp_path / "model.pt")
+
+    loaded = tk.Trainer(tk.load_model(tmp_path / "model.pt"), device="cpu", precision="fp32")
+    assert loaded.model.temperature == other.model.temperature == temperature
+    expected = trainer.predict_proba(data[0])
+    assert (loaded.predict_proba(data[0]) == expected).all()
+    assert (other.predict_proba(data[0]) == expected).all()
+
+
 def test_classes_preprocessing_and_head_come_back(tmp_path: Path) -> None:
     """Class names, convention, image size and head of a real VGG network are in the file, whose name may be text."""
     model = named_model("vgg11", hidden=(8,), dropout=0.25, pooling="avg")
@@ -209,6 +320,27 @@ def test_resumed_training_is_the_uninterrupted_one(make_backbone: Maker, data: D
     assert differing(resumed.state_dict(), whole.state_dict()) == []
     assert modes(resumed.model) == modes(whole.model)
     assert (resumed.epoch, resumed.global_step, resumed.seed) == (2, 6, 0)
+
+
+@pytest.mark.parametrize("head", LAYERS)
+def test_resumed_training_of_any_head_is_the_uninterrupted_one(
+    make_backbone: Maker, data: Data, tmp_path: Path, head: str
+) -> None:
+    """Whatever layers a head takes, what it standardises by is loaded and not measured anew on resuming."""
+    arguments = {"hidden": (16,), **LAYERS[head]}
+    trainers = []
+    for seed in (0, 7):
+        model = tk.attach_head(make_backbone(batch_norm=True, seed=seed), ["cat", "dog", "owl"], **arguments)
+        trainers.append(tk.Trainer(tk.freeze_until(model, "block2"), device="cpu", precision="fp32", lr=1e-2))
+    whole, resumed = trainers
+    train(whole, data)
+    whole.save(tmp_path / "run.pt")
+    train(whole, data)
+
+    resumed.load(tmp_path / "run.pt")
+    train(resumed, data)
+
+    assert differing(resumed.state_dict(), whole.state_dict()) == []
 
 
 @pytest.mark.parametrize("entry", ["model", "optimizer", "progress"])
@@ -313,6 +445,7 @@ def run_file(make_backbone: Maker, data: Data, tmp_path: Path) -> Path:
     return tmp_path / "run.pt"
 
 
+OTHER_LAYERS = r"the checkpoint has layers \['block3_pool', 'block4_pool', 'block5_pool'\], the model "
 MANY = [f"class {number}" for number in range(37)]
 
 
@@ -333,13 +466,43 @@ MANY = [f"class {number}" for number in range(37)]
             CheckpointError,
             r"weight \(16, 48\) instead of \(17, 48\).*head built otherw",
         ),
+        (
+            {"layers": ["block4", "block5"]},
+            "adam",
+            CheckpointError,
+            OTHER_LAYERS + r"\['block4_pool', 'block5_pool'\]: ex",
+        ),
+        (
+            {"layers": ["block3_relu1"]},
+            "adam",
+            CheckpointError,
+            OTHER_LAYERS + r"\['block3_relu1'\]: expected the same",
+        ),
+        ({"pooling": "flatten"}, "adam", CheckpointError, OTHER_LAYERS + r"\[\]: expected the same"),
+        ({"pooling": "avg"}, "adam", CheckpointError, r"has pooling avgmax, the model avg: expected the same"),
+        ({"pooling": "max"}, "adam", CheckpointError, r"has pooling avgmax, the model max: expected the same"),
         ({"image_size": 64}, "adam", CheckpointError, r"preprocessing .*'image_size': 32.*'image_size': 64.*the same"),
         ({"name": "other"}, "adam", CheckpointError, r"backbone tiny, the model other: expected the same"),
         ({}, "sgd", CheckpointError, r"optimizer is Adam with 6 groups, the live one SGD with 6.*Build the Trainer"),
         ({}, "adamw", CheckpointError, r"optimizer is Adam with 6 groups, the live one AdamW.*Build the Trainer"),
         ({}, "one group", CheckpointError, r"Adam with 6 groups, the live one Adam with 1: expected the same"),
     ],
-    ids=["fewer", "order", "many", "head", "image size", "backbone", "sgd", "adamw", "groups"],
+    ids=[
+        "fewer",
+        "order",
+        "many",
+        "head",
+        "layers",
+        "within a block",
+        "flatten",
+        "average",
+        "maximum",
+        "image size",
+        "backbone",
+        "sgd",
+        "adamw",
+        "groups",
+    ],
 )
 def test_the_checkpoint_of_another_model_is_refused(
     make_backbone: Maker,
@@ -353,7 +516,9 @@ def test_the_checkpoint_of_another_model_is_refused(
     """Another model or optimizer is refused with what differs, and the trainer is bit for bit as it was."""
     backbone = make_backbone(batch_norm=True, image_size=model.get("image_size", 32), seed=7)
     backbone.name = model.get("name", "tiny")
-    network = tk.attach_head(backbone, model.get("classes", ["cat", "dog", "owl"]), hidden=model.get("hidden", (16,)))
+    head = {name: model[name] for name in ("layers", "pooling") if name in model}
+    classes, hidden = model.get("classes", ["cat", "dog", "owl"]), model.get("hidden", (16,))
+    network = tk.attach_head(backbone, classes, hidden=hidden, **head)
     one_group = torch.optim.Adam(network.parameters())
     trainer = tk.Trainer(network, optimizer=one_group if optimizer == "one group" else optimizer, device="cpu")
     train(trainer, (data[0], data[1] % 2))

@@ -123,6 +123,55 @@ def test_probabilities_are_the_trainers(backbone: tk.Backbone) -> None:
         assert not probabilities.requires_grad
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize(
+    "head",
+    [
+        {},
+        {"hidden": (16,), "dropout": 0.5, "pooling": "avg"},
+        {"pooling": "flatten"},
+        {"layers": ["block5", "block2"], "pooling": "max"},
+        {"layers": ["block3_relu1"]},
+    ],
+    ids=["default", "average", "flatten", "several layers", "within a block"],
+)
+@pytest.mark.parametrize("several", [False, True], ids=["one label", "several labels"])
+def test_heads_of_any_layers_give_the_trainers_probabilities(
+    backbone: tk.Backbone, head: dict[str, Any], temperature: float, *, several: bool
+) -> None:
+    """Whatever layers the head takes, probabilities are the trainer's: the logits over the temperature, bit for bit."""
+    model = tk.freeze_until(tk.attach_head(backbone, 3, **head), "head")
+    trainer = tk.Trainer(model, device="cpu", precision="fp32", loss=tk.BinaryCrossEntropy() if several else None)
+    images = raw(6, 32, 32)
+    targets = torch.eye(3)[torch.arange(6) % 3] if several else torch.arange(6) % 3
+    trainer.fit((images, targets), epochs=1, verbose=0)  # what the features are standardised by is exported
+    model.temperature = temperature
+
+    probabilities = tk.WithPreprocessing(model)(images)
+
+    inputs = model.backbone.preprocess(images).to(memory_format=torch.channels_last)
+    logits = model.eval()(inputs).detach() / temperature
+    expected = logits.sigmoid() if several else logits.softmax(dim=1)
+    torch.testing.assert_close(probabilities, expected, rtol=0, atol=0 if INTEGERS else 1e-3)
+    torch.testing.assert_close(
+        probabilities.numpy(), trainer.predict_proba(images), rtol=0, atol=0 if INTEGERS else 1e-3
+    )
+
+
+def test_the_temperature_is_that_of_the_export(model: tk.TransferModel) -> None:
+    """A higher temperature makes an export less certain; one that the model gets later does not change it."""
+    images = raw(2, 32, 32)
+    exportable = tk.WithPreprocessing(model)
+    before = exportable(images)
+
+    model.temperature = 4.0
+
+    assert torch.equal(exportable(images), before)
+    warm = tk.WithPreprocessing(model)(images)
+    assert (warm.amax(dim=1) < before.amax(dim=1)).all()
+    assert torch.equal(warm.argmax(dim=1), before.argmax(dim=1))
+
+
 def test_the_model_is_left_alone(model: tk.TransferModel) -> None:
     """What is exported is a copy: the model keeps its mode and freezing, and training it changes no probability."""
     tk.freeze_until(model, "head").train()
@@ -158,8 +207,11 @@ def test_only_a_model_can_be_exported(model: tk.TransferModel) -> None:
 
 
 @pytest.mark.slow
-def test_exported_program_takes_any_batch_and_any_size(model: tk.TransferModel) -> None:
+@pytest.mark.parametrize("head", [{}, {"pooling": "flatten"}, {"layers": ["block4", "block2_relu1"], "pooling": "avg"}])
+def test_exported_program_takes_any_batch_and_any_size(backbone: tk.Backbone, head: dict[str, Any]) -> None:
     """torch.export with batch, height and width dynamic gives one program, right for images of every shape."""
+    model = tk.attach_head(backbone, 3, hidden=(16,), **head)
+    model.temperature = 1.7
     exportable = tk.WithPreprocessing(tk.freeze_until(model, "head"))
 
     program = torch.export.export(exportable, (raw(2, 48, 60),), dynamic_shapes=DYNAMIC).module()

@@ -71,14 +71,28 @@ def test_a_sample_is_a_copy(frozen, data):
     assert torch.equal(features.features, before)
 
 
-def test_a_data_loader_reads_it(frozen, data):
-    """A `DataLoader` makes batches of it, shuffled as it likes, which the suffix takes."""
+@pytest.mark.parametrize("boundary", ["block3", "block4", "block5_relu1", "head"])
+def test_a_data_loader_reads_it(frozen, data, boundary):
+    """A `DataLoader` makes batches of it, shuffled as it likes, which the suffix takes, wherever it begins."""
+    tk.freeze_until(frozen, boundary)
     features = cached(frozen, data)
     loader = DataLoader(features, batch_size=7, shuffle=True, generator=torch.Generator().manual_seed(0))
     batches = list(loader)
     assert [len(targets) for _, targets in batches] == [7, 7, 7, 3]
     assert sorted(torch.cat([targets for _, targets in batches]).tolist()) == sorted(data[1].tolist())
     assert frozen.split()[1](batches[0][0]).shape == (7, 3)
+
+
+@pytest.mark.parametrize(("layers", "numbers"), [(["block2", "block1"], 4 + 4), (["block3_relu1"], 8)], ids=str)
+@pytest.mark.parametrize("pooling", ["avg", "max", "avgmax"])
+def test_features_are_those_of_the_layers_that_the_head_takes(backbone, data, layers, numbers, pooling):
+    """Behind a frozen backbone a sample is what is pooled of the head's layers, one column for each number."""
+    model = tk.freeze_until(tk.attach_head(backbone, CLASSES, layers=layers, pooling=pooling), "head")
+    numbers *= 2 if pooling == "avgmax" else 1
+    features = cached(model, data)
+    assert features[0][0].shape == (numbers, 1, 1)
+    assert features.numpy()[0].shape == (24, numbers)
+    assert torch.equal(features.features, model.backbone(model.backbone.preprocess(data[0]), model.pools))
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The feature cache: features are found again only where they would come out the same."""
 
+import itertools
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,8 @@ from transferkit.features.prefix import Prefix
 class Setup:
     """A cache, and what it is asked about."""
 
-    def __init__(self, backbone, precision="bf16", folder=None):
+    def __init__(self, backbone, precision="bf16", folder=None, **head):
+        self.head = head
         self.device = tk.Device("cpu", precision)
         self.backbone = self.device.prepare(backbone)
         self.cache = FeatureCache(self.device, folder)
@@ -35,7 +37,7 @@ class Setup:
         self.display = SimpleNamespace(say=self.said.append, bar=QUIET.bar)
 
     def prefix(self, boundary="head"):
-        model = tk.freeze_until(tk.attach_head(self.backbone, CLASSES), boundary)
+        model = tk.freeze_until(tk.attach_head(self.backbone, CLASSES, **self.head), boundary)
         return Prefix(model.split()[0], self.backbone.preprocess, device=self.device)
 
     def inputs(self, data, **arguments):
@@ -347,6 +349,87 @@ def test_another_weight_between_the_boundaries_still_derives(setup, data):
     cached, how = setup.fill(data, "head")
     assert how == "derived"
     assert torch.equal(features_of(cached), setup.by_hand(data[0]))
+
+
+# ---- several heads, over several layers
+
+HEADS = {
+    "default": {},
+    "avg": {"pooling": "avg"},
+    "max": {"pooling": "max"},
+    "flatten": {"pooling": "flatten"},
+    "blocks 4 and 5": {"layers": ["block4", "block5"]},
+    "block 4": {"layers": ["block4"]},
+    "within blocks": {"layers": ["block2_relu1", "block5_conv1"]},
+}
+
+
+def contents(prefix):
+    """What features hold besides the last activation: the layers pooled so far, or those alone if none is to come."""
+    pools = {place: pool.name for place, pool in prefix._layers.pools.items() if place < len(prefix)}
+    return len(prefix), pools, bool(pools) and len(pools) == len(prefix._layers.pools)
+
+
+@pytest.mark.parametrize("in_folder", [False, True], ids=["memory", "files"])
+@pytest.mark.parametrize(("first", "second"), [*itertools.permutations(HEADS, 2)])
+def test_a_head_gets_features_of_its_own_layers(backbone, data, tmp_path, first, second, in_folder):
+    """Features cached for another head are known where they hold the same, and elsewhere are never mistaken for it."""
+    data = data[0][:4], data[1][:4]
+    for boundary in ("block3", "block4", "block5", "head"):
+        if boundary == "block5" and "block 4" in (first, second):
+            continue  # its backbone has no block 5
+        folder = open_folder(tmp_path / boundary) if in_folder else None
+        one, other = (Setup(backbone, folder=folder, **HEADS[head]) for head in (first, second))
+        if not in_folder:
+            other.cache.share(one.cache)
+        one.fill(data, boundary)
+        cached, how = other.fill(data, boundary)
+        assert how == ("known" if contents(one.prefix(boundary)) == contents(other.prefix(boundary)) else "computed")
+        assert torch.equal(features_of(cached), other.by_hand(data[0], boundary))
+        again, how = one.fill(data, boundary)
+        assert how == "known"
+        assert torch.equal(features_of(again), one.by_hand(data[0], boundary))
+
+
+@pytest.mark.parametrize("in_folder", [False, True], ids=["memory", "files"])
+@pytest.mark.parametrize("batch_norm", [False, True], ids=["plain", "batch norm"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_pooled_features_are_carried_on_from_layer_to_layer(
+    make_backbone, data, tmp_path, images_seen, precision, batch_norm, in_folder
+):
+    """From each layer to the next one, features are derived with what was pooled before, bit for bit."""
+    folder = tmp_path if in_folder else None
+    setup = Setup(make_backbone(batch_norm=batch_norm), precision, folder, layers=["block2", "block3_relu1", "block5"])
+    boundaries = [*setup.backbone.layer_names, "head"]
+    prefixes = {len(setup.prefix(boundary)): boundary for boundary in boundaries}
+    known = 0
+    for depth, boundary in prefixes.items():
+        if depth == 0:
+            continue
+        images_seen.clear()
+        cached, how = setup.fill(data, boundary)
+        assert how == ("derived" if known else "computed")
+        assert images_seen == [(24, known)]
+        assert torch.equal(features_of(cached), setup.by_hand(data[0], boundary))
+        known = depth
+    assert known == len(setup.backbone.features)
+    assert cached.parts[0].shape[1:] == (1, 1, 2 * (4 + 8 + 8))
+
+
+@pytest.mark.parametrize("in_folder", [False, True], ids=["memory", "files"])
+def test_a_head_is_carried_on_from_what_another_has_in_common(backbone, data, tmp_path, images_seen, in_folder):
+    """Features that hold nothing pooled serve every head, and are carried on by each in its own way."""
+    setups = [Setup(backbone, folder=tmp_path if in_folder else None, **head) for head in HEADS.values()]
+    for setup in setups[1:]:
+        setup.cache.share(setups[0].cache)
+    setups[0].fill(data, "block2")
+    images_seen.clear()
+    for setup in setups:
+        cached, how = setup.fill(data, "head")
+        assert how == "derived"
+        assert torch.equal(features_of(cached), setup.by_hand(data[0]))
+    assert {first for _, first in images_seen} == {0, 3}
+    assert sum(count for count, first in images_seen if first == 0) == len(setups) * 24  # those by hand
 
 
 # ---- views

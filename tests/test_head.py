@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import transferkit as tk
-from transferkit.errors import ArgumentError, HeadMismatchError
+from transferkit.errors import ArgumentError, HeadMismatchError, UnknownLayerError
 
 Maker = Callable[..., tk.Backbone]
 
@@ -340,6 +340,143 @@ def test_an_own_head_and_built_in_arguments_exclude_each_other(backbone: tk.Back
     """Arguments of the built-in head together with a head of one's own are refused, not ignored."""
     with pytest.raises(ArgumentError, match=r"describe the built-in head, but head= is also given\. Pass one or"):
         tk.attach_head(backbone, 3, head=own_head(), **argument)
+
+
+# --- the layers that it takes
+
+
+@pytest.mark.parametrize(
+    ("layers", "names", "numbers"),
+    [
+        (None, ["block3_pool", "block4_pool", "block5_pool"], 8 + 8 + 8),
+        (["block5"], ["block5_pool"], 8),
+        (("block4", "block5"), ["block4_pool", "block5_pool"], 8 + 8),
+        (["block5", "block1", "block3"], ["block1_pool", "block3_pool", "block5_pool"], 4 + 8 + 8),
+        (["block5_relu1", "block2_conv1"], ["block2_conv1", "block5_relu1"], 4 + 8),
+        (["block4_pool", "block3_relu1"], ["block3_relu1", "block4_pool"], 8 + 8),
+        ({"block4": 1}.keys(), ["block4_pool"], 8),
+        (np.array(["block4", "block2"]), ["block2_pool", "block4_pool"], 4 + 8),
+    ],
+    ids=["default", "one", "several", "unordered", "named", "block and layer", "keys", "array"],
+)
+@pytest.mark.parametrize("pooling", ["avg", "max", "avgmax"])
+def test_the_head_takes_the_layers_it_is_given(
+    backbone: tk.Backbone, layers: object, names: list[str], numbers: int, pooling: str
+) -> None:
+    """Blocks and layers of any order are taken in forward order; a block is its last layer."""
+    model = tk.attach_head(backbone, 3, layers=layers, pooling=pooling)  # type: ignore[arg-type]
+    images, pooled = torch.randn(2, 3, 32, 32), []
+    output = images
+    for name, layer in zip(model.backbone.layer_names, model.backbone.features, strict=True):
+        output = layer(output.clone())  # a copy: ReLUs work in place
+        pooled += [output.mean(dim=(2, 3))] if name in names and pooling != "max" else []
+        pooled += [output.amax(dim=(2, 3))] if name in names and pooling != "avg" else []
+
+    assert model.layers == tuple(names)
+    assert model.head.logits.in_features == numbers * (2 if pooling == "avgmax" else 1)
+    torch.testing.assert_close(model(images), model.head.logits(torch.cat(pooled, dim=1)))
+
+
+@pytest.mark.parametrize(
+    ("last", "modules"), [("block5", 15), ("block4", 12), ("block3_relu1", 8), ("block3_conv1", 7), ("block1", 3)]
+)
+def test_the_backbone_ends_with_the_last_layer_taken(backbone: tk.Backbone, last: str, modules: int) -> None:
+    """Layers behind the last one taken are not part of the model; the others are the backbone's own."""
+    model = tk.attach_head(backbone, 3, layers=["block1_relu1", last])
+    names = backbone.layer_names[:modules]
+
+    assert [*model.backbone.features] == [*backbone.features][:modules]
+    assert model.backbone.layer_names == names
+    assert (model.backbone.name, model.backbone.preprocess) == (backbone.name, backbone.preprocess)
+    assert (model.backbone is backbone) == (last == "block5")
+    assert len(backbone.features) == 15
+    assert tuple(model(torch.randn(2, 3, 32, 32)).shape) == (2, 3)
+    assert model.backbone.feature_shape == tuple(model.backbone(torch.randn(1, 3, 32, 32)).shape[1:])
+
+
+def test_a_shorter_backbone_is_frozen_as_the_whole_one_was(make_backbone: Maker) -> None:
+    """Layers that were frozen before stay frozen and in eval mode, and a model of fewer layers is frozen like any."""
+    backbone = tk.freeze_until(make_backbone(batch_norm=True), "block2")
+    model = tk.attach_head(backbone, 3, layers=["block3"]).train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    assert [module.training for module in norms] == [False, True, True]
+    assert len(model.split()[0]) == 4
+    assert len(tk.freeze_until(model, "head").split()[0]) == len(model.backbone.features) == 12
+    assert [parameter.requires_grad for parameter in model.head.parameters()] == [True, True]
+    with pytest.raises(UnknownLayerError, match=r"until layer 'block4'.*no such layer. Did you mean 'block3'"):
+        tk.freeze_until(model, "block4")
+
+
+def test_blocks_of_a_shorter_backbone_are_the_last_three(backbone: tk.Backbone) -> None:
+    """A head for a backbone that another head shortened takes the last three blocks that there are."""
+    model = tk.attach_head(tk.attach_head(backbone, 2, layers=["block4_conv1"]).backbone, 3)
+
+    assert model.layers == ("block2_pool", "block3_pool", "block4_conv1")
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        (["block4", "blok5"], UnknownLayerError, r"output of layer 'blok5': tiny has no such.*Did you mean 'block5'"),
+        (["block3_relu2"], UnknownLayerError, r"layer 'block3_relu2': tiny has no such layer. Did you mean 'block3_re"),
+        (["block6"], UnknownLayerError, r"output of layer 'block6': tiny has no such layer"),
+        (["head"], UnknownLayerError, r"output of layer 'head': tiny has no such layer"),
+        (["block"], UnknownLayerError, r"output of layer 'block': tiny has no such layer"),
+        ([4], UnknownLayerError, r"output of layer 4: tiny has no such layer"),
+        (["block4", "block5", "block4"], ArgumentError, r"'block5', 'block4'\] name block4_pool twice"),
+        (["block4", "block4_pool"], ArgumentError, r"\['block4', 'block4_pool'\] name block4_pool twice"),
+        ("block4", ArgumentError, r"layers='block4' cannot be used: expected a list of names, such as \[\"block4"),
+        ([], ArgumentError, r"layers=\[\] cannot be used: expected a list of names"),
+        ((), ArgumentError, r"layers=\(\) cannot be used: expected a list of names"),
+        (4, ArgumentError, r"layers=4 cannot be used: expected a list of names"),
+        (True, ArgumentError, r"layers=True cannot be used: expected a list of names"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("own", [False, True], ids=["built-in", "own head"])
+def test_unusable_layers_are_refused(
+    backbone: tk.Backbone, layers: object, error: type[Exception], message: str, *, own: bool
+) -> None:
+    """Layers that are misspelt, named twice, one string, none or no list are refused with what was expected."""
+    with pytest.raises(error, match=message):
+        tk.attach_head(backbone, 2, layers=layers, head=own_head() if own else None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layers", [["block5"], ["block4", "block5"], []])
+def test_layers_are_not_flattened(backbone: tk.Backbone, layers: list[str]) -> None:
+    """pooling="flatten" takes the last block as it is, and refuses layers= with what to do."""
+    with pytest.raises(ArgumentError, match=r"layers=\[.*\] cannot be flattened: .*the last block alone. Leave layers"):
+        tk.attach_head(backbone, 2, layers=layers, pooling="flatten")
+
+
+def test_an_own_head_takes_pooled_layers(backbone: tk.Backbone) -> None:
+    """With layers= a head of one's own gets their pooled outputs as (N, D, 1, 1), and the backbone ends with them."""
+    shapes = []
+    head = own_head(inputs=2 * (4 + 8))
+    head[0].register_forward_pre_hook(lambda _module, inputs: shapes.append(tuple(inputs[0].shape)))
+
+    model = tk.attach_head(backbone, 3, layers=["block3_relu1", "block2"], head=head)
+
+    assert tuple(model(torch.randn(4, 3, 32, 32)).shape) == (4, 3)
+    assert shapes == [(2, 24, 1, 1), (4, 24, 1, 1)]  # the check, and the images
+    assert (model.head, model.head_arguments) == (head, None)
+    assert model.layers == ("block2_pool", "block3_relu1")
+    assert len(model.backbone.features) == 8
+
+
+def test_an_own_head_without_layers_takes_the_last_block_as_it_is(make_backbone: Maker) -> None:
+    """Without layers= a head of one's own gets the output of the last layer, every position of it."""
+    model = tk.attach_head(make_backbone(image_size=64), 3, head=own_head(inputs=8 * 2 * 2))
+
+    assert (model.layers, model.pools) == ((), {})
+    assert torch.equal(model.eval()(torch.ones(2, 3, 64, 64)), model.head(model.backbone(torch.ones(2, 3, 64, 64))))
+
+
+def test_an_own_head_for_other_layers_is_refused(backbone: tk.Backbone) -> None:
+    """A head that does not take the pooled outputs is refused with their shape."""
+    with pytest.raises(HeadMismatchError, match=r"does not accept the backbone's features: .*inputs \(N, 32, 1, 1\)"):
+        tk.attach_head(backbone, 3, layers=["block4", "block5"], head=own_head(inputs=8))
 
 
 # --- split

@@ -1,7 +1,6 @@
 """Linear heads solved to their optimum."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -198,6 +197,77 @@ def test_the_penalty_has_the_least_held_out_loss():
     assert head.path[best].accuracy_error == pytest.approx(float(right.std()) / 2)
 
 
+class Scripted:
+    """Held-out rows whose losses are written down, one line a penalty; as scores and as loss."""
+
+    def __init__(self, *losses: list[float]) -> None:
+        self.losses = [torch.tensor([line]).T for line in losses]
+        self.targets = self.rows = torch.arange(len(losses[0]))
+        self.parts = [self.rows]
+
+    def solve(self, l2: float) -> Tensor:
+        return self.losses.pop(0)
+
+    def weights(self) -> Tensor:
+        return torch.tensor(len(self.losses))
+
+    def each(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return logits.squeeze(1)
+
+
+def test_a_path_ends_after_two_rises_beyond_the_noise():
+    """One rise does not end the path, nor does a rise whose standard error is larger, however high the loss is."""
+    best, noisy, clear = [1.0, 9.0, 5.0, 1.0], [9.0, 1.0, 1.0, 7.0], [1.1, 9.2, 5.1, 1.2]
+    scores = Scripted([2.0, 9.0, 6.0, 1.0], best, clear, noisy, clear, clear, [0.0] * 4)
+    l2, path, weights, logits = choice._choose(
+        scores, [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], scores, lambda logits, targets: torch.tensor(0)
+    )
+    assert [strength.l2 for strength in path] == [7.0, 6.0, 5.0, 4.0, 3.0, 2.0]
+    assert (l2, int(weights), logits.flatten().tolist()) == (6.0, 5, best)
+
+
+def test_what_float32_cannot_tell_from_zero_ends_the_steps():
+    """A tolerance that no float32 weight meets does not take all steps."""
+    features, targets = problem(40, 10)
+    parts = design.design_of(Table.of_tensor(features))
+    members = torch.ones(40, 1, dtype=torch.bool)
+    alone = logistic.Problems(parts, targets, CrossEntropy(), classes=3, members=members)
+    assert alone.solve(1e-5, tolerance=0) < 300
+
+
+@pytest.mark.parametrize("curvature", [1e-6, 1e6])
+def test_a_step_has_the_right_length_whatever_curvature_is_expected(curvature):
+    """Steps that begin far too long or far too short are measured along the way, and lead to the optimum at once."""
+    features, targets = problem(60, 6)
+    parts = design.design_of(Table.of_tensor(features))
+    members = torch.ones(60, 1, dtype=torch.bool)
+    solved = []
+    for expected in (0.2, curvature):
+        alone = logistic.Problems(parts, targets, CrossEntropy(), classes=3, members=members)
+        alone.curvature[:] = expected
+        assert alone.solve(0.01, tolerance=1e-4) < 30
+        solved.append(alone.weights)
+    torch.testing.assert_close(solved[0], solved[1], atol=1e-3, rtol=1e-3)
+
+
+def test_products_are_exact_whatever_torch_may_do():
+    """Matrix products are in float32 proper although torch was allowed less, and stay allowed afterwards."""
+    seen = []
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return torch.nn.functional.cross_entropy(logits, targets)
+
+    features, targets = problem(12, 4)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        solve(Table.of_tensor(features), targets, FunctionLoss(loss), classes=3, strengths=[1.0], folds=0)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {"highest"}
+
+
 def test_validation_rows_choose_the_penalty():
     """With validation rows the loss and the logits are theirs, and all training rows are trained on."""
     features, targets = problem(60, 20)
@@ -389,5 +459,4 @@ def test_a_path_is_followed_in_few_steps(monkeypatch):
         fresh = logistic.Problems(parts, targets, CrossEntropy(), classes=3, members=members)
         alone += solve_one(fresh, l2, tolerance=3e-3)
     assert sum(steps) < 0.7 * alone
-    assert all(before > after for before, after in pairwise(choice.STRENGTHS))
     assert (followed.weights - fresh.weights).norm() < 0.02 * fresh.weights.norm()

@@ -43,6 +43,31 @@ def test_cached_layers_are_the_frozen_prefix(model, boundary, cached):
         assert not (layer.cached and layer.trains)
 
 
+@pytest.mark.parametrize(
+    ("head", "rows", "features"),
+    [
+        ({"pooling": "flatten"}, 15, 8),
+        ({}, 15, 48),
+        ({"layers": ["block4", "block1"], "pooling": "max"}, 12, 12),
+        ({"layers": ["block3_relu1"], "pooling": "avg"}, 8, 8),
+    ],
+    ids=["flatten", "default", "shorter", "within a block"],
+)
+def test_the_layers_of_the_head_decide_where_the_table_ends(backbone, head, rows, features):
+    """The backbone's rows end with the last layer that the head takes, with the shapes of the layers themselves."""
+    model = tk.attach_head(backbone, 3, **head)
+    table = tk.summary(tk.freeze_until(model, "block2"))
+    own = [layer for layer in table.layers if not layer.name.startswith("head.")]
+    assert [layer.name for layer in own] == list(model.backbone.layer_names)
+    assert len(own) == rows
+    assert own[-1].output_shape == model.backbone.feature_shape
+    assert [layer.name for layer in own if layer.cached] == ["block1_conv1", "block1_relu1", "block1_pool"]
+    assert layers(model)["head.flatten"].output_shape == (features,)
+    assert ("head.standardize" in layers(model)) == (head.get("pooling") != "flatten")
+    assert table.num_parameters == sum(p.numel() for p in model.parameters())
+    assert sum(layer.num_parameters for layer in table.layers) == table.num_parameters
+
+
 def test_a_hook_on_the_backbone_leaves_nothing_cached(model):
     """Where `fit` caches nothing, because a hook would not be called, no layer is marked as cached."""
     tk.freeze_until(model, "head").backbone.register_forward_hook(lambda *_: None)

@@ -1,6 +1,7 @@
 """The frozen prefix: the same bits as the layers themselves, and a digest of all that they depend on."""
 
 import copy
+import itertools
 import zipfile
 from pathlib import Path
 
@@ -23,8 +24,21 @@ BOUNDARIES = ["block2", "block3", "block4_conv1", "block5", "block5_conv1", "hea
 V1 = CONVENTIONS["IMAGENET1K_V1"].with_image_size(32)
 
 
-def frozen_layers(backbone, device, boundary="head"):
-    model = tk.freeze_until(tk.attach_head(backbone, CLASSES), boundary)
+HEADS = {
+    "avg": {"pooling": "avg"},
+    "max": {"pooling": "max"},
+    "both": {"pooling": "avgmax"},
+    "flatten": {"pooling": "flatten"},
+    "block5": {"layers": ["block5"]},
+    "other layers": {"layers": ["block4", "block5"]},
+    "within blocks": {"layers": ["block2_relu1", "block3_conv1", "block5_conv1"]},
+    "shorter": {"layers": ["block3", "block4"]},
+    "shortest": {"layers": ["block3"]},
+}
+
+
+def frozen_layers(backbone, device, boundary="head", **head):
+    model = tk.freeze_until(tk.attach_head(backbone, CLASSES, **head), boundary)
     return device.prepare(model).train().split()[0]
 
 
@@ -66,6 +80,21 @@ def test_gives_the_bits_of_the_layers(make_backbone, data, precision, batch_norm
     expected = by_hand(layers, inputs, device)
     assert features.dtype == expected.dtype == device.dtype
     assert torch.equal(features, expected)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("head", HEADS)
+def test_gives_the_bits_of_the_layers_with_what_is_pooled(make_backbone, data, precision, head):
+    """Before every layer the prefix gives the bits of the layers, rows of pooled numbers and all, from any start."""
+    device = tk.Device("cpu", precision)
+    backbone = with_statistics(make_backbone(batch_norm=True))
+    layers, inputs = frozen_layers(backbone, device, **HEADS[head]), inputs_of(data, backbone)[:8]
+    for depth in range(1, len(layers) + 1):
+        prefix, expected = make_prefix(layers[:depth], device), by_hand(layers[:depth], inputs, device)
+        assert torch.equal(prefix(inputs), expected)
+        assert prefix.outputs[-1] == (tuple(expected.permute(0, 2, 3, 1).shape[1:]), expected.dtype)
+        for first in range(1, depth, 3):
+            assert torch.equal(prefix(make_prefix(layers[:first], device)(inputs), first=first), expected)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -261,6 +290,38 @@ def test_every_setting_of_a_layer_counts(one, other):
     assert first[1] != second[1]
 
 
+# ---- digests of layers that are pooled
+
+
+def pooled_before(layers, depth):
+    """What features behind so many layers hold: the pooled layers among them, and whether it is that alone."""
+    pools = {place: pool.name for place, pool in layers.pools.items() if place < depth}
+    return pools, bool(pools) and len(pools) == len(layers.pools)
+
+
+@pytest.mark.parametrize(("one", "other"), [*itertools.combinations_with_replacement(HEADS, 2)])
+def test_features_of_different_heads_are_the_same_up_to_the_first_difference(backbone, data, one, other):
+    """Behind so many layers the digests of two heads are equal just where their features hold the same.
+
+    And where they are equal, the features are equal in every bit.
+    """
+    device, inputs = tk.Device("cpu", "bf16"), inputs_of(data, backbone)[:4]
+    left, right = (frozen_layers(backbone, device, **HEADS[head]) for head in (one, other))
+    for depth in range(1, min(len(left), len(right)) + 1):
+        equal = digests(left, precision="bf16")[depth] == digests(right, precision="bf16")[depth]
+        assert equal == (pooled_before(left, depth) == pooled_before(right, depth))
+        if equal:
+            features = [make_prefix(layers[:depth], device)(inputs) for layers in (left, right)]
+            assert torch.equal(*features)
+
+
+def test_digests_do_not_depend_on_where_a_pooled_prefix_ends(backbone):
+    """The digests of the first layers are the same for every boundary, whatever is pooled behind it."""
+    layers = frozen_layers(backbone, tk.Device("cpu", "fp32"))
+    for depth in range(1, len(layers)):
+        assert digests(layers[:depth]) == digests(layers)[: depth + 1]
+
+
 # ---- is it current?
 
 
@@ -372,6 +433,18 @@ def test_a_batch_size_that_memory_allowed_is_kept(make_backbone):
     second = frozen.split()[0]
     assert second is not first
     assert second.batch_size == 3
+
+
+@pytest.mark.parametrize("other", ["avg", "max", "flatten", "other layers"])
+def test_another_head_is_noticed(make_backbone, other):
+    """The same modules pooled otherwise are no longer current."""
+    backbone, device = make_backbone(), tk.Device("cpu", "fp32")
+    prefix = make_prefix(frozen_layers(backbone, device), device)
+    assert prefix.digests
+    assert prefix.is_current(frozen_layers(backbone, device), V1)
+    layers = frozen_layers(backbone, device, **HEADS[other])
+    assert [*layers] == [*backbone.features]
+    assert not prefix.is_current(layers, V1)
 
 
 def test_fewer_layers_are_noticed(layers, prefix):

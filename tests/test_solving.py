@@ -285,11 +285,14 @@ def calibrated(backbone, temperature=2.5):
     return trainer
 
 
-def test_solving_calibrates_by_images_held_out(backbone):
+@pytest.mark.parametrize(("rows", "held_out"), [(20_000, 60), (10, 15)], ids=["all folds", "one fold"])
+def test_solving_calibrates_by_images_held_out(backbone, monkeypatch, rows, held_out):
     """The temperature is the best for the logits of held-out images, from heads that were not trained on them."""
+    monkeypatch.setattr("transferkit.linear.choice.ONE_FOLD_ROWS", rows)
     data = noisy_images()
     trainer = head_trainer(backbone)
     found = trainer.solve(data, verbose=0)
+    assert len(found.held_out) == held_out
     expected = fit_temperature(found.logits, data[1][found.held_out], tk.CrossEntropy())
     assert trainer.model.temperature == pytest.approx(expected, rel=1e-6)
     assert trainer.model.temperature != 1.0

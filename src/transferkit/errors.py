@@ -57,7 +57,7 @@ class MissingPackageError(TransferKitError, ImportError):
 
 
 class NonFiniteError(TransferKitError, ArithmeticError):
-    """A loss or a gradient is infinite or NaN."""
+    """A loss, a gradient or a feature is infinite or NaN."""
 
 
 class NothingToTrainError(TransferKitError, ValueError):

@@ -175,7 +175,7 @@ class Device:
 
     def _tf32(self) -> AbstractContextManager[None]:
         tensor_cores = self.precision == "fp32" and self.torch_device.type == "cuda"
-        return _float32_products("high") if tensor_cores else nullcontext()
+        return float32_products("high") if tensor_cores else nullcontext()
 
 
 def _has_state(optimizer: Optimizer) -> bool:
@@ -209,7 +209,8 @@ def _spoil_unless(finite: Tensor, optimizer: Optimizer) -> None:
 
 
 @contextmanager
-def _float32_products(precision: str) -> Iterator[None]:
+def float32_products(precision: str) -> Iterator[None]:
+    """Compute float32 matrix products in a precision of torch's inside the block: "highest", "high" or "medium"."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

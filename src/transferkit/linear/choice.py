@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from transferkit.base.randomness import derive_seed, shuffled
+from transferkit.compute.device import float32_products
 from transferkit.errors import ArgumentError, EmptyDataError, NonFiniteError
 from transferkit.linear.design import Design, design_of, standardised
 from transferkit.linear.logistic import PAIRS, Loss, Problems
 from transferkit.linear.table import Table
 
-STRENGTHS = tuple(10 ** (1 - step / 2) for step in range(13))
-"""Penalties tried, from strong to weak: 10 to 1e-5 in half decades, for standardised features."""
+STRENGTHS = tuple(10 ** (2 - step / 2) for step in range(15))
+"""Penalties tried, from strong to weak: 100 to 1e-5 in half decades, for standardised features."""
 
 ONE_FOLD_ROWS = 20_000
 """Above this number of rows only the first fold is held out: a quarter of them tells strengths apart."""
@@ -85,6 +86,7 @@ class LinearHead:
         return weight.float(), (self.bias - weight @ self.mean.double()).float()
 
 
+@float32_products("highest")  # torch may have been allowed less, which does not reach the optimum
 def solve(
     table: Table,
     targets: Tensor,
@@ -111,7 +113,7 @@ def solve(
     Args:
         table: The features, `(N, D)`.
         targets: int64 `(N,)`, or float32 `(N, K)`.
-        loss: What is minimised: convex in the logits, and a sum over rows.
+        loss: What is minimised: convex in the logits, and a sum over rows. Weights that it holds are on `table.device`.
         classes: Number of classes `K`.
         validation: Features and targets of validation rows; None holds out folds of the training rows.
         strengths: The penalties, from strong to weak. If there is only one, it is scored and used.

@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -99,7 +100,7 @@ class Problems:
         self.logits = self._logits(self.weights)
         slopes = self._slopes(self.logits)
         gradient = self._gradient(slopes) + penalty * self.weights
-        pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=PAIRS)
+        pairs = deque([(torch.zeros_like(gradient), torch.zeros_like(gradient))], maxlen=PAIRS)
         mark = torch.full_like(self.curvature, torch.inf)  # the last fall that was half of the one before
         stale = torch.zeros_like(mark)
         for steps in range(max_steps):
@@ -127,8 +128,9 @@ class Problems:
             slopes, before = new_slopes, gradient
             gradient = self._gradient(slopes) + penalty * self.weights
             bend = gradient - before
-            product = (step * bend).sum(dim=(1, 2))
-            pairs.append((step, bend, torch.where(product > 0, 1 / product, 0.0)[:, None, None]))
+            size = step.flatten(1).norm(dim=1) * ((step * bend).sum(dim=(1, 2)) > 0)
+            inverse = torch.where(size > 0, 1 / size, 0.0)[:, None, None]
+            pairs.append((inverse * step, inverse * bend))
         return max_steps
 
     def _logits(self, weights: Tensor) -> Tensor:
@@ -144,16 +146,22 @@ class Problems:
             (slopes,) = torch.autograd.grad(self.loss.sum(leaf, self.targets), leaf)
         return slopes.view(logits.shape) * self.scale
 
-    def _direction(self, gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, Tensor]], l2: float) -> Tensor:
-        """Return the L-BFGS direction of each problem, `(P, K, A + 1)`."""
-        direction, kept = -gradient, []
-        for step, bend, inverse in reversed(pairs):
-            kept.append(inverse * (step * direction).sum(dim=(1, 2), keepdim=True))
-            direction = direction - kept[-1] * bend
-        direction = self.design.precondition(direction, self.curvature * self.share, l2)
-        for step, bend, inverse in pairs:
-            direction = direction + (kept.pop() - inverse * (bend * direction).sum(dim=(1, 2), keepdim=True)) * step
-        return direction
+    def _direction(self, gradient: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], l2: float) -> Tensor:
+        """Return the L-BFGS direction of each problem, `(P, K, A + 1)`, from steps and what they did to the gradient.
+
+        The two loops over the pairs are two triangular systems, so a direction takes few passes over them.
+        """
+        steps, bends = (torch.stack(vectors, dim=1).flatten(2) for vectors in zip(*pairs, strict=True))  # (P, pairs, .)
+        products = (steps @ bends.mT).triu()
+        diagonal = products.diagonal(dim1=1, dim2=2)
+        diagonal += diagonal == 0  # of a problem that has not moved
+        downhill = -gradient.flatten(1)[..., None]
+        first = torch.linalg.solve_triangular(products, steps @ downhill, upper=True)
+        direction = (downhill - bends.mT @ first).view(gradient.shape)
+        direction = self.design.precondition(direction, self.curvature * self.share, l2).flatten(1)[..., None]
+        known = diagonal[..., None] * first - bends @ direction
+        direction += steps.mT @ torch.linalg.solve_triangular(products.mT, known, upper=False)
+        return direction.view(gradient.shape)
 
     def _search(
         self, slopes: Tensor, change: Tensor, start: Tensor, linear: Tensor, square: Tensor
@@ -166,12 +174,12 @@ class Problems:
         length = torch.ones_like(start)
         low, high = torch.zeros_like(start), torch.full_like(start, torch.inf)
         at_low, at_high = start, torch.full_like(start, torch.inf)
-        for _ in range(12):
+        for left in reversed(range(12)):
             slopes = self._slopes(self.logits + length[:, None] * change)
             here = (slopes * change).sum(dim=(0, 2)) + linear + length * square
             open_ = here.abs() > _SLOPE_LEFT * start.abs()
-            if not bool(open_.any()):  # host sync
-                break
+            if left == 0 or not bool(open_.any()):  # host sync
+                break  # with the slopes at this length
             below = here < 0
             secant = length - here * (length - low) / (here - at_low)  # of the last two, where no upper bound is known
             grown = torch.where(secant > length, secant, torch.inf).clamp(1.5 * length, 10 * length)

@@ -19,7 +19,7 @@ def expected_calibration_error(
         bins: Number of bins between 0 and 1.
 
     Example:
-        >>> expected_calibration_error(np.array([[0.9, 0.1], [0.9, 0.1]]), np.array([0, 1]))
+        >>> round(expected_calibration_error(np.array([[0.9, 0.1], [0.9, 0.1]]), np.array([0, 1])), 4)
         0.4
 
     References:
@@ -32,4 +32,4 @@ def expected_calibration_error(
         confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
     bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # (0, 1/bins], (1/bins, 2/bins], ...
     distances = np.abs(np.bincount(bin_of, right - confidence, minlength=bins))  # in each bin, times its size
-    return round(float(distances.sum() / len(confidence)), 12)
+    return float(distances.sum() / len(confidence))

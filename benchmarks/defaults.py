@@ -1,0 +1,109 @@
+"""What the defaults were chosen by: accuracy on images that are neither trained on nor part of any test set.
+
+    python benchmarks/defaults.py --data photos/flowers --image-size 128 --out flowers.json
+    python benchmarks/defaults.py --data cifar10/train --image-size 64 --only pooling,views
+    python benchmarks/defaults.py --table flowers.json
+
+A folder holds <class>/*.jpg. `--size` images are trained on and as many others judge, drawn by the seed. The standard
+error of an accuracy of 0.75 on 2,000 images is 0.01.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from job import WEIGHTS
+from torch.utils.data import Subset
+from torchvision.datasets import ImageFolder
+
+import transferkit as tk
+
+
+def solved(data: Subset, pooling: str, **views: Any) -> Callable[[tk.Backbone], tk.Trainer]:
+    def run(backbone: tk.Backbone) -> tk.Trainer:
+        model = tk.freeze_until(tk.attach_head(backbone, data.dataset.classes, pooling=pooling), "head")
+        trainer = tk.Trainer(model)
+        trainer.solve(data, **views, verbose=0)
+        return trainer
+
+    return run
+
+
+def stepped(data: Subset, **arguments: Any) -> Callable[[tk.Backbone], tk.Trainer]:
+    def run(backbone: tk.Backbone) -> tk.Trainer:
+        torch.manual_seed(0)
+        model = tk.freeze_until(tk.attach_head(backbone, data.dataset.classes), "head")
+        trainer = tk.Trainer(model, **arguments)
+        trainer.fit(data, verbose=0)
+        return trainer
+
+    return run
+
+
+def deeper(data: Subset, **constants: Any) -> Callable[[tk.Backbone], tk.Trainer]:
+    def run(backbone: tk.Backbone) -> tk.Trainer:
+        module = sys.modules["transferkit.fine_tune"]  # tk.fine_tune is the function
+        with patch.multiple(module, **constants):
+            return tk.fine_tune(backbone, data, epochs=6, freeze_until="block4", verbose=0)
+
+    return run
+
+
+def trials(data: Subset) -> Iterator[tuple[str, str, Callable[[tk.Backbone], tk.Trainer]]]:
+    """Yield group, name and what trains."""
+    for pooling in ("avg", "max", "avgmax"):
+        yield "pooling", pooling, solved(data, pooling)
+    yield "views", "4, flip and crop", solved(data, "avgmax", augment=["flip", "crop"], n_views=4)
+    for schedule in ("constant", "auto"):
+        for lr in (1e-4, 3e-4, 1e-3, 3e-3):
+            yield "fit", f"{lr:g}, {schedule}", stepped(data, lr=lr, schedule=schedule)
+    yield "deeper", "fine_tune, 6 epochs from block 4", deeper(data)
+    yield "deeper", "rates of 2e-4", deeper(data, RATES={"head": 2e-4, "backbone": 2e-4})
+    yield "deeper", "neither dropout nor smoothing", deeper(data, DROPOUT=0.0, LABEL_SMOOTHING=0.0)
+    yield "deeper", "no average of weights", deeper(data, DECAY=0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--size", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="pooling,views,fit,deeper")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path)
+    options = parser.parse_args()
+    if options.table:
+        for run in json.loads(options.table.read_text()):
+            print(f"| {run['group']} | {run['name']} | {run['accuracy']:.4f} | {run['loss']:.4f} |")
+        return
+    folder = ImageFolder(options.data)
+    order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    train, judge = Subset(folder, order[: options.size]), Subset(folder, order[options.size : 2 * options.size])
+    runs = []
+    for group, name, run in trials(train):
+        if group not in options.only.split(","):
+            continue
+        backbone = tk.load_backbone(
+            weights=options.weights, preprocessing="IMAGENET1K_FEATURES", image_size=options.image_size
+        )
+        started = time.perf_counter()
+        trainer = run(backbone)
+        seconds = time.perf_counter() - started
+        runs.append({"group": group, "name": name, "seconds": seconds, **trainer.evaluate(judge, batch_size=128)})
+        print(
+            "{group}: {name}: accuracy {accuracy:.4f}, loss {loss:.4f}, {seconds:.0f} s".format(**runs[-1]), flush=True
+        )
+        if options.out:
+            options.out.write_text(json.dumps(runs))
+
+
+if __name__ == "__main__":
+    main()
