@@ -369,7 +369,7 @@ class Trainer:
             validation_data: Images to choose the penalty by. None uses cross-validation: each fold is left out once,
                 and the final head is solved on all images.
             l2: The penalty, above 0: the mean loss plus `l2 / 2` times the sum of the squared weights on standardised
-                features. None chooses it among 13 from 10 to 1e-5.
+                features. None chooses it among 15 from 100 to 1e-5.
             folds: Parts of the cross-validation, 2 or more; as many as images is leave-one-out.
             augment: As in `fit`; needs `n_views`.
             n_views: Fixed views of each image, each a row of its own.
