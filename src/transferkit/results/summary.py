@@ -113,15 +113,15 @@ def summary(model: Backbone | TransferModel) -> Summary:
         >>> backbone = load_backbone("vgg11", weights=None, image_size=32)
         >>> table = summary(freeze_until(attach_head(backbone, 10), "block5"))
         >>> print("\n".join(line for line in str(table).splitlines() if "conv" in line or "logits" in line))
-        block1_conv1   64x32x32       1,792  frozen, cached        1.2%
-        block2_conv1  128x16x16      73,856  frozen, cached       12.4%
-        block3_conv1    256x8x8     295,168  frozen, cached       12.4%
-        block3_conv2    256x8x8     590,080  frozen, cached       24.7%
-        block4_conv1    512x4x4   1,180,160  frozen, cached       12.4%
-        block4_conv2    512x4x4   2,359,808  frozen, cached       24.7%
-        block5_conv1    512x2x2   2,359,808  trains                6.2%
-        block5_conv2    512x2x2   2,359,808  trains                6.2%
-        head.logits          10       5,130  trains                0.0%
+        block1_conv1       64x32x32       1,792  frozen, cached        1.2%
+        block2_conv1      128x16x16      73,856  frozen, cached       12.4%
+        block3_conv1        256x8x8     295,168  frozen, cached       12.4%
+        block3_conv2        256x8x8     590,080  frozen, cached       24.7%
+        block4_conv1        512x4x4   1,180,160  frozen, cached       12.4%
+        block4_conv2        512x4x4   2,359,808  frozen, cached       24.7%
+        block5_conv1        512x2x2   2,359,808  trains                6.2%
+        block5_conv2        512x2x2   2,359,808  trains                6.2%
+        head.logits              10      25,610  trains                0.0%
     """
     if not isinstance(model, Backbone | TransferModel):
         raise ArgumentError(

@@ -38,7 +38,8 @@ def measure_features(training: Training, run: Run, interrupts: Interrupts) -> No
             with closing(batches):
                 count = 0
                 for inputs, targets in interrupts.watched(batches):
-                    evaluation_step(network, inputs, device=training.device)
+                    for part in torch.split(inputs, training.micro_batch_size or len(inputs)):
+                        evaluation_step(network, part, device=training.device)
                     count += len(targets)
                     if count >= MOST_IMAGES:
                         break
