@@ -22,6 +22,7 @@ from transferkit.data.sources import Source, SubsetSource
 from transferkit.model.backbone import Backbone
 from transferkit.model.freezing import freeze_until as freeze
 from transferkit.model.head import attach_head
+from transferkit.results.summary import summary
 from transferkit.trainer import Trainer
 from transferkit.training.averaging import WeightAverage
 from transferkit.training.checkpoint import Checkpoint
@@ -189,7 +190,8 @@ def fine_tune(
     solve_s = time.perf_counter() - solving
     deeper = False
     if wanted and held_out is not None:
-        job = _Job(trainer, train, held_out, whole_number("batch_size", batch_size), augment, end, display)
+        image_s = solve_s / (train.num_images or 1)
+        job = _Job(trainer, train, held_out, whole_number("batch_size", batch_size), augment, end, image_s, display)
         plan = _read_plan(folder) or job.plan(freeze_until, epochs)
         if plan is None:
             display.say(f"no time for deeper training within {budget:.0f} s")
@@ -215,6 +217,7 @@ class _Job:
         batch_size: Of the training steps.
         augment: As in `Trainer.fit`.
         end: When it must be over, by `time.perf_counter`; None has time.
+        image_s: Seconds that all frozen layers took for an image, the solver included.
         display: Shows what is done.
     """
 
@@ -224,6 +227,7 @@ class _Job:
     batch_size: int
     augment: Augment | None
     end: float | None
+    image_s: float
     display: Display
 
     def plan(self, boundary: str | None, epochs: int | None) -> _Plan | None:
@@ -307,8 +311,11 @@ class _Job:
                 verbose=0,
             )
             seconds.append(time.perf_counter() - started)
+        table = summary(self.trainer.model)
+        share = sum(table.share(part) for part in table.layers if part.cached)
         freeze(self.trainer.model, "head")
-        return seconds[2] / _TIMED_STEPS, max(0.0, seconds[0] - seconds[1]) / few.num_images
+        image_s = max(share * self.image_s, (seconds[0] - seconds[1]) / few.num_images)  # the first is small if known
+        return seconds[2] / _TIMED_STEPS, image_s
 
 
 def _read_plan(folder: str | PathLike[str] | None) -> _Plan | None:
