@@ -170,6 +170,21 @@ def test_an_output_that_the_next_layer_overwrites_is_pooled_before(name: str) ->
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
+def test_an_output_that_stays_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only an output that the very next layer overwrites is copied before it is pooled."""
+    pooled, outputs = [], []
+    pool = Pool.__call__
+    monkeypatch.setattr(Pool, "__call__", lambda self, inputs: pooled.append(inputs.data_ptr()) or pool(self, inputs))
+    modules = [nn.Conv2d(3, 4, 1), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True), nn.ReLU(inplace=False)]
+    for module in modules:
+        module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output.data_ptr()))
+
+    kept = Layers(modules, {place: Pool("max", 4) for place in range(5)})(make_images())
+
+    assert tuple(kept.shape) == (2, 5 * 4, 1, 1)
+    assert [ours == theirs for ours, theirs in zip(pooled, outputs, strict=True)] == [True, True, False, True, True]
+
+
 def test_one_index_gives_a_module_and_a_slice_layers() -> None:
     """An index gives the module itself; slices share the modules, and know which of them are pooled."""
     layers = make_layers()
