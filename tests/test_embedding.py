@@ -131,7 +131,7 @@ def lightning_fit(model: tk.TransferModel, data: Data, *, tunes: Callable[[], nn
         warnings.filterwarnings(
             "ignore", message="The provided params to be frozen already exist"
         )  # it adds them twice
-        trainer.fit(Module(), DataLoader(TensorDataset(*data), batch_size=8), epochs=1)
+        trainer.fit(Module(), DataLoader(TensorDataset(*data), batch_size=8))
 
 
 @pytest.mark.parametrize("train_bn", [True, False])
@@ -230,7 +230,7 @@ def test_grid_search_picks_a_learning_rate_and_predicts(model: tk.TransferModel,
         verbose=0,
     )
     search = selection.GridSearchCV(net, {"lr": [1e-9, 1e-2]}, cv=3, scoring="accuracy")
-    search.fit(features / scale, targets, epochs=1)
+    search.fit(features / scale, targets)
 
     assert search.best_params_ == {"lr": 1e-2}
     assert (search.predict(features / scale) == targets).mean() > 0.9

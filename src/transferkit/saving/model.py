@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from transferkit.base.arrays import digest_tensors
 from transferkit.data.preprocessing import Preprocessing
 from transferkit.errors import ArgumentError, CheckpointError, HeadMismatchError, TransferKitError
-from transferkit.model.backbone import Backbone, load_backbone
+from transferkit.model.backbone import MIN_IMAGE_SIZE, Backbone, load_backbone
 from transferkit.model.freezing import find_boundary, first_trainable, freeze_until, trainable_state
 from transferkit.model.head import FLATTEN, POOLING, TransferModel, attach_head, build_head, find_pools
 from transferkit.model.weights import differences
 from transferkit.saving.archive import check_no_tensors, check_parts, read_checkpoint, shown, write_checkpoint
+
+MAX_IMAGE_SIZE = 2**14
+"""Pixels of a side: beyond it one image takes more memory than any machine has."""
 
 PARTS: dict[str, Any] = {
     "backbone": (str,),
@@ -112,6 +115,12 @@ def _check_description(state: Mapping[str, Any]) -> None:
         )
     if not 0 < state["temperature"] < math.inf:
         raise CheckpointError(f"the checkpoint has the temperature {state['temperature']}: expected one above 0.")
+    size = state["preprocessing"].get("image_size")
+    if type(size) is not int or not MIN_IMAGE_SIZE <= size <= MAX_IMAGE_SIZE:
+        raise CheckpointError(
+            f"the checkpoint is of a model for images of {shown(size)} pixels: expected {MIN_IMAGE_SIZE} to "
+            f"{MAX_IMAGE_SIZE:,}."
+        )
     if len(state["classes"]) < 2:
         raise CheckpointError(f"the checkpoint has {len(state['classes'])} classes: expected 2 or more.")
 
