@@ -12,7 +12,7 @@ from tiny import offline
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
-MAX_BYTES = 300_000
+MAX_BYTES = 250_000
 
 EXECUTE = """
 import sys, warnings
@@ -46,7 +46,7 @@ def test_there_are_two() -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_outputs_are_there_and_small(path: Path) -> None:
-    """Every cell of code was run in order, without an error or a warning, and the file has at most 300 kB."""
+    """Every cell of code was run in order, without an error or a warning, and the file has at most 250 kB."""
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     assert [
