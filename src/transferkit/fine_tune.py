@@ -234,8 +234,7 @@ class _Job:
         """Decide from which layer on to train, and how long; None if there is too little time for anything."""
         count = self.train_source.num_images or 0
         most = epochs or max(FEWEST_EPOCHS, min(EPOCHS, IMAGES_SEEN // count))
-        blocks = list(dict.fromkeys(name.split("_")[0] for name in self.trainer.model.backbone.layer_names))
-        layers = blocks[-2:] if boundary == "auto" else [boundary]
+        layers = self.trainer.model.backbone.blocks[-2:] if boundary == "auto" else [boundary]
         if self.end is None:
             return _Plan(layers[0], most, self._views(most))
         for layer in layers:

@@ -80,10 +80,10 @@ def probe(
     display = Display(verbose)
     scores: list[ProbeScore] = []
     seconds: dict[int, float] = {}
+    blocks = backbone.blocks
     for size in [backbone.image_size] if image_sizes is None else image_sizes:
         resized = copy.deepcopy(backbone)
         resized.preprocess = backbone.preprocess.with_image_size(whole_number("each of image_sizes", size, at_least=32))
-        blocks = tuple(dict.fromkeys(name.split("_")[0] for name in backbone.layer_names))
         with seeded(seed):  # the head is never used
             model = freeze_until(attach_head(resized, names, layers=blocks), "head")
         trainer = Trainer(

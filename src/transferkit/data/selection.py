@@ -42,8 +42,10 @@ def split_validation(
             f"training and {count} validation images: expected at least 1 of each."
         )
     order = shuffled(source.num_images, derive_seed(seed, "validation"))
-    targets = source.all_targets()
-    held_out = order[:count] if multi_label else _of_each_class(class_indices(targets), order, validation_split)
+    if multi_label:
+        held_out = order[:count]
+    else:
+        held_out = _of_each_class(class_indices(source.all_targets()), order, validation_split)
     kept = torch.ones(source.num_images, dtype=torch.bool)
     kept[held_out] = False
     return SubsetSource(source, kept.nonzero().flatten()), SubsetSource(source, (~kept).nonzero().flatten())

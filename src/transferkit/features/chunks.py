@@ -83,6 +83,11 @@ class CachedFeatures:
     targets: Tensor
     device: Device
 
+    @property
+    def targets_of_rows(self) -> Tensor:
+        """The targets of all views, one after the other: `(views * N,)` or `(views * N, K)`."""
+        return self.targets.repeat(len(self.rows), *(1 for _ in self.targets.shape[1:]))
+
     def batches(
         self, batch_size: int, *, order: Tensor | None = None, view: int = 0
     ) -> Generator[tuple[Tensor, Tensor], None, None]:

@@ -33,8 +33,7 @@ class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, cached: CachedFeatures) -> None:
-        views = len(cached.rows)
-        self.targets = cached.targets.repeat(views, *(1 for _ in cached.targets.shape[1:]))
+        self.targets = cached.targets_of_rows
         self._cached = cached
         self._rows = cached.rows.flatten().to(cached.parts[0].device)
 

@@ -42,6 +42,7 @@ class Backbone(nn.Module):
         features: As above. Module N is also called `layer_names[N]`.
         layer_names: One name for each module of `features`, in forward order: `block1_conv1`, `block1_relu1`, ...,
             `block5_pool`, and `block1_bn1`, ... in the `_bn` variants.
+        blocks: Names of the blocks, in forward order: `block1`, ..., `block5`.
         preprocess: As above.
         image_size: Height and width of the input, in pixels.
         feature_shape: Shape of one image's output, `(512, image_size // 32, image_size // 32)` behind all five blocks.
@@ -56,6 +57,10 @@ class Backbone(nn.Module):
         self.features = features
         self.layer_names = _layer_names(features)
         self.preprocess = preprocess
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name.split("_")[0] for name in self.layer_names))
 
     @property
     def image_size(self) -> int:

@@ -236,8 +236,7 @@ def find_pools(backbone: Backbone, layers: Sequence[str] | None, pooling: str) -
                 'out, or pool them: pooling="avgmax".'
             )
         return {}
-    blocks = list(dict.fromkeys(name.split("_")[0] for name in backbone.layer_names))
-    layers = blocks[-NUM_POOLED:] if layers is None else layers
+    layers = backbone.blocks[-NUM_POOLED:] if layers is None else layers
     if isinstance(layers, str) or not isinstance(layers, Collection) or len(layers) == 0:
         raise ArgumentError(
             f'layers={layers!r} cannot be used: expected a list of names, such as ["block4", "block5"].'
@@ -248,7 +247,7 @@ def find_pools(backbone: Backbone, layers: Sequence[str] | None, pooling: str) -
         if not matching:
             raise UnknownLayerError(
                 f"cannot take the output of layer {layer!r}: {backbone.name} has no such layer. "
-                f"{close_matches(layer, [*blocks, *backbone.layer_names])}"
+                f"{close_matches(layer, [*backbone.blocks, *backbone.layer_names])}"
             )
         if matching[-1] in pools:
             raise ArgumentError(f"layers={layers!r} name {backbone.layer_names[matching[-1]]} twice.")

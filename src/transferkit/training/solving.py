@@ -4,10 +4,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from transferkit.errors import CacheError, HeadMismatchError
-from transferkit.features.chunks import CachedFeatures
 from transferkit.features.feed import Feed
 from transferkit.linear.choice import STRENGTHS, LinearHead, solve
 from transferkit.linear.table import Table
@@ -36,7 +35,7 @@ def solve_head(training: Training, train: Feed, validation: Feed | None, *, l2: 
     _check_boundary(model)
     cached = train.features()
     held_out = None if validation is None else validation.features()
-    targets = _targets(cached)
+    targets = cached.targets_of_rows
     solved = solve(
         Table.of_features(cached),
         targets,
@@ -45,7 +44,7 @@ def solve_head(training: Training, train: Feed, validation: Feed | None, *, l2: 
         strengths=STRENGTHS if l2 is None else [l2],
         folds=folds,
         groups=torch.arange(cached.rows.shape[1]).repeat(len(cached.rows)),
-        validation=None if held_out is None else (Table.of_features(held_out), _targets(held_out)),
+        validation=None if held_out is None else (Table.of_features(held_out), held_out.targets_of_rows),
         seed=training.seed,
         count_correct=partial(count_correct, threshold=model.threshold),
     )
@@ -61,7 +60,7 @@ def solve_head(training: Training, train: Feed, validation: Feed | None, *, l2: 
         training.optimizer.state.pop(parameter, None)
     model.temperature = 1.0
     if len(solved.logits):
-        known = targets if held_out is None else _targets(held_out)
+        known = targets if held_out is None else held_out.targets_of_rows
         model.temperature = fit_temperature(solved.logits, known[solved.held_out], training.loss)
     return solved
 
@@ -85,7 +84,3 @@ def _check_boundary(model: TransferModel) -> None:
     if depth != wanted:
         what = "the head is frozen, too" if depth > wanted else "layers before the head train"
         raise CacheError(f"the head cannot be solved: {what}. Expected freeze_until(model, 'head') before.")
-
-
-def _targets(cached: CachedFeatures) -> Tensor:
-    return cached.targets.repeat(len(cached.rows), *(1 for _ in cached.targets.shape[1:]))
