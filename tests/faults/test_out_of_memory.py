@@ -432,12 +432,12 @@ def limit(free):
     resource.setrlimit(resource.RLIMIT_AS, (free if free < 0 else size + free, resource.RLIM_INFINITY))
 
 
-make_trainer(copy.deepcopy(models[0])).fit((data[0][:2], data[1][:2]), verbose=0)  # what torch allocates once
+make_trainer(copy.deepcopy(models[0])).fit((data[0][:2], data[1][:2]), epochs=1, verbose=0)  # what torch allocates once
 trainer = make_trainer(models[0])
 result = {}
 limit(150 * 2**20)
 try:
-    trainer.fit(data, batch_size=256)  # one step: a later one may find less memory, and fall back further
+    trainer.fit(data, epochs=1, batch_size=256)  # one step: a later one may find less memory, and fall back further
 except BaseException as error:
     result["error"] = repr(error)
 limit(-1)
@@ -446,7 +446,7 @@ result["size"] = size
 if size is not None and "error" not in result:
     other = make_trainer(models[1])
     other.micro_batch_size = size
-    other.fit(data, batch_size=256, verbose=0)
+    other.fit(data, epochs=1, batch_size=256, verbose=0)
     result["differ"] = list(changed(models[1].state_dict(), models[0]))
 print("\\n" + json.dumps(result))
 """
