@@ -622,8 +622,10 @@ class Trainer:
                 compared.
 
         Raises:
+            CheckpointTypeError: When `load_model` could not build the model again; see `save_model`.
             CheckpointWriteError: When the folder is missing, read-only or full. The file that was there before remains.
         """
+        model_state.check_loadable(self.model)
         state = self.state_dict()
         model = state["model"] if frozen else model_state.leave_out_frozen(state["model"], self.model)[0]
         archive.write_checkpoint(path, {**state, "model": model})

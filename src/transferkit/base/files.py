@@ -1,8 +1,10 @@
-"""Write a file whole or not at all."""
+"""Open files that are files, and write a file whole or not at all."""
 
+import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,17 +15,53 @@ try:
 except ImportError:  # Windows: what a killed writer left behind stays there
     fcntl = None  # type: ignore[assignment]
 
+_NO_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EBADF}
+"""Errors of file systems (CIFS, FUSE, 9p) that cannot flush a file or folder."""
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file for reading, without waiting for a pipe's other end.
+
+    Raises:
+        OSError: It is missing, cannot be read, or is a folder, pipe or device; or no path can have this name.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.ENOENT, str(error), str(path)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"it is {kind_of(path)}, expected a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """Return what is at a path: `"a file"`, `"a folder"`, `"a pipe or device"`, `"nothing"`, or why nothing can be.
+
+    Example:
+        >>> kind_of("/"), kind_of("x" * 300)
+        ('a folder', 'nothing (File name too long)')
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError:
+        return "nothing"
+    except (OSError, ValueError) as error:
+        return f"nothing ({getattr(error, 'strerror', None) or error})"
+    return "a file" if stat.S_ISREG(mode) else "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a hidden file beside `path` that replaces `path` when the block ends, unless the block raises.
 
     The content is flushed to the disk before the file is renamed, so that after a crash `path` is the old file or the
-    new one. A writer locks its hidden file. One that is not locked was left by a killed writer, and the next writer of
-    the same path removes it.
+    new one. The new file has the old one's mode and group; a link stays a link. A writer locks its hidden file. One
+    that is not locked was left by a killed writer, and the next writer of the same path removes it.
 
     Raises:
-        OSError: The folder is missing, read-only or full. `path` is unchanged.
+        OSError: The folder is missing, read-only or full, or what is at `path` is read-only or no file. `path` is
+            unchanged.
 
     Example:
         >>> import tempfile
@@ -33,13 +71,27 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         >>> path.read_bytes()
         b'whole'
     """
+    old = None
+    try:
+        path = Path(os.path.realpath(path))  # what a link points to
+        old = path.stat()
+    except FileNotFoundError:
+        pass
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    if old is not None and not stat.S_ISREG(old.st_mode):
+        raise OSError(f"it is {kind_of(path)}, expected the name of a file")
+    if old is not None:
+        os.close(os.open(path, os.O_WRONLY))  # raises where it is read-only: renaming would not ask
     _remove_abandoned(path)
-    part, file = _open_locked(path)
+    part, file = _open_locked(path, private=old is not None)
     try:
         with file:
             yield file
+            if old is not None:
+                _take_over(part, old)
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
             if fcntl is None:
                 file.close()  # Windows does not rename an open file
             part.replace(path)
@@ -48,15 +100,32 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     with suppress(PermissionError):  # a folder that may be written but not listed; Windows opens no folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # or a power failure could undo the renaming
+            _sync(folder)  # or a power failure could undo the renaming
         finally:
             os.close(folder)
 
 
-def _open_locked(path: Path) -> tuple[Path, BinaryIO]:
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
+
+
+def _take_over(part: Path, old: os.stat_result) -> None:
+    """Give a file the group and mode of the one that it replaces."""
+    if hasattr(os, "chown"):
+        with suppress(OSError):  # not a member of that group
+            os.chown(part, -1, old.st_gid)
+    part.chmod(stat.S_IMODE(old.st_mode))
+
+
+def _open_locked(path: Path, *, private: bool) -> tuple[Path, BinaryIO]:
+    mode = 0o600 if private else 0o666  # nobody reads the new content who may not read the old
     while True:
         part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        file = part.open("x+b")
+        file = open(part, "x+b", opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115
         with suppress(OSError):  # some network file systems have no locks: what is abandoned there stays
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends
@@ -71,6 +140,6 @@ def _remove_abandoned(path: Path) -> None:
     with suppress(OSError):  # a folder that may be written but not listed
         parts = [other for other in path.parent.iterdir() if form.fullmatch(other.name)]
     for part in parts if fcntl is not None else ():
-        with suppress(OSError), part.open("rb") as file:  # somebody writes it, or has just finished
+        with suppress(OSError), open_file(part) as file:  # somebody writes it, or has just finished
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             part.unlink()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 
 from transferkit.base.arguments import whole_number
+from transferkit.base.files import kind_of
 from transferkit.data.images import upright_rgb
 from transferkit.data.sources import ArraySource, DatasetSource, LoaderSource, Source, SubsetSource
 from transferkit.errors import (
@@ -70,13 +71,14 @@ def as_data(images: object) -> object:
 
 
 def _check_file(path: Path, index: int) -> None:
-    if path.is_dir():
+    found = kind_of(path)
+    if found == "a folder":
         raise ImageError(
             f"image {index} is the folder {path}: expected an image file. For all images in it, pass "
             f"sorted(pathlib.Path({str(path)!r}).glob('*.jpg'))."
         )
-    if not path.is_file():
-        raise ImageError(f"image {index}: file {path} does not exist. Expected the path of an image file.")
+    if found != "a file":
+        raise ImageError(f"image {index}: file {path} does not exist: at that path is {found}. Expected an image file.")
 
 
 def open_data(

@@ -1,5 +1,6 @@
 """A model as plain types and tensors, and back."""
 
+import copy
 import hashlib
 import math
 import os
@@ -10,13 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.vgg import make_layers
 
 from transferkit.base.arrays import digest_tensors
 from transferkit.data.preprocessing import Preprocessing
-from transferkit.errors import ArgumentError, CheckpointError, HeadMismatchError, TransferKitError
+from transferkit.errors import (
+    ArgumentError,
+    CheckpointError,
+    CheckpointTypeError,
+    HeadMismatchError,
+    TransferKitError,
+)
 from transferkit.model.backbone import MIN_IMAGE_SIZE, Backbone, load_backbone
 from transferkit.model.freezing import find_boundary, first_trainable, freeze_until, trainable_state
 from transferkit.model.head import FLATTEN, POOLING, TransferModel, attach_head, build_head, find_pools
+from transferkit.model.layers import structure, unlike
 from transferkit.model.weights import differences
 from transferkit.saving.archive import check_no_tensors, check_parts, read_checkpoint, shown, write_checkpoint
 
@@ -31,6 +40,7 @@ PARTS: dict[str, Any] = {
     "head": (dict, type(None)),
     "threshold": (float, type(None)),
     "temperature": (float,),
+    "structure": {str: {str: (bool, int, float, str, tuple, list, type(None))}},
     "first_trainable": (str, type(None)),
     "frozen": [(str,)],
     "weights": {str: (Tensor,)},
@@ -49,6 +59,7 @@ def model_state(model: TransferModel) -> dict[str, Any]:
         "head": model.head_arguments,
         "threshold": model.threshold,
         "temperature": model.temperature,
+        "structure": structure(model),
         "first_trainable": first_trainable(model),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "weights": dict(model.state_dict()),
@@ -100,6 +111,61 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
         wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in state["weights"])
         cause = "A wrapper put a prefix before its names: remove it." if wrapped else "Was its head built otherwise?"
         raise CheckpointError(f"the checkpoint's weights do not fit the model: {faults}. {cause}")
+    if changed := unlike(structure(model), state["structure"]):
+        raise CheckpointError(
+            f"the checkpoint's layers are not the model's, where {shown('; '.join(changed[:5]))}: expected the same."
+        )
+
+
+def check_loadable(model: object) -> None:
+    """Refuse a model that `load_model` could not build again from its file, before it is written.
+
+    Raises:
+        CheckpointTypeError: The model is a wrapper or a subclass; a layer of its backbone or of the head that
+            `attach_head` built was replaced, changed, compiled, pruned or parametrized, or has a `forward` of its own;
+            or weights are not float32.
+    """
+    if not isinstance(model, TransferModel) or type(model) is not TransferModel:
+        inside = [name for name in ("module", "_orig_mod") if isinstance(getattr(model, name, None), TransferModel)]
+        advice = f"Pass what it wraps: model.{inside[0]}." if inside else "Build one with attach_head."
+        raise CheckpointTypeError(f"the model is a {type(model).__name__}: expected a TransferModel. {advice}")
+    with torch.device("meta"):
+        known = {type(layer): layer for layer in make_layers([1, "M"], batch_norm=True)}
+        layers = [copy.deepcopy(known.get(type(layer), nn.Identity())) for layer in model.backbone.features]
+        expected: dict[str, nn.Module] = {"backbone": nn.ModuleDict({"features": nn.Sequential(*layers)})}
+        pools = model.pools
+        if model.head_arguments is not None:
+            arguments = dict(model.head_arguments)
+            pools = find_pools(model.backbone, model.layers or None, arguments.pop("pooling"))
+            expected["head"] = build_head(model.backbone, pools, len(model.classes), **arguments)
+    faults = [] if pools == model.pools else [f"it pools {model.pools} instead of {pools}"]
+    own = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    faults += [f"{name or 'the model'} has a forward of its own" for name in own]
+    for part, reference in expected.items():
+        live, built = getattr(model, part), structure(reference)
+        names = live.state_dict().keys() ^ reference.state_dict().keys()
+        faults += [f"{part}.{name} is in one of them alone" for name in sorted(names)]
+        types = unlike(structure(live), {**built, "": {"type": type(live).__name__}} if part == "backbone" else built)
+        faults += [f"{part}.{fault}" for fault in types]
+    wrong = {name: value.dtype for name, value in model.state_dict().items() if value.is_floating_point()}
+    faults += [f"{name} is {dtype}" for name, dtype in wrong.items() if dtype != torch.float32]
+    if faults:
+        found = "; ".join(faults[:3])
+        advice = next((text for cause, text in _ADVICE.items() if any(cause in fault for fault in faults)), _OTHERWISE)
+        raise CheckpointTypeError(f"load_model could not build this model again: {found}. {advice}")
+
+
+_ADVICE = {
+    "_orig_mod": "Save the model that was compiled.",
+    "_mask": "Make the pruning permanent: torch.nn.utils.prune.remove(layer, 'weight').",
+    "parametrizations": "First: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight').",
+    "_orig": "First take the normalisation off: torch.nn.utils.remove_spectral_norm(layer).",
+    "is torch.": "Convert it: model.float().",
+}
+_OTHERWISE = (
+    "Make layers of your own part of a head: attach_head(backbone, classes, head=...). A Checkpoint saves any model, "
+    "for a run that the same code resumes."
+)
 
 
 def _pooling(layers: list[str], head: Mapping[str, Any] | None) -> Any:
@@ -108,7 +174,9 @@ def _pooling(layers: list[str], head: Mapping[str, Any] | None) -> Any:
 
 
 def _check_description(state: Mapping[str, Any]) -> None:
-    check_no_tensors([state["preprocessing"], state["head"]], "model/preprocessing or model/head")
+    described = [state["preprocessing"], state["head"], state["structure"]]
+    check_no_tensors(described, "model/preprocessing, model/head or model/structure")
+    _check_preprocessing(state["preprocessing"])
     if state["threshold"] is not None and not 0 < state["threshold"] < 1:
         raise CheckpointError(
             f"the checkpoint has the threshold {state['threshold']}: expected one above 0 and below 1."
@@ -123,6 +191,19 @@ def _check_description(state: Mapping[str, Any]) -> None:
         )
     if len(state["classes"]) < 2:
         raise CheckpointError(f"the checkpoint has {len(state['classes'])} classes: expected 2 or more.")
+
+
+def _check_preprocessing(state: Mapping[str, Any]) -> None:
+    means, stds = ([*value] if isinstance(value, tuple) else [] for value in (state.get("mean"), state.get("std")))
+    numbers = len(means) == len(stds) == 3 and all(
+        isinstance(value, float) and math.isfinite(value) for value in (*means, *stds)
+    )
+    channels = state.get("channels")
+    if not numbers or min(stds) <= 0 or not isinstance(channels, tuple) or sorted(map(str, channels)) != [*"012"]:
+        raise CheckpointError(
+            f"the checkpoint has the preprocessing {shown(dict(state))}: expected three finite means, three standard "
+            "deviations above 0 and an order of three channels."
+        )
 
 
 def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
@@ -190,6 +271,8 @@ def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bo
             `load_model` must then be given a backbone that has them, and compares their SHA-256.
 
     Raises:
+        CheckpointTypeError: `load_model` could not build the model again: it is wrapped, or a layer was exchanged,
+            changed, pruned, parametrized or converted to another dtype.
         CheckpointWriteError: The folder is missing, read-only or full.
 
     Example:
@@ -200,6 +283,7 @@ def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bo
         >>> load_model(path, backbone=model.backbone).classes
         ('cat', 'dog')
     """
+    check_loadable(model)
     state = model_state(model)
     write_checkpoint(path, {"model": state if frozen else leave_out_frozen(state, model)[0]})
 
