@@ -4,9 +4,12 @@ A run that is resumed, or that reads its data with another number of workers, dr
 """
 
 import hashlib
+import inspect
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+import types
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -69,7 +72,78 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
             torch.cuda.set_rng_state(cuda_state, cuda)
 
 
-def generator_states() -> tuple[bytes, ...]:
-    """Return the states of the global generators of torch, Python and numpy, which differ once one was drawn from."""
-    state: Any = np.random.get_state()  # noqa: NPY002
-    return torch.get_rng_state().numpy().tobytes(), state[1].tobytes(), repr((state[2:], random.getstate())).encode()
+def next_numbers() -> tuple[float, ...]:
+    """Draw a number from each of the global generators of torch, Python and numpy.
+
+    After `seeded` they tell whether anything was drawn before, in microseconds; reading whole states takes 100.
+
+    Example:
+        >>> with seeded(0):
+        ...     first = next_numbers()
+        >>> with seeded(0):
+        ...     _ = random.random()
+        ...     first == next_numbers()
+        False
+    """
+    drawn = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
+    return drawn, random.random(), np.random.random_sample()  # noqa: NPY002, S311
+
+
+def find_generators(root: object) -> list[Any]:
+    """Return generators of random numbers that an object holds, or a function it holds refers to.
+
+    Attributes, closures and containers are followed a few steps deep.
+
+    Example:
+        >>> rng = random.Random(0)
+        >>> find_generators({"transforms": [lambda image: image * rng.random()]}) == [rng]
+        True
+    """
+    found: list[Any] = []
+    seen: dict[int, object] = {}
+    waiting: list[tuple[object, int]] = [(root, 0)]
+    while waiting and len(seen) < _MOST_LOOKED_AT:
+        value, depth = waiting.pop()
+        if id(value) in seen or isinstance(value, _LEAVES):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, random.Random | np.random.Generator | np.random.RandomState | torch.Generator):
+            found.append(value)
+        elif depth < _DEEPEST:
+            waiting += [(part, depth + 1) for part in islice(_parts(value), _MOST_PARTS)]
+    return found
+
+
+def _parts(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, list | tuple | set):
+        return value
+    if isinstance(value, types.MethodType | types.BuiltinMethodType):
+        return value.__self__, getattr(value, "__func__", None)
+    if isinstance(value, types.FunctionType):
+        with suppress(ValueError):  # a closure that is not filled yet
+            used = inspect.getclosurevars(value)
+            return *used.nonlocals.values(), *used.globals.values()
+        return ()
+    methods = (getattr(type(value), name, None) for name in ("__getitem__", "__call__", "forward"))
+    own = [method for method in methods if getattr(method, "__module__", "torch").split(".")[0] not in _KNOWN]
+    return *getattr(value, "__dict__", {}).values(), *own
+
+
+_LEAVES = (str, bytes, int, float, type(None), torch.Tensor, np.ndarray, types.ModuleType, type)
+_KNOWN = ("torch", "torchvision", "transferkit")
+_DEEPEST, _MOST_PARTS, _MOST_LOOKED_AT = 6, 100, 10_000
+
+
+def states_of(generators: Iterable[Any]) -> list[str]:
+    """Return something that differs once one of some generators was drawn from."""
+    return [_state_of(generator) for generator in generators]
+
+
+def _state_of(generator: Any) -> str:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().numpy().tobytes().hex()
+    if isinstance(generator, random.Random):
+        return repr(generator.getstate())
+    return repr(generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state())

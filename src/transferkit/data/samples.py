@@ -1,9 +1,11 @@
 """One sample of a user's data set: read under a seed of its own, each failure named by index and path."""
 
 from collections.abc import Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageFile
 from torch import Tensor
@@ -11,9 +13,9 @@ from torch.utils.data import ConcatDataset, Subset
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import default_loader
 
-from transferkit.base.randomness import generator_states, seeded
+from transferkit.base.randomness import find_generators, next_numbers, seeded, states_of
 from transferkit.data.images import as_image, upright_rgb
-from transferkit.errors import ImageError, TargetError, TransferKitError
+from transferkit.errors import CacheError, ImageError, TargetError, TransferKitError
 
 Sample = tuple[Tensor, Any, int]
 """Image, target, index in the data set."""
@@ -36,24 +38,28 @@ class Samples:
         self.dataset = dataset
         self.with_targets = with_targets
 
-    def try_read(self, index: int, seed: int) -> "Sample | TransferKitError":
+    def try_read(self, index: int, seed: int | None) -> "Sample | TransferKitError":
         """Return what `read` returns, or the error it raises: raised in a worker, it would not arrive whole."""
         try:
             return self.read(index, seed)
         except TransferKitError as error:
             return error
 
-    def read(self, index: int, seed: int) -> Sample:
-        """Read a sample, with the global random generators seeded.
+    def read(self, index: int, seed: int | None) -> Sample:
+        """Read a sample, with the global random generators seeded; with None no random number may be drawn.
 
         Raises:
+            CacheError: `seed` is None, and a random number was drawn.
             ImageError: The image cannot be read or used.
             TargetError: The sample is not a pair of image and target.
         """
         truncated_pass, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
         try:
-            with seeded(seed):
+            with seeded(_SEED if seed is None else seed):
+                before = states_of(self._generators) if seed is None else []
                 sample = _from_folder(self.dataset, index) or self.dataset[index]
+                if seed is None:
+                    self._check_undrawn(index, before)
             image, target = _image_and_target(sample, index) if self.with_targets else (_image_of(sample), None)
             return as_image(image, index), target, index
         except TransferKitError as error:
@@ -72,17 +78,35 @@ class Samples:
             ImageFile.LOAD_TRUNCATED_IMAGES = truncated_pass
 
     def why_not_repeatable(self, indices: Sequence[int]) -> str | None:
-        """Read each sample under two seeds, watching the random generators; say what differed, or return None."""
+        """Read each sample twice, watching the random generators; say what differed, or return None."""
         for index in indices:
-            first, second = self.read(index, 0)[0], self.read(index, 1)[0]
-            if first.shape != second.shape or not torch.equal(first, second):
+            try:
+                first, second = self.read(index, None), self.read(index, None)
+            except CacheError as error:
+                return str(error)
+            if first[0].shape != second[0].shape or not torch.equal(first[0], second[0]):
                 return f"image {index} of the data set came out differently when it was read twice"
-            with seeded(0):
-                before = generator_states()
-                self.dataset[index]
-                if generator_states() != before:
-                    return f"the data set drew random numbers for image {index}, so its transform is random"
+            if not np.array_equal(np.asarray(first[1]), np.asarray(second[1])):
+                return f"the target of image {index} came out differently when it was read twice"
         return None
+
+    def _check_undrawn(self, index: int, before: list[str]) -> None:
+        if states_of(self._generators) != before or next_numbers() != _undrawn():  # drawing changes the states
+            raise CacheError(f"the data set drew random numbers for image {index}, so its transform is random")
+
+    @cached_property
+    def _generators(self) -> list[Any]:
+        """Generators of random numbers that are the data set's own."""
+        return find_generators(self.dataset)
+
+
+_SEED = 0  # of samples that are to draw no random numbers
+
+
+@cache
+def _undrawn() -> tuple[float, ...]:
+    with seeded(_SEED):
+        return next_numbers()
 
 
 def evenly_spaced(count: int, indices: Tensor | None = None) -> list[int]:
