@@ -11,6 +11,9 @@ from collections.abc import Iterable
 class TransferKitError(Exception):
     """Base of every error the library raises."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class ArgumentError(TransferKitError, ValueError):
     """An argument has a value that cannot be used."""
@@ -94,6 +97,19 @@ class WeightsDownloadError(TransferKitError, OSError):
 
 class WorkerError(TransferKitError, RuntimeError):
     """A worker process that reads images could not start, died or hangs."""
+
+
+def printable(text: str) -> str:
+    r"""Return text with its control characters escaped: names and texts out of files could forge lines or wipe screens.
+
+    Letters and signs of every alphabet stay as they are.
+
+    Example:
+        >>> print(printable("a\x1b[2Jb\u202ec é 猫"))
+        a\x1b[2Jb\u202ec é 猫
+    """
+    shown = (c if c.isprintable() or c in "\xa0\u3000" else ascii(c)[1:-1] for c in text)
+    return "".join(shown)
 
 
 def close_matches(name: object, known: Iterable[str]) -> str:

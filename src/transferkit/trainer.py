@@ -299,7 +299,7 @@ class Trainer:
             raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
         called, display = CallbackList(self, callbacks), Display(verbose)
         training = self._training
-        with self._interrupts:
+        with self._interrupts, called.released():
             source = self._open_source(data, num_workers, on_bad_image, display)
             validation = None
             if validation_data is not None:

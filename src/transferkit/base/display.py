@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from transferkit.errors import ArgumentError
+from transferkit.errors import ArgumentError, printable
 
 REDRAW_S = 0.5
 """Seconds between redraws of a bar: reading loss and accuracy waits for the device, and drawing takes 1 ms."""
@@ -84,9 +84,10 @@ class Display:
         self._tqdm = _find_tqdm() if verbose == 1 else None
 
     def say(self, line: str) -> None:
-        """Print a line of text above any bar."""
+        """Print a line of text above any bar, with control characters escaped."""
         if self.verbose == 0:
             return
+        line = printable(line)
         if self._tqdm is None:
             print(line, flush=True)  # noqa: T201
         else:

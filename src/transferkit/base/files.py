@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,6 +104,52 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             _sync(folder)  # or a power failure could undo the renaming
         finally:
             os.close(folder)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes from locking a folder inside the block. A process may lock a folder twice.
+
+    On file systems without locks, and under Windows, nothing is locked.
+
+    Raises:
+        BlockingIOError: Another process holds it, for longer than the workers of a killed one take to end.
+    """
+    key = os.path.realpath(folder)
+    try:
+        descriptor = None if fcntl is None or key in _HELD else os.open(folder, os.O_RDONLY)
+    except OSError:  # a folder that may be written but not listed
+        descriptor = None
+    if descriptor is None:
+        yield
+        return
+    try:
+        _lock(descriptor)
+        _HELD.add(key)
+        yield
+    finally:
+        _HELD.discard(key)
+        os.close(descriptor)
+
+
+_HELD: set[str] = set()
+_PATIENCE_S = 2.0
+
+
+def _lock(descriptor: int) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while not _locks(descriptor):
+        if time.monotonic() > deadline:
+            raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK))
+        time.sleep(0.05)
+
+
+def _locks(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)  # no locks there
+    return True
 
 
 def _sync(descriptor: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from transferkit.base.files import atomic_write, kind_of, open_file
 from transferkit.base.torch_files import is_ordinary, read_torch_file
-from transferkit.errors import WeightsDownloadError, WeightsError
+from transferkit.errors import WeightsDownloadError, WeightsError, printable
 
 TIMEOUT_S = 30.0
 _CHUNK_BYTES = 1 << 20
@@ -95,8 +95,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _warn_of_old_format(path: Path) -> None:
     if not is_published(path):
         warnings.warn(
-            f"{path} has the format of torch before 1.6, which has no checksums: damage would not be noticed. Save it "
-            "anew: torch.save(torch.load(path, weights_only=True), path).",
+            f"{printable(str(path))} has the format of torch before 1.6, which has no checksums: damage would not be "
+            "noticed. Save it anew: torch.save(torch.load(path, weights_only=True), path).",
             stacklevel=5,
         )
 

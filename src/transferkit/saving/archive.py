@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transferkit.base.files import atomic_write, kind_of
 from transferkit.base.torch_files import check_archive, is_ordinary, read_torch_file
-from transferkit.errors import CheckpointError, CheckpointTypeError, CheckpointWriteError
+from transferkit.errors import CheckpointError, CheckpointTypeError, CheckpointWriteError, printable
 
 FORMAT = 5
 
@@ -85,7 +85,7 @@ def shown(value: object) -> str:
         >>> shown("vgg16"), shown([[0] * 100] * 100)[:30]
         ('vgg16', '[[0, 0, 0, 0, 0, 0, ...], [0, ')
     """
-    return value if isinstance(value, str) and len(value) < 80 else reprlib.repr(value)
+    return printable(value) if isinstance(value, str) and len(value) < 80 else reprlib.repr(value)
 
 
 def _other_format(state: object, found: object) -> str:
@@ -165,6 +165,21 @@ def check_parts(state: object, parts: Any, *, origin: str, place: str = "") -> N
     elif isinstance(parts, list):
         for number, item in enumerate(state):
             check_parts(item, parts[0], origin=origin, place=f"{prefix}{number}")
+
+
+def check_ranges(state: Mapping[str, Any], ranges: Mapping[str, tuple[float, float]], *, origin: str) -> None:
+    """Check that numbers of a state lie in a range, its ends included; None, and what is no number, passes.
+
+    Raises:
+        CheckpointError: One does not, or is not a number (NaN). The message names it.
+
+    Example:
+        >>> check_ranges({"epoch": 3, "size": None}, {"epoch": (0, 10), "size": (1, 10)}, origin="run.pt")
+    """
+    for name, (least, most) in ranges.items():
+        value = state.get(name)
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise CheckpointError(f"{origin} has {name} {shown(value)}: expected {least:g} to {most:g}.")
 
 
 def check_items(values: Iterable[object], kind: type, place: str) -> None:

@@ -4,11 +4,13 @@ import csv
 import importlib.util
 import io
 import os
+import warnings
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from transferkit.base.files import atomic_write
+from transferkit.base.files import atomic_write, kind_of, open_file
 from transferkit.errors import ArgumentError, MissingPackageError
 from transferkit.results.history import EpochReport, History
 from transferkit.training.callbacks import Running
@@ -21,13 +23,15 @@ class CSVLogger:
     """A callback that writes a file with one line for each epoch: `epoch,loss,accuracy,lr,epoch_s,val_loss,...`.
 
     The file is replaced as a whole after each epoch. Lines of earlier epochs of the same trainer stay; the file of a
-    resumed run has every epoch once. Metrics and figures that callbacks add have columns at the end.
+    resumed run has every epoch once. The file of another run is renamed first, to `log.1.csv`, `log.2.csv`, ..., with a
+    warning. Metrics and figures that callbacks add have columns at the end. A full disk gives a warning: the run goes
+    on, and the next epoch writes all lines.
 
     Args:
-        path: Of the file.
+        path: Of the file; missing folders are made.
 
     Raises:
-        ArgumentError: When a run starts, if the file is not one that CSVLogger wrote or its folder is missing.
+        ArgumentError: When a run starts, if the file is not one that CSVLogger wrote or cannot be written there.
 
     Example:
         >>> import tempfile
@@ -48,27 +52,49 @@ class CSVLogger:
 
     def before_run(self, trainer: Running, *, validated: bool) -> None:
         """Refuse a file that cannot be written or is no log, before the first step."""
-        if not self.path.parent.is_dir():
-            raise ArgumentError(f"CSVLogger cannot write {self.path}: there is no folder {self.path.parent}. Make it.")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise ArgumentError(f"CSVLogger cannot write {self.path}: {error}. Name another file.") from error
+        if not os.access(self.path.parent, os.W_OK):
+            raise ArgumentError(f"CSVLogger cannot write {self.path}: its folder is read-only. Name another file.")
         self._read()
 
     def __call__(self, trainer: Running, report: EpochReport) -> None:
         reports = (trainer.history or History()).reports
-        rows = [row for row in self._read() if int(row["epoch"]) < reports[0].epoch]
-        text = io.StringIO(newline="")
-        rows += [vars(one) for one in reports]
-        columns = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
-        writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        with atomic_write(self.path) as file:
-            file.write(text.getvalue().encode())
+        try:
+            rows = self._earlier_rows(reports)
+            rows += [vars(one) for one in reports]
+            text = io.StringIO(newline="")
+            columns = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
+            writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            with atomic_write(self.path) as file:
+                file.write(text.getvalue().encode())
+        except (OSError, ArgumentError) as error:
+            warnings.warn(f"CSVLogger did not write {self.path}, and the run goes on: {error}", stacklevel=2)
+
+    def _earlier_rows(self, reports: list[EpochReport]) -> list[dict[str, Any]]:
+        """Return the lines of the trainer's epochs before this run, after moving the file of another run away."""
+        rows, first = self._read(), reports[0]
+        later = [row for row in rows if int(row["epoch"]) >= first.epoch]
+        same = {name: "" if value is None else str(value) for name, value in vars(first).items()}
+        if later and any(later[0].get(name) != same[name] for name in COLUMNS):
+            names = (self.path.with_name(f"{self.path.stem}.{number}{self.path.suffix}") for number in count(1))
+            free = next(name for name in names if kind_of(name) == "nothing")
+            self.path.rename(free)
+            warnings.warn(f"{self.path} was the log of another run: it is now {free}.", stacklevel=3)
+            return []
+        return [row for row in rows if int(row["epoch"]) < first.epoch]
 
     def _read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
+        found = kind_of(self.path)
+        if found == "nothing":
             return []
         try:
-            reader = csv.DictReader(self.path.read_text().splitlines(), strict=True)
+            with open_file(self.path) as file:
+                reader = csv.DictReader(file.read().decode().splitlines(), strict=True)
             rows = list(reader)
             ours = tuple(reader.fieldnames or COLUMNS)[: len(COLUMNS)] == COLUMNS  # an empty file will do
             ours = ours and all(None not in row and str(row["epoch"]).isdigit() for row in rows)
@@ -107,7 +133,10 @@ class TensorBoardLogger:
     def __call__(self, trainer: Running, report: EpochReport) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second: not at import
 
-        with SummaryWriter(self.folder) as writer:  # a file for each epoch: nothing is open between two
-            for name, value in report.figures.items():
-                if name != "epoch":
-                    writer.add_scalar(name, value, report.epoch)
+        try:
+            with SummaryWriter(self.folder) as writer:  # a file for each epoch: nothing is open between two
+                for name, value in report.figures.items():
+                    if name != "epoch":
+                        writer.add_scalar(name, value, report.epoch)
+        except OSError as error:
+            warnings.warn(f"TensorBoardLogger did not write to {self.folder}: {error}", stacklevel=2)

@@ -11,7 +11,7 @@ from transferkit.errors import CheckpointError, DataChangedError
 from transferkit.model.freezing import trainable_state
 from transferkit.model.weights import differences
 from transferkit.results.history import EpochReport, History
-from transferkit.saving.archive import check_items, check_no_tensors, check_parts, shown
+from transferkit.saving.archive import check_items, check_no_tensors, check_parts, check_ranges, shown
 from transferkit.training.callback_list import CallbackList
 from transferkit.training.metrics import Sums
 from transferkit.training.step import Step
@@ -197,6 +197,8 @@ def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, T
     check_parts({"run": state}, {"run": PARTS}, origin=origin)
     run: Mapping[str, Any] = state  # type: ignore[assignment]
     check_no_tensors(run["facts"], "run/facts")
+    counts = ("first_step", "first_epoch", "batches", "skipped", "skipped_before")
+    check_ranges(run, dict.fromkeys(counts, (0, 2**63 - 1)), origin=f"the run of {origin}")
     for name, value in facts.items():
         saved = run["facts"].get(name)
         if saved == value:
@@ -217,6 +219,7 @@ def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, T
         raise CheckpointError(f"{origin} holds best weights that do not fit the model: {faults}.")
     sums = {"loss": (Tensor,), "correct": (Tensor,), "count": (int,), "outputs": (list,)}
     check_parts(run, {"sums": sums}, origin=f"run of {origin}")
+    check_ranges(run["sums"], {"count": (0, 2**63 - 1)}, origin=f"the run of {origin}")
     check_items(run["reports"], dict, "run/reports")
     usable = all(set(EpochReport.__dataclass_fields__) <= set(report) for report in run["reports"])
     usable &= all(isinstance(value, _FIGURE) for report in run["reports"] for value in report.values())

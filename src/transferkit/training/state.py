@@ -1,6 +1,7 @@
 """A trainer's state in a checkpoint: compared before anything is assigned, then assigned."""
 
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,10 @@ PARTS: dict[str, dict[str, tuple[type, ...]]] = {
         "device": (str,),
     },
 }
+
+
+COUNTS = (0, 2**63 - 1)
+RANGES = {"epoch": COUNTS, "global_step": COUNTS, "seed": COUNTS, "micro_batch_size": (1, 2**63 - 1)}
 
 
 def training_state(training: Training, progress: Progress | None) -> dict[str, Any]:
@@ -69,18 +74,24 @@ def check_training_state(training: Training, state: Mapping[str, Any], *, origin
         CheckpointError: When backbone, head, preprocessing or optimizer differ.
     """
     archive.check_parts(state, PARTS, origin=origin)
+    archive.check_ranges(state["progress"], RANGES, origin=origin)
     model_state.check_model_state(training.model, state["model"])
     optimizer_state.check_optimizer_state(training.optimizer, training.model, state["optimizer"])
     live, saved = training.device.scaler.state_dict(), state["scaler"]
     if live and saved and (set(live) != set(saved) or any(type(saved[name]) is not type(live[name]) for name in live)):
-        raise CheckpointError(f"{origin} has a gradient scaler of {saved}: expected numbers for {', '.join(live)}.")
+        raise CheckpointError(
+            f"{origin} has a gradient scaler of {archive.shown(saved)}: expected numbers for {', '.join(live)}."
+        )
+    scale, factor = (sys.float_info.min, 2.0**64), (1.0, 2.0**16)
+    ranges = {"scale": scale, "growth_factor": factor, "backoff_factor": (2.0**-16, 1.0), "growth_interval": (1, 2**31)}
+    archive.check_ranges(saved, {**ranges, "_growth_tracker": (0, 2**31)}, origin=f"the gradient scaler of {origin}")
 
 
 def assign_training_state(training: Training, state: Mapping[str, Any]) -> None:
     """Assign a state that was checked."""
     position = state["progress"]
     here = {"precision": training.device.precision, "device": training.device.torch_device.type}
-    there = {name: position[name] for name in here}
+    there = {name: archive.shown(position[name]) for name in here}
     if here != there:
         warnings.warn(
             f"the checkpoint is from {there['device']} in {there['precision']} and continues on {here['device']} in "
