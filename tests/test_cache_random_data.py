@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 import tiny
 import transferkit as tk
-from transferkit.base.randomness import find_generators, next_numbers, seeded, states_of
+from transferkit.base.randomness import find_generators, next_numbers, seeded, state_of
 from transferkit.data.resized import resized
 from transferkit.errors import CacheError
 
@@ -186,13 +186,13 @@ def test_generators_are_found_where_they_are_held():
     root = [{"a": Holder(rngs[0])}, (rngs[1],), lambda: rngs[2], [[rngs[3]]]]
     found = find_generators(root)
     assert {id(rng) for rng in found} == {id(rng) for rng in [*rngs, _GENERATOR]}
-    before = states_of(found)
-    assert states_of(found) == before
+    before = [*map(state_of, found)]
+    assert [*map(state_of, found)] == before
     for rng in rngs[:3]:
         rng.random() if not isinstance(rng, np.random.RandomState) else rng.rand()
     torch.rand(1, generator=rngs[3])
     _GENERATOR.random()
-    assert all(one != other for one, other in zip(states_of(found), before, strict=True))
+    assert all(one != other for one, other in zip(map(state_of, found), before, strict=True))
 
 
 def test_a_hook_for_all_modules_keeps_features_from_being_cached(capsys):

@@ -72,12 +72,13 @@ def test_a_replaced_file_keeps_its_mode(tmp_path, mode):
     assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"new", mode)
 
 
-def test_the_new_content_is_private_while_it_is_written(tmp_path):
-    """Before it replaces a file, nobody else can read the new content; a file of a new name has the process's mode."""
+def test_the_new_content_is_private_from_the_first_byte(tmp_path):
+    """Nobody reads the new content who may not read the old one; a file of a new name has the process's mode."""
     path, mask = tmp_path / "note.txt", os.umask(0o022)
     try:
         write(path, b"old")
         assert stat.S_IMODE(path.stat().st_mode) == 0o644
+        path.chmod(0o600)
         with atomic_write(path) as file:
             assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o600
     finally:

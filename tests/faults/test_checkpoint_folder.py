@@ -15,7 +15,7 @@ import pytest
 
 import tiny
 import transferkit as tk
-from transferkit.base.files import locked_folder
+from transferkit.base.files import lock_folder
 from transferkit.errors import ArgumentError, CheckpointError, CheckpointWriteError, TransferKitError
 from transferkit.training.checkpoint import read_newest
 
@@ -145,28 +145,38 @@ def test_the_folder_is_free_again_whatever_ended_the_run(tmp_path: Path, ending:
     else:
         with pytest.raises(TransferKitError):
             trainer.fit(tiny.make_images(), epochs=1, verbose=0, augment="flip", callbacks=[checkpoint])
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(descriptor)
+    assert not (tmp_path / ".lock").exists()
+    assert tiny.python(LOCK, tmp_path) == "locked\n"
+
+
+LOCK = """
+import sys
+from pathlib import Path
+from transferkit.base.files import lock_folder
+try:
+    file = lock_folder(Path(sys.argv[1]))
+    print("locked")
+except BlockingIOError:
+    print("held")
+"""
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
-    """A killed run leaves no lock behind."""
-    program = "import sys, time; from pathlib import Path; from transferkit.base.files import locked_folder\n"
-    program += "with locked_folder(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    """A folder is locked for one process, and a killed run leaves no lock behind."""
+    program = f"{LOCK}sys.stdout.flush(); sys.stdin.read()"
     process = subprocess.Popen(
-        [sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True, env=tiny.environment()
+        [sys.executable, "-c", program, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=tiny.environment(),
     )
-    assert process.stdout.readline() == "held\n"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transferkit.base.files._PATIENCE_S", 0.1)
-        with pytest.raises(BlockingIOError), locked_folder(tmp_path):
-            pass
+    assert process.stdout.readline() == "locked\n"
+    with pytest.raises(BlockingIOError):
+        lock_folder(tmp_path)
     process.kill()
-    process.wait()
-    process.stdout.close()
-    with locked_folder(tmp_path), locked_folder(tmp_path):  # twice in one process
-        pass
+    process.communicate()
+    lock_folder(tmp_path).close()
 
 
 def test_a_file_system_without_locks_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +185,7 @@ def test_a_file_system_without_locks_locks_nothing(tmp_path: Path, monkeypatch: 
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
     fit(tmp_path)
     assert newest(tmp_path) == "step-00000003.pt"
 
@@ -189,7 +199,7 @@ def test_missing_folders_are_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-@pytest.mark.parametrize("name", ["step-00000009.pt", ".step-00000003.pt.1.00000000", "frozen-0000.pt", "note.txt"])
+@pytest.mark.parametrize("name", ["step-00000009.pt", ".step-00000003.pt.1.00000000", "frozen-0000.pt", ".lock"])
 def test_pipes_and_folders_among_the_states_do_no_harm(tmp_path: Path, name: str, make: Any) -> None:
     """None is opened or removed; in the place of the newest state it is an error that names the good one."""
     trainer = fit(tmp_path, epochs=2)

@@ -5,7 +5,6 @@ import os
 import re
 import secrets
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,24 +15,18 @@ try:
 except ImportError:  # Windows: what a killed writer left behind stays there
     fcntl = None  # type: ignore[assignment]
 
-_NO_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EBADF}
-"""Errors of file systems (CIFS, FUSE, 9p) that cannot flush a file or folder."""
+_NO_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of some CIFS, FUSE and 9p file systems
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file for reading, without waiting for a pipe's other end.
+    """Open a file for reading.
 
     Raises:
-        OSError: It is missing, cannot be read, or is a folder, pipe or device; or no path can have this name.
+        OSError: It is missing, cannot be read, or is a folder, pipe or device, which nobody waits for.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except ValueError as error:  # a NUL in the name
-        raise OSError(errno.ENOENT, str(error), str(path)) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(f"it is {kind_of(path)}, expected a file")
-    return os.fdopen(descriptor, "rb")
+    if (found := kind_of(path)) != "a file":
+        raise OSError(f"it is {found}, expected a file") if found[0] == "a" else FileNotFoundError(found)
+    return path.open("rb")
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
@@ -48,7 +41,7 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     except FileNotFoundError:
         return "nothing"
     except (OSError, ValueError) as error:
-        return f"nothing ({getattr(error, 'strerror', None) or error})"
+        return f"nothing ({getattr(error, 'strerror', error)})"
     return "a file" if stat.S_ISREG(mode) else "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
 
 
@@ -72,25 +65,22 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         >>> path.read_bytes()
         b'whole'
     """
-    old = None
-    try:
-        path = Path(os.path.realpath(path))  # what a link points to
-        old = path.stat()
-    except FileNotFoundError:
-        pass
-    except ValueError as error:  # a NUL in the name
-        raise OSError(errno.EINVAL, str(error), str(path)) from error
-    if old is not None and not stat.S_ISREG(old.st_mode):
-        raise OSError(f"it is {kind_of(path)}, expected the name of a file")
-    if old is not None:
+    found = kind_of(path)
+    if found == "a file":
         os.close(os.open(path, os.O_WRONLY))  # raises where it is read-only: renaming would not ask
+    elif found != "nothing":
+        raise OSError(f"it is {found}, expected the name of a file")
+    path = Path(os.path.realpath(path))  # what a link points to
+    old = path.stat() if found == "a file" else None
     _remove_abandoned(path)
-    part, file = _open_locked(path, private=old is not None)
+    part, file = _open_locked(path)
     try:
         with file:
+            if old is not None:  # before there is anything to read
+                with suppress(OSError, AttributeError):  # not a member of the group; Windows has none
+                    os.chown(part, -1, old.st_gid)
+                part.chmod(stat.S_IMODE(old.st_mode))
             yield file
-            if old is not None:
-                _take_over(part, old)
             file.flush()
             _sync(file.fileno())
             if fcntl is None:
@@ -106,50 +96,27 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.close(folder)
 
 
-@contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes from locking a folder inside the block. A process may lock a folder twice.
-
-    On file systems without locks, and under Windows, nothing is locked.
+def lock_folder(folder: Path) -> BinaryIO | None:
+    """Return an open file that keeps other processes from locking a folder until it is closed; None without locks.
 
     Raises:
-        BlockingIOError: Another process holds it, for longer than the workers of a killed one take to end.
+        BlockingIOError: Another process holds it.
     """
-    key = os.path.realpath(folder)
+    path = folder / ".lock"
+    if fcntl is None or kind_of(path) not in ("nothing", "a file"):
+        return None
     try:
-        descriptor = None if fcntl is None or key in _HELD else os.open(folder, os.O_RDONLY)
-    except OSError:  # a folder that may be written but not listed
-        descriptor = None
-    if descriptor is None:
-        yield
-        return
+        file = path.open("ab")
+    except OSError:  # a read-only folder
+        return None
     try:
-        _lock(descriptor)
-        _HELD.add(key)
-        yield
-    finally:
-        _HELD.discard(key)
-        os.close(descriptor)
-
-
-_HELD: set[str] = set()
-_PATIENCE_S = 2.0
-
-
-def _lock(descriptor: int) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
-    while not _locks(descriptor):
-        if time.monotonic() > deadline:
-            raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK))
-        time.sleep(0.05)
-
-
-def _locks(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, whose children do not have it
     except OSError as error:
-        return not isinstance(error, BlockingIOError)  # no locks there
-    return True
+        if error.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks
+            return file
+        file.close()
+        raise BlockingIOError(error.errno, "another process holds it") from error
+    return file
 
 
 def _sync(descriptor: int) -> None:
@@ -160,19 +127,10 @@ def _sync(descriptor: int) -> None:
             raise
 
 
-def _take_over(part: Path, old: os.stat_result) -> None:
-    """Give a file the group and mode of the one that it replaces."""
-    if hasattr(os, "chown"):
-        with suppress(OSError):  # not a member of that group
-            os.chown(part, -1, old.st_gid)
-    part.chmod(stat.S_IMODE(old.st_mode))
-
-
-def _open_locked(path: Path, *, private: bool) -> tuple[Path, BinaryIO]:
-    mode = 0o600 if private else 0o666  # nobody reads the new content who may not read the old
+def _open_locked(path: Path) -> tuple[Path, BinaryIO]:
     while True:
         part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        file = open(part, "x+b", opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115
+        file = part.open("x+b")
         with suppress(OSError):  # some network file systems have no locks: what is abandoned there stays
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends

@@ -90,9 +90,7 @@ def next_numbers() -> tuple[float, ...]:
 
 
 def find_generators(root: object) -> list[Any]:
-    """Return generators of random numbers that an object holds, or a function it holds refers to.
-
-    Attributes, closures and containers are followed a few steps deep.
+    """Return generators of random numbers that an object holds, or that functions it holds refer to, a few steps deep.
 
     Example:
         >>> rng = random.Random(0)
@@ -102,48 +100,36 @@ def find_generators(root: object) -> list[Any]:
     found: list[Any] = []
     seen: dict[int, object] = {}
     waiting: list[tuple[object, int]] = [(root, 0)]
-    while waiting and len(seen) < _MOST_LOOKED_AT:
+    while waiting and len(seen) < 10_000:
         value, depth = waiting.pop()
         if id(value) in seen or isinstance(value, _LEAVES):
             continue
         seen[id(value)] = value
         if isinstance(value, random.Random | np.random.Generator | np.random.RandomState | torch.Generator):
             found.append(value)
-        elif depth < _DEEPEST:
-            waiting += [(part, depth + 1) for part in islice(_parts(value), _MOST_PARTS)]
+        elif depth < 6:
+            waiting += [(part, depth + 1) for part in islice(_parts(value), 100)]
     return found
 
 
-def _parts(value: object) -> Iterable[object]:
-    if isinstance(value, dict):
-        return value.values()
-    if isinstance(value, list | tuple | set):
-        return value
-    if isinstance(value, types.MethodType | types.BuiltinMethodType):
-        return value.__self__, getattr(value, "__func__", None)
+_LEAVES = (str, bytes, int, float, type(None), torch.Tensor, np.ndarray, types.ModuleType, type)
+
+
+def _parts(value: Any) -> Iterable[object]:
+    if isinstance(value, dict | list | tuple | set):
+        return value.values() if isinstance(value, dict) else value
     if isinstance(value, types.FunctionType):
         with suppress(ValueError):  # a closure that is not filled yet
             used = inspect.getclosurevars(value)
             return *used.nonlocals.values(), *used.globals.values()
-        return ()
-    methods = (getattr(type(value), name, None) for name in ("__getitem__", "__call__", "forward"))
-    own = [method for method in methods if getattr(method, "__module__", "torch").split(".")[0] not in _KNOWN]
-    return *getattr(value, "__dict__", {}).values(), *own
+    methods = (getattr(type(value), name, None) for name in ("__getitem__", "__call__"))
+    return *getattr(value, "__dict__", {}).values(), getattr(value, "__self__", None), *methods
 
 
-_LEAVES = (str, bytes, int, float, type(None), torch.Tensor, np.ndarray, types.ModuleType, type)
-_KNOWN = ("torch", "torchvision", "transferkit")
-_DEEPEST, _MOST_PARTS, _MOST_LOOKED_AT = 6, 100, 10_000
-
-
-def states_of(generators: Iterable[Any]) -> list[str]:
-    """Return something that differs once one of some generators was drawn from."""
-    return [_state_of(generator) for generator in generators]
-
-
-def _state_of(generator: Any) -> str:
+def state_of(generator: Any) -> object:
+    """Return something that differs once a generator was drawn from."""
     if isinstance(generator, torch.Generator):
-        return generator.get_state().numpy().tobytes().hex()
+        return generator.get_state().tolist()
     if isinstance(generator, random.Random):
-        return repr(generator.getstate())
+        return generator.getstate()
     return repr(generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state())

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, Subset
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import default_loader
 
-from transferkit.base.randomness import find_generators, next_numbers, seeded, states_of
+from transferkit.base.randomness import find_generators, next_numbers, seeded, state_of
 from transferkit.data.images import as_image, upright_rgb
 from transferkit.errors import CacheError, ImageError, TargetError, TransferKitError
 
@@ -56,7 +56,7 @@ class Samples:
         truncated_pass, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
         try:
             with seeded(_SEED if seed is None else seed):
-                before = states_of(self._generators) if seed is None else []
+                before = [] if seed is not None else [*map(state_of, self._generators)]
                 sample = _from_folder(self.dataset, index) or self.dataset[index]
                 if seed is None:
                     self._check_undrawn(index, before)
@@ -90,8 +90,8 @@ class Samples:
                 return f"the target of image {index} came out differently when it was read twice"
         return None
 
-    def _check_undrawn(self, index: int, before: list[str]) -> None:
-        if states_of(self._generators) != before or next_numbers() != _undrawn():  # drawing changes the states
+    def _check_undrawn(self, index: int, before: list[object]) -> None:
+        if [*map(state_of, self._generators)] != before or next_numbers() != _undrawn():  # drawing changes the states
             raise CacheError(f"the data set drew random numbers for image {index}, so its transform is random")
 
     @cached_property

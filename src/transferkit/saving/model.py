@@ -132,27 +132,26 @@ def check_loadable(model: object) -> None:
     with torch.device("meta"):
         known = {type(layer): layer for layer in make_layers([1, "M"], batch_norm=True)}
         layers = [copy.deepcopy(known.get(type(layer), nn.Identity())) for layer in model.backbone.features]
-        expected: dict[str, nn.Module] = {"backbone": nn.ModuleDict({"features": nn.Sequential(*layers)})}
+        expected: list[tuple[str, nn.Module, nn.Module]] = [
+            ("backbone.features.", model.backbone.features, nn.Sequential(*layers))
+        ]
         pools = model.pools
         if model.head_arguments is not None:
             arguments = dict(model.head_arguments)
             pools = find_pools(model.backbone, model.layers or None, arguments.pop("pooling"))
-            expected["head"] = build_head(model.backbone, pools, len(model.classes), **arguments)
+            head = build_head(model.backbone, pools, len(model.classes), **arguments)
+            expected.append(("head.", model.head, head))
     faults = [] if pools == model.pools else [f"it pools {model.pools} instead of {pools}"]
-    own = [name for name, module in model.named_modules() if "forward" in vars(module)]
-    faults += [f"{name or 'the model'} has a forward of its own" for name in own]
-    for part, reference in expected.items():
-        live, built = getattr(model, part), structure(reference)
+    faults += [f"{name} has a forward of its own" for name, part in model.named_modules() if "forward" in vars(part)]
+    for place, live, reference in expected:
         names = live.state_dict().keys() ^ reference.state_dict().keys()
-        faults += [f"{part}.{name} is in one of them alone" for name in sorted(names)]
-        types = unlike(structure(live), {**built, "": {"type": type(live).__name__}} if part == "backbone" else built)
-        faults += [f"{part}.{fault}" for fault in types]
-    wrong = {name: value.dtype for name, value in model.state_dict().items() if value.is_floating_point()}
-    faults += [f"{name} is {dtype}" for name, dtype in wrong.items() if dtype != torch.float32]
+        faults += [f"{place}{name} is in one of them alone" for name in sorted(names)]
+        faults += [f"{place}{fault}" for fault in unlike(structure(live), structure(reference))]
+    weights = {name: value.dtype for name, value in model.state_dict().items() if value.is_floating_point()}
+    faults += [f"{name} is {dtype}" for name, dtype in weights.items() if dtype != torch.float32]
     if faults:
-        found = "; ".join(faults[:3])
-        advice = next((text for cause, text in _ADVICE.items() if any(cause in fault for fault in faults)), _OTHERWISE)
-        raise CheckpointTypeError(f"load_model could not build this model again: {found}. {advice}")
+        advice = next((text for cause, text in _ADVICE.items() if any(cause in fault for fault in faults)), "")
+        raise CheckpointTypeError(f"load_model could not build this model again: {'; '.join(faults[:3])}. {advice}")
 
 
 _ADVICE = {
@@ -161,11 +160,8 @@ _ADVICE = {
     "parametrizations": "First: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight').",
     "_orig": "First take the normalisation off: torch.nn.utils.remove_spectral_norm(layer).",
     "is torch.": "Convert it: model.float().",
+    "": "Layers of your own go into attach_head(head=...). A Checkpoint saves any model, to resume its run.",
 }
-_OTHERWISE = (
-    "Make layers of your own part of a head: attach_head(backbone, classes, head=...). A Checkpoint saves any model, "
-    "for a run that the same code resumes."
-)
 
 
 def _pooling(layers: list[str], head: Mapping[str, Any] | None) -> Any:
@@ -194,12 +190,10 @@ def _check_description(state: Mapping[str, Any]) -> None:
 
 
 def _check_preprocessing(state: Mapping[str, Any]) -> None:
-    means, stds = ([*value] if isinstance(value, tuple) else [] for value in (state.get("mean"), state.get("std")))
-    numbers = len(means) == len(stds) == 3 and all(
-        isinstance(value, float) and math.isfinite(value) for value in (*means, *stds)
-    )
-    channels = state.get("channels")
-    if not numbers or min(stds) <= 0 or not isinstance(channels, tuple) or sorted(map(str, channels)) != [*"012"]:
+    means, stds, channels = (state.get(name, ()) for name in ("mean", "std", "channels"))
+    usable = all(isinstance(part, tuple) and len(part) == 3 for part in (means, stds, channels))
+    usable = usable and all(type(number) is float and math.isfinite(number) for number in (*means, *stds))
+    if not usable or min(stds) <= 0 or sorted(map(str, channels)) != [*"012"]:
         raise CheckpointError(
             f"the checkpoint has the preprocessing {shown(dict(state))}: expected three finite means, three standard "
             "deviations above 0 and an order of three channels."

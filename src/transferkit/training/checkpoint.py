@@ -3,12 +3,12 @@
 import os
 import re
 import warnings
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from transferkit.base.arguments import whole_number
-from transferkit.base.files import kind_of, locked_folder
+from transferkit.base.files import kind_of, lock_folder
 from transferkit.errors import (
     ArgumentError,
     CheckpointError,
@@ -76,7 +76,7 @@ class Checkpoint:
         self.failure: TransferKitError | None = None
         self._frozen_written: set[Path] = set()
         self._known: set[Path] | None = None  # states that this run wrote or began with
-        self._lock: ExitStack | None = None
+        self._lock: BinaryIO | None = None
         try:
             self.folder.mkdir(exist_ok=True, parents=True)
         except (OSError, ValueError) as error:
@@ -163,14 +163,12 @@ class Checkpoint:
             ArgumentError: When another run's states are in the folder, or another process saves to it.
         """
         self.release()
-        lock = ExitStack()
         try:
-            lock.enter_context(locked_folder(self.folder))
+            self._lock = lock_folder(self.folder)
         except BlockingIOError as error:
             raise ArgumentError(
                 f"another process saves its run to {self.folder}: wait until it ends, or name another folder."
             ) from error
-        self._lock = lock
         states = self._states()
         self._known = set(states)
         if resumed_from is not None and self.folder.resolve() == resumed_from.parent.resolve():
@@ -184,6 +182,8 @@ class Checkpoint:
     def release(self) -> None:
         """Let other processes save to the folder."""
         if self._lock is not None:
+            with suppress(OSError):
+                Path(self._lock.name).unlink()
             self._lock.close()
         self._lock = None
 
