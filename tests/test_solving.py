@@ -30,7 +30,8 @@ def rows_of(trainer, data, **arguments):
     """Return the features of images as one table, and their targets."""
     features = tk.cache_features(trainer.model, data, device=trainer.device, **arguments)
     rows, targets = features.numpy()
-    return Table.of_tensor(torch.from_numpy(rows)), torch.from_numpy(targets)
+    columns = trainer.model.columns or None
+    return Table.of_tensor(torch.from_numpy(rows), columns=columns), torch.from_numpy(targets)
 
 
 def logits_of(trainer, images):
@@ -157,7 +158,7 @@ def test_images_may_have_several_labels(backbone):
     labels = torch.stack([targets == 0, targets != 1, targets == 2], dim=1).float()
     trainer = head_trainer(backbone, loss=tk.BinaryCrossEntropy())
     found = trainer.solve((images, labels), verbose=0)
-    rows = Table.of_tensor(torch.from_numpy(pooled_rows(trainer, images)))
+    rows = Table.of_tensor(torch.from_numpy(pooled_rows(trainer, images)), columns=trainer.model.columns)
     expected = solve(rows, labels, tk.BinaryCrossEntropy(), classes=3, strengths=[found.l2])
     torch.testing.assert_close(found.weight, expected.weight, rtol=1e-3, atol=1e-5)
     probabilities = (logits_of(trainer, images) / trainer.model.temperature).sigmoid().numpy()
