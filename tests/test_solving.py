@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
 from tiny import CLASSES, changed, differences, make_images, make_model, make_trainer, weights_of
@@ -215,6 +216,19 @@ def test_layers_before_the_head_must_be_frozen(backbone, boundary):
     trainer = make_trainer(make_model(backbone, boundary))
     with pytest.raises(CacheError, match=r"layers before the head train.*freeze_until\(model, 'head'\)"):
         trainer.solve(noisy_images(), verbose=0)
+
+
+def test_a_loader_that_reads_in_order_is_its_data_set(backbone):
+    """Training and validation data may come in a DataLoader that does not shuffle; one that does is refused."""
+    train, validation = noisy_images(), noisy_images(30, seed=1)
+    loaders = [DataLoader(TensorDataset(*data), batch_size=7) for data in (train, validation)]
+    plain, loaded = head_trainer(backbone), head_trainer(backbone)
+    expected = plain.solve(train, validation_data=validation, verbose=0)
+    found = loaded.solve(loaders[0], validation_data=loaders[1], verbose=0)
+    assert (found.l2, found.path) == (expected.l2, expected.path)
+    torch.testing.assert_close(found.weight, expected.weight)
+    with pytest.raises(CacheError):
+        loaded.solve(DataLoader(TensorDataset(*train), shuffle=True), verbose=0)
 
 
 def test_a_frozen_head_is_refused(backbone):
