@@ -14,7 +14,6 @@ from tiny import STANDARDIZE, changed, make_images, make_model, make_trainer, we
 from transferkit.data.sources import epoch_order
 from transferkit.errors import NonFiniteError
 
-
 KINDS = [8, 16, 24, 32, 40]
 """Where the maxima of blocks 3, 4 and 5 and the means of blocks 4 and 5 begin."""
 
