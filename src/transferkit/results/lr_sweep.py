@@ -26,6 +26,9 @@ BELOW_LOWEST = 10.0
 FELL = 0.8
 """The smoothed loss must fall to this fraction of its first value, or the sweep says nothing about learning rates."""
 
+ROSE = 0.25
+"""It must then rise again by this fraction of what it fell, or nothing says where training begins to fail."""
+
 
 @dataclass(frozen=True, slots=True)
 class LearningRateSweep:
@@ -56,22 +59,50 @@ class LearningRateSweep:
     def suggestion(self) -> float | None:
         """A tenth of the learning rate with the lowest smoothed loss.
 
-        None if the loss never fell by a fifth of its mean over the first tenth of the steps: the model may be trained
-        already, or `lr_max` too small.
+        None if the loss never fell by a fifth of its mean over the first tenth of the steps, or never rose again by
+        a quarter of what it fell; `why_none` says which.
         """
-        start = max(1, len(self.losses) // 10)
-        later = zip(self.smoothed[start:], self.lrs[start:], strict=True)
-        ranked = [(loss, lr) for loss, lr in later if math.isfinite(loss)]
-        if not ranked or min(ranked)[0] > FELL * sum(self.losses[:start]) / start:
-            return None
-        return min(ranked)[1] / BELOW_LOWEST
+        lowest = self._lowest
+        return None if self.why_none or lowest is None else self.lrs[lowest] / BELOW_LOWEST
+
+    @property
+    def why_none(self) -> str:
+        """Why there is no suggestion; empty if there is one."""
+        smoothed, lowest = self.smoothed, self._lowest
+        if not self.losses or not math.isfinite(self.losses[0]):
+            return "the loss of the first step is not finite. Look at the images and at the weights."
+        if lowest is None or smoothed[lowest] > FELL * self._first:
+            return "the loss never fell. Is the model trained already?"
+        if all(loss <= self._risen(smoothed[lowest]) for loss in smoothed[lowest:]):
+            return (
+                f"the loss fell and did not rise again up to the rate {self.lrs[-1]:g}, so no rate was too high. Pass "
+                "a larger lr_max, or train at the default rates."
+            )
+        return ""
 
     @property
     def diverged(self) -> bool:
         """Whether the smoothed loss has risen so far that trying larger rates is pointless."""
         smoothed = self.smoothed
         lowest = min((loss for loss in smoothed if math.isfinite(loss)), default=math.inf)
-        return bool(smoothed) and not smoothed[-1] <= DIVERGED * lowest
+        return bool(smoothed) and not smoothed[-1] <= max(DIVERGED * lowest, self._risen(lowest))
+
+    @property
+    def _first(self) -> float:
+        """Mean loss of the first tenth of the steps."""
+        start = max(1, len(self.losses) // 10)
+        return sum(self.losses[:start]) / start
+
+    @property
+    def _lowest(self) -> int | None:
+        """Position of the lowest smoothed loss behind the first tenth of the steps."""
+        start = max(1, len(self.losses) // 10)
+        later = [(loss, step) for step, loss in enumerate(self.smoothed) if step >= start and math.isfinite(loss)]
+        return min(later)[1] if later else None
+
+    def _risen(self, lowest: float) -> float:
+        """Return the loss from which on it has risen again after `lowest`."""
+        return lowest + ROSE * max(0.0, self._first - lowest)
 
     def plot(self, ax: "Axes | None" = None) -> "Figure":
         """Draw the loss over the learning rate; see `plot_lr_find`."""

@@ -8,11 +8,14 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from torch.optim import Optimizer
+
 from transferkit.base.arguments import not_negative, whole_number
 from transferkit.errors import ArgumentError, close_matches
-from transferkit.model.freezing import find_boundary, freeze_until
+from transferkit.model.freezing import freeze_until, parameters_from
 from transferkit.model.head import TransferModel
 from transferkit.results.history import EpochReport, History
+from transferkit.training.optimizers import check_held
 
 
 class Running(Protocol):
@@ -21,6 +24,10 @@ class Running(Protocol):
     @property
     def model(self) -> TransferModel:
         """The model."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The trainer's optimizer."""
 
     @property
     def metrics(self) -> Mapping[str, Any]:
@@ -131,9 +138,9 @@ class GradualUnfreezing:
         self.layers = {whole_number("each epoch of layers", epoch): layer for epoch, layer in layers.items()}
 
     def before_run(self, trainer: Running, *, validated: bool) -> None:
-        """Refuse a name that is no layer, before the first step."""
+        """Refuse a name that is no layer, and an optimizer that does not hold what is to train."""
         for layer in self.layers.values():
-            find_boundary(trainer.model, layer)
+            check_held(trainer.optimizer, trainer.model, parameters_from(trainer.model, layer))
 
     def __call__(self, trainer: Running, report: EpochReport) -> None:
         following = len((trainer.history or History()).reports)

@@ -206,8 +206,8 @@ def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, T
     check_parts({"run": state}, {"run": PARTS}, origin=origin)
     run: Mapping[str, Any] = state  # type: ignore[assignment]
     check_no_tensors(run["facts"], "run/facts")
-    for name, value in facts.items():
-        saved = run["facts"].get(name)
+    for name in [*facts, *(name for name in run["facts"] if name not in facts)]:
+        saved, value = run["facts"].get(name), facts.get(name)
         if saved == value:
             continue
         if name.endswith("data"):
@@ -217,8 +217,8 @@ def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, T
                 f"trainer.load({origin!r}), then fit without resume_from."
             )
         raise CheckpointError(
-            f"the run of {origin} has {name}={shown(saved)}, this call {name}={value!r}: expected the same. To begin a "
-            f"new run with its weights: trainer.load({origin!r}), then fit without resume_from."
+            f"the run of {origin} has {shown(name)}={shown(saved)}, this call {shown(value)}: expected the same. To "
+            f"begin a new run with its weights: trainer.load({origin!r}), then fit without resume_from."
         )
     best = run["best"] or {}
     check_items(best.values(), Tensor, "run/best")
