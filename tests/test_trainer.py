@@ -335,7 +335,7 @@ def test_callback_gets_trainer_and_report(model, data):
 
 @pytest.mark.parametrize(
     ("answer", "epochs"),
-    [(True, 1), (np.bool_(True), 1), (torch.tensor(data=True), 1), (None, 3), (np.bool_(False), 3), ({}, 3)],
+    [(True, 1), (np.bool_(True), 1), (torch.ones(()) > 0, 1), (None, 3), (np.bool_(False), 3), ({}, 3)],
 )
 def test_callback_that_returns_true_ends_the_run(model, data, answer, epochs):
     """True ends the run after all callbacks were called; any other value does not."""

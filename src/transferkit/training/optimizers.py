@@ -253,8 +253,9 @@ def check_held(optimizer: Optimizer, model: TransferModel, trainable: Mapping[st
     strangers = len(held - own)
     missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
     if strangers or missing:
+        names = f" ({', '.join(missing[:5])})" if missing else ""
         raise ArgumentError(
             f"the optimizer does not belong to the model: it holds {strangers} parameters of another model and lacks "
-            f"{len(missing)} that train ({', '.join(missing[:5])}). Build it over model.parameters() when the model is "
+            f"{len(missing)} that train{names}. Build it over model.parameters() when the model is "
             "complete and assign it, trainer.optimizer = ..., or make a new Trainer with the optimizer's class."
         )
