@@ -156,7 +156,7 @@ def find_lr(optimizer: Optimizer, lr: LearningRate | None) -> dict[str, float]:
     """
     names = [group.get("name", str(index)) for index, group in enumerate(optimizer.param_groups)]
     if lr is None:
-        return {name: group["initial_lr"] for name, group in zip(names, optimizer.param_groups, strict=True)}
+        return {name: group["base_lr"] for name, group in zip(names, optimizer.param_groups, strict=True)}
     if not isinstance(lr, Mapping):
         return dict.fromkeys(names, positive("lr", lr))
     blocks = [name for name in names if name.startswith("block")]
@@ -177,14 +177,14 @@ def set_lr(optimizer: Optimizer, lr: LearningRate) -> None:
         ArgumentError: As `find_lr`.
     """
     for rate, group in zip(find_lr(optimizer, lr).values(), optimizer.param_groups, strict=True):
-        group["initial_lr"] = group["scheduled_lr"] = group["lr"] = rate
+        group["base_lr"] = group["scheduled_lr"] = group["lr"] = rate
 
 
 def scale_lr(optimizer: Optimizer, factor: float) -> None:
     """Set every group's learning rate to its base times `factor`, unless a scheduler or a callback has changed it."""
     for group in optimizer.param_groups:
         if group["lr"] == group.get("scheduled_lr"):
-            group["lr"] = group["scheduled_lr"] = group["initial_lr"] * factor
+            group["lr"] = group["scheduled_lr"] = group["base_lr"] * factor
 
 
 def take_rates(optimizer: Optimizer) -> None:
@@ -196,7 +196,7 @@ def take_rates(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         group["lr"] = not_negative("lr of the optimizer", float(group["lr"]))  # it may be a tensor
         if group["lr"] != group.get("scheduled_lr"):
-            group["initial_lr"] = group["scheduled_lr"] = group["lr"]
+            group["base_lr"] = group["scheduled_lr"] = group["lr"]
 
 
 def has_scheduler(optimizer: Optimizer) -> bool:
@@ -224,6 +224,11 @@ def hold_parameters(optimizer: Optimizer, model: TransferModel) -> None:
     held = {parameter for group in groups for parameter in group["params"]}
     for parameter in [key for key in optimizer.state if isinstance(key, torch.Tensor) and key not in held]:
         del optimizer.state[parameter]
+    for group in groups if isinstance(optimizer, torch.optim.SGD) else []:  # fused, it refuses momentum of some alone
+        with_momentum = [p for p in group["params"] if optimizer.state.get(p, {}).get("momentum_buffer") is not None]
+        for parameter in group["params"] if with_momentum else []:
+            if parameter.requires_grad and parameter not in set(with_momentum):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _check_step(optimizer: Optimizer) -> None:

@@ -1,6 +1,6 @@
 """How far a call of `fit` has come, and its best weights: what a checkpoint needs to continue the run exactly."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,7 +185,9 @@ class Progress:
         self.callbacks.load(state["callbacks"])
 
 
-def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, Tensor], *, origin: str) -> None:
+def check_progress(
+    state: object, facts: Mapping[str, Any], live: Mapping[str, Tensor], *, origin: str, but: Collection[str] = ()
+) -> None:
     """Compare the run of a checkpoint with the call that is to resume it, before anything is assigned.
 
     Args:
@@ -193,6 +195,7 @@ def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, T
         facts: Of the call.
         live: The model's weights.
         origin: The checkpoint, for the message.
+        but: Facts that need not be equal.
 
     Raises:
         CheckpointError: When it holds no run, or that of a call with other arguments.
@@ -208,7 +211,7 @@ def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, T
     check_no_tensors(run["facts"], "run/facts")
     for name in [*facts, *(name for name in run["facts"] if name not in facts)]:
         saved, value = run["facts"].get(name), facts.get(name)
-        if saved == value:
+        if saved == value or name in but:
             continue
         if name.endswith("data"):
             raise DataChangedError(

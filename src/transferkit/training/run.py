@@ -23,7 +23,7 @@ from transferkit.training.training import Training
 
 BATCH_SIZE = 32
 
-HIGH_LR: dict[type[Optimizer], float] = {torch.optim.SGD: 0.1} | dict.fromkeys(
+HIGH_LR: dict[type[Optimizer], float] = {torch.optim.SGD: 0.03} | dict.fromkeys(
     (torch.optim.Adam, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop), 1e-3
 )
 """Learning rates from which on pretrained layers lose what they know within a few steps."""
@@ -113,13 +113,17 @@ def warn_of_high_lr(training: Training) -> None:
     trainable = {id(parameter) for parameter in training.model.backbone.parameters() if parameter.requires_grad}
     groups = [group for group in training.optimizer.param_groups if trainable & set(map(id, group["params"]))]
     limit = next((limit for kind, limit in HIGH_LR.items() if isinstance(training.optimizer, kind)), math.inf)
-    rate = max((group.get("initial_lr", 0.0) for group in groups), default=0.0)
+    rate = max((group.get("base_lr", 0.0) for group in groups), default=0.0)
     if training.pretrained and rate >= limit:
         training.pretrained = False
         warnings.warn(
             f"pretrained layers train at a learning rate of {rate:g}, at which they may lose within a few steps what "
-            "they have learned. freeze_until(model, 'head') trains the head alone. To train them, too, pass "
-            f"lr={{'head': {limit:g}, 'backbone': {limit / 10:g}}}, or no lr.",
+            "they have learned. freeze_until(model, 'head') trains the head alone. To train them, too, "
+            + (
+                f"pass lr={{'head': {limit:g}, 'backbone': {limit / 10:g}}}."
+                if "name" in groups[0]
+                else f"put them into a group of parameters of their own with a rate of {limit / 10:g}."
+            ),
             stacklevel=3,
         )
 

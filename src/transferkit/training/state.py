@@ -39,6 +39,9 @@ PARTS: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 
+FREEZING = ("freeze_until", "frozen parameters")
+
+
 def training_state(training: Training, progress: Progress | None) -> dict[str, Any]:
     """Return model, optimizer, counters and the current run as plain types and tensors, which are not copies."""
     hold_parameters(training.optimizer, training.model)
@@ -122,7 +125,8 @@ def read_run(
         return None
     file, state = found
     state = complete_training_state(training, state, file)
-    check_progress(state.get("run"), facts, training.model.state_dict(), origin=str(file))
+    moved = FREEZING if facts[FREEZING[1]] == state["model"]["frozen"] else ()  # in the run, and here by the same run
+    check_progress(state.get("run"), facts, training.model.state_dict(), origin=str(file), but=moved)
     callbacks.before_first_step(state["progress"]["global_step"], resumed_from=file)
     display.say(f"resumed from {file}")
     return state
@@ -144,8 +148,8 @@ def run_facts(
         "lr": find_lr(training.optimizer, lr),
         "schedule": describe_schedule(run.schedule),
         "epochs": None if constant else run.num_epochs,  # a schedule runs over all of them
-        "freeze_until": first_trainable(model),
-        "frozen parameters": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        FREEZING[0]: first_trainable(model),
+        FREEZING[1]: [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         **{f"model.{name}": _settings(part) for name, part in model.named_modules() if not list(part.children())},
         **_optimizer_settings(training.optimizer),
         "micro_batch_size": training.micro_batch_size,
@@ -164,7 +168,7 @@ def _settings(layer: nn.Module) -> str:
     return f"{type(layer).__name__}({', '.join(shown)})"
 
 
-_NOT_COMPARED = {"params", "name", "lr", "initial_lr", "scheduled_lr", "foreach", "fused", "capturable"}
+_NOT_COMPARED = {"params", "name", "lr", "initial_lr", "base_lr", "scheduled_lr", "foreach", "fused", "capturable"}
 
 
 def _optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
