@@ -120,20 +120,14 @@ def freeze_statistics(model: nn.Module) -> list[str]:
         (['0'], False)
     """
     modules = dict(model.named_modules())
-    names = list(modules)
-    first = next((n for n in names if any(p.requires_grad for p in modules[n].parameters(recurse=False))), None)
-    early = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, backbone in modules.items()
-        if isinstance(backbone, Backbone)
-        for name, _ in backbone.named_modules()
-    } & _names_before(first, names)
+    early = list(modules.values())[: list(modules).index(first_trainable_module(model) or "")]
+    backbones = [part for backbone in early if isinstance(backbone, Backbone) for part in backbone.modules()]
     found = []
     for name, module in modules.items():
         if not isinstance(module, _Norm) or not module.track_running_stats or stays_in_eval(module):
             continue
         own = list(module.parameters(recurse=False))
-        if not any(p.requires_grad for p in own) and (own or name in early):
+        if not any(p.requires_grad for p in own) and (own or (module in early and module in backbones)):
             _freeze(module)
             found.append(name)
     return found
@@ -175,10 +169,14 @@ def first_trainable(model: nn.Module) -> str | None:
         '1'
     """
     names = {qualified: alias for alias, qualified in reversed(_aliases(model).items()) if "_" in alias}
-    for name, module in model.named_modules():
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
-            return str(names.get(name, name))
-    return None
+    first = first_trainable_module(model)
+    return None if first is None else str(names.get(first, first))
+
+
+def first_trainable_module(model: nn.Module) -> str | None:
+    """Return the name of the first module with a trainable parameter of its own; None if there is none."""
+    own = ((name, module.parameters(recurse=False)) for name, module in model.named_modules())
+    return next((name for name, parameters in own if any(p.requires_grad for p in parameters)), None)
 
 
 def describe_frozen(model: nn.Module) -> str:

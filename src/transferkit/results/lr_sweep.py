@@ -62,47 +62,34 @@ class LearningRateSweep:
         None if the loss never fell by a fifth of its mean over the first tenth of the steps, or never rose again by
         a quarter of what it fell; `why_none` says which.
         """
-        lowest = self._lowest
-        return None if self.why_none or lowest is None else self.lrs[lowest] / BELOW_LOWEST
+        return self._judged[0]
 
     @property
     def why_none(self) -> str:
         """Why there is no suggestion; empty if there is one."""
-        smoothed, lowest = self.smoothed, self._lowest
+        return self._judged[1]
+
+    @property
+    def _judged(self) -> tuple[float | None, str]:
+        smoothed, start = self.smoothed, max(1, len(self.losses) // 10)
         if not self.losses or not math.isfinite(self.losses[0]):
-            return "the loss of the first step is not finite. Look at the images and at the weights."
-        if lowest is None or smoothed[lowest] > FELL * self._first:
-            return "the loss never fell. Is the model trained already?"
-        if all(loss <= self._risen(smoothed[lowest]) for loss in smoothed[lowest:]):
-            return (
-                f"the loss fell and did not rise again up to the rate {self.lrs[-1]:g}, so no rate was too high. Pass "
-                "a larger lr_max, or train at the default rates."
-            )
-        return ""
+            return None, "the loss of the first step is not finite. Look at the images and at the weights."
+        first = sum(self.losses[:start]) / start
+        later = [(loss, step) for step, loss in enumerate(smoothed) if step >= start and math.isfinite(loss)]
+        lowest, step = min(later, default=(math.inf, 0))
+        if lowest > FELL * first:
+            return None, "the loss never fell. Is the model trained already?"
+        if all(loss <= lowest + ROSE * (first - lowest) for loss in smoothed[step:]):
+            rate = f"{self.lrs[-1]:g}"
+            return None, f"the loss fell and did not rise again up to the rate {rate}. Train at the default rates."
+        return self.lrs[step] / BELOW_LOWEST, ""
 
     @property
     def diverged(self) -> bool:
         """Whether the smoothed loss has risen so far that trying larger rates is pointless."""
         smoothed = self.smoothed
         lowest = min((loss for loss in smoothed if math.isfinite(loss)), default=math.inf)
-        return bool(smoothed) and not smoothed[-1] <= max(DIVERGED * lowest, self._risen(lowest))
-
-    @property
-    def _first(self) -> float:
-        """Mean loss of the first tenth of the steps."""
-        start = max(1, len(self.losses) // 10)
-        return sum(self.losses[:start]) / start
-
-    @property
-    def _lowest(self) -> int | None:
-        """Position of the lowest smoothed loss behind the first tenth of the steps."""
-        start = max(1, len(self.losses) // 10)
-        later = [(loss, step) for step, loss in enumerate(self.smoothed) if step >= start and math.isfinite(loss)]
-        return min(later)[1] if later else None
-
-    def _risen(self, lowest: float) -> float:
-        """Return the loss from which on it has risen again after `lowest`."""
-        return lowest + ROSE * max(0.0, self._first - lowest)
+        return bool(smoothed) and not smoothed[-1] <= DIVERGED * lowest
 
     def plot(self, ax: "Axes | None" = None) -> "Figure":
         """Draw the loss over the learning rate; see `plot_lr_find`."""
