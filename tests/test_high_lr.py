@@ -95,7 +95,7 @@ def test_the_advice_for_an_optimizer_that_is_built_is_another(pretrained: dict[s
     """With an optimizer of the user's own, rates are those of its groups; what the message says is not warned of."""
     model = trainer_of(pretrained).model
     (message,) = warned(tk.Trainer(model, optimizer=optimizer(model), device="cpu", precision="fp32"))
-    assert message.endswith("put them into a group of parameters of their own with a rate of 0.0001.")
+    assert message.endswith("in an optimizer of your own a group of parameters with lr=0.0001.")
     groups = [{"params": model.backbone.parameters(), "lr": 1e-4}, {"params": model.head.parameters()}]
     advised = tk.Trainer(model, optimizer=torch.optim.Adam(groups, lr=1e-3), device="cpu", precision="fp32")
     assert warned(advised) == []

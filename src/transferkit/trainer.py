@@ -45,13 +45,7 @@ from transferkit.training.loop import CACHED_BATCH_SIZE, Callback, Epochs, train
 from transferkit.training.loss import Loss, LossFunction, find_loss
 from transferkit.training.lr_find import spaced_rates, sweep
 from transferkit.training.metrics import Sums, check_metrics
-from transferkit.training.optimizers import (
-    LearningRate,
-    OptimizerClass,
-    build_optimizer,
-    has_scheduler,
-    set_lr,
-)
+from transferkit.training.optimizers import LearningRate, OptimizerClass, build_optimizer, has_scheduler, set_lr
 from transferkit.training.progress import BestWeights, Progress
 from transferkit.training.run import (
     Run,

@@ -118,12 +118,9 @@ def warn_of_high_lr(training: Training) -> None:
         training.pretrained = False
         warnings.warn(
             f"pretrained layers train at a learning rate of {rate:g}, at which they may lose within a few steps what "
-            "they have learned. freeze_until(model, 'head') trains the head alone. To train them, too, "
-            + (
-                f"pass lr={{'head': {limit:g}, 'backbone': {limit / 10:g}}}."
-                if "name" in groups[0]
-                else f"put them into a group of parameters of their own with a rate of {limit / 10:g}."
-            ),
+            "they have learned. freeze_until(model, 'head') trains the head alone. To train them, too, give them a "
+            f"lower rate: lr={{'head': {limit:g}, 'backbone': {limit / 10:g}}}, or in an optimizer of your own a group "
+            f"of parameters with lr={limit / 10:g}.",
             stacklevel=3,
         )
 

@@ -143,12 +143,7 @@ def lr_factor(schedule: Schedule, step: int, num_steps: int | None) -> float:
 
 
 def check_schedule(schedule: Schedule, num_steps: int | None, *, other: bool = False) -> None:
-    """Refuse a schedule that needs the number of steps where that is unknown, or that is not the only one.
-
-    Args:
-        schedule: Of the run.
-        num_steps: Steps in the whole run; None if unknown.
-        other: Whether the optimizer has a scheduler of torch's.
+    """Refuse a schedule that needs the number of steps where that is unknown, or beside an `other` one of torch's.
 
     Raises:
         ArgumentError: When it does.

@@ -150,7 +150,7 @@ def run_facts(
         "epochs": None if constant else run.num_epochs,  # a schedule runs over all of them
         FREEZING[0]: first_trainable(model),
         FREEZING[1]: [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
-        **{f"model.{name}": _settings(part) for name, part in model.named_modules() if not list(part.children())},
+        **{f"model.{name}": _settings(part) for name, part in model.named_modules() if name},
         **_optimizer_settings(training.optimizer),
         "micro_batch_size": training.micro_batch_size,
         "clip_grad_norm": training.clip_grad_norm,
