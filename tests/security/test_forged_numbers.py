@@ -51,7 +51,7 @@ FORGED: dict[str, tuple[Callable[[State], None], str]] = {
     "lr below 0": (in_group("lr", -1.0), "has lr -1.0: expected 0"),
     "lr NaN": (in_group("lr", math.nan), "has lr nan: expected 0"),
     "lr infinite": (in_group("lr", math.inf), "has lr inf: expected 0"),
-    "base lr below 0": (in_group("initial_lr", -1.0), "has initial_lr -1.0"),
+    "base lr below 0": (in_group("base_lr", -1.0), "has base_lr -1.0"),
     "betas": (in_group("betas", (2.0, 5.0)), "Invalid beta parameter"),
     "second beta": (in_group("betas", (0.9, 1.0)), "Invalid beta parameter"),
     "beta NaN": (in_group("betas", (math.nan, 0.9)), "infinite or NaN"),

@@ -42,9 +42,8 @@ def check_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping
     unknown = dict(state["state"])
     for number, (group, saved) in enumerate(zip(optimizer.param_groups, state["groups"], strict=True)):
         _check_values(f"group {number}", {key: value for key, value in group.items() if key != "params"}, saved)
-        check_ranges(
-            saved, {"lr": (0, sys.float_info.max), "initial_lr": (0, sys.float_info.max)}, origin="the checkpoint"
-        )
+        rates = dict.fromkeys(("lr", "base_lr", "scheduled_lr"), (0, sys.float_info.max))
+        check_ranges(saved, rates, origin="the checkpoint's optimizer")
         if from_torch:
             _check_settings(type(optimizer), f"group {number}", saved)
         for parameter in group["params"]:

@@ -13,7 +13,6 @@ from typing import Any
 from transferkit.base.files import atomic_write, kind_of, open_file
 from transferkit.errors import ArgumentError, MissingPackageError
 from transferkit.results.history import EpochReport, History
-from transferkit.training.callbacks import Running
 
 COLUMNS = tuple(field.name for field in fields(EpochReport))
 """The figures of every report; metrics and figures that callbacks add follow them."""
@@ -50,7 +49,7 @@ class CSVLogger:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
-    def before_run(self, trainer: Running, *, validated: bool) -> None:
+    def before_run(self, trainer: Any, *, validated: bool) -> None:
         """Refuse a file that cannot be written or is no log, before the first step."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +59,7 @@ class CSVLogger:
             raise ArgumentError(f"CSVLogger cannot write {self.path}: its folder is read-only. Name another file.")
         self._read()
 
-    def __call__(self, trainer: Running, report: EpochReport) -> None:
+    def __call__(self, trainer: Any, report: EpochReport) -> None:
         reports = (trainer.history or History()).reports
         try:
             rows = self._earlier_rows(reports)
@@ -130,7 +129,7 @@ class TensorBoardLogger:
             )
         self.folder = Path(folder)
 
-    def __call__(self, trainer: Running, report: EpochReport) -> None:
+    def __call__(self, trainer: Any, report: EpochReport) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second: not at import
 
         try:
