@@ -23,7 +23,7 @@ from transferkit.errors import (
     TransferKitError,
 )
 from transferkit.model.backbone import MIN_IMAGE_SIZE, Backbone, load_backbone
-from transferkit.model.freezing import find_boundary, first_trainable, freeze_until, trainable_state
+from transferkit.model.freezing import freeze_modules, stays_in_eval, trainable_state
 from transferkit.model.head import FLATTEN, POOLING, TransferModel, attach_head, build_head, find_pools
 from transferkit.model.layers import structure, unlike
 from transferkit.model.weights import differences
@@ -41,7 +41,7 @@ PARTS: dict[str, Any] = {
     "threshold": (float, type(None)),
     "temperature": (float,),
     "structure": {str: {str: (bool, int, float, str, tuple, list, type(None))}},
-    "first_trainable": (str, type(None)),
+    "in_eval": [(str,)],
     "frozen": [(str,)],
     "weights": {str: (Tensor,)},
     "left_out": [(str,)],
@@ -60,7 +60,7 @@ def model_state(model: TransferModel) -> dict[str, Any]:
         "threshold": model.threshold,
         "temperature": model.temperature,
         "structure": structure(model),
-        "first_trainable": first_trainable(model),
+        "in_eval": [name for name, module in model.named_modules() if stays_in_eval(module)],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "weights": dict(model.state_dict()),
         "left_out": [],  # names of weights that the file does not hold
@@ -77,7 +77,6 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
 
     Raises:
         HeadMismatchError: The classes differ.
-        UnknownLayerError: The state is frozen up to a layer that the model does not have.
         CheckpointError: The backbone, the preprocessing, the layers or their pooling, or a name, shape or dtype of the
             weights differs.
     """
@@ -106,11 +105,13 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"the checkpoint has {name} {shown(saved[name])}, the model {shown(value)}: expected the same."
             )
-    find_boundary(model, state["first_trainable"])
     if faults := differences(model.state_dict(), state["weights"], same_width=True):
         wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in state["weights"])
         cause = "A wrapper put a prefix before its names: remove it." if wrapped else "Was its head built otherwise?"
         raise CheckpointError(f"the checkpoint's weights do not fit the model: {faults}. {cause}")
+    names = [*dict(model.named_parameters()), *dict(model.named_modules())]
+    if unknown := [name for name in (*state["frozen"], *state["in_eval"]) if name not in names]:
+        raise CheckpointError(f"the checkpoint freezes {shown(unknown[0])}, which the model does not have.")
     if changed := unlike(structure(model), state["structure"]):
         raise CheckpointError(
             f"the checkpoint's layers are not the model's, where {shown('; '.join(changed[:5]))}: expected the same."
@@ -204,10 +205,11 @@ def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
     """Assign a saved model, which `check_model_state` has accepted, to a live one: its weights and what is frozen."""
     model.load_state_dict(state["weights"])
     model.threshold, model.temperature = state["threshold"], state["temperature"]
-    freeze_until(model, state["first_trainable"] or "head")
+    freeze_modules(model, set(state["in_eval"]))
     frozen = set(state["frozen"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
+        parameter.grad = None if name in frozen else parameter.grad
 
 
 def leave_out_frozen(state: Mapping[str, Any], model: TransferModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
