@@ -38,6 +38,8 @@ PARTS: dict[str, Any] = {
     "sha256": (str,),
 }
 
+_OLDEST = {"geometry": "crop"}  # what a file written before there were others does not say
+
 
 def model_state(model: TransferModel) -> dict[str, Any]:
     """Return all that is needed to rebuild a model, as plain types and tensors that are not copies."""
@@ -89,7 +91,11 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
         "layers": list(model.layers),
         "pooling": _pooling(list(model.layers), model.head_arguments),
     }
-    saved = {**state, "pooling": _pooling(state["layers"], state["head"])}
+    saved = {
+        **state,
+        "preprocessing": _OLDEST | state["preprocessing"],
+        "pooling": _pooling(state["layers"], state["head"]),
+    }
     for name, value in live.items():
         if type(value) is not type(saved[name]) or value != saved[name]:
             raise CheckpointError(
@@ -257,7 +263,7 @@ def _build(state: Mapping[str, Any], head: nn.Module | None, backbone: Backbone 
             state["backbone"],
             weights=None,
             image_size=state["preprocessing"]["image_size"],
-            preprocessing=Preprocessing(**state["preprocessing"]),
+            preprocessing=Preprocessing(**(_OLDEST | state["preprocessing"])),
         )
     arguments = state["head"] if head is None else {"head": head}
     if head is None:
