@@ -101,6 +101,7 @@ def test_pixels_agree_for_whatever_sizes(image_size: int, model: tk.TransferMode
     generator = torch.Generator().manual_seed(image_size)
     sides = torch.randint(max(2, image_size // 4), 3 * image_size, (40, 2), generator=generator).tolist()
     # about two to one the largest weight lies beside one half, and 15 or 16 bits are a matter of the exact largest
+    sides += [(5, 41), (40, 5), (300, 7), (1, 200), (3, 1000), (9, 72), (9, 73)]  # all but lines
     sides += [(2 * image_size - 1, image_size), (2 * image_size, image_size + 1), (3 * image_size // 2, 500)]
     sides += [(700, 1100)]  # to 2 pixels: integer weights have 22 bits at most
     for height, width in sides:

@@ -17,9 +17,14 @@ from torch import Tensor
 from typing_extensions import Self
 
 from transferkit.base.arguments import one_of
+from transferkit.data.conversions import conversion
+from transferkit.data.images import as_images
 from transferkit.errors import ImageError
 
 Triple = tuple[float, float, float]
+
+LONG, KEPT = 8, 4
+"""Of an image more than 8 times as long as wide, only the middle is resized: 4 times as long as wide."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Preprocessing:
         """Return uint8 `(N, 3, image_size, image_size)`: the shorter side resized, the longer one center-cropped.
 
         Interpolation is bilinear with antialiasing, rounded to uint8, so an image gives the same pixels in any batch.
+        Memory is bounded: no image in between has more than 8 times as many pixels as the result.
 
         Raises:
             ImageError: As in `__call__`.
@@ -72,11 +78,12 @@ class Preprocessing:
             if not images:
                 raise ImageError("cannot preprocess an empty list: expected one or more images, uint8 (3, H, W).")
             return torch.cat([self.resize(image[None]) for image in images])
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        images = as_images(images)
+        if images.dtype != torch.uint8:
+            lines = conversion(images, "images", ndim=4)
             raise ImageError(
                 f"cannot preprocess images of shape {tuple(images.shape)} and dtype {images.dtype}: expected raw "
-                "images, uint8 (N, 3, H, W). One image needs a batch dimension (image[None]); convert float images in "
-                "0..1 with (images * 255).round().to(torch.uint8)."
+                f"images, uint8 (N, 3, H, W). {f'Write: {lines}' if lines else 'Are they preprocessed already?'}"
             )
         size = self.image_size
         height, width = images.shape[2:]
@@ -85,6 +92,9 @@ class Preprocessing:
         from torchvision.transforms.v2 import functional as transforms  # takes 0.2 s: not at import
 
         shorter = min(height, width)
+        if max(height, width) > LONG * shorter:  # a line of 20,000 pixels would become one of 4,480,000
+            kept = [KEPT * shorter + side % 2 if side > LONG * shorter else side for side in (height, width)]
+            images, (height, width) = transforms.center_crop(images, kept), kept
         new_height, new_width = round(height * size / shorter), round(width * size / shorter)
         resized = transforms.resize(images, [new_height, new_width], antialias=True)
         cropped: Tensor = transforms.center_crop(resized, [size, size])

@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from transferkit.data.preprocessing import KEPT, LONG
 from transferkit.errors import ArgumentError, ImageError
 from transferkit.model.head import TransferModel
 
@@ -84,28 +85,30 @@ class WithPreprocessing(nn.Module):
         pixels = images.double()  # not float32: the products of integers below reach 255 * 2**22
         high, wide = pixels.new_full((), height), pixels.new_full((), width)
         shorter = torch.minimum(high, wide)
-        pixels = _along_last(pixels, wide, (wide * self.image_size / shorter).round(), self.image_size)
-        pixels = pixels.transpose(2, 3)
-        pixels = _along_last(pixels, high, (high * self.image_size / shorter).round(), self.image_size)
-        return pixels.transpose(2, 3)
+        pixels = _along_last(pixels, wide, shorter, self.image_size).transpose(2, 3)
+        return _along_last(pixels, high, shorter, self.image_size).transpose(2, 3)
 
 
-def _along_last(pixels: Tensor, old: Tensor, new: Tensor, size: int) -> Tensor:
-    """Resize the last dimension from `old` to `new`, keep `size` in the middle, and round, as torch does for uint8.
+def _along_last(pixels: Tensor, side: Tensor, shorter: Tensor, size: int) -> Tensor:
+    """Resize the last dimension so that `shorter` becomes `size`, keep the middle, and round, as torch does for uint8.
 
     torch rounds the weights to integers, with as many bits as let the largest of all `new * old` fit into 16, and the
     pixels after each of both dimensions (`upsample_avx_bilinear_bicubic_uint8`).
     """
-    positions = torch.arange(pixels.shape[-1], dtype=pixels.dtype, device=pixels.device)
+    old = torch.where(side > LONG * shorter, KEPT * shorter + side % 2, side)  # pixels in the middle that count
+    new = (old * size / shorter).round()
+    positions = torch.arange(pixels.shape[-1], dtype=pixels.dtype, device=pixels.device) - (side - old) / 2
+    outside = (positions < 0) | (positions >= old)
     kept = torch.arange(size, dtype=pixels.dtype, device=pixels.device) + ((new - size) / 2).round()
     scale = old / new
     reach = scale.clamp(min=1.0)  # how far from its centre a new pixel looks, in old pixels
     centres = (kept + 0.5) * scale
     weights = (1 - (positions + 0.5 - centres[:, None]).abs() / reach).clamp(min=0)
+    weights = torch.where(outside, 0.0, weights)
     weights = weights / weights.sum(dim=1, keepdim=True)
 
     # if the image shrinks it has as many new pixels or fewer; if it grows, the first has weight 1
-    every_centre = (torch.minimum(positions, new - 1) + 0.5) * scale
+    every_centre = (torch.minimum(positions.clamp(min=0), new - 1) + 0.5) * scale
     largest = _largest_weight(every_centre, old, reach)
     bits = ((_MAX_WEIGHT / largest).log2().ceil() - 1).clamp(max=_MAX_BITS)
     one = torch.pow(2.0, bits)
