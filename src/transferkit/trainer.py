@@ -560,8 +560,9 @@ class Trainer:
         Rows sum to one, except where an image may have several labels: each probability is then one of its own.
 
         Args:
-            images: One image: the path of a file, a PIL image, an array or tensor `(H, W, 3)` or `(3, H, W)`. Or
-                many: a list of these, or all that `fit` takes, with targets (which are ignored) or without.
+            images: One image: the path of a file, its content as bytes, an open file, a PIL image, an array
+                `(H, W, 3)`, a tensor `(H, W, 3)` or `(3, H, W)`. Or many: a list of these, or all that `fit` takes,
+                with targets (which are ignored) or without.
             batch_size: 32 if None.
             num_workers: Processes that read a `Dataset` or a list.
 

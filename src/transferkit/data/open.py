@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 
 from transferkit.base.arguments import whole_number
-from transferkit.data.images import upright_rgb
+from transferkit.data.images import check_one_image, is_encoded, open_image
 from transferkit.data.sources import ArraySource, DatasetSource, LoaderSource, Source, SubsetSource
 from transferkit.errors import (
     ArgumentError,
@@ -37,29 +37,27 @@ class GivenImages:
 
     def __getitem__(self, index: int) -> Any:
         image = self.samples[index]
-        if not isinstance(image, str | os.PathLike):
-            return image
-        with Image.open(image) as file:
-            return upright_rgb(file, index)
+        return open_image(image, index) if isinstance(image, str | os.PathLike) else image
 
 
 def as_data(images: object) -> object:
     """Return one image or a list of images as a data set.
 
     Args:
-        images: The path of an image file, a PIL image, an array or tensor `(H, W, 3)` or `(3, H, W)`, or a list of
-            these. Anything else is returned unchanged.
+        images: The path of an image file, its content as bytes, an open file, a PIL image, an array `(H, W, 3)`, a
+            tensor `(H, W, 3)` or `(3, H, W)`, or a list of these. Anything else is returned unchanged.
 
     Raises:
-        ImageError: A path does not exist or is a folder.
+        ImageError: A path does not exist or is a folder, or an array of three dimensions may be several gray images.
 
     Example:
         >>> len(as_data(np.zeros((8, 8, 3), np.uint8)))
         1
     """
-    if isinstance(images, Image.Image | str | os.PathLike) or (
-        isinstance(images, np.ndarray | Tensor) and images.ndim == 3
-    ):
+    if isinstance(images, np.ndarray | Tensor) and images.ndim == 3:
+        check_one_image(images)
+        images = [images]
+    elif isinstance(images, Image.Image | str | os.PathLike) or is_encoded(images):
         images = [images]
     if not isinstance(images, list):
         return images

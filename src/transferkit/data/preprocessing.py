@@ -19,6 +19,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from transferkit.base.arguments import one_of
+from transferkit.data.conversions import conversion
+from transferkit.data.images import as_images
 from transferkit.data.resizing import PILLOW_BITS, resize_as_pillow, resize_to_middle
 from transferkit.errors import ImageError
 
@@ -84,6 +86,7 @@ class Preprocessing:
         """Return images made square by the geometry: uint8 `(N, 3, image_size, image_size)`.
 
         Interpolation is bilinear with antialiasing, rounded to uint8, so an image gives the same pixels in any batch.
+        Of an image much longer than wide only the middle is computed, which bounds memory.
 
         Raises:
             ImageError: As in `__call__`.
@@ -92,11 +95,12 @@ class Preprocessing:
             if not images:
                 raise ImageError("cannot preprocess an empty list: expected one or more images, uint8 (3, H, W).")
             return torch.cat([self.resize(image[None]) for image in images])
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        images = as_images(images)
+        if images.dtype != torch.uint8:
+            lines = conversion(images, "images", ndim=4)
             raise ImageError(
                 f"cannot preprocess images of shape {tuple(images.shape)} and dtype {images.dtype}: expected raw "
-                "images, uint8 (N, 3, H, W). One image needs a batch dimension (image[None]); convert float images in "
-                "0..1 with (images * 255).round().to(torch.uint8)."
+                f"images, uint8 (N, 3, H, W). {f'Write: {lines}' if lines else 'Are they preprocessed already?'}"
             )
         size = self.image_size
         height, width = images.shape[2:]

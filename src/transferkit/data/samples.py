@@ -1,5 +1,6 @@
 """One sample of a user's data set: read under a seed of its own, each failure named by index and path."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from PIL import Image, ImageFile
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 from torchvision.datasets import DatasetFolder
-from torchvision.datasets.folder import default_loader
+from torchvision.datasets.folder import default_loader, pil_loader
 
 from transferkit.base.randomness import generator_states, seeded
-from transferkit.data.images import as_image, upright_rgb
+from transferkit.data.images import as_image, open_image
 from transferkit.errors import ImageError, TargetError, TransferKitError
 
 Sample = tuple[Tensor, Any, int]
@@ -55,6 +56,7 @@ class Samples:
             with seeded(seed):
                 sample = _from_folder(self.dataset, index) or self.dataset[index]
             image, target = _image_and_target(sample, index) if self.with_targets else (_image_of(sample), None)
+            _warn_of_order(self.dataset, index, image)
             return as_image(image, index), target, index
         except TransferKitError as error:
             path = path_of(self.dataset, index)
@@ -133,6 +135,17 @@ def _image_of(sample: Any) -> Any:
     return sample[0] if isinstance(sample, tuple | list) else sample
 
 
+def _warn_of_order(dataset: Any, index: int, image: Any) -> None:
+    """Say that the channel order of an `ImageFolder` is its loader's, where that makes no PIL images."""
+    loader = getattr(innermost(dataset, index)[0], "loader", default_loader)
+    if loader not in (default_loader, pil_loader) and not isinstance(image, Image.Image):
+        warnings.warn(
+            "the order of the channels cannot be seen in what the data set's loader returns: expected RGB. cv2.imread "
+            "gives BGR: ImageFolder(..., loader=lambda path: cv2.imread(path)[..., ::-1]), or no loader at all.",
+            stacklevel=2,
+        )
+
+
 def _from_folder(dataset: Any, index: int) -> tuple[Any, Any] | None:
     """Read a sample of a plain `ImageFolder` from its file; return None for any other data set.
 
@@ -143,7 +156,6 @@ def _from_folder(dataset: Any, index: int) -> tuple[Any, Any] | None:
     if not plain or dataset.loader is not default_loader:
         return None
     path, target = dataset.samples[inner_index]
-    with Image.open(path) as file:
-        image = upright_rgb(file, index)
+    image = open_image(path, index)
     image = image if dataset.transform is None else dataset.transform(image)
     return image, target if dataset.target_transform is None else dataset.target_transform(target)

@@ -38,7 +38,7 @@ def as_targets(
         tensor([2, 0])
     """
     try:
-        values = targets if isinstance(targets, Tensor) else tensor_from_array(np.asarray(targets))
+        values = targets if isinstance(targets, Tensor) else tensor_from_array(np.asanyarray(targets))
     except (TypeError, ValueError) as error:
         raise TargetError(
             f"targets are not numbers ({error}): expected class indices 0 to {num_classes - 1}. Turn names into "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from transferkit.base.arrays import digest_tensors
-from transferkit.data.preprocessing import Preprocessing
+from transferkit.data.preprocessing import GEOMETRIES, Preprocessing
 from transferkit.errors import ArgumentError, CheckpointError, HeadMismatchError, TransferKitError
 from transferkit.model.backbone import MIN_IMAGE_SIZE, Backbone, load_backbone
 from transferkit.model.freezing import find_boundary, first_trainable, freeze_until, trainable_state
@@ -126,6 +126,10 @@ def _check_description(state: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"the checkpoint is of a model for images of {shown(size)} pixels: expected {MIN_IMAGE_SIZE} to "
             f"{MAX_IMAGE_SIZE:,}."
+        )
+    if (geometry := (_OLDEST | state["preprocessing"])["geometry"]) not in GEOMETRIES:
+        raise CheckpointError(
+            f"the checkpoint is of a model with geometry {shown(geometry)}: expected one of {', '.join(GEOMETRIES)}."
         )
     if len(state["classes"]) < 2:
         raise CheckpointError(f"the checkpoint has {len(state['classes'])} classes: expected 2 or more.")

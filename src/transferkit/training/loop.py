@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transferkit.base.display import Bar, Display
 from transferkit.base.interrupts import Interruption, Interrupts
 from transferkit.base.randomness import derive_seed, seeded
-from transferkit.compute.finite import check_scale, find_nonfinite
+from transferkit.compute.finite import check_scale, check_weights, find_nonfinite
 from transferkit.data.sources import epoch_order
 from transferkit.errors import NonFiniteError
 from transferkit.model.modes import modes_kept
@@ -41,9 +41,11 @@ def train_epoch(training: Training, run: Run, progress: Progress, *, first: int 
     """Make the steps of one epoch, from batch `first` on.
 
     Raises:
-        NonFiniteError: When a loss or gradient is not finite, and no more steps may be skipped.
+        NonFiniteError: When a loss or gradient is not finite, and no more steps may be skipped; or when an update made
+            a weight infinite or NaN.
     """
     training.model.train()
+    before = training.global_step
     num_batches = run.source.num_batches(run.batch_size)
     if first == 0 or num_batches is None or first < num_batches:
         order = epoch_order(run.source.num_images, training.seed, training.epoch)
@@ -57,6 +59,10 @@ def train_epoch(training: Training, run: Run, progress: Progress, *, first: int 
                 if step is not None:
                     yield step
         check_scale(training.device)
+        if training.global_step > before:
+            progress.between_steps = False  # weights that are not finite are not saved
+            check_weights(training.model)
+            progress.between_steps = True
     training.epoch += 1
 
 
@@ -213,7 +219,8 @@ def _explain_nonfinite(
     with seeded(derive_seed(training.seed, "step", training.global_step), training.device.torch_device):
         first = find_nonfinite(network, parts, loss_of, model=training.model, device=training.device)
     return NonFiniteError(
-        f"in step {training.global_step} (epoch {training.epoch}, batch {index}, all from 0) a number is infinite or "
-        f"NaN, first in {first}. No weight was changed by it. Look at that image, lower the learning rate, or clip "
-        f"gradients. Trainer(max_skipped=...) skips so many steps of a run; here it is {training.max_skipped}."
+        f"in step {training.global_step} (epoch {training.epoch}, batch {index}, all from 0) a number is infinite, "
+        f"NaN or too large, first in {first}. No weight was changed by it. Look at that image, lower the learning "
+        "rate, or clip gradients. Trainer(max_skipped=...) skips so many steps of a run; here it is "
+        f"{training.max_skipped}."
     )

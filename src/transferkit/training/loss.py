@@ -20,7 +20,6 @@ BALANCED = "balanced"
 Weights = Sequence[float] | Tensor | str | None
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
-_TINY = torch.finfo(torch.float32).tiny
 _MULTI_LABEL = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
 
 
@@ -86,8 +85,8 @@ class CrossEntropy:
         if self.class_weights is None or targets.ndim == 2:
             return len(targets)
         weights: Any = self.class_weights
-        total: Tensor = weights[targets].sum().clamp_min(_TINY)  # a batch of classes that count nothing
-        return total
+        total: Tensor = weights[targets].sum()
+        return torch.where(total > 0, total, torch.inf)  # a batch of classes that count nothing: its loss is 0
 
     def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the sum over part of a batch, float32 `()`, from logits `(N, K)` and targets."""
