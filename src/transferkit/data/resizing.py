@@ -46,13 +46,14 @@ def resize_to_middle(images: Tensor, new: tuple[int, int], size: int, *, bits: i
         torch.Size([1, 3, 224, 224])
     """
     rows, columns = (_reach(old, side, size) for old, side in zip(images.shape[2:], new, strict=True))
-    pixels = images[..., rows, columns].double()
+    place = torch.device("cpu") if images.device.type == "mps" else images.device  # MPS has no float64
+    pixels = images[..., rows, columns].to(place, torch.float64)
     for old, side, first in ((images.shape[3], new[1], columns.start), (images.shape[2], new[0], rows.start)):
         new_side = pixels.new_full((), side)
         num_centres = 1 if side > old else old
         pixels = resize_last(pixels, old, new_side, size, num_centres=num_centres, first=first, bits=bits)
         pixels = pixels.transpose(2, 3)
-    return pixels.to(torch.uint8)
+    return pixels.to(images.device, torch.uint8)
 
 
 def _reach(old: int, new: int, size: int) -> slice:
