@@ -32,8 +32,7 @@ def check_normalized(images: Tensor, preprocess: Preprocessing) -> None:
     pixels = images.flatten(2)
     pixels = pixels[:, :, :: max(1, pixels.shape[2] // _SAMPLED)]
     mean, std = (torch.tensor(values).view(3, 1) for values in (preprocess.mean, preprocess.std))
-    levels = torch.where(pixels.isfinite(), pixels, 0.0) * std + mean  # 0 to 255
-    levels = torch.where(pixels.isfinite(), levels, 0.0)
+    levels = (pixels * std + mean).nan_to_num(0, 0, 0)  # 0 to 255
     is_level = (levels - levels.round()).abs() < 0.1
     is_inside = (levels > -0.5) & (levels < 255.5)
     right = (_share(is_level) > 0.99) & (_share(is_inside) > 0.999)

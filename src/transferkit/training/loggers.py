@@ -11,7 +11,6 @@ from typing import Any
 from transferkit.base.files import atomic_write
 from transferkit.errors import ArgumentError, MissingPackageError
 from transferkit.results.history import EpochReport, History
-from transferkit.training.callbacks import Running
 
 COLUMNS = tuple(field.name for field in fields(EpochReport))
 """The figures of every report; metrics and figures that callbacks add follow them."""
@@ -46,13 +45,13 @@ class CSVLogger:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
-    def before_run(self, trainer: Running, *, validated: bool) -> None:
+    def before_run(self, trainer: Any, *, validated: bool) -> None:
         """Refuse a file that cannot be written or is no log, before the first step."""
         if not self.path.parent.is_dir():
             raise ArgumentError(f"CSVLogger cannot write {self.path}: there is no folder {self.path.parent}. Make it.")
         self._read()
 
-    def __call__(self, trainer: Running, report: EpochReport) -> None:
+    def __call__(self, trainer: Any, report: EpochReport) -> None:
         reports = (trainer.history or History()).reports
         rows = [row for row in self._read() if int(row["epoch"]) < reports[0].epoch]
         text = io.StringIO(newline="")
@@ -104,7 +103,7 @@ class TensorBoardLogger:
             )
         self.folder = Path(folder)
 
-    def __call__(self, trainer: Running, report: EpochReport) -> None:
+    def __call__(self, trainer: Any, report: EpochReport) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second: not at import
 
         with SummaryWriter(self.folder) as writer:  # a file for each epoch: nothing is open between two

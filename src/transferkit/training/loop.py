@@ -21,7 +21,7 @@ from transferkit.training.evaluation import evaluate
 from transferkit.training.metrics import count_correct, measure
 from transferkit.training.optimizers import scale_lr
 from transferkit.training.progress import Progress
-from transferkit.training.run import Run
+from transferkit.training.run import Run, follow_model, warn_of_high_lr
 from transferkit.training.schedules import lr_factor
 from transferkit.training.standardizing import measure_features
 from transferkit.training.step import Step, guarded_step
@@ -44,6 +44,8 @@ def train_epoch(training: Training, run: Run, progress: Progress, *, first: int 
         NonFiniteError: When a loss or gradient is not finite, and no more steps may be skipped; or when an update made
             a weight infinite or NaN.
     """
+    follow_model(training, run.train.display)
+    warn_of_high_lr(training)
     training.model.train()
     before = training.global_step
     num_batches = run.source.num_batches(run.batch_size)
@@ -63,7 +65,27 @@ def train_epoch(training: Training, run: Run, progress: Progress, *, first: int 
             progress.between_steps = False  # weights that are not finite are not saved
             check_weights(training.model)
             progress.between_steps = True
+    training.optimizer.zero_grad(set_to_none=True)  # validation may need the memory
     training.epoch += 1
+
+
+def train_epochs(training: Training, run: Run, progress: Progress) -> Iterator[Step]:
+    """Make the steps of all epochs of a new run, with nothing between them.
+
+    Raises:
+        NonFiniteError: As in `train_epoch`.
+    """
+    try:
+        for _ in range(run.num_epochs):
+            yield from train_epoch(training, run, progress)
+    finally:
+        end_steps(training)
+
+
+def end_steps(training: Training) -> None:
+    """Put the learning rates back to those from which the next run's schedule starts, and free the gradients."""
+    scale_lr(training.optimizer, 1.0)
+    training.optimizer.zero_grad(set_to_none=True)
 
 
 def _train_batch(
@@ -71,9 +93,7 @@ def _train_batch(
 ) -> Step | None:
     """Make one step; return None if it was skipped."""
     inputs, targets = batch
-    scale_lr(
-        training.optimizer, lr_factor(training.schedule, training.global_step - progress.first_step, run.num_steps)
-    )
+    scale_lr(training.optimizer, lr_factor(run.schedule, training.global_step - progress.first_step, run.num_steps))
     seed = derive_seed(training.seed, "step", training.global_step)
     progress.between_steps = False
     update = guarded_step(network, inputs, targets, training=training, loss=run.loss, seed=seed)
@@ -147,6 +167,7 @@ class Epochs:
                 raise Interruption(stop) from error
             raise
         finally:
+            end_steps(self.training)
             progress.best.restore()
 
     def _epoch(self) -> EpochReport:

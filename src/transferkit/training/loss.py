@@ -183,27 +183,22 @@ class FunctionLoss:
     threshold: float | None = None
 
     def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:
-        """Return the loss with its weights computed from the training data, on the device."""
         if source.num_images is not None:  # a DataLoader shows its targets with the first batch
             targets = source.all_targets(torch.arange(min(2, source.num_images))).to(device)
             self._check(torch.zeros(len(targets), num_classes, device=device, requires_grad=True), targets)
         return self
 
     def total_weight(self, targets: Tensor) -> Tensor | int:
-        """Return what the sum over a batch is divided by."""
         return len(targets)
 
     def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum over part of a batch, float32 `()`, from logits `(N, K)` and targets."""
         return self.function(logits.float(), targets) * len(targets)
 
     def each(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of each image without smoothing and weights, float32 `(N,)`."""
         rows = zip(torch.split(logits, 1), torch.split(targets, 1), strict=True)
         return torch.stack([self.function(*row).float().reshape(()) for row in rows])
 
     def describe(self) -> str:
-        """Return the settings as text."""
         own = getattr(self.function, "__qualname__", None)
         return own if own is not None else repr(self.function)
 
