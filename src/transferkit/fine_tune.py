@@ -16,7 +16,7 @@ from transferkit.base.display import Display
 from transferkit.base.randomness import derive_seed, seeded
 from transferkit.compute.device import Device
 from transferkit.data.augmentation import Augment
-from transferkit.data.open import find_classes
+from transferkit.data.classes import find_classes
 from transferkit.data.selection import split_validation
 from transferkit.data.sources import Source, SubsetSource
 from transferkit.model.backbone import Backbone
@@ -100,7 +100,7 @@ def fine_tune(
     precision: str = "auto",
     cache: bool | str | PathLike[str] = "auto",
     seed: int = 0,
-    on_bad_image: str = "raise",
+    on_bad_image: str | float = "raise",
     num_workers: int = 0,
     verbose: int = 1,
 ) -> Trainer:

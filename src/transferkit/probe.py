@@ -11,7 +11,7 @@ from transferkit.base.arguments import whole_number
 from transferkit.base.display import Display
 from transferkit.base.randomness import seeded
 from transferkit.compute.device import Device
-from transferkit.data.open import find_classes
+from transferkit.data.classes import find_classes
 from transferkit.errors import ArgumentError
 from transferkit.linear.choice import solve
 from transferkit.linear.table import Table

@@ -18,13 +18,13 @@ from transferkit.base.arguments import whole_number
 from transferkit.base.display import Display
 from transferkit.base.randomness import derive_seed, seeded
 from transferkit.compute.device import Device
+from transferkit.data.classes import learn_names
 from transferkit.data.resized import resized
 from transferkit.errors import ArgumentError, NonFiniteError, OutOfMemoryError, close_matches
 from transferkit.model.freezing import find_boundary, freeze_until
 from transferkit.model.head import TransferModel
 from transferkit.results.history import History
 from transferkit.trainer import Trainer
-from transferkit.training.run import check_same_classes
 
 FREEZE = "freeze_until"
 FIT = ("epochs", "batch_size", "augment", "n_views")
@@ -186,7 +186,6 @@ def search(
     if validation_data is None and validation_split is None:
         raise ArgumentError("trials are compared on validation data: pass validation_data or validation_split.")
     display, seed = Display(verbose), whole_number("seed", seed, at_least=0)
-    check_same_classes(train, validation_data)
     sets = _choose(space, num_trials, seed)
     place = device if isinstance(device, Device) else Device(device, precision)
     first = _build(build, sets[0], seed)
@@ -198,6 +197,7 @@ def search(
         for number in order:  # from shallow to deep: features of deeper boundaries are derived from those before
             params = sets[number]
             model = _build(build, params, seed)
+            model.classes = learn_names(train, model.classes)  # the images in memory have no names
             if (size := model.backbone.image_size) not in data:
                 data[size] = (
                     _read(train, model, place, num_workers),

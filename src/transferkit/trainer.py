@@ -21,10 +21,11 @@ from transferkit.base.display import QUIET, Display
 from transferkit.base.interrupts import Interrupts
 from transferkit.compute.device import Device
 from transferkit.data.augmentation import Augment, build_augmentation
+from transferkit.data.classes import learn_names
 from transferkit.data.inputs import Inputs
 from transferkit.data.open import open_data
-from transferkit.data.selection import POLICIES, split_validation, without_bad_images
-from transferkit.data.sources import Source
+from transferkit.data.selection import bad_image_limit, split_validation, without_bad_images
+from transferkit.data.sources import Source, SubsetSource
 from transferkit.errors import ArgumentError
 from transferkit.features.cache import FeatureCache, open_folder
 from transferkit.features.chunks import CachedFeatures
@@ -32,7 +33,7 @@ from transferkit.features.feed import Batches, Feed, Frozen
 from transferkit.linear.choice import LinearHead
 from transferkit.linear.temperature import fit_temperature
 from transferkit.model.freezing import describe_frozen
-from transferkit.model.head import TransferModel
+from transferkit.model.head import Standardize, TransferModel
 from transferkit.model.modes import modes_kept
 from transferkit.results.assessment import Assessment
 from transferkit.results.history import History
@@ -50,7 +51,6 @@ from transferkit.training.progress import BestWeights, Progress
 from transferkit.training.run import (
     Run,
     check_alone,
-    check_same_classes,
     check_trains,
     choose_batch_size,
     open_run,
@@ -260,7 +260,7 @@ class Trainer:
         n_views: int | None = None,
         callbacks: Sequence[Callback] = (),
         resume_from: str | os.PathLike[str] | None = None,
-        on_bad_image: str = "raise",
+        on_bad_image: str | float = "raise",
         num_workers: int = 0,
         verbose: int = 1,
     ) -> History:
@@ -271,9 +271,11 @@ class Trainer:
         `Checkpoint` among the callbacks first saves where it stands.
 
         Args:
-            data: `(images, targets)`, a `Dataset` of such pairs (PIL images of any sizes are fine), or a
-                `DataLoader` of batches. Images are raw, uint8 `(N, 3, H, W)` or `(N, H, W, 3)`, or preprocessed, float.
-                Targets are class indices, or one-hot or soft rows; with `BinaryCrossEntropy`, multi-hot rows.
+            data: `(images, targets)`; a `Dataset` of such pairs, or of dicts with an image and a label; a `DataLoader`
+                of batches; or a table or dict with a column for each. Images are raw, uint8 `(N, 3, H, W)` or
+                `(N, H, W, 3)`, or preprocessed, float; or a list of PIL images of any sizes, arrays or paths. Targets
+                are class indices, class names, or one-hot or soft rows; with `BinaryCrossEntropy`, multi-hot rows. A
+                head with numbers for classes takes the names that `data` has.
             validation_data: Data of the same forms, evaluated after each epoch. The weights of the epoch with the
                 highest validation accuracy are put back at the end, whatever ended the run; the optimizer's state stays
                 the last. Without validation data the last weights stay.
@@ -293,7 +295,8 @@ class Trainer:
                 checkpoint, a new run starts. `epochs` counts the finished ones; data and other arguments must be those
                 of the run. A `DataLoader` that shuffles draws another order.
             on_bad_image: `"skip"` reads a `Dataset` once before the run and leaves out the images that cannot be used,
-                at most 1 % of them, or one, with a line for each. `"raise"` ends the run at the first.
+                with a line for each: at most 1 % of them, or one. A number is another limit: 0.05 leaves out up to 5 %.
+                `"raise"` ends the run at the first.
             num_workers: Processes that read a `Dataset`.
             verbose: 0 shows nothing; 2 a line at the start and one for each epoch; 1 also bars, in a terminal or a
                 notebook where `tqdm` is installed, while features are computed and an epoch runs.
@@ -312,18 +315,15 @@ class Trainer:
             TransferKitError: When arguments or data cannot be used: before the first step, except for what a `Dataset`
                 or `DataLoader` hides until it is read.
         """
-        one_of("on_bad_image", on_bad_image, POLICIES)
         if validation_data is not None and validation_split is not None:
             raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
         called, display = CallbackList(self, callbacks), Display(verbose)
         training = self._training
-        with self._interrupts:
+        with self._interrupts, self._naming(data):
             source = self._open_source(data, num_workers, on_bad_image, display)
             validation = None
             if validation_data is not None:
-                check_same_classes(data, validation_data)
-                held_out, workers = without_loader(validation_data, num_workers)
-                validation = self._open_source(held_out, workers, on_bad_image, display)
+                validation = self._open_source(*without_loader(validation_data, num_workers), on_bad_image, display)
             if validation_split is not None:
                 source, validation = split_validation(
                     source, validation_split, training.seed, multi_label=self.model.threshold is not None
@@ -372,7 +372,7 @@ class Trainer:
         folds: int = 4,
         augment: Augment | None = None,
         n_views: int | None = None,
-        on_bad_image: str = "raise",
+        on_bad_image: str | float = "raise",
         num_workers: int = 0,
         verbose: int = 1,
     ) -> LinearHead:
@@ -410,13 +410,11 @@ class Trainer:
             accuracy 0.7355 ± 0.0098 on held-out images, L2 0.0316
         """
         display = Display(verbose)
-        with self._interrupts:
+        with self._interrupts, self._naming(data):
             feed = self._feeds(augment, n_views, display)
-            plain = without_loader(data, num_workers)
-            train = feed(self._open_source(*plain, on_bad_image, display), "training")
+            train = feed(self._open_source(*without_loader(data, num_workers), on_bad_image, display), "training")
             held_out = None
             if validation_data is not None:
-                check_same_classes(data, validation_data)
                 plain = without_loader(validation_data, num_workers)
                 held_out = feed(self._open_source(*plain, on_bad_image, display), "validation")
             solved = solve_head(
@@ -473,16 +471,17 @@ class Trainer:
             >>> for step in trainer.steps(train, epochs=3):  # doctest: +SKIP
             ...     my_logger.log(step.loss, step.lr)
         """
-        source = self._open_source(data, num_workers)
-        train = self._feeds(augment, n_views, QUIET)(source, "training")
-        run = open_run(self._training, train, None, epochs=epochs, batch_size=batch_size)
-        check_schedule(run.schedule, run.num_steps, other=has_scheduler(self.optimizer))
-        check_trains(self.model, run)
-        if lr is not None:
-            set_lr(self.optimizer, lr)
-        warn_of_high_lr(self._training)
-        run.check_feeds()
-        measure_features(self._training, run, self._interrupts)
+        with self._naming(data):
+            source = self._open_source(data, num_workers)
+            train = self._feeds(augment, n_views, QUIET)(source, "training")
+            run = open_run(self._training, train, None, epochs=epochs, batch_size=batch_size)
+            check_schedule(run.schedule, run.num_steps, other=has_scheduler(self.optimizer))
+            check_trains(self.model, run)
+            if lr is not None:
+                set_lr(self.optimizer, lr)
+            warn_of_high_lr(self._training)
+            run.check_feeds()
+            measure_features(self._training, run, self._interrupts)
         return train_epochs(self._training, run, self._begin({}, CallbackList(self, ())))
 
     def lr_find(
@@ -570,7 +569,12 @@ class Trainer:
             return assess(network, batches, training=self._training, loss=self._training.loss)
 
     def predict_proba(
-        self, images: object, *, batch_size: int | None = None, num_workers: int = 0
+        self,
+        images: object,
+        *,
+        batch_size: int | None = None,
+        on_bad_image: str = "raise",
+        num_workers: int = 0,
     ) -> npt.NDArray[np.float32]:
         """Return the probability of each class, float32 `(N, len(classes))`.
 
@@ -578,15 +582,26 @@ class Trainer:
 
         Args:
             images: One image: the path of a file, its content as bytes, an open file, a PIL image, an array
-                `(H, W, 3)`, a tensor `(H, W, 3)` or `(3, H, W)`. Or many: a list of these, or all that `fit` takes,
-                with targets (which are ignored) or without.
+                `(H, W, 3)`, a tensor `(H, W, 3)` or `(3, H, W)`. Or many: a list, tuple, array or iterator of these, or
+                all that `fit` takes, with targets (which are ignored) or without.
             batch_size: 32 if None.
+            on_bad_image: `"nan"` reads the images of a list or `Dataset` once before and gives NaN for those that
+                cannot be used. `"raise"` ends at the first.
             num_workers: Processes that read a `Dataset` or a list.
 
         Raises:
             ImageError: When an image cannot be read or used; the message has its index and path.
+            ArgumentError: When the images are a `DataLoader` that shuffles or leaves images out.
             NonFiniteError: When the model makes infinity or NaN of an image.
         """
+        if one_of("on_bad_image", on_bad_image, ("raise", "nan")) == "nan":
+            source = self._open(images, num_workers, with_targets=False, skip=True)
+            good = without_bad_images(source, 1.0, display=QUIET)
+            if isinstance(good, SubsetSource):
+                found = np.full((source.num_images or 0, len(self.model.classes)), np.nan, np.float32)
+                found[good.indices.numpy()] = self.predict_proba(good, batch_size=batch_size)
+                return found
+            images = good
         with self._passing(images, batch_size, num_workers, with_targets=False) as (network, batches):
             return predict_proba(network, batches, training=self._training)
 
@@ -689,15 +704,34 @@ class Trainer:
         return Progress(facts, self.global_step, self.epoch, BestWeights(self.model), callbacks, sums)
 
     def _open_source(
-        self, data: object, num_workers: int, on_bad_image: str = "raise", display: Display = QUIET
+        self,
+        data: object,
+        num_workers: int,
+        on_bad_image: str | float = "raise",
+        display: Display = QUIET,
     ) -> Source:
         """Open labelled data, without the images that cannot be used if those are to be skipped."""
         check_alone()
-        classes, multi_label = self.model.classes, self.model.threshold is not None
-        source = open_data(data, classes, num_workers=num_workers, multi_label=multi_label, on_bad_image=on_bad_image)
-        if on_bad_image == "raise":
+        limit = bad_image_limit(on_bad_image)
+        source = self._open(data, num_workers, skip=limit is not None)
+        if limit is None:
             return source
-        return without_bad_images(source, display=display, check=self._interrupts.check)
+        return without_bad_images(source, limit, display=display, check=self._interrupts.check)
+
+    @contextmanager
+    def _naming(self, data: object) -> Iterator[None]:
+        """Give a head without class names those of its training data, and take them back if no step is made."""
+        before, step = self.model.classes, self.global_step
+        names = learn_names(data, before)
+        measured = any(int(part.num_images) for part in self.model.head.modules() if isinstance(part, Standardize))
+        if not (step or measured) or {*names} != {*before}:  # trained by its numbers, it keeps their order
+            self.model.classes = names
+        try:
+            yield
+        except BaseException:
+            if self.global_step == step:
+                self.model.classes = before
+            raise
 
     def _feeds(self, augment: Augment | None, n_views: int | None, display: Display) -> Callable[[Source, str], Feed]:
         """Return what makes a feed of a source, for training with augmentation or for validation without."""
@@ -730,14 +764,12 @@ class Trainer:
             with closing(batches):
                 yield network, batches
 
+    def _open(self, data: object, num_workers: int, **how: Any) -> Source:
+        multi_label = self.model.threshold is not None
+        return open_data(data, self.model.classes, num_workers=num_workers, multi_label=multi_label, **how)
+
     def _batches(self, data: object, batch_size: int | None, num_workers: int, *, with_targets: bool) -> Batches:
-        source = open_data(
-            data,
-            self.model.classes,
-            num_workers=num_workers,
-            with_targets=with_targets,
-            multi_label=self.model.threshold is not None,
-        )
+        source = self._open(data, num_workers, with_targets=with_targets)
         inputs = Inputs(source, self.model.backbone.preprocess, self.device)
         return inputs.batches(choose_batch_size(source, batch_size))
 

@@ -569,14 +569,16 @@ class Counted(Dataset):
 
 
 def test_one_in_a_hundred_may_be_bad_and_no_more(model, capsys):
-    """2 of 200 are left out, each with its line; 3 of 200 end the run with their count and the first of them."""
+    """2 of 200 are left out, each with its line; 3 of 200 end the run, and all are named."""
     _, lines = fit_lines(capsys, model, Counted(200, [17, 150]), batch_size=50)
     assert [("image 17:" in line, "image 150:" in line) for line in lines if "left out" in line] == [
         (True, False),
         (False, True),
     ]
     trainer = make_trainer(model)
-    with pytest.raises(ImageError, match=r"3 of the first 1\d\d images .* at most 1% of all 200.*picture 17 is bad"):
+    with pytest.raises(
+        ImageError, match=r"3 of the first 200 images .* at most 1% of all 200(?s:.*)17 is bad(?s:.*)150"
+    ):
         trainer.fit(Counted(200, [17, 100, 150]), on_bad_image="skip", verbose=0, epochs=1)
     assert trainer.global_step == 0
 
@@ -671,7 +673,7 @@ def test_predictions_never_skip(model, folder, method):
     Path(dataset.samples[5][0]).write_bytes(b"")
     with pytest.raises(ImageError, match=r"cannot read image 5 ") as caught:
         getattr(make_trainer(model), method)(dataset, batch_size=4)
-    assert "fit(on_bad_image" in str(caught.value) or "on_bad_image" not in str(caught.value)
+    assert "(on_bad_image" in str(caught.value)
 
 
 # ---- labels (case 38)
@@ -757,7 +759,7 @@ def test_a_loader_of_pil_images_is_not_warned_of(folder, loader):
         (torch.zeros(3, 32, 0, dtype=torch.uint8), r"image 5.*shape \(3, 32, 0\)"),
         (np.zeros((32, 32, 3), np.int64), r"image 5.*astype\('uint8'\)"),
         (None, r"image 5.*NoneType"),
-        (b"\xff\xd8", r"cannot read image 5.*cannot identify"),
+        (b"\xff\xd8", r"image 5.*cannot identify"),
     ],
     ids=["gray", "alpha", "batch of one", "no pixels", "int64", "None", "bytes"],
 )

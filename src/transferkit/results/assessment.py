@@ -14,6 +14,7 @@ import torch
 from transferkit.base.arguments import fraction, whole_number
 from transferkit.data.open import open_data
 from transferkit.data.sources import Source
+from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError
 from transferkit.results.calibration import expected_calibration_error
 from transferkit.results.figures import open_axes
@@ -364,7 +365,7 @@ def plot_predictions(
     ax, figure = open_axes(ax, width=1.6 * columns, height=1.85 * rows)
     ax.axis("off")
     predicted = assessment.predicted
-    for index, (place, pixels) in enumerate(zip(places, _pixels(source, places), strict=True)):
+    for index, (place, pixels) in enumerate(zip(places, _pixels(source, places, assessment), strict=True)):
         row, column = divmod(index, columns)
         part = ax.inset_axes((column / columns, 1 - (row + 1) / rows, 0.94 / columns, 0.8 / rows))
         part.imshow(pixels)
@@ -378,10 +379,16 @@ def plot_predictions(
     return figure
 
 
-def _pixels(source: Source, places: Any) -> list[Any]:
+def _pixels(source: Source, places: Any, assessment: Assessment) -> list[Any]:
     """Return the images at some places as matplotlib takes them; preprocessed ones are stretched to 0..1."""
     shown = []
-    for batch, _, _ in source.batches(1, seed=0, order=torch.as_tensor(places)):
+    for batch, target, (place,) in source.batches(1, seed=0, order=torch.as_tensor(places)):
+        true = class_indices(target) if assessment.threshold is None else target >= 0.5
+        if not np.array_equal(true[0], assessment.targets[place]):
+            raise ArgumentError(
+                f"image {place} of the data is not the one that was assessed: its target is another. Expected the same "
+                "data in the same order, and no DataLoader that shuffles in assess."
+            )
         image = batch[0]
         if image.is_floating_point():
             low, high = image.aminmax()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from transferkit.base.arrays import digest_tensors
+from transferkit.data.classes import numbered
 from transferkit.data.preprocessing import Preprocessing
 from transferkit.errors import ArgumentError, CheckpointError, HeadMismatchError, TransferKitError
 from transferkit.model.backbone import MIN_IMAGE_SIZE, Backbone, load_backbone
@@ -71,7 +72,8 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
             weights differs.
     """
     _check_description(state)
-    if list(model.classes) != state["classes"]:
+    others = len(model.classes) != len(state["classes"])
+    if list(model.classes) != state["classes"] and (others or not numbered(model.classes)):
         raise HeadMismatchError(
             f"the checkpoint has {len(state['classes'])} classes ({', '.join(state['classes'][:5])}...), the model "
             f"{len(model.classes)} ({', '.join(model.classes[:5])}...): expected the same. transferkit.load_model "
@@ -128,6 +130,7 @@ def _check_description(state: Mapping[str, Any]) -> None:
 def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
     """Assign a saved model, which `check_model_state` has accepted, to a live one: its weights and what is frozen."""
     model.load_state_dict(state["weights"])
+    model.classes = tuple(state["classes"])
     model.threshold, model.temperature = state["threshold"], state["temperature"]
     freeze_until(model, state["first_trainable"] or "head")
     frozen = set(state["frozen"])
