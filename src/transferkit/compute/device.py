@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from transferkit.base.arguments import one_of
-from transferkit.base.calls import explained
 from transferkit.base.surroundings import ProcessSetting
 from transferkit.compute.host_memory import host_bytes, keep_freed_blocks
 from transferkit.errors import DeviceError
@@ -23,7 +22,6 @@ _Module = TypeVar("_Module", bound=nn.Module)
 _Data = TypeVar("_Data")
 
 
-@explained
 class Device:
     """A torch device and a precision, with the methods that a training loop needs.
 

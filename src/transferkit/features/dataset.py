@@ -46,7 +46,7 @@ class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
         They are put together in memory unless they lie in this order in one tensor or file.
         """
         whole = self._cached.parts[0]
-        in_order = torch.equal(self._rows.cpu(), torch.arange(len(whole)))
+        in_order = torch.equal(self._rows.cpu(), torch.arange(len(whole), device="cpu"))
         return (whole if in_order else self._cached.gather(self._rows)).permute(0, 3, 1, 2)
 
     def __len__(self) -> int:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +112,13 @@ class CallbackList:
 
 def _check_arguments(callback: Any) -> None:
     """Refuse a callback of other arguments before the first epoch instead of after it."""
-    with suppress(ValueError):  # a builtin that does not tell
+    try:
         signature = inspect.signature(callback)
-        try:
-            signature.bind(None, None)
-        except TypeError as error:
-            raise ArgumentError(
-                f"callback {callback!r} takes {signature}: expected a function of (trainer, report)."
-            ) from error
+    except ValueError:  # a builtin that does not tell
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise ArgumentError(
+            f"callback {callback!r} takes {signature}: expected a function of (trainer, report)."
+        ) from error
