@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -11,13 +12,28 @@ from torch.utils.data import DataLoader, TensorDataset
 import transferkit as tk
 from tiny import CLASSES, make_backbone, make_images, weights_of
 from transferkit.errors import ArgumentError, CacheError
+from transferkit.training.progress import BestWeights
+
+fine_tuning = sys.modules["transferkit.fine_tune"]  # the package has the function under this name
 
 PLAIN = {"device": "cpu", "precision": "fp32", "verbose": 0}
+
+
+def faint_images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images like `make_images`, in which the channel that tells the class is so faint that no solved head is sure."""
+    images, targets = make_images(count)
+    images[torch.arange(count), targets] -= 100
+    return images, targets
 
 
 def fine_tune(count: int = 72, data: object = None, **arguments: object) -> tk.Trainer:
     data = make_images(count) if data is None else data
     return tk.fine_tune(make_backbone(), data, **{"classes": CLASSES, "epochs": 3, **PLAIN, **arguments})
+
+
+def train_twice(**arguments: object) -> tk.Trainer:
+    """Call `fine_tune` where training deeper layers is better, so that all images are trained on once more."""
+    return fine_tune(data=faint_images(72), **{"lr": 1e-3, "seed": 1, **arguments})
 
 
 def equal(first: tk.Trainer, second: tk.Trainer) -> bool:
@@ -45,9 +61,9 @@ def test_the_same_seed_gives_the_same_model_bit_for_bit():
     assert not equal(first, fine_tune(seed=4))
 
 
-@pytest.mark.parametrize("arguments", [{"count": 57}, {"freeze_until": "head"}, {"budget": 1e-3}])
+@pytest.mark.parametrize("arguments", [{"count": 57}, {"freeze_until": "head"}])
 def test_the_backbone_stays_where_there_is_too_little_of_something(arguments):
-    """With 19 images of a class, without time, or when told so, nothing but the head is fitted, to all images."""
+    """With 19 images of a class, or when told so, nothing but the head is fitted, to all images."""
     trainer = fine_tune(augment=None, **arguments)
     untouched = {f"backbone.{name}": value for name, value in make_backbone().state_dict().items()}
     assert all(torch.equal(value, untouched[name]) for name, value in backbone_of(trainer).items())
@@ -59,6 +75,17 @@ def test_the_backbone_stays_where_there_is_too_little_of_something(arguments):
     )
     solved.solve(make_images(arguments.get("count", 72)), verbose=0)
     assert torch.equal(solved.model.head.logits.weight, trainer.model.head.logits.weight)
+
+
+def test_without_time_the_head_is_fitted_to_all_images(capsys):
+    """No time for deeper training, nor for another search of the penalty: one penalty, on 65 images, then on all."""
+    trainer = fine_tune(budget=1e-3, verbose=2)
+    printed = capsys.readouterr().out
+    assert "no time for deeper training" in printed
+    assert len({line.split("L2 ")[1] for line in printed.splitlines() if "solved the head" in line}) == 1
+    assert trainer.model.head.standardize.num_images == 72
+    untouched = {f"backbone.{name}": value for name, value in make_backbone().state_dict().items()}
+    assert all(torch.equal(value, untouched[name]) for name, value in backbone_of(trainer).items())
 
 
 def test_the_solved_head_stays_where_training_is_no_better(capsys):
@@ -126,6 +153,67 @@ def test_a_run_that_broke_is_continued_as_if_it_had_not(tmp_path):
         fine_tune(seed=1, folder=tmp_path / "run", metrics={"calm": break_down})
     again = fine_tune(seed=1, folder=tmp_path / "run", metrics={"calm": lambda *_: 0.0})
     assert equal(whole, again)
+
+
+def test_the_second_run_is_continued_as_well(tmp_path, capsys):
+    """After an error in the run on all images, the same call gives the bits of an undisturbed one."""
+    whole = train_twice(verbose=2)
+    assert "once more on all 72 images" in capsys.readouterr().out
+    calls = []
+
+    def break_down(_probabilities: object, _targets: object) -> float:
+        calls.append(1)
+        if len(calls) == 11:  # 1 before, 3 epochs with validation, 1 after, then the third epoch without
+            raise RuntimeError("power failure")
+        return 0.0
+
+    with pytest.raises(RuntimeError, match="power failure"):
+        train_twice(folder=tmp_path / "run", metrics={"calm": break_down})
+    assert list((tmp_path / "run" / "all").glob("step-*.pt"))
+    again = train_twice(folder=tmp_path / "run", metrics={"calm": lambda *_: 0.0})
+    assert equal(whole, again)
+
+
+def test_the_mean_of_both_runs_remains(monkeypatch):
+    """The weights are half those of the run without the held-out images and half those of the run on all."""
+    found = []
+    monkeypatch.setattr(BestWeights, "average", lambda self: found.extend([self.state(), weights_of(self.model)]))
+    train_twice()
+    monkeypatch.undo()
+    first, second = found
+    mean = {name: (first[name] + second[name]) / 2 for name in first if first[name].is_floating_point()}
+    trained = {name: value for name, value in weights_of(train_twice().model).items() if name in mean}
+    assert "backbone.features.9.weight" in trained
+    for name, value in trained.items():
+        assert not torch.equal(first[name], second[name]) or "standardize" in name
+        torch.testing.assert_close(value, mean[name])
+
+
+def test_an_interrupt_in_the_second_run_leaves_the_first(capsys):
+    """Ctrl-C while all images are trained on: the model of the first run remains."""
+    calls = []
+
+    def interrupt(_probabilities: object, _targets: object) -> float:
+        calls.append(1)
+        if len(calls) == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return 0.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fine_tuning._Job, "_train_again", lambda *_: None)
+        first = train_twice()
+    trainer = train_twice(metrics={"interrupt": interrupt}, verbose=2)
+    assert "interrupted" in capsys.readouterr().out
+    assert equal(first, trainer)
+    assert trainer.history.reports[-1].val_accuracy is not None
+
+
+def test_a_budget_that_is_spent_ends_training_between_epochs(monkeypatch, capsys):
+    """Where epochs take longer than planned, the run ends with the last that fits, and nothing is trained again."""
+    monkeypatch.setattr(fine_tuning._Job, "plan", lambda *_: fine_tuning._Plan("block5", 1000, None))
+    trainer = fine_tune(epochs=None, budget=4.0, verbose=2)
+    assert 1 <= len(trainer.history.reports) < 1000
+    assert "once more" not in capsys.readouterr().out
 
 
 def test_a_plan_made_by_the_clock_is_kept(tmp_path, capsys):

@@ -137,13 +137,22 @@ def test_a_table_in_memory_is_read_twice():
     counted = Table.of_tensor(features)
     counted = Table(
         lambda start, stop: read.append((start, stop)) or features[start:stop],
-        counted.shape,
+        counted.count,
         counted.device,
         None,
         counted.width,
     )
     solve(counted, targets, CrossEntropy(), classes=3)
     assert read == [(0, 60)] * 2
+
+
+def test_what_hardly_varies_is_divided_by_the_median_of_its_kind():
+    """A feature with a smaller deviation than the median one of its kind is divided by that; a constant kind by 1."""
+    features = torch.tensor([[-1.0, 1.0], [-3.0, 3.0], [-0.1, 0.1], [5.0, 5.0], [-0.2, 0.2], [7.0, 7.0]]).T
+    whole = design.design_of(Table.of_tensor(features))
+    assert whole.std.tolist() == pytest.approx([1, 3, 0.1, 1, 0.2, 1])
+    parts = design.design_of(Table.of_tensor(features, columns=[slice(0, 4), slice(4, 5), slice(5, 6)]))
+    assert parts.std.tolist() == pytest.approx([1, 3, 1, 1, 0.2, 1])
 
 
 def test_cached_features_are_flattened_as_the_head_sees_them():

@@ -19,7 +19,8 @@ def test_a_score_is_that_of_the_head_on_those_layers_alone():
     for score in found.scores:
         model = tk.freeze_until(tk.attach_head(make_backbone(), CLASSES, layers=score.layers), "head")
         features = tk.cache_features(model, data, device="cpu", precision="fp32").features
-        solved = solve(Table.of_tensor(features), data[1], tk.CrossEntropy(), classes=3)
+        table = Table.of_tensor(features, columns=model.columns)
+        solved = solve(table, data[1], tk.CrossEntropy(), classes=3)
         best = min(solved.path, key=lambda strength: strength.loss)
         assert (score.accuracy, score.l2) == (best.accuracy, best.l2)
         assert score.loss == pytest.approx(best.loss, rel=1e-4)

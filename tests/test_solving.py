@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
 from tiny import CLASSES, changed, differences, make_images, make_model, make_trainer, weights_of
@@ -30,7 +31,8 @@ def rows_of(trainer, data, **arguments):
     """Return the features of images as one table, and their targets."""
     features = tk.cache_features(trainer.model, data, device=trainer.device, **arguments)
     rows, targets = features.numpy()
-    return Table.of_tensor(torch.from_numpy(rows)), torch.from_numpy(targets)
+    columns = trainer.model.columns or None
+    return Table.of_tensor(torch.from_numpy(rows), columns=columns), torch.from_numpy(targets)
 
 
 def logits_of(trainer, images):
@@ -157,7 +159,7 @@ def test_images_may_have_several_labels(backbone):
     labels = torch.stack([targets == 0, targets != 1, targets == 2], dim=1).float()
     trainer = head_trainer(backbone, loss=tk.BinaryCrossEntropy())
     found = trainer.solve((images, labels), verbose=0)
-    rows = Table.of_tensor(torch.from_numpy(pooled_rows(trainer, images)))
+    rows = Table.of_tensor(torch.from_numpy(pooled_rows(trainer, images)), columns=trainer.model.columns)
     expected = solve(rows, labels, tk.BinaryCrossEntropy(), classes=3, strengths=[found.l2])
     torch.testing.assert_close(found.weight, expected.weight, rtol=1e-3, atol=1e-5)
     probabilities = (logits_of(trainer, images) / trainer.model.temperature).sigmoid().numpy()
@@ -214,6 +216,19 @@ def test_layers_before_the_head_must_be_frozen(backbone, boundary):
     trainer = make_trainer(make_model(backbone, boundary))
     with pytest.raises(CacheError, match=r"layers before the head train.*freeze_until\(model, 'head'\)"):
         trainer.solve(noisy_images(), verbose=0)
+
+
+def test_a_loader_that_reads_in_order_is_its_data_set(backbone):
+    """Training and validation data may come in a DataLoader that does not shuffle; one that does is refused."""
+    train, validation = noisy_images(), noisy_images(30, seed=1)
+    loaders = [DataLoader(TensorDataset(*data), batch_size=7) for data in (train, validation)]
+    plain, loaded = head_trainer(backbone), head_trainer(backbone)
+    expected = plain.solve(train, validation_data=validation, verbose=0)
+    found = loaded.solve(loaders[0], validation_data=loaders[1], verbose=0)
+    assert (found.l2, found.path) == (expected.l2, expected.path)
+    torch.testing.assert_close(found.weight, expected.weight)
+    with pytest.raises(CacheError):
+        loaded.solve(DataLoader(TensorDataset(*train), shuffle=True), verbose=0)
 
 
 def test_a_frozen_head_is_refused(backbone):

@@ -66,6 +66,8 @@ DECAY = 0.99
 """Of the average of weights: about the last 100 steps."""
 
 PLAN = "plan.json"
+ALL_IMAGES = "all"
+"""Folder of the second run's checkpoints, in that of the first."""
 
 _TIMED_STEPS = 4
 _SPARE = 0.93  # fraction of the time left that is planned for
@@ -113,6 +115,7 @@ def fine_tune(
     2. Where there are 20 images of a class or more and time for it, the last two blocks, or the last one, are trained
        together with the head from there: Adam, a warm-up, a cosine, cached random views, a moving average of the
        weights. A tenth of the images, or the validation data, is held out, and tells whether that was better. If it
+       was, and there is time, all images are trained on once more, and the mean of both runs' weights remains. If it
        was not, the solved head stays, fitted to all images.
     3. A temperature makes the probabilities honest.
 
@@ -122,8 +125,8 @@ def fine_tune(
         backbone: From `load_backbone`; it becomes part of the model.
         data: As in `Trainer.fit`, but no `DataLoader` that shuffles.
         validation_data: Held-out images; None holds out a tenth of `data`.
-        budget: Seconds that all of it may take. None decides by the number of images, so that a run depends on the
-            seed alone: 12 epochs for up to 4,000 images, fewer for more.
+        budget: Seconds that all of it may take; training ends between two epochs. None decides by the number of images,
+            so that a run depends on the seed alone: 12 epochs for up to 4,000 images, fewer for more.
         classes: The class names or their number; None takes them from the data.
         layers: As in `attach_head`.
         freeze_until: The first layer that trains: `"head"` solves the head and ends; None trains everything. `"auto"`
@@ -145,7 +148,8 @@ def fine_tune(
         verbose: As in `Trainer.fit`.
 
     Returns:
-        A trainer with the model, to evaluate, predict and save with, or to train further.
+        A trainer with the model, to evaluate, predict and save with, or to train further. Its history is that of the
+        run with held-out images.
 
     Raises:
         ArgumentError: When a value is out of range, or the classes are not known.
@@ -164,7 +168,7 @@ def fine_tune(
         arXiv:2202.10054: the head first, then the layers before it.
     """
     started = time.perf_counter()
-    end = None if budget is None else started + positive("budget", budget)
+    end = math.inf if budget is None else started + positive("budget", budget)
     display = Display(verbose)
     with seeded(derive_seed(whole_number("seed", seed, at_least=0), "head")):
         model = freeze(attach_head(backbone, find_classes(data, classes), layers=layers, dropout=DROPOUT), "head")
@@ -189,23 +193,27 @@ def fine_tune(
         held_out = trainer._open_source(validation_data, num_workers, on_bad_image, display)
     elif wanted:
         train, held_out = split_validation(every, HELD_OUT, seed, multi_label=model.threshold is not None)
+    computing = time.perf_counter()
+    trainer._features_of(train, num_workers, display)
     solving = time.perf_counter()
-    trainer.solve(train, verbose=verbose)
-    solve_s = time.perf_counter() - solving
+    solved = trainer.solve(train, verbose=verbose)
+    features_s, solver_s = solving - computing, time.perf_counter() - solving
     deeper = False
     if wanted and held_out is not None:
-        image_s = solve_s / (train.num_images or 1)
-        job = _Job(trainer, train, held_out, whole_number("batch_size", batch_size), augment, end, image_s, display)
+        image_s = features_s / (train.num_images or 1)
+        size = whole_number("batch_size", batch_size)
+        job = _Job(trainer, every, train, held_out, size, augment, end, image_s, folder, display)
         plan = _read_plan(folder) or job.plan(freeze_until, epochs)
         if plan is None:
             display.say(f"no time for deeper training within {budget:.0f} s")
-        deeper = plan is not None and job.train(plan, folder)
+        deeper = plan is not None and job.train(plan)
     if not deeper:
-        views = VIEWS if end is None else int(_SPARE * (end - time.perf_counter()) / solve_s)
+        left = end - time.perf_counter()
+        views = int(min(VIEWS, _SPARE * left / (features_s + solver_s)))
         if augment is not None and views > 1:
-            trainer.solve(every, augment=augment, n_views=min(VIEWS, views), verbose=verbose)
+            trainer.solve(every, augment=augment, n_views=views, verbose=verbose)
         elif train is not every:
-            trainer.solve(every, verbose=verbose)
+            trainer.solve(every, l2=None if left > solver_s else solved.l2, verbose=verbose)
     display.say(f"{time.perf_counter() - started:.0f} s in all; temperature {model.temperature:.2f}")
     return trainer
 
@@ -216,22 +224,26 @@ class _Job:
 
     Attributes:
         trainer: Whose head is solved on `train`; nothing else trains yet.
-        train: The training images.
+        every: All training images.
+        train: Those that are not held out.
         held_out: The images that tell what is better.
         batch_size: Of the training steps.
         augment: As in `Trainer.fit`.
-        end: When it must be over, by `time.perf_counter`; None has time.
-        image_s: Seconds that all frozen layers took for an image, the solver included.
+        end: When it must be over, by `time.perf_counter`.
+        image_s: Seconds that all frozen layers took for an image.
+        folder: Of the checkpoints.
         display: Shows what is done.
     """
 
     trainer: Trainer
+    every: Source
     train_source: Source
     held_out: Source
     batch_size: int
     augment: Augment | None
-    end: float | None
+    end: float
     image_s: float
+    folder: str | PathLike[str] | None
     display: Display
 
     def plan(self, boundary: str | None, epochs: int | None) -> _Plan | None:
@@ -239,7 +251,7 @@ class _Job:
         count = self.train_source.num_images or 0
         most = epochs or max(FEWEST_EPOCHS, min(EPOCHS, IMAGES_SEEN // count))
         layers = self.trainer.model.backbone.blocks[-2:] if boundary == "auto" else [boundary]
-        if self.end is None:
+        if self.end == math.inf:
             return _Plan(layers[0], most, self._views(most))
         for layer in layers:
             step_s, image_s = self._time(layer)
@@ -251,7 +263,7 @@ class _Job:
                     return _Plan(layer, number, self._views(number))
         return None
 
-    def train(self, plan: _Plan, folder: str | PathLike[str] | None) -> bool:
+    def train(self, plan: _Plan) -> bool:
         """Train deeper layers; return whether that was better on the held-out images. If not, the solved head is back.
 
         Ctrl-C ends the training, and the best model so far counts.
@@ -262,17 +274,63 @@ class _Job:
             f"solved head: accuracy {before['accuracy']:.4f} on {self.held_out.num_images:,} held-out images. From "
             f"{plan.boundary or 'the first layer'} on, {plan.epochs} epochs of training follow"
         )
-        callbacks: list[Any] = [WeightAverage(DECAY)]
-        if folder is not None:
-            callbacks.append(Checkpoint(folder))
-            (Path(folder) / PLAN).write_text(json.dumps(asdict(plan)))
+        if self.folder is not None:
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
+            (Path(self.folder) / PLAN).write_text(json.dumps(asdict(plan)))
         freeze(model, plan.boundary)
         solved = BestWeights(model)
         solved.take()
+        ended, seconds = self._fit(plan, self.train_source, self.held_out, self.folder)
+        if trainer.history is not None and trainer.history.reports:
+            trainer.calibrate(self.held_out)
+            after = trainer._validate(self.held_out)
+            if after["loss"] < before["loss"]:
+                if ended:
+                    self._train_again(plan, solved, seconds)
+                return True
+        self.display.say("training deeper layers was no better on the held-out images: the solved head stays")
+        solved.restore()
+        freeze(model, "head")
+        return False
+
+    def _train_again(self, plan: _Plan, solved: BestWeights, seconds: float) -> None:
+        """Train on all images from the solved head, and let the model be the mean of both runs' weights."""
+        trainer, model = self.trainer, self.trainer.model
+        more = (self.every.num_images or 0) / (self.train_source.num_images or 1)
+        if more * seconds > _SPARE * (self.end - time.perf_counter()):
+            return
+        self.display.say(f"once more on all {self.every.num_images:,} images; the mean of both runs' weights remains")
+        first = BestWeights(model)
+        first.take()
+        history, temperature = trainer.history, model.temperature
+        solved.restore()
+        trainer.optimizer.state.clear()
+        folder = None if self.folder is None else Path(self.folder) / ALL_IMAGES
+        if self._fit(plan, self.every, None, folder)[0]:
+            first.average()
+        else:
+            first.restore()
+        trainer._history, model.temperature = history, temperature
+
+    def _fit(
+        self, plan: _Plan, data: Source, held_out: Source | None, folder: str | PathLike[str] | None
+    ) -> tuple[bool, float]:
+        """Train from where the model is; return whether all epochs of the plan were made, and the seconds it took."""
+        started = time.perf_counter()
+        ends: list[float] = []
+
+        def late(_trainer: Any, _report: Any) -> bool:
+            ends.append(time.perf_counter())
+            return len(ends) > 1 and 2 * ends[-1] - ends[-2] > self.end  # another epoch would be over too late
+
+        callbacks: list[Any] = [WeightAverage(DECAY), late]
+        if folder is not None:
+            callbacks.append(Checkpoint(folder))
+        first = self.trainer.epoch
         try:
-            trainer.fit(
-                self.train_source,
-                validation_data=self.held_out,
+            self.trainer.fit(
+                data,
+                validation_data=held_out,
                 epochs=plan.epochs,
                 batch_size=self.batch_size,
                 augment=self.augment,
@@ -283,15 +341,7 @@ class _Job:
             )
         except KeyboardInterrupt:
             self.display.say("interrupted: the best model so far")
-        reports = [] if trainer.history is None else trainer.history.reports
-        best = max([(report.val_accuracy or 0.0, -(report.val_loss or math.inf)) for report in reports], default=None)
-        if best is not None and best > (before["accuracy"], -before["loss"]):
-            trainer.calibrate(self.held_out)
-            return True
-        self.display.say("training deeper layers was no better on the held-out images: the solved head stays")
-        solved.restore()
-        freeze(model, "head")
-        return False
+        return self.trainer.epoch == first + plan.epochs, time.perf_counter() - started
 
     def _views(self, epochs: int) -> int | None:
         return None if self.augment is None else min(MOST_VIEWS, epochs)

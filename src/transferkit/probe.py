@@ -19,7 +19,7 @@ from transferkit.linear.choice import solve
 from transferkit.linear.table import Table
 from transferkit.model.backbone import Backbone
 from transferkit.model.freezing import freeze_until
-from transferkit.model.head import TransferModel, attach_head
+from transferkit.model.head import attach_head
 from transferkit.results.probing import Probe, ProbeScore
 from transferkit.trainer import Trainer
 from transferkit.training.loss import Loss, LossFunction
@@ -96,23 +96,15 @@ def probe(
         started = time.perf_counter()
         features, run_loss = trainer._features_of(data, num_workers, display)
         seconds[size] = time.perf_counter() - started
-        columns = _columns(model)
+        kinds = len(model.columns) // len(blocks)  # of each block: its means, its maxima
         sets = [(block,) for block in blocks] + [blocks[-count:] for count in range(2, len(blocks) + 1)]
         for layers in sets:
             started = time.perf_counter()
-            table = Table.of_features(features, columns=[columns[block] for block in layers])
+            first = kinds * blocks.index(layers[0])
+            table = Table.of_features(features, columns=model.columns[first : first + kinds * len(layers)])
             solved = solve(table, features.targets, run_loss, classes=len(model.classes), folds=folds, seed=seed)
             best = min(solved.path, key=lambda strength: strength.loss)
             spent = time.perf_counter() - started
             scores.append(ProbeScore(layers, size, best.accuracy, best.accuracy_error, best.loss, best.l2, spent))
             display.say(f"{','.join(layers)} at {size} px: {best.accuracy:.4f} ± {best.accuracy_error:.4f}")
     return Probe(scores, seconds)
-
-
-def _columns(model: TransferModel) -> dict[str, slice]:
-    """Return where the pooled features of each block lie."""
-    columns, start = {}, 0
-    for layer, pool in zip(model.layers, model.pools.values(), strict=True):
-        columns[layer.split("_")[0]] = slice(start, start + pool.size)
-        start += pool.size
-    return columns

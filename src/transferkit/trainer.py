@@ -403,11 +403,13 @@ class Trainer:
         display = Display(verbose)
         with self._alone("solve"), self._interrupts:
             feed = self._feeds(augment, n_views, display)
-            train = feed(self._open_source(data, num_workers, on_bad_image, display), "training")
+            plain = without_loader(data, num_workers)
+            train = feed(self._open_source(*plain, on_bad_image, display), "training")
             held_out = None
             if validation_data is not None:
                 check_same_classes(data, validation_data)
-                held_out = feed(self._open_source(validation_data, num_workers, on_bad_image, display), "validation")
+                plain = without_loader(validation_data, num_workers)
+                held_out = feed(self._open_source(*plain, on_bad_image, display), "validation")
             solved = solve_head(
                 self._training,
                 train,

@@ -56,7 +56,7 @@ class LinearHead:
         weight: `(K, D)`, float32, for features less `mean` and divided by `std`.
         bias: `(K,)`.
         mean: Of each feature over all rows, `(D,)`.
-        std: Standard deviation of each feature over all rows, `(D,)`; 1 where the feature is constant.
+        std: Standard deviation of each feature over all rows, `(D,)`, with a floor; see `design.divisors`.
         l2: The penalty.
         path: What was tried, from strong to weak; empty if nothing was held out.
         held_out: int64: which rows were held out, of the training rows or of the validation rows.

@@ -36,7 +36,7 @@ class Design:
     Attributes:
         table: The rows.
         mean: Of each feature, float32 `(D,)`.
-        std: Of each feature, float32 `(D,)`; 1 if the feature is constant.
+        std: What each feature is divided by, float32 `(D,)`; see `divisors`.
         rows: The rows, or their factor, with the column of ones, float32 `(N, A + 1)`; None if they do not fit in
             memory and are read again in each pass.
         factor: The factor, float64 `(N, N)`; None if the columns are the features.
@@ -101,13 +101,13 @@ class Design:
 
 
 def standardised(table: Table, mean: Tensor, std: Tensor) -> Iterator[Tensor]:
-    """Yield the rows of a table in blocks, less the mean and divided by the standard deviation."""
+    """Yield the rows of a table in blocks, less the mean and divided by `std`."""
     for block in table.blocks():
         yield (block - mean) / std
 
 
 def moments(table: Table) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each feature, float32 `(D,)`. Reads the table once.
+    """Return the mean of each feature and what it is divided by, float32 `(D,)`. Reads the table once.
 
     Raises:
         NonFiniteError: When a feature is infinite or NaN.
@@ -126,8 +126,32 @@ def moments(table: Table) -> tuple[Tensor, Tensor]:
         start += len(block)
     mean = total / table.shape[0]
     std = (square / table.shape[0] - mean.square()).clamp_min(0).sqrt()
-    rounding = (_CONSTANT * mean.abs()).clamp_min(1e-30)
-    return mean.float(), torch.where(std > rounding, std, rounding.clamp_min(1)).float()
+    return mean.float(), divisors(mean, std, table.kinds).float()
+
+
+def divisors(mean: Tensor, std: Tensor, kinds: list[int] | None) -> Tensor:
+    """Return what features are divided by: their standard deviation, or the median one of their kind if that is more.
+
+    A feature that hardly varies among the training images may vary among others, and must not drown the rest there.
+
+    Args:
+        mean: Of each feature, `(D,)`.
+        std: Standard deviation of each feature, `(D,)`.
+        kinds: How many features of one kind lie side by side, such as the means of one layer's channels; None compares
+            none with each other. What is constant is then divided by 1.
+
+    Example:
+        >>> divisors(torch.ones(4), torch.tensor([2.0, 4.0, 0.0, 0.0]), [3, 1])
+        tensor([2., 4., 2., 1.])
+    """
+    varies = std > (_CONSTANT * mean.abs()).clamp_min(1e-30)
+    if kinds is None:
+        return torch.where(varies, std, 1)
+    floors = []
+    for own, moving in zip(torch.split(std, kinds), torch.split(varies, kinds), strict=True):
+        floor = own[moving].median() if bool(moving.any()) else own.new_ones(())
+        floors.append(floor.expand(len(own)))
+    return torch.maximum(std, torch.cat(floors))
 
 
 def design_of(table: Table) -> Design:

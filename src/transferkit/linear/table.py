@@ -23,9 +23,9 @@ class Table:
 
     Attributes:
         read: Returns the rows from `start` to `stop` as a floating-point tensor `(stop - start, all columns)`.
-        shape: `(N, D)`.
+        count: `N`.
         device: Where the blocks go. Apple's MPS has no float64, so there they go to the CPU.
-        columns: The columns to use, ascending or not, one slice after the other; None uses all.
+        columns: The columns to use, ascending or not, one slice for each kind of features; None uses all.
         width: Number of columns that `read` returns.
 
     Example:
@@ -36,7 +36,7 @@ class Table:
     """
 
     read: Callable[[int, int], Tensor]
-    shape: tuple[int, int]
+    count: int
     device: torch.device
     columns: Sequence[slice] | None
     width: int
@@ -78,9 +78,20 @@ class Table:
         device: torch.device,
         columns: Sequence[slice] | None,
     ) -> Self:
-        count, width = shape
-        used = width if columns is None else sum(len(range(*part.indices(width))) for part in columns)
-        return cls(read, (count, used), torch.device("cpu") if device.type == "mps" else device, columns, width)
+        place = torch.device("cpu") if device.type == "mps" else device
+        return cls(read, shape[0], place, columns, shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, D)`."""
+        return self.count, self.width if self.kinds is None else sum(self.kinds)
+
+    @property
+    def kinds(self) -> list[int] | None:
+        """How many features of one kind lie side by side; None if that is not known."""
+        if self.columns is None:
+            return None
+        return [len(range(*part.indices(self.width))) for part in self.columns]
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield all rows in order, float32 `(n, D)` on the device, in blocks of at most `BLOCK_BYTES`."""

@@ -3,6 +3,7 @@
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import accumulate
 from numbers import Integral
 from typing import Any
 
@@ -30,6 +31,9 @@ _DEPENDS_ON_MODE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutN
 
 class Standardize(nn.Module):
     """Subtracts a mean from each feature and divides by a standard deviation, those of the training images.
+
+    Features of one kind are the means, or the maxima, of one layer's channels. What varies less than their median is
+    divided by that: it must not drown the others in an image where it does vary.
 
     `Trainer` measures both before its first step; training does not change them.
 
@@ -103,6 +107,12 @@ class TransferModel(nn.Module):
     def layers(self) -> tuple[str, ...]:
         """Names of the layers whose pooled outputs the head takes; empty where it takes the output of the last one."""
         return tuple(self.backbone.layer_names[index] for index in self.pools)
+
+    @property
+    def columns(self) -> list[slice]:
+        """Where in the pooled features each kind of number lies: a layer's means, its maxima, the next one's."""
+        kinds = [pool.channels for pool in self.pools.values() for _ in range(pool.size // pool.channels)]
+        return [slice(end - size, end) for size, end in zip(kinds, accumulate(kinds), strict=True)]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits `(N, len(classes))` of preprocessed images, float `(N, 3, H, W)`."""

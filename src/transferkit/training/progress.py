@@ -77,11 +77,20 @@ class BestWeights:
 
     def restore(self) -> None:
         """Put the remembered weights back, if there are any."""
-        if self._copies is not None:
-            live = self.model.state_dict()
-            with torch.no_grad():
-                for name, copy in self._copies.items():
+        self._mix(1.0)
+
+    def average(self) -> None:
+        """Put the mean of the remembered weights and of those in the model into the model."""
+        self._mix(0.5)
+
+    def _mix(self, share: float) -> None:
+        live = self.model.state_dict()
+        with torch.no_grad():
+            for name, copy in (self._copies or {}).items():
+                if share == 1 or not copy.is_floating_point():
                     live[name].copy_(copy)
+                else:
+                    live[name].lerp_(copy, share)
 
 
 @dataclass(slots=True)

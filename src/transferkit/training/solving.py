@@ -35,16 +35,17 @@ def solve_head(training: Training, train: Feed, validation: Feed | None, *, l2: 
     _check_boundary(model)
     cached = train.features()
     held_out = None if validation is None else validation.features()
+    table_of = partial(Table.of_features, columns=model.columns or None)
     targets = cached.targets_of_rows
     solved = solve(
-        Table.of_features(cached),
+        table_of(cached),
         targets,
         training.loss.for_run(train.inputs.source, len(model.classes), cached.device.torch_device),
         classes=len(model.classes),
         strengths=STRENGTHS if l2 is None else [l2],
         folds=folds,
         groups=torch.arange(cached.rows.shape[1]).repeat(len(cached.rows)),
-        validation=None if held_out is None else (Table.of_features(held_out), held_out.targets_of_rows),
+        validation=None if held_out is None else (table_of(held_out), held_out.targets_of_rows),
         seed=training.seed,
         count_correct=partial(count_correct, threshold=model.threshold),
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 from transferkit.base.interrupts import Interrupts
 from transferkit.base.randomness import seeded
 from transferkit.data.sources import epoch_order
+from transferkit.linear.design import divisors
 from transferkit.model.head import Standardize
 from transferkit.model.modes import begin_training, modes_kept
 from transferkit.training.run import Run
@@ -54,19 +55,20 @@ def measure_features(training: Training, run: Run, interrupts: Interrupts) -> No
         rows = torch.cat(features).double()
         rows = rows[rows.isfinite().all(dim=1)]
         if len(rows):
-            set_statistics(layer, rows)
+            kinds = [part.stop - part.start for part in training.model.columns]
+            set_statistics(layer, rows, kinds if sum(kinds) == rows.shape[1] else None)
 
 
-def set_statistics(layer: Standardize, features: Tensor) -> None:
-    """Let a layer standardise by the mean and standard deviation of features `(N, D)`; constant ones are divided by 1.
+def set_statistics(layer: Standardize, features: Tensor, kinds: list[int] | None) -> None:
+    """Let a layer standardise by the statistics of features `(N, D)`; `kinds` as in `divisors`.
 
     Example:
         >>> layer = Standardize(2)
-        >>> set_statistics(layer, torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+        >>> set_statistics(layer, torch.tensor([[1.0, 5.0], [3.0, 5.0]]), [1, 1])
         >>> layer(torch.tensor([[3.0, 5.0]]))
         tensor([[1., 0.]])
     """
     mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
     layer.mean.copy_(mean)
-    layer.std.copy_(torch.where(std > 1e-5 * mean.abs(), std, 1.0))
+    layer.std.copy_(divisors(mean, std, kinds))
     layer.num_images.fill_(len(features))
