@@ -22,54 +22,37 @@ _OTHER_NAMES = {
     "validation_split": "valid_pct val_split validation_fraction",
     "data": "train train_data train_dataset train_loader training_data dataset dls dataloader",
     "num_workers": "workers use_multiprocessing max_queue_size n_jobs",
-    "callbacks": "cbs",
     "augment": "augmentation transform transforms batch_tfms data_augmentation",
     "precision": "amp fp16 mixed_precision dtype",
     "seed": "random_state random_seed",
     "weights": "pretrained",
     "image_size": "input_shape input_size target_size img_size",
     "classes": "num_classes n_classes n_out class_names",
-    "hidden": "units",
-    "folder": "filepath dirpath",
     "class_weights": "weight",
-    "label_smoothing": "smoothing",
     "resume_from": "checkpoint ckpt_path",
     "freeze_until": "trainable freeze freeze_layers unfreeze",
 }
 _ADVICE = {
-    "x": "Images and targets are one argument: fit((images, targets)).",
-    "shuffle": "Training images are shuffled in each epoch, and others never: leave it out.",
-    "class_weight": "Write Trainer(model, loss=CrossEntropy(class_weights=[...])), or class_weights='balanced'.",
-    "sample_weight": "Write Trainer(model, loss=CrossEntropy(class_weights=[...])), or a loss of your own.",
-    "momentum": "Write optimizer=functools.partial(torch.optim.SGD, momentum=...).",
-    "steps_per_epoch": "An epoch is all images once: leave it out.",
+    "x y X images targets labels": "images and targets are one argument: fit((images, targets)).",
+    "shuffle": "training images are shuffled in each epoch, and others never: leave it out.",
+    "class_weight class_weights": 'write Trainer(model, loss=CrossEntropy(class_weights="balanced")), or a list.',
+    "sample_weight": "write Trainer(model, loss=...) with a loss of your own.",
+    "momentum": "write optimizer=functools.partial(torch.optim.SGD, momentum=...).",
+    "steps_per_epoch validation_steps validation_freq drop_last": "an epoch is all images once: leave it out.",
     "initial_epoch": "resume_from= continues a run: leave it out.",
-    "include_top": "The classifier is never loaded, and attach_head adds a head: leave it out.",
-    "save_best_only": "fit puts the best weights back at its end, and Checkpoint is there to resume: leave it out.",
-    "restore_best_weights": "fit always puts the best weights back at its end: leave it out.",
-    "mode": "Lower is better for names that end in loss or error, and higher for others: leave it out.",
-    "verbose": "It shows nothing: leave it out.",
+    "include_top input_tensor top": "the classifier is never loaded, and attach_head adds a head: leave it out.",
+    "save_best_only save_weights_only save_top_k monitor": "fit puts the best weights back by itself: leave it out.",
+    "restore_best_weights": "fit always puts the best weights back: leave it out.",
+    "mode": "lower is better for names that end in loss or error: leave it out.",
+    "verbose": "it shows nothing: leave it out.",
 }
-_SAME_ADVICE = {
-    "x": "y X images targets labels",
-    "class_weight": "class_weights",
-    "steps_per_epoch": "validation_steps validation_freq validation_batch_size drop_last",
-    "include_top": "input_tensor classifier_activation top",
-    "save_best_only": "save_weights_only save_top_k monitor save_freq",
+_ELSEWHERE = {
+    "Trainer(model).{}(data)": "fit evaluate predict predict_proba predict_classes solve lr_find",
+    "transferkit.{}(model)": "summary",
+    "transferkit.{}_model(model, path)": "save",
+    "{}_until(model, 'head')": "freeze",
 }
-_METHODS = {
-    "fit": "Trainer(model).fit((images, targets))",
-    "evaluate": "Trainer(model).evaluate((images, targets))",
-    "predict": "Trainer(model).predict(images)",
-    "predict_proba": "Trainer(model).predict_proba(images)",
-    "predict_classes": "Trainer(model).predict_classes(images)",
-    "solve": "Trainer(model).solve((images, targets))",
-    "lr_find": "Trainer(model).lr_find((images, targets))",
-    "summary": "transferkit.summary(model)",
-    "save": "transferkit.save_model(model, path)",
-    "freeze": "freeze_until(model, 'head')",
-    "unfreeze": "freeze_until(model, None)",
-}
+"""Methods that others look for in a model, by what to write."""
 
 
 def explained(called: _Called) -> _Called:
@@ -102,8 +85,9 @@ def explain_missing(model: object, name: str) -> None:
     Raises:
         MissingMethodError: It is.
     """
-    if name in _METHODS:
-        raise MissingMethodError(f"a {type(model).__name__} has no {name}: write {_METHODS[name]}.")
+    for remedy, names in _ELSEWHERE.items():
+        if name in names.split():
+            raise MissingMethodError(f"a {type(model).__name__} has no {name}: write {remedy.format(name)}.")
 
 
 def _explained(function: Callable[..., Any], shown: str) -> Callable[..., Any]:
@@ -147,9 +131,8 @@ def _advice(word: str, own: list[str]) -> str:
     ours = next((name for name, others in _OTHER_NAMES.items() if word in others.split()), word)
     if ours in own:
         return f"write {ours}=."
-    advised = next((name for name, others in _SAME_ADVICE.items() if word in others.split()), word)
-    if advised in _ADVICE:
-        return _ADVICE[advised]
+    if advice := next((advice for words, advice in _ADVICE.items() if word in words.split()), ""):
+        return advice
     having = [name for name, function in _FUNCTIONS.items() if ours in inspect.signature(function).parameters]
     if having:
         return f"{' and '.join(having[:3])} {'have' if having[1:] else 'has'} {ours}=."
