@@ -260,6 +260,9 @@ class Trainer:
         `KeyboardInterrupt` or exit status 143; a second one ends it at once. Whatever ends a run between two steps, a
         `Checkpoint` among the callbacks first saves where it stands.
 
+        The model is in eval mode afterwards. A layer that you put into eval mode while the rest was in training mode
+        stays in it, in training too. Meanwhile other threads cannot use the model; before and after, any number may predict.
+
         Args:
             data: `(images, targets)`, a `Dataset` of such pairs (PIL images of any sizes are fine), or a
                 `DataLoader` of batches. Images are raw, uint8 `(N, 3, H, W)` or `(N, H, W, 3)`, or preprocessed, float.
@@ -299,6 +302,7 @@ class Trainer:
             CheckpointError: When the checkpoint to resume from cannot be used.
             DataChangedError: When the run to resume began with other data.
             CheckpointWriteError: At the end, if the last save of a `Checkpoint` failed.
+            ModelInUseError: When another thread trains the model, or a callback calls `fit`.
             TransferKitError: When arguments or data cannot be used: before the first step, except for what a `Dataset`
                 or `DataLoader` hides until it is read.
         """
@@ -595,6 +599,7 @@ class Trainer:
         Raises:
             ImageError: When an image cannot be read or used; the message has its index and path.
             NonFiniteError: When the model makes infinity or NaN of an image.
+            ModelInUseError: When another thread trains the model.
         """
         with self._passing(images, batch_size, num_workers, with_targets=False) as (network, batches):
             return predict_proba(network, batches, training=self._training)
