@@ -415,7 +415,7 @@ def test_learning_rates_come_back(make_backbone: Maker, tmp_path: Path) -> None:
 
     trainer.load(tmp_path / "run.pt")
 
-    assert [(group["lr"], group["initial_lr"]) for group in trainer.optimizer.param_groups] == [
+    assert [(group["lr"], group["base_lr"]) for group in trainer.optimizer.param_groups] == [
         *[(1e-5,) * 2] * 5,
         (1e-3,) * 2,
     ]

@@ -103,7 +103,7 @@ def test_choices_of_the_user_are_kept(capsys):
     rates = {"head": 1e-3, "backbone": 2e-3}
     trainer = fine_tune(lr=rates, epochs=2, batch_size=13, freeze_until="block3_conv1", verbose=2)
     assert "From block3_conv1 on, 2 epochs" in capsys.readouterr().out
-    assert [group["initial_lr"] for group in trainer.optimizer.param_groups] == [2e-3] * 5 + [1e-3]
+    assert [group["base_lr"] for group in trainer.optimizer.param_groups] == [2e-3] * 5 + [1e-3]
     assert len(trainer.history.reports) == 2
     assert trainer.global_step == 2 * 5  # 65 images, since 7 are held out
 

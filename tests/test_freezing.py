@@ -516,3 +516,111 @@ def test_everything_frozen_is_described(backbone: tk.Backbone) -> None:
     assert described.startswith(f"frozen: {count:,} parameters")
     assert described.endswith("training: 0 parameters")
     assert "None" not in described
+
+
+# --- batch norm that is frozen otherwise
+
+
+def convert(model: tk.TransferModel) -> None:
+    """Replace the backbone's batch norm by new modules, as `convert_sync_batchnorm` does."""
+    for index, old in enumerate(model.backbone.features):
+        if isinstance(old, nn.BatchNorm2d):
+            new = nn.BatchNorm2d(old.num_features)
+            new.weight, new.bias = old.weight, old.bias
+            new.running_mean, new.running_var = old.running_mean, old.running_var
+            model.backbone.features[index] = new
+
+
+def to_sync(model: tk.TransferModel) -> None:
+    """Convert as torch does; what is frozen is in eval mode and needs no process group."""
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def set_training(model: tk.TransferModel) -> None:
+    """Set the flag of every module by hand."""
+    for module in model.modules():
+        module.training = True
+
+
+def without_parameters(model: tk.TransferModel) -> None:
+    """Replace the first batch norm by one that has no parameters."""
+    old = model.backbone.features[1]
+    model.backbone.features[1] = nn.BatchNorm2d(old.num_features, affine=False)
+
+
+@pytest.mark.parametrize("change", [convert, to_sync, set_training, without_parameters])
+@pytest.mark.parametrize("when", ["before", "after", "callback", "steps", "lr_find"])
+@pytest.mark.parametrize("boundary", ["block5", "head"])
+def test_frozen_batch_norm_does_not_move(
+    make_backbone: Maker,
+    data: tuple[Tensor, Tensor],
+    change: Callable[[tk.TransferModel], None],
+    when: str,
+    boundary: str,
+) -> None:
+    """Batch norm that was converted or switched on after freezing keeps its statistics in whatever trains the rest."""
+    torch.manual_seed(0)
+    model = tk.freeze_until(tk.attach_head(make_backbone(batch_norm=True), 3), boundary)
+    if when == "before":
+        change(model)
+    trainer = tk.Trainer(model, device="cpu", precision="fp32")
+    if when not in ("before", "callback"):
+        change(model)
+    frozen = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)][
+        : 4 if boundary == "block5" else 5
+    ]
+    before = weights_of(model)
+    if when == "steps":
+        list(trainer.steps(data, batch_size=8, epochs=2))
+    elif when == "lr_find":
+        trainer.lr_find(data, batch_size=8, num_steps=4, verbose=0)
+    else:
+        callbacks = [lambda trainer, report: change(trainer.model)] if when == "callback" else []
+        trainer.fit(data, epochs=2, batch_size=8, verbose=0, callbacks=callbacks)
+    live = model.state_dict()
+    assert all(
+        torch.equal(live[f"{name}.{buffer}"], before[f"{name}.{buffer}"])
+        for name in frozen
+        for buffer in ("running_mean", "running_var")
+        if when != "callback" or change is not without_parameters
+    )
+
+
+def test_batch_norm_frozen_by_hand_does_not_move(make_backbone: Maker, data: tuple[Tensor, Tensor], capsys) -> None:
+    """Parameters frozen with `requires_grad` alone take their batch norm's statistics with them, and a line says so."""
+    torch.manual_seed(0)
+    model = tk.attach_head(make_backbone(batch_norm=True), 3)
+    model.backbone.requires_grad_(requires_grad=False)
+    before = weights_of(model.backbone)
+    trainer = tk.Trainer(model, device="cpu", precision="fp32")
+    trainer.fit(data, epochs=1, batch_size=8, verbose=2)
+    assert changed(before, model.backbone) == set()
+    assert (
+        "batch norm whose parameters are frozen keeps its statistics, too: backbone.features.1"
+        in capsys.readouterr().out
+    )
+
+
+def test_batch_norm_of_the_head_without_parameters_moves(make_backbone: Maker, data: tuple[Tensor, Tensor]) -> None:
+    """In the head it has nothing that is frozen, so it gathers statistics as usual."""
+    head = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(8, affine=False), nn.Linear(8, 3))
+    model = tk.freeze_until(tk.attach_head(make_backbone(), 3, head=head), "head")
+    tk.Trainer(model, device="cpu", precision="fp32").fit(data, epochs=1, batch_size=8, verbose=0)
+    assert bool(head[1].running_mean.any())
+
+
+@pytest.mark.parametrize("boundary", ["block3", "head"])
+def test_update_bn_keeps_frozen_statistics(make_backbone: Maker, data: tuple[Tensor, Tensor], boundary: str) -> None:
+    """torch's `update_bn` fills the statistics of layers that train anew, and leaves those of frozen ones."""
+    model = tk.freeze_until(tk.attach_head(make_backbone(batch_norm=True), 3), boundary)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.normal_()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    torch.optim.swa_utils.update_bn([model.backbone.preprocess(data[0])], averaged)
+    after = [module for module in averaged.modules() if isinstance(module, nn.BatchNorm2d)]
+    same = [torch.equal(norm.running_mean, other.running_mean) for norm, other in zip(norms, after, strict=True)]
+    assert same == [True] * 2 + [False] * 3 if boundary == "block3" else same == [True] * 5
+    tk.freeze_until(averaged.module, None)
+    after[0].reset_running_stats()
+    assert not after[0].running_mean.any()

@@ -41,6 +41,31 @@ def test_nothing_is_suggested_where_the_loss_fell_nowhere(losses):
     assert sweep(losses).suggestion is None
 
 
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [1.5 if step < 30 else 1.5 / (1 + 0.1 * (step - 30)) for step in range(90)],  # it falls to the end
+        [1.5] * 30 + [1.5 - 0.03 * step for step in range(40)] + [0.33] * 20,  # it stays low
+        [1.5] * 30 + [0.02, 0.03, 0.01, 0.04] * 15,  # learned by heart: noise near 0 is no rise
+    ],
+    ids=["falls", "stays", "noise"],
+)
+def test_nothing_is_suggested_where_the_loss_never_rose(losses):
+    """Without a rate that was too high, a tenth of the largest one tried would be a guess; the reason names it."""
+    found = sweep(losses)
+    assert found.suggestion is None
+    assert not found.diverged
+    assert f"did not rise again up to the rate {found.lrs[-1]:g}" in found.why_none
+
+
+@pytest.mark.parametrize("end", [[5.0] * 8, [math.inf], [math.nan], [1.2] * 20], ids=str)
+def test_a_loss_that_rose_in_any_way_gives_a_suggestion(end):
+    """It may rise a little or much, or end in infinity."""
+    found = sweep([1.5] * 30 + [1.5 - 0.04 * step for step in range(30)] + end)
+    assert found.suggestion is not None
+    assert found.why_none == ""
+
+
 def test_smoothing_begins_at_the_first_loss_and_forgets():
     """The average is corrected for its start, and follows a step within some twenty losses."""
     smoothed = sweep([2.0] * 10 + [1.0] * 40).smoothed

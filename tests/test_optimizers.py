@@ -70,6 +70,15 @@ def test_weight_decay_reaches_every_group(model):
     assert [group["weight_decay"] for group in groups] == [1e-4] * 6
 
 
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", torch.optim.AdamW, functools.partial(torch.optim.AdamW, weight_decay=0.1)]
+)
+def test_weight_decay_of_zero_is_zero(model, optimizer):
+    """0 means 0, whatever the optimizer's own default or that of a `functools.partial`."""
+    groups = build_optimizer(optimizer, model, None, 0.0).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.0] * 6
+
+
 def test_partial_keeps_its_options(model):
     """What a `functools.partial` says stands: momentum, weight decay, and foreach instead of fused."""
     partial = functools.partial(torch.optim.SGD, momentum=0.5, weight_decay=0.1, foreach=True)

@@ -101,10 +101,17 @@ def test_step_measures_before_the_update(model, data):
     assert correct == (logits.argmax(dim=1) == targets).sum()
 
 
-def test_step_leaves_no_gradients_and_no_graph(model, data):
-    """Gradients are clear after a step, and its results hold no graph."""
-    loss, correct, model = one_step(model, *data)
-    assert all(parameter.grad is None for parameter in model.parameters())
+def test_step_clears_gradients_first_and_leaves_no_graph(model, data):
+    """A step begins without gradients, leaves its own, and its results hold no graph."""
+    loss, correct, expected = one_step(model, *data)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    training = training_of(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    inputs = model.backbone.preprocess(data[0])
+    guarded_step(model.train(), inputs, data[1], training=training, loss=CrossEntropy(), seed=0)
+    for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+        assert torch.equal(parameter.grad, other.grad)
     assert not loss.requires_grad
     assert (loss.dtype, correct.dtype) == (torch.float32, torch.int64)
 

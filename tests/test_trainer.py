@@ -203,16 +203,15 @@ def test_schedule_spans_each_fit(model, data):
 
 def test_schedule_goes_on_when_freezing_changes(model, data):
     """A callback that unfreezes in the middle of a run changes neither schedule nor groups."""
-    trainer = make_trainer(tk.freeze_until(model, "head"), schedule="linear", lr=6e-3)
-    history = trainer.fit(
-        data,
-        epochs=3,
-        batch_size=12,
-        verbose=0,
-        callbacks=[lambda trainer, report: tk.freeze_until(model, "block5") and None],
-    )
+    trainer, rates = make_trainer(tk.freeze_until(model, "head"), schedule="linear", lr=6e-3), []
+
+    def unfreeze(trainer, report):
+        tk.freeze_until(model, "block5")
+        rates.extend(group["lr"] for group in trainer.optimizer.param_groups)
+
+    history = trainer.fit(data, epochs=3, batch_size=12, verbose=0, callbacks=[unfreeze])
     assert history.history["lr"] == pytest.approx([5e-3, 3e-3, 1e-3])
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([1e-3] * 6)
+    assert rates == pytest.approx([5e-3] * 6 + [3e-3] * 6 + [1e-3] * 6)
 
 
 def test_warm_up_comes_first(model, data):
@@ -345,7 +344,10 @@ def test_callback_gets_trainer_and_report(model, data):
     assert [call[1] for call in calls] == history.reports
 
 
-@pytest.mark.parametrize(("answer", "epochs"), [(True, 1), (None, 3), (1, 3), ("stop", 3)])
+@pytest.mark.parametrize(
+    ("answer", "epochs"),
+    [(True, 1), (np.bool_(True), 1), (torch.ones(()) > 0, 1), (None, 3), (np.bool_(False), 3), ({}, 3)],
+)
 def test_callback_that_returns_true_ends_the_run(model, data, answer, epochs):
     """True ends the run after all callbacks were called; any other value does not."""
     calls = []
@@ -353,6 +355,14 @@ def test_callback_that_returns_true_ends_the_run(model, data, answer, epochs):
         data, epochs=3, verbose=0, callbacks=[lambda *_: answer, lambda *_: calls.append(1)]
     )
     assert len(history.reports) == len(calls) == epochs
+
+
+@pytest.mark.parametrize("answer", [1, "stop", 0.5, np.int64(1)])
+def test_callback_that_returns_something_like_true_is_warned_of(model, data, answer):
+    """A number or text ends no run, and a warning says that True does."""
+    with pytest.warns(UserWarning, match="True does"):
+        history = make_trainer(model).fit(data, epochs=2, verbose=0, callbacks=[lambda *_: answer])
+    assert len(history.reports) == 2
 
 
 def test_callback_that_is_no_list_is_refused_before_a_step(model, data):

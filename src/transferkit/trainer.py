@@ -2,7 +2,7 @@
 
 import copy
 import difflib
-import math
+import inspect
 import os
 import pickle
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -44,11 +44,11 @@ from transferkit.saving import archive
 from transferkit.saving import model as model_state
 from transferkit.training.callback_list import CallbackList
 from transferkit.training.evaluation import assess, evaluate, logits_of, predict_proba
-from transferkit.training.loop import CACHED_BATCH_SIZE, Callback, Epochs, train_epoch
+from transferkit.training.loop import CACHED_BATCH_SIZE, Callback, Epochs, train_epochs
 from transferkit.training.loss import Loss, LossFunction, find_loss
 from transferkit.training.lr_find import spaced_rates, sweep
 from transferkit.training.metrics import Sums, check_metrics
-from transferkit.training.optimizers import LearningRate, OptimizerClass, build_optimizer, set_lr
+from transferkit.training.optimizers import LearningRate, OptimizerClass, build_optimizer, has_scheduler, set_lr
 from transferkit.training.progress import BestWeights, Progress
 from transferkit.training.run import (
     Run,
@@ -57,6 +57,7 @@ from transferkit.training.run import (
     check_trains,
     choose_batch_size,
     open_run,
+    warn_of_high_lr,
     without_loader,
 )
 from transferkit.training.schedules import Schedule, check_schedule, find_schedule
@@ -90,7 +91,9 @@ class Trainer:
         schedule: `"constant"`, `"linear"` or `"cosine"` (both fall to 0 over one call of `fit`), `"one_cycle"` (rises
             from 1/25 over the first 30 % of the steps, then falls to 0), `warmup("cosine", 0.1)`, or a function of
             progress (0 to 1) that returns a factor. Steps that fp16 skips count. `"auto"` is `warmup("cosine", 0.1)`
-            where the number of steps is known, else `"constant"`.
+            where the number of steps is known and no scheduler of torch's was built over the optimizer, else
+            `"constant"`. A rate that a callback or a scheduler writes into the optimizer's groups holds: the schedule
+            does not change it for the rest of the run, and the next run begins from it.
         clip_grad_norm: Largest Euclidean norm of all gradients together; None does not clip.
         loss: `CrossEntropy` (None), `BinaryCrossEntropy` where an image may have several labels, or any function or
             module of (logits, targets) that returns the mean over a batch.
@@ -111,7 +114,8 @@ class Trainer:
     Attributes:
         model: The model.
         device: The `Device`.
-        optimizer: The optimizer, with one group of parameters for each block and one for the head.
+        optimizer: The optimizer, with one group of parameters for each block and one for the head. Assign another, its
+            name or its class; it begins without a state.
         micro_batch_size: Images that pass through the network at once. None, the default, is the whole batch. Assign a
             number to save memory: gradients of the micro-batches add up, and the update stays that of the whole batch.
             It falls by itself where memory runs out.
@@ -185,6 +189,7 @@ class Trainer:
             clip_grad_norm=None if clip_grad_norm is None else positive("clip_grad_norm", clip_grad_norm),
             max_skipped=whole_number("max_skipped", max_skipped, at_least=0),
             seed=whole_number("seed", seed, at_least=0),
+            pretrained=model.backbone.is_trained(),
         )
         self._cache_mode, folder = _find_cache(cache)
         self._interrupts = Interrupts()
@@ -197,6 +202,14 @@ class Trainer:
         check_head(model)
         model.threshold = found.threshold
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in SETTINGS - {"optimizer", "micro_batch_size"}:
+            raise ArgumentError(
+                f"trainer.{name} = ... would have no effect: a Trainer keeps the settings it was made with. Expected "
+                "an argument of Trainer or fit, such as fit(lr=1e-4), or a new Trainer over the same model."
+            )
+        object.__setattr__(self, name, value)
+
     @property
     def model(self) -> TransferModel:
         return self._training.model
@@ -208,6 +221,10 @@ class Trainer:
     @property
     def optimizer(self) -> Optimizer:
         return self._training.optimizer
+
+    @optimizer.setter
+    def optimizer(self, value: str | OptimizerClass | Optimizer) -> None:
+        self._training.optimizer, self._training.optimizer_mode = build_optimizer(value, self.model, None, None), "eval"
 
     @property
     def seed(self) -> int:
@@ -261,7 +278,8 @@ class Trainer:
         `Checkpoint` among the callbacks first saves where it stands.
 
         The model is in eval mode afterwards. A layer that you put into eval mode while the rest was in training mode
-        stays in it, in training too. Meanwhile other threads cannot use the model; before and after, any number may predict.
+        stays in it, in training too. Meanwhile other threads cannot use the model; before and after, any number may
+        predict.
 
         Args:
             data: `(images, targets)`, a `Dataset` of such pairs (PIL images of any sizes are fine), or a
@@ -330,7 +348,7 @@ class Trainer:
                 epochs=epochs,
                 batch_size=batch_size,
             )
-            check_schedule(training.schedule, run.num_steps)
+            check_schedule(run.schedule, run.num_steps, other=has_scheduler(self.optimizer))
             called.before_run(validated=validation is not None)
             facts = run_facts(training, run, lr, augment, called) if called or resume_from is not None else {}
             saved = None if resume_from is None else read_run(training, resume_from, facts, called, display)
@@ -341,6 +359,7 @@ class Trainer:
                     set_lr(training.optimizer, lr)
             else:
                 assign_training_state(training, saved)  # nothing was changed before
+            warn_of_high_lr(training)
             frozen = describe_frozen(training.model).replace("; ", ";  ")  # a line may be broken there
             display.say(f"{frozen};  on {self.device.torch_device} in {self.device.precision}")
             run.check_feeds()
@@ -461,7 +480,8 @@ class Trainer:
         """Return an iterator that makes one training step each time it is advanced.
 
         Your code runs between the steps. The arguments are those of `fit` and are checked at once. Layers may be frozen
-        or unfrozen between two epochs. The model is in training mode between two steps and in eval mode at the end.
+        or unfrozen between two epochs. Between two steps the model is in training mode, and parameters have the
+        gradients of the last one, as they were applied: unscaled and clipped. At the end the model is in eval mode.
 
         Example:
             >>> for step in trainer.steps(train, epochs=3):  # doctest: +SKIP
@@ -471,15 +491,15 @@ class Trainer:
             source = self._open_source(data, num_workers)
             train = self._feeds(augment, n_views, QUIET)(source, "training")
             run = open_run(self._training, train, None, epochs=epochs, batch_size=batch_size)
-            check_schedule(self._training.schedule, run.num_steps)
+            check_schedule(run.schedule, run.num_steps, other=has_scheduler(self.optimizer))
             check_trains(self.model, run)
             if lr is not None:
                 set_lr(self.optimizer, lr)
+            warn_of_high_lr(self._training)
             run.check_feeds()
             measure_features(self._training, run, self._interrupts)
             progress = self._begin({}, CallbackList(self, ()))
-        steps = (step for _ in range(epochs) for step in train_epoch(self._training, run, progress))
-        return self._one_by_one(steps)
+        return self._one_by_one(train_epochs(self._training, run, progress))
 
     def _one_by_one(self, steps: Generator[Step, None, None]) -> Iterator[Step]:
         """Make a step whenever the next is asked for; modes of torch around the caller's code stay the caller's."""
@@ -545,10 +565,7 @@ class Trainer:
             run.check_feeds()
             found = sweep(self._training, run, rates, interrupts=self._interrupts, display=display)
         if found.suggestion is None:
-            why = "the loss never fell. Is the model trained already?"
-            if not math.isfinite(found.losses[0]):
-                why = "the loss of the first step is not finite. Look at the images and at the weights."
-            display.say(f"lr_find suggests nothing: {why}")
+            display.say(f"lr_find suggests nothing: {found.why_none}")
         return found
 
     def evaluate(self, data: object, *, batch_size: int | None = None, num_workers: int = 0) -> dict[str, float]:
@@ -649,7 +666,7 @@ class Trainer:
         with self._alone("load_state_dict"):
             self._training.let_optimizer("eval")
             check_training_state(self._training, state, origin="the checkpoint")
-            assign_training_state(self._training, state)
+            assign_training_state(self._training, {**state, "optimizer": copy.deepcopy(state["optimizer"])})
 
     def save(self, path: str | os.PathLike[str], *, frozen: bool = True) -> None:
         """Write a checkpoint; `load` and `transferkit.load_model` read it. The file appears whole or not at all.
@@ -800,6 +817,14 @@ class Trainer:
         )
         inputs = Inputs(source, self.model.backbone.preprocess, self.device)
         return inputs.batches(choose_batch_size(source, batch_size))
+
+
+SETTINGS = {
+    *inspect.signature(Trainer).parameters,
+    *inspect.signature(Trainer.fit).parameters,
+    *("criterion", "epoch", "global_step", "history", "learning_rate", "loss_fn", "lr_scheduler", "scheduler"),
+} - {"self"}
+"""What people assign to a trainer, and what would not reach it."""
 
 
 def _find_cache(cache: object) -> tuple[bool | str, Path | None]:

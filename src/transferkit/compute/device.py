@@ -118,7 +118,12 @@ class Device:
     def update(
         self, optimizer: Optimizer, *, clip_grad_norm: float | None = None, finite: Tensor | None = None
     ) -> None:
-        """Unscale, clip and apply the gradients, then clear them.
+        """Call `apply`, then clear the gradients."""
+        self.apply(optimizer, clip_grad_norm=clip_grad_norm, finite=finite)
+        optimizer.zero_grad(set_to_none=True)
+
+    def apply(self, optimizer: Optimizer, *, clip_grad_norm: float | None = None, finite: Tensor | None = None) -> None:
+        """Unscale, clip and apply the gradients, which stay as they were applied.
 
         In fp16, an update whose gradients overflowed is skipped and the scale is reduced.
 
@@ -139,7 +144,6 @@ class Device:
             self.scaler.update()
         else:
             step_where(finite, optimizer)
-        optimizer.zero_grad(set_to_none=True)
 
     def step(self, loss: Tensor, optimizer: Optimizer, *, clip_grad_norm: float | None = None) -> None:
         """Call `backward` and `update`."""

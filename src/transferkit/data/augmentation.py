@@ -1,7 +1,9 @@
 """Random augmentation of raw images, on the device. Each image is seeded by (seed, epoch, index in the data set)."""
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,14 +50,14 @@ def build_augmentation(augment: Augment, image_size: int) -> Transform:
 
 
 def describe_augmentation(augment: Augment) -> list[str]:
-    """Return the names of augmentations; for a callable, the name of its class or function.
+    """Return augmentations as text: names, and of callables all that can be told of their parameters.
 
     Example:
-        >>> describe_augmentation(["flip", torch.nn.Identity()])
-        ['flip', 'Identity']
+        >>> describe_augmentation(["flip", torch.nn.Dropout(0.2)])
+        ['flip', 'Dropout(p=0.2, inplace=False)']
     """
     parts = augment if isinstance(augment, list | tuple) else [augment]
-    return [part if isinstance(part, str) else getattr(part, "__qualname__", type(part).__name__) for part in parts]
+    return [part if isinstance(part, str) else _describe(part) for part in parts]
 
 
 def augment_batch(transform: Transform, images: Tensor, indices: Sequence[int], *, seed: int, epoch: int) -> Tensor:
@@ -100,3 +102,13 @@ def _apply(chain: Sequence[Transform], image: Tensor) -> Tensor:
     for transform in chain:
         image = transform(image)
     return image
+
+
+def _describe(part: Any) -> str:
+    """Return a callable and its parameters as text that is the same in another process."""
+    if (code := getattr(part, "__code__", None)) is not None:  # a function
+        cells = [cell.cell_contents for cell in part.__closure__ or ()]
+        part = (part.__qualname__, *code.co_consts, part.__defaults__, cells)
+    elif repr(part) == object.__repr__(part):
+        part = (type(part).__qualname__, getattr(part, "__dict__", {}))
+    return re.sub(r" at 0x[0-9a-fA-F]+(, file .*?, line \d+)?", "", repr(part))

@@ -82,6 +82,11 @@ class Backbone(nn.Module):
         side = self.image_size // 2**halvings
         return (self.num_channels(len(self.features) - 1), side, side)
 
+    def is_trained(self) -> bool:
+        """Return whether weights of a network of `load_backbone` have been trained: it begins with biases of 0."""
+        biases = [parameter for name, parameter in self.named_parameters() if name.endswith("bias")]
+        return self.name in MODELS and any(bool(bias.any()) for bias in biases)  # host sync
+
     def num_channels(self, index: int) -> int:
         """Return how many channels `features[index]` puts out."""
         convolutions = [module for module in self.features[: index + 1] if isinstance(module, nn.Conv2d)]

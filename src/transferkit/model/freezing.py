@@ -9,6 +9,7 @@ from transferkit.errors import ArgumentError, UnknownLayerError, close_matches
 from transferkit.model.backbone import Backbone
 
 _Module = TypeVar("_Module", bound=nn.Module)
+_Norm = nn.modules.batchnorm._NormBase
 
 _PAST_LAST_LAYER = "(past the last layer)"  # the boundary that freezes everything; no module can have this name
 
@@ -28,9 +29,22 @@ class _StayInEval:
 
     def __call__(self, mode: bool = True) -> nn.Module:  # noqa: FBT001, FBT002 - torch's signature
         self.mode = mode
+        self.module.training = False
         for child in self.module.children():
             child.train(mode)
         return self.module
+
+
+def _keep_statistics() -> None:
+    """Replaces `reset_running_stats` of frozen batch norm: torch's `update_bn` resets what eval mode never refills."""
+
+
+def _freeze(module: nn.Module) -> None:
+    if not stays_in_eval(module):
+        module.train = _StayInEval(module)  # type: ignore[method-assign]
+    module.training = False
+    if isinstance(module, _Norm):
+        module.reset_running_stats = _keep_statistics  # type: ignore[method-assign]
 
 
 @explained
@@ -70,24 +84,60 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
     boundary = find_boundary(model, layer)
     modules = dict(model.named_modules())
     frozen_names = _names_before(boundary, list(modules))
-    # A parameter shared by a frozen and a trainable module is frozen: the frozen part must not change.
-    frozen = {id(p) for name in frozen_names for p in modules[name].parameters(recurse=False)}
-    for parameter in model.parameters():
+    trainable = parameters_from(model, layer)
+    for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
-        parameter.requires_grad_(id(parameter) not in frozen)
+        parameter.requires_grad_(name in trainable)
         if not parameter.requires_grad:
             parameter.grad = None  # or an optimizer would still apply an old gradient
     for name, module in modules.items():
         replaced = module.__dict__.get("train")
         if name in frozen_names and not _contains(name, boundary):
-            if not isinstance(replaced, _StayInEval):
-                module.train = _StayInEval(module)
-            module.training = False
+            _freeze(module)
         elif isinstance(replaced, _StayInEval):
             del module.train
+            module.__dict__.pop("reset_running_stats", None)
             module.training = replaced.mode
     return model
+
+
+def parameters_from(model: nn.Module, layer: str | None) -> dict[str, nn.Parameter]:
+    """Return the parameters that train after `freeze_until(model, layer)`, by name.
+
+    Raises:
+        UnknownLayerError: `model` has no such layer.
+    """
+    modules = dict(model.named_modules())
+    frozen_names = _names_before(find_boundary(model, layer), list(modules))
+    # A parameter shared by a frozen and a trainable module is frozen: the frozen part must not change.
+    frozen = {id(p) for name in frozen_names for p in modules[name].parameters(recurse=False)}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in frozen}
+
+
+def freeze_statistics(model: nn.Module) -> list[str]:
+    """Freeze batch norm whose parameters are all frozen and whose statistics are not; return the names.
+
+    That is the case where layers were converted after `freeze_until`, or frozen by hand with `requires_grad` alone.
+    Batch norm without parameters counts as frozen where it lies in a `Backbone` before the first trainable layer.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm2d(3).requires_grad_(False), nn.Conv2d(3, 4, 1))
+        >>> freeze_statistics(model), model.train()[0].training
+        (['0'], False)
+    """
+    modules = dict(model.named_modules())
+    early = list(modules.values())[: list(modules).index(first_trainable_module(model) or "")]
+    backbones = [part for backbone in early if isinstance(backbone, Backbone) for part in backbone.modules()]
+    found = []
+    for name, module in modules.items():
+        if not isinstance(module, _Norm) or not module.track_running_stats or stays_in_eval(module):
+            continue
+        own = list(module.parameters(recurse=False))
+        if not any(p.requires_grad for p in own) and (own or (module in early and module in backbones)):
+            _freeze(module)
+            found.append(name)
+    return found
 
 
 def stays_in_eval(module: nn.Module) -> bool:
@@ -126,10 +176,14 @@ def first_trainable(model: nn.Module) -> str | None:
         '1'
     """
     names = {qualified: alias for alias, qualified in reversed(_aliases(model).items()) if "_" in alias}
-    for name, module in model.named_modules():
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
-            return str(names.get(name, name))
-    return None
+    first = first_trainable_module(model)
+    return None if first is None else str(names.get(first, first))
+
+
+def first_trainable_module(model: nn.Module) -> str | None:
+    """Return the name of the first module with a trainable parameter of its own; None if there is none."""
+    own = ((name, module.parameters(recurse=False)) for name, module in model.named_modules())
+    return next((name for name, parameters in own if any(p.requires_grad for p in parameters)), None)
 
 
 def describe_frozen(model: nn.Module) -> str:

@@ -26,6 +26,9 @@ BELOW_LOWEST = 10.0
 FELL = 0.8
 """The smoothed loss must fall to this fraction of its first value, or the sweep says nothing about learning rates."""
 
+ROSE = 0.25
+"""It must then rise again by this fraction of what it fell, or nothing says where training begins to fail."""
+
 
 @dataclass(frozen=True, slots=True)
 class LearningRateSweep:
@@ -56,15 +59,30 @@ class LearningRateSweep:
     def suggestion(self) -> float | None:
         """A tenth of the learning rate with the lowest smoothed loss.
 
-        None if the loss never fell by a fifth of its mean over the first tenth of the steps: the model may be trained
-        already, or `lr_max` too small.
+        None if the loss never fell by a fifth of its mean over the first tenth of the steps, or never rose again by
+        a quarter of what it fell; `why_none` says which.
         """
-        start = max(1, len(self.losses) // 10)
-        later = zip(self.smoothed[start:], self.lrs[start:], strict=True)
-        ranked = [(loss, lr) for loss, lr in later if math.isfinite(loss)]
-        if not ranked or min(ranked)[0] > FELL * sum(self.losses[:start]) / start:
-            return None
-        return min(ranked)[1] / BELOW_LOWEST
+        return self._judged[0]
+
+    @property
+    def why_none(self) -> str:
+        """Why there is no suggestion; empty if there is one."""
+        return self._judged[1]
+
+    @property
+    def _judged(self) -> tuple[float | None, str]:
+        smoothed, start = self.smoothed, max(1, len(self.losses) // 10)
+        if not self.losses or not math.isfinite(self.losses[0]):
+            return None, "the loss of the first step is not finite. Look at the images and at the weights."
+        first = sum(self.losses[:start]) / start
+        later = [(loss, step) for step, loss in enumerate(smoothed) if step >= start and math.isfinite(loss)]
+        lowest, step = min(later, default=(math.inf, 0))
+        if lowest > FELL * first:
+            return None, "the loss never fell. Is the model trained already?"
+        if all(loss <= lowest + ROSE * (first - lowest) for loss in smoothed[step:]):
+            rate = f"{self.lrs[-1]:g}"
+            return None, f"the loss fell and did not rise again up to the rate {rate}. Train at the default rates."
+        return self.lrs[step] / BELOW_LOWEST, ""
 
     @property
     def diverged(self) -> bool:

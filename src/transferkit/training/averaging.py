@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,6 @@ from transferkit.base.calls import explained
 from transferkit.errors import CheckpointError
 from transferkit.model.freezing import trainable_state
 from transferkit.model.weights import differences
-from transferkit.training.callbacks import Running
 
 
 @explained
@@ -47,12 +47,12 @@ class WeightAverage:
     def __repr__(self) -> str:
         return f"WeightAverage({self.decay})"
 
-    def before_run(self, trainer: Running, *, validated: bool) -> None:
+    def before_run(self, trainer: Any, *, validated: bool) -> None:
         """Begin a new average."""
         self._average, self._steps = {}, 0
         self._model = None if validated else trainer.model
 
-    def after_step(self, trainer: Running) -> None:
+    def after_step(self, trainer: Any) -> None:
         """Move the average towards the weights."""
         self._steps += 1
         live = trainable_state(trainer.model)
@@ -66,7 +66,7 @@ class WeightAverage:
                 self._average[name].copy_(live[name])
 
     @contextmanager
-    def validating(self, trainer: Running) -> Iterator[None]:
+    def validating(self, trainer: Any) -> Iterator[None]:
         """Put the average into the model, and the weights of the last step back afterwards."""
         state = trainer.model.state_dict()
         live = {name: state[name].clone() for name in self._average}
@@ -76,7 +76,7 @@ class WeightAverage:
         finally:
             _assign(state, live)
 
-    def __call__(self, trainer: Running, report: object) -> None:
+    def __call__(self, trainer: Any, report: object) -> None:
         """Do nothing after an epoch."""
 
     def after_run(self) -> None:

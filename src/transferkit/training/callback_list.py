@@ -1,11 +1,13 @@
 """The callbacks of one run, and when each is called."""
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from transferkit.errors import ArgumentError
@@ -15,8 +17,8 @@ from transferkit.results.history import EpochReport
 class CallbackList:
     """Calls the callbacks of a run.
 
-    A callback is a function of `(trainer, report)`, called after each epoch; True ends the run. An object may also have
-    any of these:
+    A callback is a function of `(trainer, report)`, called after each epoch; True ends the run (a `bool` of
+    Python, numpy or torch). An object may also have any of these:
 
     - `order`, a number: those with a lower one are called first, those with none count 0. `GradualUnfreezing` has -1,
       early stopping and the loggers 1, so that they see what others add to the report, and `Checkpoint` 2.
@@ -83,7 +85,7 @@ class CallbackList:
 
     def after_epoch(self, report: EpochReport) -> bool:
         """Call each with the report; return whether one of them ends the run."""
-        return any([callback(self._trainer, report) is True for callback in self._callbacks])  # noqa: C419 - call all
+        return any([_ends_run(callback, callback(self._trainer, report)) for callback in self._callbacks])  # noqa: C419
 
     def on_stop(self) -> list[Path] | None:
         """Save where a run stands that ends early; None if no callback saves."""
@@ -122,3 +124,13 @@ def _check_arguments(callback: Any) -> None:
         raise ArgumentError(
             f"callback {callback!r} takes {signature}: expected a function of (trainer, report)."
         ) from error
+
+
+def _ends_run(callback: object, answer: Any) -> bool:
+    """Return whether a callback returned True, numpy's and torch's included; warn of what else could be meant so."""
+    if isinstance(answer, Tensor | np.generic) and answer.ndim == 0:
+        answer = answer.item()
+    if isinstance(answer, str | int | float) and not isinstance(answer, bool):
+        name = getattr(callback, "__qualname__", type(callback).__name__)
+        warnings.warn(f"callback {name} returned {answer!r}, which ends no run: True does.", stacklevel=3)
+    return answer is True

@@ -6,30 +6,14 @@ They have no state of their own and read what they need from `trainer.history`, 
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from transferkit.base.arguments import not_negative, whole_number
 from transferkit.base.calls import explained
 from transferkit.errors import ArgumentError, close_matches
-from transferkit.model.freezing import find_boundary, freeze_until
-from transferkit.model.head import TransferModel
+from transferkit.model.freezing import freeze_until, parameters_from
 from transferkit.results.history import EpochReport, History
-
-
-class Running(Protocol):
-    """What callbacks see of a `Trainer`."""
-
-    @property
-    def model(self) -> TransferModel:
-        """The model."""
-
-    @property
-    def metrics(self) -> Mapping[str, Any]:
-        """The trainer's metrics, by name."""
-
-    @property
-    def history(self) -> History | None:
-        """The finished epochs of the current run."""
+from transferkit.training.optimizers import check_held
 
 
 @explained
@@ -66,7 +50,7 @@ class EarlyStopping:
         self.patience = whole_number("patience", patience)
         self.min_delta = not_negative("min_delta", min_delta)
 
-    def before_run(self, trainer: Running, *, validated: bool) -> None:
+    def before_run(self, trainer: Any, *, validated: bool) -> None:
         """Refuse to watch what is not measured, before the first step."""
         measured = ["loss", "accuracy", *trainer.metrics]
         known = [f"val_{name}" for name in measured] + measured
@@ -78,7 +62,7 @@ class EarlyStopping:
         if self.monitor not in known and difflib.get_close_matches(self.monitor, known, cutoff=0.7):
             raise ArgumentError(f"monitor={self.monitor!r} is no figure. {close_matches(self.monitor, known)}")
 
-    def __call__(self, trainer: Running, report: EpochReport) -> bool:
+    def __call__(self, trainer: Any, report: EpochReport) -> bool:
         figures = (trainer.history or History()).history
         if self.monitor not in figures:
             raise ArgumentError(
@@ -133,12 +117,12 @@ class GradualUnfreezing:
             )
         self.layers = {whole_number("each epoch of layers", epoch): layer for epoch, layer in layers.items()}
 
-    def before_run(self, trainer: Running, *, validated: bool) -> None:
-        """Refuse a name that is no layer, before the first step."""
+    def before_run(self, trainer: Any, *, validated: bool) -> None:
+        """Refuse a name that is no layer, and an optimizer that does not hold what is to train."""
         for layer in self.layers.values():
-            find_boundary(trainer.model, layer)
+            check_held(trainer.optimizer, trainer.model, parameters_from(trainer.model, layer))
 
-    def __call__(self, trainer: Running, report: EpochReport) -> None:
+    def __call__(self, trainer: Any, report: EpochReport) -> None:
         following = len((trainer.history or History()).reports)
         if following in self.layers:
             freeze_until(trainer.model, self.layers[following])

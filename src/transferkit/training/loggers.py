@@ -15,7 +15,6 @@ from transferkit.base.calls import explained
 from transferkit.base.files import atomic_write
 from transferkit.errors import ArgumentError, MissingPackageError
 from transferkit.results.history import EpochReport, History
-from transferkit.training.callbacks import Running
 
 COLUMNS = tuple(field.name for field in fields(EpochReport))
 """The figures of every report; metrics and figures that callbacks add follow them."""
@@ -61,7 +60,7 @@ class CSVLogger:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
-    def before_run(self, trainer: Running, *, validated: bool) -> None:
+    def before_run(self, trainer: Any, *, validated: bool) -> None:
         """Refuse a file that cannot be written or is no log, before the first step."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +68,7 @@ class CSVLogger:
             raise ArgumentError(f"CSVLogger cannot write {self.path}: {error}. Name another file.") from error
         self._read()
 
-    def __call__(self, trainer: Running, report: EpochReport) -> None:
+    def __call__(self, trainer: Any, report: EpochReport) -> None:
         reports = (trainer.history or History()).reports
         rows = [row for row in self._read() if int(row["epoch"]) < reports[0].epoch]
         text = io.StringIO(newline="")
@@ -122,7 +121,7 @@ class TensorBoardLogger:
             )
         self.folder = Path(folder)
 
-    def __call__(self, trainer: Running, report: EpochReport) -> None:
+    def __call__(self, trainer: Any, report: EpochReport) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second: not at import
 
         # a file for each epoch: nothing is open between two

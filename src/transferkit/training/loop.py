@@ -1,7 +1,7 @@
 """The epochs of a run: train, validate, report, call back, and end well whatever ends them."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -21,7 +21,7 @@ from transferkit.training.evaluation import evaluate
 from transferkit.training.metrics import count_correct, measure
 from transferkit.training.optimizers import scale_lr
 from transferkit.training.progress import Progress
-from transferkit.training.run import Run
+from transferkit.training.run import Run, follow_model, warn_of_high_lr
 from transferkit.training.schedules import lr_factor
 from transferkit.training.standardizing import measure_features
 from transferkit.training.step import Step, guarded_step
@@ -43,6 +43,8 @@ def train_epoch(training: Training, run: Run, progress: Progress, *, first: int 
     Raises:
         NonFiniteError: When a loss or gradient is not finite, and no more steps may be skipped.
     """
+    follow_model(training, run.train.display)
+    warn_of_high_lr(training)
     begin_training(training.model)
     num_batches = run.source.num_batches(run.batch_size)
     if first == 0 or num_batches is None or first < num_batches:
@@ -57,7 +59,27 @@ def train_epoch(training: Training, run: Run, progress: Progress, *, first: int 
                 if step is not None:
                     yield step
         check_scale(training.device)
+    training.optimizer.zero_grad(set_to_none=True)  # validation may need the memory
     training.epoch += 1
+
+
+def train_epochs(training: Training, run: Run, progress: Progress) -> Generator[Step, None, None]:
+    """Make the steps of all epochs of a new run, with nothing between them.
+
+    Raises:
+        NonFiniteError: As in `train_epoch`.
+    """
+    try:
+        for _ in range(run.num_epochs):
+            yield from train_epoch(training, run, progress)
+    finally:
+        end_steps(training)
+
+
+def end_steps(training: Training) -> None:
+    """Put the learning rates back to those from which the next run's schedule starts, and free the gradients."""
+    scale_lr(training.optimizer, 1.0)
+    training.optimizer.zero_grad(set_to_none=True)
 
 
 def _train_batch(
@@ -65,9 +87,7 @@ def _train_batch(
 ) -> Step | None:
     """Make one step; return None if it was skipped."""
     inputs, targets = batch
-    scale_lr(
-        training.optimizer, lr_factor(training.schedule, training.global_step - progress.first_step, run.num_steps)
-    )
+    scale_lr(training.optimizer, lr_factor(run.schedule, training.global_step - progress.first_step, run.num_steps))
     seed = derive_seed(training.seed, "step", training.global_step)
     progress.between_steps = False
     training.let_optimizer("train")
@@ -147,6 +167,7 @@ class Epochs:
                 raise Interruption(stop) from error
             raise
         finally:
+            end_steps(self.training)
             self.training.let_optimizer("eval")
             progress.best.restore()
             self.training.model.eval()

@@ -61,7 +61,7 @@ def sweep(
         ArgumentError: When the last group's learning rate is 0.
     """
     model, optimizer, device = training.model, training.optimizer, training.device
-    base = optimizer.param_groups[-1]["initial_lr"]
+    base = optimizer.param_groups[-1]["base_lr"]
     if base == 0:
         raise ArgumentError(
             "the learning rate of the optimizer's last group is 0, and the other groups keep their proportion to it: "
@@ -82,7 +82,7 @@ def sweep(
         training.let_optimizer("train")
         for index, (rate, (network, inputs, targets)) in enumerate(zip(rates, batches, strict=False)):
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * (rate / base)
+                group["lr"] = group["base_lr"] * (rate / base)
             seed = derive_seed(training.seed, "lr_find", index)
             update = guarded_step(network, inputs, targets, training=training, loss=run.loss, seed=seed)
             seen.append(rate)

@@ -65,10 +65,8 @@ def build_optimizer(
                 "them there, or pass its class."
             )
         _check_step(optimizer)
-        _check_parameters(optimizer, model)
-        for group in optimizer.param_groups:
-            not_negative("lr of the optimizer", float(group["lr"]))
-            group.setdefault("initial_lr", group["lr"])
+        hold_parameters(optimizer, model)
+        take_rates(optimizer)
         return optimizer
     if isinstance(optimizer, str):
         if lr is None:
@@ -97,22 +95,25 @@ def build_optimizer(
             f"optimizer={optimizer!r} cannot be built over the model: {error}. Expected one that takes groups of "
             "parameters of any shape, such as torch.optim.AdamW."
         ) from error
-    set_lr(built, built.param_groups[0]["lr"] if lr is None else lr)
+    set_lr(built, float(built.param_groups[0]["lr"]) if lr is None else lr)
     return built
 
 
 def parameter_groups(model: TransferModel) -> dict[str, list[nn.Parameter]]:
     """Return the parameters of each block and of the head, by name, in the model's order.
 
+    What was added to the model elsewhere belongs to the head.
+
     Example:
         >>> from transferkit import attach_head, load_backbone
         >>> list(parameter_groups(attach_head(load_backbone(weights=None, image_size=32), 10)))
         ['block1', 'block2', 'block3', 'block4', 'block5', 'head']
     """
-    groups: dict[str, list[nn.Parameter]] = {}
-    for name, layer in zip(model.backbone.layer_names, model.backbone.features, strict=True):
-        groups.setdefault(name.split("_")[0], []).extend(layer.parameters())
-    return {**groups, HEAD: list(model.head.parameters())}
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in model.backbone.blocks}
+    for name, layer in zip(model.backbone.layer_names, model.backbone.features, strict=False):
+        groups[name.split("_")[0]].extend(layer.parameters())
+    blocks = {id(parameter) for parameters in groups.values() for parameter in parameters}
+    return {**groups, HEAD: [parameter for parameter in model.parameters() if id(parameter) not in blocks]}
 
 
 def discriminative_lr(model: TransferModel, lr: float, *, factor: float = 0.3) -> dict[str, float]:
@@ -159,7 +160,7 @@ def find_lr(optimizer: Optimizer, lr: LearningRate | None) -> dict[str, float]:
     """
     names = [group.get("name", str(index)) for index, group in enumerate(optimizer.param_groups)]
     if lr is None:
-        return {name: group["initial_lr"] for name, group in zip(names, optimizer.param_groups, strict=True)}
+        return {name: group["base_lr"] for name, group in zip(names, optimizer.param_groups, strict=True)}
     if not isinstance(lr, Mapping):
         return dict.fromkeys(names, positive("lr", lr))
     blocks = [name for name in names if name.startswith("block")]
@@ -180,18 +181,63 @@ def set_lr(optimizer: Optimizer, lr: LearningRate) -> None:
         ArgumentError: As `find_lr`.
     """
     for rate, group in zip(find_lr(optimizer, lr).values(), optimizer.param_groups, strict=True):
-        group["initial_lr"] = group["lr"] = rate
+        group["base_lr"] = group["scheduled_lr"] = group["lr"] = rate
 
 
 def scale_lr(optimizer: Optimizer, factor: float) -> None:
-    """Set every group's learning rate to its base times `factor`."""
+    """Set every group's learning rate to its base times `factor`, unless a scheduler or a callback has changed it."""
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        if group["lr"] == group.get("scheduled_lr"):
+            group["lr"] = group["scheduled_lr"] = group["base_lr"] * factor
+
+
+def take_rates(optimizer: Optimizer) -> None:
+    """Make learning rates that somebody wrote into the groups between two runs the base of the next.
+
+    Raises:
+        ArgumentError: When a rate is negative, infinite or NaN.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = not_negative("lr of the optimizer", float(group["lr"]))  # it may be a tensor
+        if group["lr"] != group.get("scheduled_lr"):
+            group["base_lr"] = group["scheduled_lr"] = group["lr"]
+
+
+def has_scheduler(optimizer: Optimizer) -> bool:
+    """Return whether one of torch's schedulers has been built over an optimizer; `ReduceLROnPlateau` does not show."""
+    return hasattr(optimizer.step, "_wrapped_by_lr_sched")  # torch has no public name for this
+
+
+def hold_parameters(optimizer: Optimizer, model: TransferModel) -> None:
+    """Let the groups that `build_optimizer` made follow a model whose layers were replaced or added.
+
+    What the optimizer remembers of parameters that are gone is dropped.
+
+    Raises:
+        ArgumentError: When parameters train that the optimizer does not hold, or it holds those of another model.
+    """
+    blocks, groups = parameter_groups(model), optimizer.param_groups
+    named = [group.get("name") for group in groups[: len(blocks)]] == list(blocks)
+    from_torch = type(optimizer).__module__.startswith("torch.optim.")  # others may keep parameters elsewhere, too
+    if named and from_torch and not isinstance(optimizer, torch.optim.Adagrad):  # it makes its state when it is built
+        others = {id(parameter) for group in groups[len(blocks) :] for parameter in group["params"]}
+        for group, parameters in zip(groups, blocks.values(), strict=False):
+            group["params"] = [parameter for parameter in parameters if id(parameter) not in others]
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    check_held(optimizer, model, trainable)
+    held = {parameter for group in groups for parameter in group["params"]}
+    for parameter in [key for key in optimizer.state if isinstance(key, torch.Tensor) and key not in held]:
+        del optimizer.state[parameter]
+    for group in groups if isinstance(optimizer, torch.optim.SGD) else []:  # fused, it refuses momentum of some alone
+        with_momentum = [p for p in group["params"] if optimizer.state.get(p, {}).get("momentum_buffer") is not None]
+        for parameter in group["params"] if with_momentum else []:
+            if parameter.requires_grad and parameter not in set(with_momentum):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _check_step(optimizer: Optimizer) -> None:
     """Refuse an optimizer whose step cannot be made from dense gradients alone."""
-    arguments = inspect.signature(optimizer.step).parameters.values()
+    _, *arguments = inspect.signature(type(optimizer).step).parameters.values()  # a scheduler wraps that of the object
     needs = ""
     if any(a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD) for a in arguments):
         needs = "a closure that computes the loss again in each step"
@@ -213,16 +259,20 @@ def _make_step(optimizer: Any) -> None:
     optimizer.step()
 
 
-def _check_parameters(optimizer: Optimizer, model: TransferModel) -> None:
+def check_held(optimizer: Optimizer, model: TransferModel, trainable: Mapping[str, nn.Parameter]) -> None:
+    """Refuse an optimizer that holds parameters of another model, or lacks one that trains.
+
+    Raises:
+        ArgumentError: When it does.
+    """
     own = {id(parameter) for parameter in model.parameters()}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     strangers = len(held - own)
-    missing = [
-        name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in held
-    ]
+    missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
     if strangers or missing:
+        names = f" ({', '.join(missing[:5])})" if missing else ""
         raise ArgumentError(
             f"the optimizer does not belong to the model: it holds {strangers} parameters of another model and lacks "
-            f"{len(missing)} that train ({', '.join(missing[:5])}). Build it over model.parameters() after "
-            "attach_head, or pass its class."
+            f"{len(missing)} that train{names}. Build it over model.parameters() when the model is "
+            "complete and assign it, trainer.optimizer = ..., or make a new Trainer with the optimizer's class."
         )

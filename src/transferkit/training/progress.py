@@ -1,6 +1,6 @@
 """How far a call of `fit` has come, and its best weights: what a checkpoint needs to continue the run exactly."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,7 +185,9 @@ class Progress:
         self.callbacks.load(state["callbacks"])
 
 
-def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, Tensor], *, origin: str) -> None:
+def check_progress(
+    state: object, facts: Mapping[str, Any], live: Mapping[str, Tensor], *, origin: str, but: Collection[str] = ()
+) -> None:
     """Compare the run of a checkpoint with the call that is to resume it, before anything is assigned.
 
     Args:
@@ -193,6 +195,7 @@ def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, T
         facts: Of the call.
         live: The model's weights.
         origin: The checkpoint, for the message.
+        but: Facts that need not be equal.
 
     Raises:
         CheckpointError: When it holds no run, or that of a call with other arguments.
@@ -206,9 +209,9 @@ def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, T
     check_parts({"run": state}, {"run": PARTS}, origin=origin)
     run: Mapping[str, Any] = state  # type: ignore[assignment]
     check_no_tensors(run["facts"], "run/facts")
-    for name, value in facts.items():
-        saved = run["facts"].get(name)
-        if saved == value:
+    for name in [*facts, *(name for name in run["facts"] if name not in facts)]:
+        saved, value = run["facts"].get(name), facts.get(name)
+        if saved == value or name in but:
             continue
         if name.endswith("data"):
             raise DataChangedError(
@@ -217,8 +220,8 @@ def check_progress(state: object, facts: Mapping[str, Any], live: Mapping[str, T
                 f"trainer.load({origin!r}), then fit without resume_from."
             )
         raise CheckpointError(
-            f"the run of {origin} has {name}={shown(saved)}, this call {name}={value!r}: expected the same. To begin a "
-            f"new run with its weights: trainer.load({origin!r}), then fit without resume_from."
+            f"the run of {origin} has {shown(name)}={shown(saved)}, this call {shown(value)}: expected the same. To "
+            f"begin a new run with its weights: trainer.load({origin!r}), then fit without resume_from."
         )
     best = run["best"] or {}
     check_items(best.values(), Tensor, "run/best")

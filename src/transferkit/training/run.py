@@ -1,19 +1,32 @@
 """What one call of `fit`, `steps` or `lr_find` works with, checked before its first step."""
 
+import math
+import warnings
 from dataclasses import dataclass
 
+import torch
 from torch import distributed, nn
+from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, default_collate
 
 from transferkit.base.arguments import whole_number
+from transferkit.base.display import Display
 from transferkit.data.open import class_names
 from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError, DeviceError, HeadMismatchError, NothingToTrainError
 from transferkit.features.feed import Feed
+from transferkit.model.freezing import freeze_statistics
 from transferkit.training.loss import Loss
+from transferkit.training.optimizers import has_scheduler, hold_parameters, take_rates
+from transferkit.training.schedules import SCHEDULES, Schedule
 from transferkit.training.training import Training
 
 BATCH_SIZE = 32
+
+HIGH_LR: dict[type[Optimizer], float] = {torch.optim.SGD: 0.03} | dict.fromkeys(
+    (torch.optim.Adam, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop), 1e-3
+)
+"""Learning rates from which on pretrained layers lose what they know within a few steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +40,7 @@ class Run:
         batch_size: Images in a batch.
         num_epochs: Epochs in all.
         num_steps: Steps in all; None where a `DataLoader` does not tell.
+        schedule: The trainer's; for `"auto"` what that stands for in this run.
     """
 
     train: Feed
@@ -35,6 +49,7 @@ class Run:
     batch_size: int
     num_epochs: int
     num_steps: int | None
+    schedule: Schedule
 
     @property
     def source(self) -> Source:
@@ -58,7 +73,7 @@ class Run:
 
 
 def open_run(training: Training, train: Feed, validation: Feed | None, *, epochs: int, batch_size: int | None) -> Run:
-    """Check the data of a call against model, loss and schedule before anything changes.
+    """Check the data of a call against model, loss and schedule before a weight changes.
 
     Args:
         training: What is to be trained.
@@ -71,6 +86,8 @@ def open_run(training: Training, train: Feed, validation: Feed | None, *, epochs
         TransferKitError: When an argument or the data cannot be used.
     """
     epochs = whole_number("epochs", epochs)
+    follow_model(training, train.display)
+    take_rates(training.optimizer)
     source = train.inputs.source
     size = choose_batch_size(source, batch_size)
     num_batches = source.num_batches(size)
@@ -78,7 +95,39 @@ def open_run(training: Training, train: Feed, validation: Feed | None, *, epochs
     if validation is not None:
         next(validation.inputs.batches(1))
     loss = training.loss.for_run(source, len(training.model.classes), training.device.torch_device)
-    return Run(train, validation, loss, size, epochs, num_steps)
+    schedule = training.schedule
+    if schedule is SCHEDULES["auto"] and (num_steps is None or has_scheduler(training.optimizer)):
+        schedule = SCHEDULES["constant"]
+    return Run(train, validation, loss, size, epochs, num_steps, schedule)
+
+
+def follow_model(training: Training, display: Display) -> None:
+    """Let everything follow a model whose layers were replaced, added, converted or frozen since the last epoch.
+
+    Raises:
+        ArgumentError: When parameters train that the optimizer does not hold.
+    """
+    training.device.prepare(training.model)
+    hold_parameters(training.optimizer, training.model)
+    if names := freeze_statistics(training.model):
+        display.say(f"batch norm whose parameters are frozen keeps its statistics, too: {', '.join(names)}")
+
+
+def warn_of_high_lr(training: Training) -> None:
+    """Warn, once for a trainer, where pretrained layers train at a learning rate that makes them forget."""
+    trainable = {id(parameter) for parameter in training.model.backbone.parameters() if parameter.requires_grad}
+    groups = [group for group in training.optimizer.param_groups if trainable & set(map(id, group["params"]))]
+    limit = next((limit for kind, limit in HIGH_LR.items() if isinstance(training.optimizer, kind)), math.inf)
+    rate = max((group.get("base_lr", 0.0) for group in groups), default=0.0)
+    if training.pretrained and rate >= limit:
+        training.pretrained = False
+        warnings.warn(
+            f"pretrained layers train at a learning rate of {rate:g}, at which they may lose within a few steps what "
+            "they have learned. freeze_until(model, 'head') trains the head alone. To train them, too, give them a "
+            f"lower rate: lr={{'head': {limit:g}, 'backbone': {limit / 10:g}}}, or in an optimizer of your own a group "
+            f"of parameters with lr={limit / 10:g}.",
+            stacklevel=3,
+        )
 
 
 def check_trains(model: nn.Module, run: Run) -> None:

@@ -142,13 +142,18 @@ def lr_factor(schedule: Schedule, step: int, num_steps: int | None) -> float:
     return float(factor)
 
 
-def check_schedule(schedule: Schedule, num_steps: int | None) -> None:
-    """Refuse a schedule that needs the number of steps where that is unknown.
+def check_schedule(schedule: Schedule, num_steps: int | None, *, other: bool = False) -> None:
+    """Refuse a schedule that needs the number of steps where that is unknown, or beside an `other` one of torch's.
 
     Raises:
         ArgumentError: When it does.
     """
-    if num_steps is None and schedule not in (SCHEDULES["constant"], SCHEDULES["auto"]):
+    if other and schedule is not SCHEDULES["constant"]:
+        raise ArgumentError(
+            f"schedule={describe_schedule(schedule)} and a scheduler of torch.optim.lr_scheduler would both set the "
+            'learning rate: expected one of them. Trainer(schedule="constant") leaves it to the scheduler.'
+        )
+    if num_steps is None and schedule is not SCHEDULES["constant"]:
         raise ArgumentError(
             "this schedule needs the number of steps, which a DataLoader without length does not tell: use "
             'schedule="constant", or give its data set a __len__.'

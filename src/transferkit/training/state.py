@@ -6,15 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from torch.optim import Optimizer
+
 from transferkit.base.display import Display
 from transferkit.data.augmentation import Augment, describe_augmentation
 from transferkit.errors import CheckpointError
+from transferkit.model.freezing import first_trainable
 from transferkit.saving import archive
 from transferkit.saving import model as model_state
 from transferkit.saving import optimizer as optimizer_state
 from transferkit.training.callback_list import CallbackList
 from transferkit.training.checkpoint import read_newest
-from transferkit.training.optimizers import LearningRate, find_lr
+from transferkit.training.optimizers import LearningRate, find_lr, hold_parameters
 from transferkit.training.progress import Progress, check_progress
 from transferkit.training.run import Run
 from transferkit.training.schedules import SCHEDULES, describe_schedule
@@ -35,8 +39,12 @@ PARTS: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 
+FREEZING = ("freeze_until", "frozen parameters")
+
+
 def training_state(training: Training, progress: Progress | None) -> dict[str, Any]:
     """Return model, optimizer, counters and the current run as plain types and tensors, which are not copies."""
+    hold_parameters(training.optimizer, training.model)
     return {
         "model": model_state.model_state(training.model),
         "optimizer": optimizer_state.optimizer_state(training.optimizer, training.model),
@@ -69,6 +77,7 @@ def check_training_state(training: Training, state: Mapping[str, Any], *, origin
         CheckpointError: When backbone, head, preprocessing or optimizer differ.
     """
     archive.check_parts(state, PARTS, origin=origin)
+    hold_parameters(training.optimizer, training.model)
     model_state.check_model_state(training.model, state["model"])
     optimizer_state.check_optimizer_state(training.optimizer, training.model, state["optimizer"])
     live, saved = training.device.scaler.state_dict(), state["scaler"]
@@ -116,7 +125,8 @@ def read_run(
         return None
     file, state = found
     state = complete_training_state(training, state, file)
-    check_progress(state.get("run"), facts, training.model.state_dict(), origin=str(file))
+    moved = FREEZING if facts[FREEZING[1]] == state["model"]["frozen"] else ()  # in the run, and here by the same run
+    check_progress(state.get("run"), facts, training.model.state_dict(), origin=str(file), but=moved)
     callbacks.before_first_step(state["progress"]["global_step"], resumed_from=file)
     display.say(f"resumed from {file}")
     return state
@@ -126,8 +136,9 @@ def run_facts(
     training: Training, run: Run, lr: LearningRate | None, augment: Augment | None, callbacks: CallbackList
 ) -> dict[str, Any]:
     """Return what a call must have in common with the one it resumes."""
-    constant = training.schedule is SCHEDULES["constant"]
+    constant = run.schedule is SCHEDULES["constant"]
     validation = None if run.validation is None else run.validation.inputs.source
+    model = training.model
     return {
         "training data": [run.source.num_images, run.source.digest()],
         "validation data": None if validation is None else [validation.num_images, validation.digest()],
@@ -135,9 +146,12 @@ def run_facts(
         "augment": None if augment is None else describe_augmentation(augment),
         "n_views": run.train.num_views,
         "lr": find_lr(training.optimizer, lr),
-        "schedule": describe_schedule(training.schedule),
+        "schedule": describe_schedule(run.schedule),
         "epochs": None if constant else run.num_epochs,  # a schedule runs over all of them
-        "weight_decay": [group.get("weight_decay") for group in training.optimizer.param_groups],
+        FREEZING[0]: first_trainable(model),
+        FREEZING[1]: [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        **{f"model.{name}": _settings(part) for name, part in model.named_modules() if name},
+        **_optimizer_settings(training.optimizer),
         "micro_batch_size": training.micro_batch_size,
         "clip_grad_norm": training.clip_grad_norm,
         "loss": run.loss.describe(),
@@ -145,3 +159,20 @@ def run_facts(
         "callbacks with a state": sorted(callbacks.state()),
         "seed": training.seed,
     }
+
+
+def _settings(layer: nn.Module) -> str:
+    """Return a layer's type and plain attributes, such as the probability of dropout, which are not in its weights."""
+    own = {name: value for name, value in vars(layer).items() if isinstance(value, bool | int | float | str | tuple)}
+    shown = [f"{name}={value!r}" for name, value in own.items() if not name.startswith("_") and name != "training"]
+    return f"{type(layer).__name__}({', '.join(shown)})"
+
+
+_NOT_COMPARED = {"params", "name", "lr", "initial_lr", "base_lr", "scheduled_lr", "foreach", "fused", "capturable"}
+
+
+def _optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
+    """Return an optimizer's settings but its rates: one value, or that of each group where they differ."""
+    names = {name for group in optimizer.param_groups for name in group} - _NOT_COMPARED
+    settings = {name: [repr(group.get(name)) for group in optimizer.param_groups] for name in sorted(names)}
+    return {name: values[0] if len(set(values)) == 1 else values for name, values in settings.items()}

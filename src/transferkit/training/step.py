@@ -71,11 +71,12 @@ def training_step(
         network: In training mode, on the device: a model, or what follows its frozen layers.
         inputs: Preprocessed images, float `(N, 3, H, W)`, or features, on the device.
         targets: int64 `(N,)` or float32 `(N, K)`, on the device.
-        training: Its optimizer's gradients are clear before and after.
+        training: The gradients that its optimizer holds are cleared first; those of this step stay until the next.
         loss: From `Loss.for_run`.
         micro_batch_size: 1 or more.
     """
     device, optimizer = training.device, training.optimizer
+    optimizer.zero_grad(set_to_none=True)
     total_weight = loss.total_weight(targets)
     batch_loss = torch.zeros((), device=inputs.device)
     outputs, size = [], micro_batch_size
@@ -87,7 +88,7 @@ def training_step(
         batch_loss += part_loss.detach()
         outputs.append(logits.detach())
     finite = batch_loss.isfinite() if device.scaler.is_enabled() else gradients_are_finite(batch_loss, optimizer)
-    device.update(optimizer, clip_grad_norm=training.clip_grad_norm, finite=finite)
+    device.apply(optimizer, clip_grad_norm=training.clip_grad_norm, finite=finite)
     return Update(batch_loss, torch.cat(outputs), finite, micro_batch_size)
 
 

@@ -26,6 +26,7 @@ class Training:
         clip_grad_norm: Largest Euclidean norm of all gradients together, or None.
         max_skipped: Steps of one run that may be skipped because a number is not finite.
         seed: Order of images, augmentation and dropout depend on it.
+        pretrained: Whether the backbone had been trained before, and no warning of a high learning rate was given.
         micro_batch_size: Images that pass through the network at once; None is the whole batch.
         epoch: Epochs finished so far.
         global_step: Steps made so far.
@@ -41,6 +42,7 @@ class Training:
     clip_grad_norm: float | None
     max_skipped: int
     seed: int
+    pretrained: bool = False
     micro_batch_size: int | None = None
     epoch: int = 0
     global_step: int = 0
