@@ -4,7 +4,8 @@ import copy
 import difflib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from transferkit.base.arguments import one_of, positive, whole_number
+from transferkit.base.calls import explained
 from transferkit.base.display import QUIET, Display
 from transferkit.base.interrupts import Interrupts
+from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device
 from transferkit.data.augmentation import Augment, build_augmentation
 from transferkit.data.classes import learn_names
@@ -26,15 +29,15 @@ from transferkit.data.inputs import Inputs
 from transferkit.data.open import open_data
 from transferkit.data.selection import bad_image_limit, split_validation, without_bad_images
 from transferkit.data.sources import Source, SubsetSource
-from transferkit.errors import ArgumentError
+from transferkit.errors import ArgumentError, CheckpointTypeError, ModelInUseError
 from transferkit.features.cache import FeatureCache, open_folder
 from transferkit.features.chunks import CachedFeatures
 from transferkit.features.feed import Batches, Feed, Frozen
 from transferkit.linear.choice import LinearHead
 from transferkit.linear.temperature import fit_temperature
 from transferkit.model.freezing import describe_frozen
-from transferkit.model.head import Standardize, TransferModel
-from transferkit.model.modes import modes_kept
+from transferkit.model.head import Standardize, TransferModel, check_float32, check_head
+from transferkit.model.modes import changing, evaluating
 from transferkit.results.assessment import Assessment
 from transferkit.results.history import History
 from transferkit.results.lr_sweep import LearningRateSweep
@@ -72,6 +75,7 @@ from transferkit.training.step import Step
 from transferkit.training.training import Training
 
 
+@explained
 class Trainer:
     """Trains a `TransferModel`, evaluates it and predicts with it.
 
@@ -147,6 +151,7 @@ class Trainer:
         [0, 1]
     """
 
+    @own_surroundings()
     def __init__(
         self,
         model: TransferModel,
@@ -171,6 +176,7 @@ class Trainer:
             )
         if isinstance(device, Device) and precision not in ("auto", device.precision):
             raise ArgumentError(f"precision={precision!r} contradicts {device}: say it in one place.")
+        check_float32(model, trains=True)
         place = device if isinstance(device, Device) else Device(device, precision)
         found = find_loss(loss, model, place.torch_device)
         self._training = Training(
@@ -193,6 +199,7 @@ class Trainer:
         self._given: tuple[object, object] = (None, None)  # its training and validation data, as the user passed them
         self._progress: Progress | None = None
         self._history: History | None = None
+        check_head(model)
         model.threshold = found.threshold
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -217,7 +224,7 @@ class Trainer:
 
     @optimizer.setter
     def optimizer(self, value: str | OptimizerClass | Optimizer) -> None:
-        self._training.optimizer = build_optimizer(value, self.model, None, None)
+        self._training.optimizer, self._training.optimizer_mode = build_optimizer(value, self.model, None, None), "eval"
 
     @property
     def seed(self) -> int:
@@ -270,6 +277,10 @@ class Trainer:
         `KeyboardInterrupt` or exit status 143; a second one ends it at once. Whatever ends a run between two steps, a
         `Checkpoint` among the callbacks first saves where it stands.
 
+        The model is in eval mode afterwards. A layer that you put into eval mode while the rest was in training mode
+        stays in it, in training too. Meanwhile other threads cannot use the model; before and after, any number may
+        predict.
+
         Args:
             data: `(images, targets)`; a `Dataset` of such pairs, or of dicts with an image and a label; a `DataLoader`
                 of batches; or a table or dict with a column for each. Images are raw, uint8 `(N, 3, H, W)` or
@@ -312,6 +323,7 @@ class Trainer:
             CheckpointError: When the checkpoint to resume from cannot be used.
             DataChangedError: When the run to resume began with other data.
             CheckpointWriteError: At the end, if the last save of a `Checkpoint` failed.
+            ModelInUseError: When another thread trains the model, or a callback calls `fit`.
             TransferKitError: When arguments or data cannot be used: before the first step, except for what a `Dataset`
                 or `DataLoader` hides until it is read.
         """
@@ -319,7 +331,7 @@ class Trainer:
             raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
         called, display = CallbackList(self, callbacks), Display(verbose)
         training = self._training
-        with self._interrupts, self._naming(data):
+        with self._alone("fit"), self._interrupts, self._naming(data):
             source = self._open_source(data, num_workers, on_bad_image, display)
             validation = None
             if validation_data is not None:
@@ -348,7 +360,8 @@ class Trainer:
             else:
                 assign_training_state(training, saved)  # nothing was changed before
             warn_of_high_lr(training)
-            display.say(f"{describe_frozen(training.model)}; on {self.device.torch_device} in {self.device.precision}")
+            frozen = describe_frozen(training.model).replace("; ", ";  ")  # a line may be broken there
+            display.say(f"{frozen};  on {self.device.torch_device} in {self.device.precision}")
             run.check_feeds()
             progress = self._begin(facts, called)
             if saved is not None:
@@ -360,7 +373,8 @@ class Trainer:
                 Epochs(training, run, progress, callbacks=called, interrupts=self._interrupts, display=display).finish()
             finally:
                 self._run, self._given, self._progress = None, (None, None), None
-        called.after_run()
+        with self._alone("the end of fit"):
+            called.after_run()
         return progress.history
 
     def solve(
@@ -410,7 +424,7 @@ class Trainer:
             accuracy 0.7355 ± 0.0098 on held-out images, L2 0.0316
         """
         display = Display(verbose)
-        with self._interrupts, self._naming(data):
+        with self._alone("solve"), self._interrupts, self._naming(data):
             feed = self._feeds(augment, n_views, display)
             train = feed(self._open_source(*without_loader(data, num_workers), on_bad_image, display), "training")
             held_out = None
@@ -424,6 +438,7 @@ class Trainer:
                 l2=None if l2 is None else positive("l2", l2),
                 folds=whole_number("folds", folds, at_least=2),
             )
+            self.model.eval()
             display.say(f"solved the head: {solved}")
         return solved
 
@@ -444,10 +459,9 @@ class Trainer:
         References:
             Guo et al., 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599.
         """
-        self.model.temperature = 1.0
-        with self._passing(data, batch_size, num_workers) as (network, batches):
+        with self._alone("calibrate"), self._passing(data, batch_size, num_workers) as (network, batches):
             logits, targets = logits_of(network, batches, training=self._training)
-        self.model.temperature = fit_temperature(logits, targets, self._training.loss)
+            self.model.temperature = fit_temperature(logits, targets, self._training.loss)
         return self.model.temperature
 
     def steps(
@@ -464,14 +478,14 @@ class Trainer:
         """Return an iterator that makes one training step each time it is advanced.
 
         Your code runs between the steps. The arguments are those of `fit` and are checked at once. Layers may be frozen
-        or unfrozen between two epochs. Between two steps parameters have the gradients of the last one, as they were
-        applied: unscaled and clipped.
+        or unfrozen between two epochs. Between two steps the model is in training mode, and parameters have the
+        gradients of the last one, as they were applied: unscaled and clipped. At the end the model is in eval mode.
 
         Example:
             >>> for step in trainer.steps(train, epochs=3):  # doctest: +SKIP
             ...     my_logger.log(step.loss, step.lr)
         """
-        with self._naming(data):
+        with self._alone("steps"), self._naming(data):
             source = self._open_source(data, num_workers)
             train = self._feeds(augment, n_views, QUIET)(source, "training")
             run = open_run(self._training, train, None, epochs=epochs, batch_size=batch_size)
@@ -482,7 +496,23 @@ class Trainer:
             warn_of_high_lr(self._training)
             run.check_feeds()
             measure_features(self._training, run, self._interrupts)
-        return train_epochs(self._training, run, self._begin({}, CallbackList(self, ())))
+            progress = self._begin({}, CallbackList(self, ()))
+        return self._one_by_one(train_epochs(self._training, run, progress))
+
+    def _one_by_one(self, steps: Generator[Step, None, None]) -> Iterator[Step]:
+        """Make a step whenever the next is asked for; modes of torch around the caller's code stay the caller's."""
+        try:
+            while True:
+                with self._alone("steps"):
+                    step = next(steps, None)
+                if step is None:
+                    return
+                yield step
+        finally:
+            steps.close()
+            if self._run is None:  # or a later call of fit trains
+                self._training.let_optimizer("eval")
+                self.model.eval()
 
     def lr_find(
         self,
@@ -525,7 +555,7 @@ class Trainer:
         """
         rates = spaced_rates(lr_min, lr_max, num_steps)
         display = Display(verbose)
-        with self._interrupts:
+        with self._alone("lr_find"), self._interrupts:
             source = self._open_source(data, num_workers)
             train = self._feeds(augment, n_views, display)(source, "training")
             run = open_run(self._training, train, None, epochs=1, batch_size=batch_size)
@@ -593,6 +623,7 @@ class Trainer:
             ImageError: When an image cannot be read or used; the message has its index and path.
             ArgumentError: When the images are a `DataLoader` that shuffles or leaves images out.
             NonFiniteError: When the model makes infinity or NaN of an image.
+            ModelInUseError: When another thread trains the model.
         """
         if one_of("on_bad_image", on_bad_image, ("raise", "nan")) == "nan":
             source = self._open(images, num_workers, with_targets=False, skip=True)
@@ -636,7 +667,9 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return model, optimizer and progress as plain types and tensors, which are not copies."""
-        return training_state(self._training, self._progress)
+        with evaluating(self.model):  # not while another thread trains
+            self._training.let_optimizer("eval")
+            return training_state(self._training, self._progress)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned, including which layers are frozen. On any difference nothing changes.
@@ -645,8 +678,10 @@ class Trainer:
             HeadMismatchError: When the classes differ.
             CheckpointError: When backbone, head, preprocessing or optimizer differ.
         """
-        check_training_state(self._training, state, origin="the checkpoint")
-        assign_training_state(self._training, {**state, "optimizer": copy.deepcopy(state["optimizer"])})
+        with self._alone("load_state_dict"):
+            self._training.let_optimizer("eval")
+            check_training_state(self._training, state, origin="the checkpoint")
+            assign_training_state(self._training, {**state, "optimizer": copy.deepcopy(state["optimizer"])})
 
     def save(self, path: str | os.PathLike[str], *, frozen: bool = True) -> None:
         """Write a checkpoint; `load` and `transferkit.load_model` read it. The file appears whole or not at all.
@@ -659,9 +694,10 @@ class Trainer:
         Raises:
             CheckpointWriteError: When the folder is missing, read-only or full. The file that was there before remains.
         """
-        state = self.state_dict()
-        model = state["model"] if frozen else model_state.leave_out_frozen(state["model"], self.model)[0]
-        archive.write_checkpoint(path, {**state, "model": model})
+        with evaluating(self.model):
+            state = self.state_dict()
+            model = state["model"] if frozen else model_state.leave_out_frozen(state["model"], self.model)[0]
+            archive.write_checkpoint(path, {**state, "model": model})
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Load a checkpoint that `save` or a `Checkpoint` wrote; see `load_state_dict`.
@@ -670,9 +706,33 @@ class Trainer:
             CheckpointError: When there is no such file, it is damaged, or it does not fit.
             HeadMismatchError: When it has other classes.
         """
-        assign_training_state(
-            self._training, complete_training_state(self._training, archive.read_checkpoint(path), Path(path))
-        )
+        with self._alone("load"):
+            self._training.let_optimizer("eval")
+            state = complete_training_state(self._training, archive.read_checkpoint(path), Path(path))
+            assign_training_state(self._training, state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the current run. What cannot be pickled is named.
+
+        Raises:
+            CheckpointTypeError: When schedule, loss or a metric is a function that pickle cannot find by its name.
+        """
+        name = ""
+        try:
+            for name in ("schedule", "loss", "metrics"):
+                pickle.dumps(getattr(self._training, name))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise CheckpointTypeError(
+                f"Trainer cannot be pickled, because of its {name}: {error}. Expected a function at the top of a "
+                "module, no lambda or inner one. Trainer.save needs no pickle."
+            ) from error
+        return {**vars(self), "_run": None, "_given": (None, None), "_progress": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Trainer":
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def share_features(self, other: "Trainer") -> None:
         """Use the cached features of another trainer on the same device, and add to them.
@@ -683,7 +743,7 @@ class Trainer:
 
     def _features_of(self, data: object, num_workers: int, display: Display) -> tuple[CachedFeatures, Loss]:
         """Return the features of labelled images, and the loss with what depends on their targets."""
-        with self._interrupts:
+        with self._alone("features"), self._interrupts:
             feed = self._feeds(None, None, display)(self._open_source(data, num_workers), "training")
             features = feed.features()
         loss = self._training.loss.for_run(feed.inputs.source, len(self.model.classes), self.device.torch_device)
@@ -692,8 +752,7 @@ class Trainer:
     def _validate(self, source: Source) -> dict[str, float]:
         """Return loss and accuracy of labelled images, over cached features where that is safe."""
         feed = self._feeds(None, None, QUIET)(source, "validation")
-        with self._interrupts, modes_kept(self.model):
-            self.model.eval()
+        with evaluating(self.model), self._interrupts:
             network, batches = feed.open(CACHED_BATCH_SIZE)
             with closing(batches):
                 return evaluate(network, batches, training=self._training, loss=self._training.loss)
@@ -753,8 +812,9 @@ class Trainer:
         self, data: object, batch_size: int | None, num_workers: int, *, with_targets: bool = True
     ) -> Iterator[tuple[nn.Module, Batches]]:
         """Put the model into eval mode and yield the network and its batches, over cached features if it can."""
-        with modes_kept(self.model):
-            self.model.eval()
+        with evaluating(self.model), own_surroundings():
+            self._check_model(trains=False)
+            self._training.let_optimizer("eval")
             run = self._run
             if run is not None and with_targets and run.validation is not None and data is self._given[1]:
                 size = choose_batch_size(run.validation.inputs.source, batch_size)
@@ -767,6 +827,23 @@ class Trainer:
     def _open(self, data: object, num_workers: int, **how: Any) -> Source:
         multi_label = self.model.threshold is not None
         return open_data(data, self.model.classes, num_workers=num_workers, multi_label=multi_label, **how)
+
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """Let this thread alone change the model, as if no mode of torch had been set outside."""
+        with changing(self.model), own_surroundings():
+            if self._run is not None and what in ("fit", "solve", "steps"):
+                raise ModelInUseError(
+                    f"{what} was called while fit runs, by one of its callbacks: expected one run at a time. Call "
+                    f"{what} when fit has returned; a callback may evaluate, predict and save."
+                )
+            self._check_model(trains=True)
+            yield
+
+    def _check_model(self, *, trains: bool) -> None:
+        """Refuse a model that was changed into one that cannot be trained or used."""
+        check_float32(self.model, trains=trains)
+        check_head(self.model)
 
     def _batches(self, data: object, batch_size: int | None, num_workers: int, *, with_targets: bool) -> Batches:
         source = self._open(data, num_workers, with_targets=with_targets)
