@@ -181,7 +181,9 @@ class DatasetSource:
             "indices": _NO_TARGETS if indices is None else indices,
         }
         if self.why_not_repeatable(indices) is None:
-            tensors |= {str(index): self.samples.read(index, 0)[0] for index in evenly_spaced(self.num_images, indices)}
+            for index in evenly_spaced(self.num_images, indices):
+                image, target, _ = self.samples.read(index, 0)
+                tensors |= {f"image {index}": image, f"target {index}": self.read_targets([target])}
         return _digest(**tensors)
 
     def failures(self) -> Generator[tuple[int, dict[int, str]], None, None]:
