@@ -22,6 +22,7 @@ from transferkit.base.randomness import derive_seed, seeded
 from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device
 from transferkit.data.classes import learn_names
+from transferkit.data.preprocessing import Preprocessing
 from transferkit.data.resized import resized
 from transferkit.errors import ArgumentError, NonFiniteError, OutOfMemoryError, close_matches
 from transferkit.model.freezing import find_boundary, freeze_until
@@ -200,7 +201,7 @@ def search(
     place = device if isinstance(device, Device) else Device(device, precision)
     first = _build(build, sets[0], seed)
     order = sorted(range(len(sets)), key=lambda number: _depth(first, sets[number]))
-    data: dict[int, tuple[object, object]] = {}  # training and validation data by image size
+    data: dict[Preprocessing, tuple[object, object]] = {}  # training and validation data
     trials: dict[int, Trial] = {}
     best, best_model, features = (-1.0, 0), None, None
     with display.bar("search", len(sets), unit="trials") as bar:
@@ -208,15 +209,15 @@ def search(
             params = sets[number]
             model = _build(build, params, seed)
             model.classes = learn_names(train, model.classes)  # the images in memory have no names
-            if (size := model.backbone.image_size) not in data:
-                data[size] = (
+            if (preprocess := model.backbone.preprocess) not in data:
+                data[preprocess] = (
                     _read(train, model, place, num_workers),
                     _read(validation_data, model, place, num_workers),
                 )
             trainer = _trainer(model, params, features, device=place, cache=cache, seed=seed)
             features = trainer
             trials[number] = trial = _try(
-                trainer, params, *data[size], validation_split=validation_split, num_workers=num_workers
+                trainer, params, *data[preprocess], validation_split=validation_split, num_workers=num_workers
             )
             if (rank := (trial.score, -number)) > best:  # of equal ones the first, as in best_index_; never NaN
                 best, best_model = rank, model

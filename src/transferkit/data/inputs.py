@@ -75,7 +75,9 @@ class Inputs:
         images = self.device.move(images)
         if isinstance(images, Tensor) and images.is_floating_point():
             return images
-        return self.preprocess.normalize(self.preprocess.resize(images))
+        if self.transform is None or isinstance(images, list):
+            images = self.preprocess.resize(images)  # augmented images have been resized: once more may change them
+        return self.preprocess.normalize(images)
 
     def _augment(self, images: Images, places: Sequence[int], view: int) -> Images:
         if self.transform is None:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -138,6 +139,7 @@ def load_backbone(
     weights: WeightsEnum | str | os.PathLike[str] | Mapping[str, Tensor] | None = "DEFAULT",
     image_size: int = 224,
     preprocessing: str | Preprocessing = "auto",
+    geometry: str | None = None,
 ) -> Backbone:
     """Load the convolutional part of a VGG network, without its classifier.
 
@@ -151,9 +153,11 @@ def load_backbone(
         preprocessing: `"auto"` selects the convention that belongs to named weights. For a path or a state dict, name
             the convention its weights were trained with: `"IMAGENET1K_V1"`, `"IMAGENET1K_FEATURES"` (the original VGG
             weights), `"KERAS"`, or a `Preprocessing`.
+        geometry: How an image of another shape becomes a square: `"crop"`, `"torchvision"`, `"letterbox"` or
+            `"squash"`; see `Preprocessing`. None takes that of `preprocessing`, which is `"crop"` for a name.
 
     Raises:
-        ArgumentError: `name`, `weights` or `preprocessing` is not known, or `image_size` is under 32.
+        ArgumentError: `name`, `weights`, `preprocessing` or `geometry` is not known, or `image_size` is under 32.
         PreprocessingError: `preprocessing="auto"` and the weights come from a path or state dict that does not
             identify its convention.
         WeightsError: The weights are damaged or belong to another network.
@@ -180,12 +184,14 @@ def load_backbone(
         )
     weights = _find_weights(weights, name)
     convention = _find_preprocessing(preprocessing, weights, name)
+    geometry = convention.geometry if geometry is None else geometry
+    convention = replace(convention, image_size=image_size, geometry=geometry)
     state = _read_weights(weights)
 
     with torch.device("meta"):  # takes no memory for the classifier's 124 million parameters
         features: nn.Sequential = get_model_builder(name)(weights=None, init_weights=False).features
     features.to_empty(device="cpu")
-    backbone = Backbone(name, features, convention.with_image_size(image_size))
+    backbone = Backbone(name, features, convention)
     _initialize(features)
     if state is not None:
         convolutions = {key: value for key, value in state.items() if not key.startswith("classifier.")}

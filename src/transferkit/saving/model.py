@@ -15,7 +15,7 @@ from transferkit.base.arrays import digest_tensors
 from transferkit.base.calls import explained
 from transferkit.base.surroundings import own_surroundings
 from transferkit.data.classes import numbered
-from transferkit.data.preprocessing import Preprocessing
+from transferkit.data.preprocessing import GEOMETRIES, Preprocessing
 from transferkit.errors import ArgumentError, CheckpointError, HeadMismatchError, TransferKitError
 from transferkit.model.backbone import MIN_IMAGE_SIZE, Backbone, load_backbone
 from transferkit.model.freezing import find_boundary, first_trainable, freeze_until, trainable_state
@@ -40,6 +40,8 @@ PARTS: dict[str, Any] = {
     "left_out": [(str,)],
     "sha256": (str,),
 }
+
+_OLDEST = {"geometry": "crop"}  # what a file written before there were others does not say
 
 
 def model_state(model: TransferModel) -> dict[str, Any]:
@@ -93,7 +95,11 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
         "layers": list(model.layers),
         "pooling": _pooling(list(model.layers), model.head_arguments),
     }
-    saved = {**state, "pooling": _pooling(state["layers"], state["head"])}
+    saved = {
+        **state,
+        "preprocessing": _OLDEST | state["preprocessing"],
+        "pooling": _pooling(state["layers"], state["head"]),
+    }
     for name, value in live.items():
         if type(value) is not type(saved[name]) or value != saved[name]:
             raise CheckpointError(
@@ -124,6 +130,10 @@ def _check_description(state: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"the checkpoint is of a model for images of {shown(size)} pixels: expected {MIN_IMAGE_SIZE} to "
             f"{MAX_IMAGE_SIZE:,}."
+        )
+    if (geometry := (_OLDEST | state["preprocessing"])["geometry"]) not in GEOMETRIES:
+        raise CheckpointError(
+            f"the checkpoint is of a model with geometry {shown(geometry)}: expected one of {', '.join(GEOMETRIES)}."
         )
     if len(state["classes"]) < 2:
         raise CheckpointError(f"the checkpoint has {len(state['classes'])} classes: expected 2 or more.")
@@ -265,7 +275,7 @@ def _build(state: Mapping[str, Any], head: nn.Module | None, backbone: Backbone 
             state["backbone"],
             weights=None,
             image_size=state["preprocessing"]["image_size"],
-            preprocessing=Preprocessing(**state["preprocessing"]),
+            preprocessing=Preprocessing(**(_OLDEST | state["preprocessing"])),
         )
     arguments = state["head"] if head is None else {"head": head}
     if head is None:
