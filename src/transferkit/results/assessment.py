@@ -202,6 +202,27 @@ class Assessment:
         self._one_label("confusion_matrix")
         return confusion_matrix(self.targets, self.predicted, len(self.classes))
 
+    def most_confused(self, count: int) -> list[tuple[str, str, int]]:
+        """Return the classes that were most often taken for another: true class, predicted class, number of images.
+
+        Raises:
+            ArgumentError: When `count` is below 1, or an image may have several labels.
+
+        Example:
+            >>> probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]], np.float32)
+            >>> Assessment(probabilities, np.ones(3), np.array([0, 1, 1]), ("cat", "dog")).most_confused(3)
+            [('dog', 'cat', 1)]
+        """
+        counts = self.confusion_matrix()
+        np.fill_diagonal(counts, 0)
+        order = np.argsort(-counts, axis=None, kind="stable")[: whole_number("count", count)]
+        pairs = zip(*np.unravel_index(order, counts.shape), strict=True)
+        return [
+            (self.classes[true], self.classes[guess], int(counts[true, guess]))
+            for true, guess in pairs
+            if counts[true, guess]
+        ]
+
     def per_class(self) -> list[ClassFigures]:
         """Return precision, recall, F1 and number of images of each class."""
         true, predicted = self._labels(self.targets), self._labels(self.predicted)
