@@ -15,10 +15,11 @@ ORDER = [
     {"model"},
     {"features", "saving"},
     {"linear"},
+    {"analysis"},
     {"results"},
     {"training"},
     {"trainer"},
-    {"search", "probe", "fine_tune"},
+    {"search", "probe", "fine_tune", "data_audit"},
     {"__init__"},
 ]
 """The files and folders of the package, from the lowest up: each may import what stands above it here, and itself."""

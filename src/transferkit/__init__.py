@@ -7,6 +7,7 @@
 """
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from transferkit.base.installation import check_torchvision
 
@@ -40,10 +41,28 @@ from transferkit.training.optimizers import discriminative_lr
 from transferkit.training.schedules import warmup
 from transferkit.training.step import Step
 
+if TYPE_CHECKING:
+    from transferkit.data_audit import audit
+    from transferkit.results.auditing import Audit
+
 __version__ = version("transferkit")
+
+
+def __getattr__(name: str) -> Any:
+    """Import what few programs need when it is first used."""
+    if name == "audit":
+        from transferkit.data_audit import audit
+
+        return audit
+    if name == "Audit":
+        from transferkit.results.auditing import Audit
+
+        return Audit
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 __all__ = [
     "Assessment",
+    "Audit",
     "Backbone",
     "BinaryCrossEntropy",
     "CSVLogger",
@@ -70,6 +89,7 @@ __all__ = [
     "WeightAverage",
     "WithPreprocessing",
     "attach_head",
+    "audit",
     "cache_features",
     "confusion_matrix",
     "discriminative_lr",

@@ -12,7 +12,7 @@ from transferkit.data.inputs import Images
 SIDE = 8
 """Height and width of a thumbnail: small enough that compression does not show, large enough to tell images apart."""
 
-SAME = 0.15
+SAME = 0.2
 """Two images are copies if their thumbnails differ by less than this fraction of their contrast."""
 
 _LEAST_CONTRAST = 1.0  # grey levels; images with less have no content to compare
@@ -112,7 +112,8 @@ def _even(small: Tensor) -> Tensor:
 
 
 def _contrast(small: Tensor) -> Tensor:
-    return small.flatten(1).std(dim=1).clamp_min(_LEAST_CONTRAST)
+    """Return how much each thumbnail varies over its positions, in grey levels, `(N,)`: no cast of color counts."""
+    return small.flatten(2).std(dim=2).square().mean(dim=1).sqrt().clamp_min(_LEAST_CONTRAST)
 
 
 def _difference(image: Tensor, other: Tensor) -> tuple[float, bool]:

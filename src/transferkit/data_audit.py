@@ -224,7 +224,7 @@ def _find_unlike(table: Table, solved: LinearHead, look: _Look, listed: _Listed)
         if abs(deviation[index]) <= FAR:
             break
         how = "brighter" if deviation[index] > 0 else "darker"
-        found.append(listed.finding("brightness", index, float(deviation[index]), f"much {how} than the others"))
+        found.append(listed.finding("brightness", index, float(deviation[index]), f"much {how} than most"))
     heights, widths = look.sizes.double().unbind(dim=1)
     area, shape = unlike((heights * widths).log(), spread=0.4), unlike((widths / heights).log(), spread=0.2)
     deviation = torch.maximum(area.abs(), shape.abs())
