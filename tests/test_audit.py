@@ -11,10 +11,10 @@ from torchvision.datasets import ImageFolder
 
 import transferkit as tk
 from tiny import CLASSES, make_backbone, make_images
+from transferkit import audit
 from transferkit.analysis.duplicates import find_copies, thumbnails
 from transferkit.analysis.labels import find_wrong_labels
 from transferkit.analysis.outliers import distances, nearest, unlike
-from transferkit import audit
 from transferkit.errors import ArgumentError
 
 PLAIN = {"device": "cpu", "precision": "fp32", "verbose": 0}
