@@ -2,7 +2,7 @@
 
 python benchmarks/audit.py --data cifar10=FOLDER flowers=FOLDER [--seeds 5] [--images 2000] [--all]
 
-Each folder has one folder of images per class. Of each set, `--images` are drawn by the seed, at 64 pixels; with `--all`
+Each folder has one folder of images per class. Of each set, `--images` are drawn by the seed, at 64 px. With `--all`
 every image of the first set is audited once, for the time. cleanlab, a peer of the extra `bench`, gets the same
 probabilities.
 """
@@ -80,7 +80,7 @@ def copies(images: list[Image.Image], seed: int) -> dict[str, float]:
     for name, change in CHANGES.items():
         changed = thumbnails([pixels(change(images[place])) for place in picked])
         of = {copy.index: copy.of for copy in find_copies(changed, own)}
-        twins = {a: b for a, b in natural}
+        twins = dict(natural)
         right = [of.get(row) in (place, twins.get(place)) for row, place in enumerate(picked)]
         found[name] = sum(right) / len(picked)
         found.setdefault("false", 0.0)
