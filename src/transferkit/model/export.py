@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from transferkit.base.calls import explained
 from transferkit.errors import ArgumentError, ImageError
 from transferkit.model.head import TransferModel
 
@@ -12,6 +13,7 @@ _MAX_BITS = 22  # of the fraction in torch's integer weights
 _MAX_WEIGHT = 2**15 - 0.5  # beyond it a weight would not round to an int16
 
 
+@explained
 class WithPreprocessing(nn.Module):
     """A model that takes raw images of any size: resize, centre crop and normalise are part of it.
 

@@ -352,9 +352,10 @@ def plot_confusion_matrix(assessment: Assessment, *, ax: "Axes | None" = None, n
 def plot_predictions(
     assessment: Assessment, data: object, *, num_images: int = 12, ax: "Axes | None" = None
 ) -> "Figure":
-    """Show images with their true and predicted class and the probability of the predicted one, the worst first.
+    """Show images with their predicted class and its probability, the worst first.
 
-    The worst have the highest loss: the model was sure and wrong. Wrong predictions have a red title.
+    The worst have the highest loss: the model was sure and wrong. Wrong predictions have a red title, with the true
+    class in parentheses.
 
     Args:
         assessment: From `Trainer.assess(data)`.
@@ -371,7 +372,7 @@ def plot_predictions(
         >>> half = np.full((4, 2), 0.5, np.float32)
         >>> figure = plot_predictions(Assessment(half, half[:, 0], targets, ("cat", "dog")), (images, targets))
         >>> [part.get_title() for part in figure.axes[0].child_axes]
-        ['cat 0.50', 'dog, not cat 0.50', 'dog, not cat 0.50', 'cat 0.50']
+        ['cat 0.50', 'cat 0.50 (dog)', 'cat 0.50 (dog)', 'cat 0.50']
     """
     source = open_data(data, assessment.classes, multi_label=assessment.threshold is not None)
     if source.num_images != len(assessment.targets):
@@ -391,10 +392,10 @@ def plot_predictions(
         part.imshow(pixels)
         part.set_axis_off()
         true, guessed = (assessment._names(place, values) for values in (assessment.targets, predicted))
-        right = true == guessed
-        title = true if right else f"{true}, not {guessed}"
+        right, title = true == guessed, guessed
         if assessment.threshold is None:
             title += f" {assessment.probabilities[place, predicted[place]]:.2f}"
+        title += "" if right else f" ({true})"
         part.set_title(title, fontsize=7, color="black" if right else "firebrick")
     return figure
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from transferkit.base.arrays import digest_tensors
+from transferkit.base.calls import explained
+from transferkit.base.surroundings import own_surroundings
 from transferkit.data.preprocessing import Preprocessing
 from transferkit.errors import ArgumentError, CheckpointError, HeadMismatchError, TransferKitError
 from transferkit.model.backbone import MIN_IMAGE_SIZE, Backbone, load_backbone
@@ -180,6 +182,7 @@ def frozen_path(folder: Path, sha256: str) -> Path:
     return folder / f"frozen-{sha256[:16]}.pt"
 
 
+@explained
 def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bool = True) -> None:
     """Write a model, whole or not at all, for `load_model` to read.
 
@@ -204,6 +207,8 @@ def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bo
     write_checkpoint(path, {"model": state if frozen else leave_out_frozen(state, model)[0]})
 
 
+@explained
+@own_surroundings()
 def load_model(
     path: str | os.PathLike[str], *, head: nn.Module | None = None, backbone: Backbone | None = None
 ) -> TransferModel:

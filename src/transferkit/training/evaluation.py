@@ -30,7 +30,7 @@ def evaluate(network: nn.Module, batches: Batches, *, training: Training, loss: 
     """
     losses, correct, outputs = [], torch.zeros((), dtype=torch.float64), []
     for inputs, targets in batches:
-        logits = _logits(network, inputs, training)
+        logits = evaluation_step(network, inputs, device=training.device) / training.model.temperature
         losses.append(loss.each(logits, targets))
         correct = correct.to(logits.device) + count_correct(logits, targets, training.model.threshold)
         if training.metrics:
@@ -47,7 +47,7 @@ def predict_proba(network: nn.Module, batches: Batches, *, training: Training) -
         NonFiniteError: When the network makes infinity or NaN of an image.
     """
     logits, _ = logits_of(network, batches, training=training)
-    return _finite_probabilities(logits, training.model.threshold)
+    return _finite_probabilities(logits / training.model.temperature, training.model.threshold)
 
 
 def assess(network: nn.Module, batches: Batches, *, training: Training, loss: Loss) -> Assessment:
@@ -57,6 +57,7 @@ def assess(network: nn.Module, batches: Batches, *, training: Training, loss: Lo
         NonFiniteError: When the network makes infinity or NaN of an image.
     """
     logits, targets = logits_of(network, batches, training=training)
+    logits = logits / training.model.temperature
     probabilities = _finite_probabilities(logits, training.model.threshold)
     true = class_indices(targets) if training.model.threshold is None else targets >= 0.5
     return Assessment(
@@ -71,17 +72,13 @@ def assess(network: nn.Module, batches: Batches, *, training: Training, loss: Lo
 
 
 def logits_of(network: nn.Module, batches: Batches, *, training: Training) -> tuple[Tensor, Tensor]:
-    """Return the logits of every image, divided by the temperature, float32 `(N, K)`, and the targets, on the device.
+    """Return the logits of every image, float32 `(N, K)`, not divided by the temperature, and the targets.
 
-    The arguments are those of `evaluate`.
+    Both are on the device; the arguments are those of `evaluate`.
     """
-    outputs = [(_logits(network, inputs, training), targets) for inputs, targets in batches]
+    outputs = [(evaluation_step(network, inputs, device=training.device), targets) for inputs, targets in batches]
     logits, targets = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     return logits, targets
-
-
-def _logits(network: nn.Module, inputs: Tensor, training: Training) -> Tensor:
-    return evaluation_step(network, inputs, device=training.device) / training.model.temperature
 
 
 def _finite_probabilities(logits: Tensor, threshold: float | None) -> npt.NDArray[np.float32]:
