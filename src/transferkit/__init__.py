@@ -6,6 +6,7 @@
 >>> trainer = tk.Trainer(model, optimizer="adam", lr=1e-3)
 """
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -43,22 +44,26 @@ from transferkit.training.step import Step
 
 if TYPE_CHECKING:
     from transferkit.data_audit import audit
+    from transferkit.explaining import explain, nearest_images, plot_explanations
     from transferkit.results.auditing import Audit
 
 __version__ = version("transferkit")
 
 
+_LATER = {
+    "Audit": "results.auditing",
+    "audit": "data_audit",
+    "explain": "explaining",
+    "nearest_images": "explaining",
+    "plot_explanations": "explaining",
+}
+"""Names that few programs need, and the module that each is imported from when it is first used."""
+
+
 def __getattr__(name: str) -> Any:
-    """Import what few programs need when it is first used."""
-    if name == "audit":
-        from transferkit.data_audit import audit
-
-        return audit
-    if name == "Audit":
-        from transferkit.results.auditing import Audit
-
-        return Audit
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"transferkit.{_LATER[name]}"), name)
 
 
 __all__ = [
@@ -94,11 +99,14 @@ __all__ = [
     "cache_features",
     "confusion_matrix",
     "discriminative_lr",
+    "explain",
     "fine_tune",
     "freeze_until",
     "load_backbone",
     "load_model",
+    "nearest_images",
     "plot_confusion_matrix",
+    "plot_explanations",
     "plot_lr_find",
     "plot_predictions",
     "plot_probe",

@@ -25,12 +25,17 @@ def plot_images(
     Raises:
         MissingPackageError: When matplotlib is not installed.
     """
-    columns = max(1, min(len(places), 6))
-    rows = max(1, math.ceil(len(places) / columns))
+    return draw_images(read_pixels(source, places), titles, colors=colors, ax=ax)
+
+
+def draw_images(images: Sequence[Any], titles: Sequence[str], *, colors: Sequence[str], ax: "Axes | None") -> "Figure":
+    """Draw images `(H, W, 3)` in rows of six, each with a title in its color."""
+    columns = max(1, min(len(images), 6))
+    rows = max(1, math.ceil(len(images) / columns))
     lines = max((title.count("\n") + 1 for title in titles), default=1)
     ax, figure = open_axes(ax, width=1.6 * columns, height=(1.71 + 0.14 * lines) * rows)
     ax.axis("off")
-    for index, (title, color, pixels) in enumerate(zip(titles, colors, read_pixels(source, places), strict=True)):
+    for index, (title, color, pixels) in enumerate(zip(titles, colors, images, strict=True)):
         row, column = divmod(index, columns)
         part = ax.inset_axes((column / columns, 1 - (row + 1) / rows, 0.94 / columns, 0.8 / rows))
         part.imshow(pixels)
