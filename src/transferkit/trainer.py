@@ -14,10 +14,10 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transferkit.base.arguments import one_of, positive, whole_number
+from transferkit.base.arguments import fraction, one_of, positive, whole_number
 from transferkit.base.calls import explained
 from transferkit.base.display import QUIET, Display
 from transferkit.base.interrupts import Interrupts
@@ -29,6 +29,7 @@ from transferkit.data.inputs import Inputs
 from transferkit.data.open import open_data
 from transferkit.data.selection import bad_image_limit, split_validation, without_bad_images
 from transferkit.data.sources import Source, SubsetSource
+from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError, CheckpointTypeError, ModelInUseError
 from transferkit.features.cache import FeatureCache, open_folder
 from transferkit.features.chunks import CachedFeatures
@@ -44,7 +45,7 @@ from transferkit.results.lr_sweep import LearningRateSweep
 from transferkit.saving import archive
 from transferkit.saving import model as model_state
 from transferkit.training.callback_list import CallbackList
-from transferkit.training.evaluation import assess, evaluate, logits_of, predict_proba
+from transferkit.training.evaluation import assess, evaluate, head_inputs, logits_of, outputs_of, predict_proba
 from transferkit.training.loop import CACHED_BATCH_SIZE, Callback, Epochs, train_epochs
 from transferkit.training.loss import Loss, LossFunction, find_loss
 from transferkit.training.lr_find import spaced_rates, sweep
@@ -464,6 +465,56 @@ class Trainer:
             self.model.temperature = fit_temperature(logits, targets, self._training.loss)
         return self.model.temperature
 
+    def learn_known(
+        self,
+        data: object,
+        validation_data: object = None,
+        *,
+        rejected: float = 0.05,
+        batch_size: int | None = None,
+        num_workers: int = 0,
+    ) -> float:
+        """Learn what the training images look like, so that the model can say of others that it does not know them.
+
+        `predict_classes(unknown="?")`, `novelty` and `assess` use it. It is kept in the model, saved and exported with
+        it, and forgotten when training goes on. It finds about a seventh of the images of classes that it has never
+        seen where one in twenty of the known is rejected: a flag, no promise.
+
+        Args:
+            data: The training images, as in `fit`.
+            validation_data: Images that the model was not trained on, to set the threshold by. None uses the training
+                images, each quarter measured by the other three.
+            rejected: Share of known images that is called unknown, above 0 and below 1.
+            batch_size: 32 if None.
+            num_workers: Processes that read a `Dataset`.
+
+        Returns:
+            The threshold: a relative Mahalanobis distance.
+
+        Raises:
+            ArgumentError: When `rejected` is out of range, or an image may have several labels.
+
+        References:
+            Ren et al., 2021, "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection", arXiv:2106.09022.
+        """
+        from transferkit.analysis.unknown import learn_known
+
+        if self.model.threshold is not None:
+            raise ArgumentError("learn_known needs images with one label each, but here they may have several.")
+        share = fraction("rejected", rejected)
+        with self._alone("learn_known"):
+            given = []
+            for each in (data, validation_data):
+                if each is not None:
+                    with self._passing(each, batch_size, num_workers) as (network, batches):
+                        given.append(head_inputs(network, batches, training=self._training))
+            kinds = [part.stop - part.start for part in self.model.columns] or None
+            held_out = given[1][0] if len(given) > 1 else None
+            targets = class_indices(given[0][1])
+            known = learn_known(given[0][0], targets, rejected=share, held_out=held_out, kinds=kinds, seed=self.seed)
+            self.model.novelty = known.to(self.device.torch_device).eval()
+        return float(known.threshold)
+
     def steps(
         self,
         data: object,
@@ -649,17 +700,42 @@ class Trainer:
             return probabilities >= self.model.threshold
         return cast("npt.NDArray[np.int64]", probabilities.argmax(axis=1))
 
-    def predict_classes(
+    def novelty(
         self, images: object, *, batch_size: int | None = None, num_workers: int = 0
+    ) -> npt.NDArray[np.float32]:
+        """Return how unlike the training images each image is, float32 `(N,)`: above 0 it counts as unknown.
+
+        The arguments are those of `predict_proba`.
+
+        Raises:
+            ArgumentError: When `learn_known` was not called since the model was trained.
+        """
+        if self.model.novelty is None:
+            raise ArgumentError(
+                "the model has not learnt which images are known: call trainer.learn_known(training_images) first, "
+                "after training."
+            )
+        with self._passing(images, batch_size, num_workers, with_targets=False) as (network, batches):
+            scores = cast("Tensor", outputs_of(network, batches, training=self._training)[2])
+        return cast("npt.NDArray[np.float32]", scores.cpu().numpy())
+
+    def predict_classes(
+        self, images: object, *, unknown: str | None = None, batch_size: int | None = None, num_workers: int = 0
     ) -> list[str] | list[list[str]]:
         """Return the name of the most probable class of each image, or the names of its labels if it may have several.
 
-        The arguments are those of `predict_proba`.
+        With `unknown`, images that are too unlike the training images get that name; see `learn_known`. The other
+        arguments are those of `predict_proba`.
 
         Example:
             >>> trainer.predict_classes(["holiday/0001.jpg", "holiday/0002.jpg"])  # doctest: +SKIP
             ['dog', 'airplane']
         """
+        if unknown is not None:
+            images = list(images) if isinstance(images, Iterator) else images  # it is read twice
+            strange = self.novelty(images, batch_size=batch_size, num_workers=num_workers) > 0
+            named = self.predict_classes(images, batch_size=batch_size, num_workers=num_workers)
+            return [unknown if far else str(name) for name, far in zip(named, strange, strict=True)]
         predicted, names = self.predict(images, batch_size=batch_size, num_workers=num_workers), self.model.classes
         if self.model.threshold is not None:
             return [[name for name, has in zip(names, row, strict=True) if has] for row in predicted]
@@ -758,7 +834,7 @@ class Trainer:
                 return evaluate(network, batches, training=self._training, loss=self._training.loss)
 
     def _begin(self, facts: dict[str, Any], callbacks: CallbackList) -> Progress:
-        self.model.temperature = 1.0  # it belongs to the weights of before
+        self.model.temperature, self.model.novelty = 1.0, None  # they belong to the weights of before
         sums = Sums(self.device.torch_device, keep_outputs=bool(self.metrics))
         return Progress(facts, self.global_step, self.epoch, BestWeights(self.model), callbacks, sums)
 

@@ -20,6 +20,7 @@ from transferkit.errors import ArgumentError, HeadMismatchError, UnknownLayerErr
 from transferkit.model.backbone import Backbone
 from transferkit.model.layers import POOLINGS, Layers, Pool
 from transferkit.model.modes import modes_kept
+from transferkit.model.novelty import Novelty
 
 FLATTEN = "flatten"
 POOLING = "avgmax"
@@ -75,6 +76,7 @@ class TransferModel(nn.Module):
         threshold: Probability, 0 to 1, from which a label counts as predicted, if an image may have several labels;
             None if each has exactly one. `Trainer` sets it from its loss.
         temperature: What logits are divided by before they become probabilities, above 0. `Trainer.calibrate` sets it.
+        novelty: How unlike the training images an image is; None until `Trainer.learn_known` has measured it.
         kept_in_eval: Names of modules that stay in eval mode in training; see `begin_training`.
         fits: The head and the image size that `check_head` has seen to fit; None before.
     """
@@ -95,6 +97,7 @@ class TransferModel(nn.Module):
         self.pools = dict(pools or {})
         self.threshold: float | None = None
         self.temperature = 1.0
+        self.novelty: Novelty | None = None
         self.kept_in_eval: tuple[str, ...] = ()
         self.fits: tuple[nn.Module, int] | None = None
         self.training = backbone.training  # a run left the backbone in eval mode: it chose no layers of this model

@@ -96,6 +96,8 @@ class Assessment:
         threshold: Probability from which a label counts as predicted; None where each image has exactly one label.
         metrics: The trainer's metrics over these images, by name.
         temperature: What the model divides its logits by; see `Trainer.calibrate`.
+        novelty: How unlike the training images each image is, float32 `(N,)`, above 0 where it counts as unknown; None
+            unless `Trainer.learn_known` was called.
 
     Example:
         >>> probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]], np.float32)
@@ -118,6 +120,7 @@ class Assessment:
     threshold: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     temperature: float = 1.0
+    novelty: Floats | None = None
 
     @property
     def predicted(self) -> Integers:
@@ -203,6 +206,27 @@ class Assessment:
         self._one_label("confusion_matrix")
         return confusion_matrix(self.targets, self.predicted, len(self.classes))
 
+    def most_confused(self, count: int) -> list[tuple[str, str, int]]:
+        """Return the classes that were most often taken for another: true class, predicted class, number of images.
+
+        Raises:
+            ArgumentError: When `count` is below 1, or an image may have several labels.
+
+        Example:
+            >>> probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]], np.float32)
+            >>> Assessment(probabilities, np.ones(3), np.array([0, 1, 1]), ("cat", "dog")).most_confused(3)
+            [('dog', 'cat', 1)]
+        """
+        counts = self.confusion_matrix()
+        np.fill_diagonal(counts, 0)
+        order = np.argsort(-counts, axis=None, kind="stable")[: whole_number("count", count)]
+        pairs = zip(*np.unravel_index(order, counts.shape), strict=True)
+        return [
+            (self.classes[true], self.classes[guess], int(counts[true, guess]))
+            for true, guess in pairs
+            if counts[true, guess]
+        ]
+
     def per_class(self) -> list[ClassFigures]:
         """Return precision, recall, F1 and number of images of each class."""
         true, predicted = self._labels(self.targets), self._labels(self.predicted)
@@ -250,7 +274,11 @@ class Assessment:
         if self.temperature != 1:
             now, before = self.calibration_error(), self.calibration_error(calibrated=False)
             calibration = f", calibration error {now:.4f} ({before:.4f} without temperature)"
-        return f"accuracy {self.accuracy:.4f}, loss {self.loss:.4f}{metrics}{calibration}, {len(self.targets):,} images"
+        unknown = "" if self.novelty is None else f", {(self.novelty > 0).mean():.1%} unknown"
+        return (
+            f"accuracy {self.accuracy:.4f}, loss {self.loss:.4f}{metrics}{calibration}{unknown}, "
+            f"{len(self.targets):,} images"
+        )
 
     def _labels(self, values: Integers) -> npt.NDArray[np.bool_]:
         """Return class indices as one row of labels for each image, bool `(N, K)`; labels as they are."""
