@@ -241,8 +241,10 @@ def test_classes_come_from_the_data():
     named.classes = CLASSES
     assert fine_tune(data=named, classes=None).model.classes == tuple(CLASSES)
     assert fine_tune(data=(images, targets), classes=None).model.classes == ("0", "1", "2")
+    assert fine_tune(data=TensorDataset(images, targets), classes=None).model.classes == ("0", "1", "2")
+    triples = TensorDataset(images, targets, targets)
     with pytest.raises(ArgumentError, match=r"classes of a TensorDataset are not known.*pass classes="):
-        fine_tune(data=TensorDataset(images, targets), classes=None)
+        fine_tune(data=triples, classes=None)
 
 
 def test_a_loader_that_shuffles_is_refused():

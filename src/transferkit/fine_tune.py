@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from transferkit.base.arguments import positive, whole_number
+from transferkit.base.calls import explained
 from transferkit.base.display import Display
 from transferkit.base.randomness import derive_seed, seeded
+from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device
 from transferkit.data.augmentation import Augment
-from transferkit.data.open import find_classes
+from transferkit.data.classes import find_classes
 from transferkit.data.selection import split_validation
 from transferkit.data.sources import Source, SubsetSource
 from transferkit.model.backbone import Backbone
@@ -80,6 +82,8 @@ class _Plan:
     n_views: int | None
 
 
+@explained
+@own_surroundings()
 def fine_tune(
     backbone: Backbone,
     data: object,
@@ -100,7 +104,7 @@ def fine_tune(
     precision: str = "auto",
     cache: bool | str | PathLike[str] = "auto",
     seed: int = 0,
-    on_bad_image: str = "raise",
+    on_bad_image: str | float = "raise",
     num_workers: int = 0,
     verbose: int = 1,
 ) -> Trainer:

@@ -539,7 +539,7 @@ def test_validation_images_are_skipped_too(model, folder, tmp_path, capsys):
     trainer, lines = fit_lines(capsys, model, ImageFolder(folder), validation_data=validation)
     assert [validation.samples[3][0] in line for line in lines if "left out" in line] == [True]
     expected = trainer.evaluate(without(validation, 3))
-    assert f"{expected['accuracy']:.3f}"[:4] in lines[-1]
+    assert f"{expected['accuracy']:.3f}"[:4] in " ".join(lines[-2:])
 
 
 def test_a_share_is_held_back_from_the_good_images(model, folder, capsys):
@@ -569,14 +569,16 @@ class Counted(Dataset):
 
 
 def test_one_in_a_hundred_may_be_bad_and_no_more(model, capsys):
-    """2 of 200 are left out, each with its line; 3 of 200 end the run with their count and the first of them."""
+    """2 of 200 are left out, each with its line; 3 of 200 end the run, and all are named."""
     _, lines = fit_lines(capsys, model, Counted(200, [17, 150]), batch_size=50)
     assert [("image 17:" in line, "image 150:" in line) for line in lines if "left out" in line] == [
         (True, False),
         (False, True),
     ]
     trainer = make_trainer(model)
-    with pytest.raises(ImageError, match=r"3 of the first 1\d\d images .* at most 1% of all 200.*picture 17 is bad"):
+    with pytest.raises(
+        ImageError, match=r"3 of the first 200 images .* at most 1% of all 200(?s:.*)17 is bad(?s:.*)150"
+    ):
         trainer.fit(Counted(200, [17, 100, 150]), on_bad_image="skip", verbose=0, epochs=1)
     assert trainer.global_step == 0
 
@@ -646,7 +648,7 @@ def test_skipping_does_not_reach_a_loader(model, data):
     assert trainer.global_step == 0
 
 
-@pytest.mark.parametrize("policy", ["ignore", None, True, "SKIP"])
+@pytest.mark.parametrize("policy", ["ignore", None, True])
 def test_an_unknown_policy_is_refused(model, data, policy):
     """What is done with bad images is "raise" or "skip"."""
     with pytest.raises(ArgumentError, match=r"on_bad_image=.* is not known.*'raise'"):
@@ -671,7 +673,7 @@ def test_predictions_never_skip(model, folder, method):
     Path(dataset.samples[5][0]).write_bytes(b"")
     with pytest.raises(ImageError, match=r"cannot read image 5 ") as caught:
         getattr(make_trainer(model), method)(dataset, batch_size=4)
-    assert "fit(on_bad_image" in str(caught.value) or "on_bad_image" not in str(caught.value)
+    assert "(on_bad_image" in str(caught.value)
 
 
 # ---- labels (case 38)
@@ -757,7 +759,7 @@ def test_a_loader_of_pil_images_is_not_warned_of(folder, loader):
         (torch.zeros(3, 32, 0, dtype=torch.uint8), r"image 5.*shape \(3, 32, 0\)"),
         (np.zeros((32, 32, 3), np.int64), r"image 5.*astype\('uint8'\)"),
         (None, r"image 5.*NoneType"),
-        (b"\xff\xd8", r"cannot read image 5.*cannot identify"),
+        (b"\xff\xd8", r"image 5.*cannot identify"),
     ],
     ids=["gray", "alpha", "batch of one", "no pixels", "int64", "None", "bytes"],
 )
