@@ -75,11 +75,14 @@ def test_another_file_is_refused_and_kept(model, data, tmp_path, content):
     assert (path.read_text(), trainer.global_step) == (content, 0)
 
 
-def test_a_missing_folder_is_refused_before_a_step(model, data, tmp_path):
-    """The message names the folder."""
+def test_a_missing_folder_is_made(model, data, tmp_path):
+    """Folders that lack are made; one that cannot be made is an error before the first step."""
+    path = tmp_path / "runs" / "a" / "log.csv"
+    make_trainer(model).fit(data, callbacks=[tk.CSVLogger(path)], verbose=0, epochs=1)
+    assert len(path.read_text().splitlines()) == 2
     trainer = make_trainer(model)
-    with pytest.raises(ArgumentError, match=r"there is no folder .*nowhere"):
-        trainer.fit(data, callbacks=[tk.CSVLogger(tmp_path / "nowhere" / "log.csv")], verbose=0, epochs=1)
+    with pytest.raises(ArgumentError, match=r"cannot write .*log\.csv/b\.csv.*Name another file"):
+        trainer.fit(data, callbacks=[tk.CSVLogger(path / "b.csv")], verbose=0, epochs=1)
     assert trainer.global_step == 0
 
 

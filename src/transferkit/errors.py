@@ -20,6 +20,10 @@ class CacheError(TransferKitError, RuntimeError):
     """Features cannot be cached, or a file of cached features cannot be used."""
 
 
+class CallError(TransferKitError, TypeError):
+    """A function was called with an argument that it does not have, or without one that it needs."""
+
+
 class CheckpointError(TransferKitError, ValueError):
     """A checkpoint cannot be read, or does not fit the live objects."""
 
@@ -54,6 +58,14 @@ class ImageError(TransferKitError, ValueError):
 
 class MissingPackageError(TransferKitError, ImportError):
     """An optional package is needed but not installed."""
+
+
+class MissingMethodError(TransferKitError, AttributeError):
+    """A model lacks a method that something else has."""
+
+
+class ModelInUseError(TransferKitError, RuntimeError):
+    """Another thread trains the model."""
 
 
 class NonFiniteError(TransferKitError, ArithmeticError):

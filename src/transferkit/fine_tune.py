@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from transferkit.base.arguments import positive, whole_number
+from transferkit.base.calls import explained
 from transferkit.base.display import Display
 from transferkit.base.randomness import derive_seed, seeded
+from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device
 from transferkit.data.augmentation import Augment
 from transferkit.data.open import find_classes
@@ -80,6 +82,8 @@ class _Plan:
     n_views: int | None
 
 
+@explained
+@own_surroundings()
 def fine_tune(
     backbone: Backbone,
     data: object,

@@ -13,10 +13,13 @@ from os import PathLike
 from typing import Any
 
 import torch
+from torch import nn
 
 from transferkit.base.arguments import whole_number
+from transferkit.base.calls import explained
 from transferkit.base.display import Display
 from transferkit.base.randomness import derive_seed, seeded
+from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device
 from transferkit.data.resized import resized
 from transferkit.errors import ArgumentError, NonFiniteError, OutOfMemoryError, close_matches
@@ -122,6 +125,8 @@ class SearchResult:
         )
 
 
+@explained
+@own_surroundings()
 def search(
     build: Callable[..., TransferModel],
     space: Space,
@@ -185,6 +190,11 @@ def search(
     """
     if validation_data is None and validation_split is None:
         raise ArgumentError("trials are compared on validation data: pass validation_data or validation_split.")
+    if isinstance(build, nn.Module) or not callable(build):
+        raise ArgumentError(
+            f"build is a {type(build).__name__}: expected a function that makes a new model for each trial, such as "
+            "lambda: attach_head(backbone, classes)."
+        )
     display, seed = Display(verbose), whole_number("seed", seed, at_least=0)
     check_same_classes(train, validation_data)
     sets = _choose(space, num_trials, seed)
@@ -210,8 +220,9 @@ def search(
             )
             if (rank := (trial.score, -number)) > best:  # of equal ones the first, as in best_index_; never NaN
                 best, best_model = rank, model
-            left = (len(sets) - len(trials)) * sum(other.seconds for other in trials.values()) / len(trials)
-            display.say(f"trial {len(trials)} of {len(sets)}  {_line(trial)}  {left:.0f} s left")
+            later = [other.seconds for other in trials.values()][1:]  # the first trial computed features for all
+            left = f"  {(len(sets) - len(trials)) * sum(later) / len(later):.0f} s left" if later else ""
+            display.say(f"trial {len(trials)} of {len(sets)}  {_line(trial)}{left}")
             bar.advance(1)
     return SearchResult([trials[number] for number in range(len(sets))], best_model)
 

@@ -1,9 +1,11 @@
 """`Trainer` composes the other parts."""
 
+import copy
 import difflib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,34 +14,37 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transferkit.base.arguments import one_of, positive, whole_number
+from transferkit.base.arguments import fraction, one_of, positive, whole_number
+from transferkit.base.calls import explained
 from transferkit.base.display import QUIET, Display
 from transferkit.base.interrupts import Interrupts
+from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device
 from transferkit.data.augmentation import Augment, build_augmentation
 from transferkit.data.inputs import Inputs
 from transferkit.data.open import open_data
 from transferkit.data.selection import POLICIES, split_validation, without_bad_images
 from transferkit.data.sources import Source
-from transferkit.errors import ArgumentError
+from transferkit.data.targets import class_indices
+from transferkit.errors import ArgumentError, CheckpointTypeError, ModelInUseError
 from transferkit.features.cache import FeatureCache, open_folder
 from transferkit.features.chunks import CachedFeatures
 from transferkit.features.feed import Batches, Feed, Frozen
 from transferkit.linear.choice import LinearHead
 from transferkit.linear.temperature import fit_temperature
 from transferkit.model.freezing import describe_frozen
-from transferkit.model.head import TransferModel
-from transferkit.model.modes import modes_kept
+from transferkit.model.head import TransferModel, check_float32, check_head
+from transferkit.model.modes import changing, evaluating
 from transferkit.results.assessment import Assessment
 from transferkit.results.history import History
 from transferkit.results.lr_sweep import LearningRateSweep
 from transferkit.saving import archive
 from transferkit.saving import model as model_state
 from transferkit.training.callback_list import CallbackList
-from transferkit.training.evaluation import assess, evaluate, logits_of, predict_proba
+from transferkit.training.evaluation import assess, evaluate, head_inputs, logits_of, outputs_of, predict_proba
 from transferkit.training.loop import CACHED_BATCH_SIZE, Callback, Epochs, train_epoch
 from transferkit.training.loss import Loss, LossFunction, find_loss
 from transferkit.training.lr_find import spaced_rates, sweep
@@ -70,6 +75,7 @@ from transferkit.training.step import Step
 from transferkit.training.training import Training
 
 
+@explained
 class Trainer:
     """Trains a `TransferModel`, evaluates it and predicts with it.
 
@@ -142,6 +148,7 @@ class Trainer:
         [0, 1]
     """
 
+    @own_surroundings()
     def __init__(
         self,
         model: TransferModel,
@@ -166,6 +173,7 @@ class Trainer:
             )
         if isinstance(device, Device) and precision not in ("auto", device.precision):
             raise ArgumentError(f"precision={precision!r} contradicts {device}: say it in one place.")
+        check_float32(model, trains=True)
         place = device if isinstance(device, Device) else Device(device, precision)
         found = find_loss(loss, model, place.torch_device)
         self._training = Training(
@@ -187,6 +195,7 @@ class Trainer:
         self._given: tuple[object, object] = (None, None)  # its training and validation data, as the user passed them
         self._progress: Progress | None = None
         self._history: History | None = None
+        check_head(model)
         model.threshold = found.threshold
 
     @property
@@ -294,12 +303,12 @@ class Trainer:
             TransferKitError: When arguments or data cannot be used: before the first step, except for what a `Dataset`
                 or `DataLoader` hides until it is read.
         """
-        one_of("on_bad_image", on_bad_image, POLICIES)
+        on_bad_image = one_of("on_bad_image", on_bad_image, POLICIES)
         if validation_data is not None and validation_split is not None:
             raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
         called, display = CallbackList(self, callbacks), Display(verbose)
         training = self._training
-        with self._interrupts:
+        with self._alone("fit"), self._interrupts:
             source = self._open_source(data, num_workers, on_bad_image, display)
             validation = None
             if validation_data is not None:
@@ -329,7 +338,8 @@ class Trainer:
                     set_lr(training.optimizer, lr)
             else:
                 assign_training_state(training, saved)  # nothing was changed before
-            display.say(f"{describe_frozen(training.model)}; on {self.device.torch_device} in {self.device.precision}")
+            frozen = describe_frozen(training.model).replace("; ", ";  ")  # a line may be broken there
+            display.say(f"{frozen};  on {self.device.torch_device} in {self.device.precision}")
             run.check_feeds()
             progress = self._begin(facts, called)
             if saved is not None:
@@ -341,7 +351,8 @@ class Trainer:
                 Epochs(training, run, progress, callbacks=called, interrupts=self._interrupts, display=display).finish()
             finally:
                 self._run, self._given, self._progress = None, (None, None), None
-        called.after_run()
+        with self._alone("the end of fit"):
+            called.after_run()
         return progress.history
 
     def solve(
@@ -391,7 +402,7 @@ class Trainer:
             accuracy 0.7355 ± 0.0098 on held-out images, L2 0.0316
         """
         display = Display(verbose)
-        with self._interrupts:
+        with self._alone("solve"), self._interrupts:
             feed = self._feeds(augment, n_views, display)
             plain = without_loader(data, num_workers)
             train = feed(self._open_source(*plain, on_bad_image, display), "training")
@@ -407,6 +418,7 @@ class Trainer:
                 l2=None if l2 is None else positive("l2", l2),
                 folds=whole_number("folds", folds, at_least=2),
             )
+            self.model.eval()
             display.say(f"solved the head: {solved}")
         return solved
 
@@ -427,11 +439,60 @@ class Trainer:
         References:
             Guo et al., 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599.
         """
-        self.model.temperature = 1.0
-        with self._passing(data, batch_size, num_workers) as (network, batches):
+        with self._alone("calibrate"), self._passing(data, batch_size, num_workers) as (network, batches):
             logits, targets = logits_of(network, batches, training=self._training)
-        self.model.temperature = fit_temperature(logits, targets, self._training.loss)
+            self.model.temperature = fit_temperature(logits, targets, self._training.loss)
         return self.model.temperature
+
+    def learn_known(
+        self,
+        data: object,
+        validation_data: object = None,
+        *,
+        rejected: float = 0.05,
+        batch_size: int | None = None,
+        num_workers: int = 0,
+    ) -> float:
+        """Learn what the training images look like, so that the model can say of others that it does not know them.
+
+        `predict_classes(unknown="?")`, `novelty` and `assess` use it. It is kept in the model, saved and exported with
+        it, and forgotten when training goes on. It finds about a seventh of the images of classes that it has never
+        seen where one in twenty of the known is rejected: a flag, no promise.
+
+        Args:
+            data: The training images, as in `fit`.
+            validation_data: Images that the model was not trained on, to set the threshold by. None uses the training
+                images, each quarter measured by the other three.
+            rejected: Share of known images that is called unknown, above 0 and below 1.
+            batch_size: 32 if None.
+            num_workers: Processes that read a `Dataset`.
+
+        Returns:
+            The threshold: a relative Mahalanobis distance.
+
+        Raises:
+            ArgumentError: When `rejected` is out of range, or an image may have several labels.
+
+        References:
+            Ren et al., 2021, "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection", arXiv:2106.09022.
+        """
+        from transferkit.analysis.unknown import learn_known
+
+        if self.model.threshold is not None:
+            raise ArgumentError("learn_known needs images with one label each, but here they may have several.")
+        share = fraction("rejected", rejected)
+        with self._alone("learn_known"):
+            given = []
+            for each in (data, validation_data):
+                if each is not None:
+                    with self._passing(each, batch_size, num_workers) as (network, batches):
+                        given.append(head_inputs(network, batches, training=self._training))
+            kinds = [part.stop - part.start for part in self.model.columns] or None
+            held_out = given[1][0] if len(given) > 1 else None
+            targets = class_indices(given[0][1])
+            known = learn_known(given[0][0], targets, rejected=share, held_out=held_out, kinds=kinds, seed=self.seed)
+            self.model.novelty = known.to(self.device.torch_device).eval()
+        return float(known.threshold)
 
     def steps(
         self,
@@ -447,23 +508,40 @@ class Trainer:
         """Return an iterator that makes one training step each time it is advanced.
 
         Your code runs between the steps. The arguments are those of `fit` and are checked at once. Layers may be frozen
-        or unfrozen between two epochs.
+        or unfrozen between two epochs. The model is in training mode between two steps and in eval mode at the end.
 
         Example:
             >>> for step in trainer.steps(train, epochs=3):  # doctest: +SKIP
             ...     my_logger.log(step.loss, step.lr)
         """
-        source = self._open_source(data, num_workers)
-        train = self._feeds(augment, n_views, QUIET)(source, "training")
-        run = open_run(self._training, train, None, epochs=epochs, batch_size=batch_size)
-        check_schedule(self._training.schedule, run.num_steps)
-        check_trains(self.model, run)
-        if lr is not None:
-            set_lr(self.optimizer, lr)
-        run.check_feeds()
-        measure_features(self._training, run, self._interrupts)
-        progress = self._begin({}, CallbackList(self, ()))
-        return (step for _ in range(epochs) for step in train_epoch(self._training, run, progress))
+        with self._alone("steps"):
+            source = self._open_source(data, num_workers)
+            train = self._feeds(augment, n_views, QUIET)(source, "training")
+            run = open_run(self._training, train, None, epochs=epochs, batch_size=batch_size)
+            check_schedule(self._training.schedule, run.num_steps)
+            check_trains(self.model, run)
+            if lr is not None:
+                set_lr(self.optimizer, lr)
+            run.check_feeds()
+            measure_features(self._training, run, self._interrupts)
+            progress = self._begin({}, CallbackList(self, ()))
+        steps = (step for _ in range(epochs) for step in train_epoch(self._training, run, progress))
+        return self._one_by_one(steps)
+
+    def _one_by_one(self, steps: Generator[Step, None, None]) -> Iterator[Step]:
+        """Make a step whenever the next is asked for; modes of torch around the caller's code stay the caller's."""
+        try:
+            while True:
+                with self._alone("steps"):
+                    step = next(steps, None)
+                if step is None:
+                    return
+                yield step
+        finally:
+            steps.close()
+            if self._run is None:  # or a later call of fit trains
+                self._training.let_optimizer("eval")
+                self.model.eval()
 
     def lr_find(
         self,
@@ -506,7 +584,7 @@ class Trainer:
         """
         rates = spaced_rates(lr_min, lr_max, num_steps)
         display = Display(verbose)
-        with self._interrupts:
+        with self._alone("lr_find"), self._interrupts:
             source = self._open_source(data, num_workers)
             train = self._feeds(augment, n_views, display)(source, "training")
             run = open_run(self._training, train, None, epochs=1, batch_size=batch_size)
@@ -585,17 +663,42 @@ class Trainer:
             return probabilities >= self.model.threshold
         return cast("npt.NDArray[np.int64]", probabilities.argmax(axis=1))
 
-    def predict_classes(
+    def novelty(
         self, images: object, *, batch_size: int | None = None, num_workers: int = 0
+    ) -> npt.NDArray[np.float32]:
+        """Return how unlike the training images each image is, float32 `(N,)`: above 0 it counts as unknown.
+
+        The arguments are those of `predict_proba`.
+
+        Raises:
+            ArgumentError: When `learn_known` was not called since the model was trained.
+        """
+        if self.model.novelty is None:
+            raise ArgumentError(
+                "the model has not learnt which images are known: call trainer.learn_known(training_images) first, "
+                "after training."
+            )
+        with self._passing(images, batch_size, num_workers, with_targets=False) as (network, batches):
+            scores = cast("Tensor", outputs_of(network, batches, training=self._training)[2])
+        return cast("npt.NDArray[np.float32]", scores.cpu().numpy())
+
+    def predict_classes(
+        self, images: object, *, unknown: str | None = None, batch_size: int | None = None, num_workers: int = 0
     ) -> list[str] | list[list[str]]:
         """Return the name of the most probable class of each image, or the names of its labels if it may have several.
 
-        The arguments are those of `predict_proba`.
+        With `unknown`, images that are too unlike the training images get that name; see `learn_known`. The other
+        arguments are those of `predict_proba`.
 
         Example:
             >>> trainer.predict_classes(["holiday/0001.jpg", "holiday/0002.jpg"])  # doctest: +SKIP
             ['dog', 'airplane']
         """
+        if unknown is not None:
+            images = list(images) if isinstance(images, Iterator) else images  # it is read twice
+            strange = self.novelty(images, batch_size=batch_size, num_workers=num_workers) > 0
+            named = self.predict_classes(images, batch_size=batch_size, num_workers=num_workers)
+            return [unknown if far else str(name) for name, far in zip(named, strange, strict=True)]
         predicted, names = self.predict(images, batch_size=batch_size, num_workers=num_workers), self.model.classes
         if self.model.threshold is not None:
             return [[name for name, has in zip(names, row, strict=True) if has] for row in predicted]
@@ -603,7 +706,9 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return model, optimizer and progress as plain types and tensors, which are not copies."""
-        return training_state(self._training, self._progress)
+        with evaluating(self.model):  # not while another thread trains
+            self._training.let_optimizer("eval")
+            return training_state(self._training, self._progress)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned, including which layers are frozen. On any difference nothing changes.
@@ -612,8 +717,10 @@ class Trainer:
             HeadMismatchError: When the classes differ.
             CheckpointError: When backbone, head, preprocessing or optimizer differ.
         """
-        check_training_state(self._training, state, origin="the checkpoint")
-        assign_training_state(self._training, state)
+        with self._alone("load_state_dict"):
+            self._training.let_optimizer("eval")
+            check_training_state(self._training, state, origin="the checkpoint")
+            assign_training_state(self._training, state)
 
     def save(self, path: str | os.PathLike[str], *, frozen: bool = True) -> None:
         """Write a checkpoint; `load` and `transferkit.load_model` read it. The file appears whole or not at all.
@@ -626,9 +733,10 @@ class Trainer:
         Raises:
             CheckpointWriteError: When the folder is missing, read-only or full. The file that was there before remains.
         """
-        state = self.state_dict()
-        model = state["model"] if frozen else model_state.leave_out_frozen(state["model"], self.model)[0]
-        archive.write_checkpoint(path, {**state, "model": model})
+        with evaluating(self.model):
+            state = self.state_dict()
+            model = state["model"] if frozen else model_state.leave_out_frozen(state["model"], self.model)[0]
+            archive.write_checkpoint(path, {**state, "model": model})
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Load a checkpoint that `save` or a `Checkpoint` wrote; see `load_state_dict`.
@@ -637,9 +745,33 @@ class Trainer:
             CheckpointError: When there is no such file, it is damaged, or it does not fit.
             HeadMismatchError: When it has other classes.
         """
-        assign_training_state(
-            self._training, complete_training_state(self._training, archive.read_checkpoint(path), Path(path))
-        )
+        with self._alone("load"):
+            self._training.let_optimizer("eval")
+            state = complete_training_state(self._training, archive.read_checkpoint(path), Path(path))
+            assign_training_state(self._training, state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the current run. What cannot be pickled is named.
+
+        Raises:
+            CheckpointTypeError: When schedule, loss or a metric is a function that pickle cannot find by its name.
+        """
+        name = ""
+        try:
+            for name in ("schedule", "loss", "metrics"):
+                pickle.dumps(getattr(self._training, name))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise CheckpointTypeError(
+                f"Trainer cannot be pickled, because of its {name}: {error}. Expected a function at the top of a "
+                "module, no lambda or inner one. Trainer.save needs no pickle."
+            ) from error
+        return {**vars(self), "_run": None, "_given": (None, None), "_progress": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Trainer":
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def share_features(self, other: "Trainer") -> None:
         """Use the cached features of another trainer on the same device, and add to them.
@@ -650,7 +782,7 @@ class Trainer:
 
     def _features_of(self, data: object, num_workers: int, display: Display) -> tuple[CachedFeatures, Loss]:
         """Return the features of labelled images, and the loss with what depends on their targets."""
-        with self._interrupts:
+        with self._alone("features"), self._interrupts:
             feed = self._feeds(None, None, display)(self._open_source(data, num_workers), "training")
             features = feed.features()
         loss = self._training.loss.for_run(feed.inputs.source, len(self.model.classes), self.device.torch_device)
@@ -659,14 +791,13 @@ class Trainer:
     def _validate(self, source: Source) -> dict[str, float]:
         """Return loss and accuracy of labelled images, over cached features where that is safe."""
         feed = self._feeds(None, None, QUIET)(source, "validation")
-        with self._interrupts, modes_kept(self.model):
-            self.model.eval()
+        with evaluating(self.model), self._interrupts:
             network, batches = feed.open(CACHED_BATCH_SIZE)
             with closing(batches):
                 return evaluate(network, batches, training=self._training, loss=self._training.loss)
 
     def _begin(self, facts: dict[str, Any], callbacks: CallbackList) -> Progress:
-        self.model.temperature = 1.0  # it belongs to the weights of before
+        self.model.temperature, self.model.novelty = 1.0, None  # they belong to the weights of before
         sums = Sums(self.device.torch_device, keep_outputs=bool(self.metrics))
         return Progress(facts, self.global_step, self.epoch, BestWeights(self.model), callbacks, sums)
 
@@ -701,8 +832,9 @@ class Trainer:
         self, data: object, batch_size: int | None, num_workers: int, *, with_targets: bool = True
     ) -> Iterator[tuple[nn.Module, Batches]]:
         """Put the model into eval mode and yield the network and its batches, over cached features if it can."""
-        with modes_kept(self.model):
-            self.model.eval()
+        with evaluating(self.model), own_surroundings():
+            self._check_model(trains=False)
+            self._training.let_optimizer("eval")
             run = self._run
             if run is not None and with_targets and run.validation is not None and data is self._given[1]:
                 size = choose_batch_size(run.validation.inputs.source, batch_size)
@@ -711,6 +843,23 @@ class Trainer:
                 network, batches = self.model, self._batches(data, batch_size, num_workers, with_targets=with_targets)
             with closing(batches):
                 yield network, batches
+
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """Let this thread alone change the model, as if no mode of torch had been set outside."""
+        with changing(self.model), own_surroundings():
+            if self._run is not None and what in ("fit", "solve", "steps"):
+                raise ModelInUseError(
+                    f"{what} was called while fit runs, by one of its callbacks: expected one run at a time. Call "
+                    f"{what} when fit has returned; a callback may evaluate, predict and save."
+                )
+            self._check_model(trains=True)
+            yield
+
+    def _check_model(self, *, trains: bool) -> None:
+        """Refuse a model that was changed into one that cannot be trained or used."""
+        check_float32(self.model, trains=trains)
+        check_head(self.model)
 
     def _batches(self, data: object, batch_size: int | None, num_workers: int, *, with_targets: bool) -> Batches:
         source = open_data(

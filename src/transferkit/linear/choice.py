@@ -86,7 +86,7 @@ class LinearHead:
         return weight.float(), (self.bias - weight @ self.mean.double()).float()
 
 
-@float32_products("highest")  # torch may have been allowed less, which does not reach the optimum
+@float32_products.at("highest")  # torch may have been allowed less, which does not reach the optimum
 def solve(
     table: Table,
     targets: Tensor,

@@ -4,16 +4,19 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 
-from transferkit.base.arguments import one_of
+from transferkit.base.arguments import one_of, square
 from transferkit.base.arrays import digest_tensors
+from transferkit.base.calls import explain_missing, explained
+from transferkit.base.surroundings import own_surroundings
 from transferkit.data.preprocessing import CONVENTIONS, Preprocessing, find_convention
 from transferkit.errors import ArgumentError, ImageError, PreprocessingError, close_matches
-from transferkit.model.layers import Layers, Pool
+from transferkit.model.layers import Pool, run_layers
 from transferkit.model.weights import (
     check_is_file,
     checked_state_dict,
@@ -24,6 +27,9 @@ from transferkit.model.weights import (
 )
 
 MODELS = ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
+IMAGENET = "IMAGENET"
+"""What Keras calls the weights that torchvision has by default."""
+
 MIN_IMAGE_SIZE = 32  # five pooling layers halve it to one pixel
 
 
@@ -58,6 +64,10 @@ class Backbone(nn.Module):
         self.layer_names = _layer_names(features)
         self.preprocess = preprocess
 
+    def __getattr__(self, name: str) -> Any:
+        explain_missing(self, name)
+        return super().__getattr__(name)
+
     @property
     def blocks(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name.split("_")[0] for name in self.layer_names))
@@ -88,6 +98,8 @@ class Backbone(nn.Module):
         Raises:
             ImageError: The images are raw (uint8), not of shape `(N, 3, H, W)`, or smaller than 32 pixels.
         """
+        if isinstance(images, torch.fx.Proxy):  # symbolic tracing: there is no shape to look at
+            return run_layers(list(self.features), images, pools if isinstance(pools, Mapping) else {})
         if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
             raise ImageError(
                 f"cannot compute features of images of shape {tuple(images.shape)} and dtype {images.dtype}: expected "
@@ -99,8 +111,7 @@ class Backbone(nn.Module):
                 f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} or more, since five pooling layers halve them. Resize them first; "
                 "backbone.preprocess does that for raw uint8 images."
             )
-        features: Tensor = Layers(self.features, pools)(images) if pools else self.features(images)
-        return features
+        return run_layers(list(self.features), images, pools) if pools else cast("Tensor", self.features(images))
 
     @property
     def fingerprint(self) -> str:
@@ -114,6 +125,8 @@ class Backbone(nn.Module):
         return digest.hexdigest()
 
 
+@explained
+@own_surroundings()
 def load_backbone(
     name: str = "vgg16",
     *,
@@ -128,7 +141,8 @@ def load_backbone(
         weights: A torchvision weights enum or its name (`"DEFAULT"`, `"IMAGENET1K_V1"`, for VGG16 also
             `"IMAGENET1K_FEATURES"`), downloaded once and verified at every use; the path of a state dict, read without
             network access; a state dict; or None for random weights. Keys of the classifier are ignored.
-        image_size: Height and width, in pixels, that images are resized to; 32 or more.
+        image_size: Height and width, in pixels, that images are resized to; 32 or more. A pair of equal numbers will
+            do.
         preprocessing: `"auto"` selects the convention that belongs to named weights. For a path or a state dict, name
             the convention its weights were trained with: `"IMAGENET1K_V1"`, `"IMAGENET1K_FEATURES"` (the original VGG
             weights), `"KERAS"`, or a `Preprocessing`.
@@ -152,7 +166,8 @@ def load_backbone(
         Simonyan and Zisserman, 2014, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
         arXiv:1409.1556.
     """
-    one_of("name", name, MODELS)
+    name = one_of("name", name, MODELS)
+    image_size = square(image_size)
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < MIN_IMAGE_SIZE:
         raise ArgumentError(
             f"image_size={image_size!r} cannot be used: expected a whole number of {MIN_IMAGE_SIZE} pixels or more, "
@@ -196,8 +211,8 @@ def _find_preprocessing(preprocessing: object, weights: object, name: str) -> Pr
 def _find_weights(weights: object, name: str) -> object:
     """Return the torchvision enum for a name of weights; check other values and return them unchanged."""
     known = get_model_weights(name)
-    if isinstance(weights, str) and weights in known.__members__:
-        return known[weights]
+    if isinstance(weights, str) and weights.upper() in {**known.__members__, IMAGENET: None}:
+        return known["DEFAULT" if weights.upper() == IMAGENET else weights.upper()]
     if isinstance(weights, WeightsEnum) and not isinstance(weights, known):
         raise ArgumentError(
             f"weights={weights} are for another network: expected one of {', '.join(map(str, known))} for "

@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from transferkit.base.calls import explained
 from transferkit.errors import ArgumentError, ImageError
 from transferkit.model.head import TransferModel
 
@@ -12,6 +13,7 @@ _MAX_BITS = 22  # of the fraction in torch's integer weights
 _MAX_WEIGHT = 2**15 - 0.5  # beyond it a weight would not round to an int16
 
 
+@explained
 class WithPreprocessing(nn.Module):
     """A model that takes raw images of any size: resize, centre crop and normalise are part of it.
 
@@ -24,6 +26,7 @@ class WithPreprocessing(nn.Module):
 
     Args:
         model: From `attach_head` or `load_model`.
+        unknown: Return also how unlike the training images each image is; see `Trainer.learn_known`.
 
     Attributes:
         model: The copy.
@@ -33,7 +36,7 @@ class WithPreprocessing(nn.Module):
         image_size: Height and width, in pixels, that images are resized to.
 
     Raises:
-        ArgumentError: `model` is no `TransferModel`.
+        ArgumentError: `model` is no `TransferModel`, or `unknown` is asked for and the model has not learnt it.
 
     Example:
         >>> from transferkit import attach_head, load_backbone
@@ -42,7 +45,7 @@ class WithPreprocessing(nn.Module):
         torch.Size([5, 2])
     """
 
-    def __init__(self, model: TransferModel) -> None:
+    def __init__(self, model: TransferModel, *, unknown: bool = False) -> None:
         super().__init__()
         if not isinstance(model, TransferModel):
             raise ArgumentError(
@@ -52,14 +55,22 @@ class WithPreprocessing(nn.Module):
         # plain strides: torch.export.save warns of channels-last weights as if they were parts of others
         self.model: TransferModel = copy.deepcopy(model)
         self.model.to("cpu", torch.float32, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        if unknown and model.novelty is None:
+            raise ArgumentError(
+                "the model has not learnt which images are known: call trainer.learn_known(training_images) first, or "
+                "leave unknown out."
+            )
+        self.novelty = self.model.novelty if unknown else None
         self.classes = model.classes
         self.threshold = model.threshold
         self.temperature = model.temperature
         self.image_size = model.backbone.image_size
         self.eval().requires_grad_(requires_grad=False)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return the probability of each class, float32 `(N, K)`, for raw images, uint8 `(N, 3, H, W)`.
+
+        With `unknown`, return also how unlike the training images each is, float32 `(N,)`: above 0 it is unknown.
 
         Raises:
             ImageError: Another shape or number type.
@@ -70,9 +81,12 @@ class WithPreprocessing(nn.Module):
                 "uint8 (N, 3, H, W). One image needs a batch dimension (image[None])."
             )
         inputs = self.model.backbone.preprocess.normalize(self._resize(images))
-        logits: Tensor = self.model(inputs.to(memory_format=torch.channels_last))  # quicker, and as Trainer does
-        logits = logits / self.temperature
-        return logits.softmax(dim=1) if self.threshold is None else logits.sigmoid()
+        backbone, pools = self.model.backbone, self.model.pools
+        inputs = inputs.to(memory_format=torch.channels_last)  # quicker, and as Trainer does
+        features = backbone(inputs, pools) if pools else backbone(inputs)
+        logits: Tensor = self.model.head(features) / self.temperature
+        probabilities = logits.softmax(dim=1) if self.threshold is None else logits.sigmoid()
+        return (probabilities, self.novelty(features)) if self.novelty is not None else probabilities
 
     def _resize(self, images: Tensor) -> Tensor:
         """Return what `Preprocessing.resize` does, `(N, 3, image_size, image_size)`, without one branch on the size.

@@ -1,20 +1,16 @@
 """How unlike the training images an image is, by the features that its head takes."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
-
-AXES = 128
-"""Principal axes of the features along which distances are taken."""
-
-SHRINKAGE = 0.1
-"""Share of a sphere in each covariance, so that few images are enough."""
 
 
 class Novelty(nn.Module):
     """The relative Mahalanobis distance: how far features are from the nearest class, less how far they are from all.
 
-    `Trainer.learn_known` fits it to training images. What is farther than the threshold counts as unknown.
+    `Trainer.learn_known` fits it to training images.
 
     Args:
         num_features: D.
@@ -50,56 +46,28 @@ class Novelty(nn.Module):
         self.register_buffer("threshold", torch.zeros(()))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the distance of each row of features `(N, D)` or `(N, C, h, w)`, float32 `(N,)`."""
+        """Return the distance of each row of features `(N, D)` or `(N, C, h, w)`, less the threshold, float32 `(N,)`.
+
+        Above 0 it counts as unknown.
+        """
         along = (features.flatten(1).float() - self.mean) @ self.axes
         white, centres = along @ self.within, self.centres @ self.within
         near = (white[:, None] - centres).square().sum(dim=2).min(dim=1).values
-        return near - (along @ self.overall).square().sum(dim=1)
+        return near - (along @ self.overall).square().sum(dim=1) - self.threshold
 
     @classmethod
-    def fit(cls, features: Tensor, targets: Tensor, classes: int) -> Self:
-        """Fit it to features `(N, D)` of training images and their class indices `(N,)`; the threshold is infinite.
+    def of_state(cls, state: Mapping[str, Tensor]) -> Self:
+        """Build one with the sizes of saved buffers, and load them.
 
-        Example:
-            >>> features = torch.tensor([[0.0, 0.0], [0.0, 1.0], [9.0, 0.0], [9.0, 1.0]])
-            >>> novelty = Novelty.fit(features, torch.tensor([0, 0, 1, 1]), 2)
-            >>> near, between = novelty(torch.tensor([[9.0, 0.5], [4.5, 0.5]]))
-            >>> bool(near < between)
-            True
+        Raises:
+            ValueError: When they are not those of a `Novelty`.
         """
-        rows = features.flatten(1).double()
-        mean, std = rows.mean(dim=0), rows.std(dim=0, correction=0)
-        std = std.clamp_min(std[std > 0].median() if bool((std > 0).any()) else 1.0)
-        rows = (rows - mean) / std
-        generator = torch.Generator().manual_seed(0)
-        turns = _principal_axes(rows, min(AXES, *rows.shape), generator)
-        along = rows @ turns
-        present = [index for index in range(classes) if bool((targets == index).any())]
-        own = torch.stack([along[targets == index].mean(dim=0) for index in present])
-        place = torch.tensor([present.index(index) for index in targets.tolist()])
-        novelty = cls(rows.shape[1], turns.shape[1], len(present))
-        with torch.no_grad():
-            novelty.mean.copy_(mean)
-            novelty.axes.copy_(turns / std[:, None])
-            novelty.centres.copy_(own)
-            novelty.within.copy_(_whitening(along - own[place]))
-            novelty.overall.copy_(_whitening(along))
-            novelty.threshold.fill_(torch.inf)
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        if set(shapes) != set(cls(1, 1, 1).state_dict()) or len(shapes["axes"]) != 2 or len(shapes["centres"]) != 2:
+            raise ValueError("expected mean, axes, centres, within, overall and threshold")
+        novelty = cls(*shapes["axes"], shapes["centres"][0])
+        wrong = [name for name, value in novelty.state_dict().items() if value.shape != shapes[name]]
+        if wrong or not all(bool(value.isfinite().all()) for value in state.values()):
+            raise ValueError(f"wrong shapes, or numbers that are not finite, in {', '.join(wrong) or 'its buffers'}")
+        novelty.load_state_dict(dict(state))
         return novelty
-
-
-def _principal_axes(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return the principal axes of centred rows `(N, D)`, `(D, count)`, by subspace iteration."""
-    axes = torch.randn(rows.shape[1], count, generator=generator, dtype=rows.dtype)
-    for _ in range(3):
-        axes = torch.linalg.qr(rows.T @ (rows @ axes))[0]
-    return axes
-
-
-def _whitening(rows: Tensor) -> Tensor:
-    """Return the matrix that makes the covariance of centred rows, with some of a sphere, the identity."""
-    covariance = rows.T @ rows / len(rows)
-    size = len(covariance)
-    sphere = (covariance.trace() / size).clamp_min(1e-12) * torch.eye(size, dtype=rows.dtype)
-    factor: Tensor = torch.linalg.cholesky(torch.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * sphere))
-    return factor

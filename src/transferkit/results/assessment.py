@@ -95,6 +95,8 @@ class Assessment:
         threshold: Probability from which a label counts as predicted; None where each image has exactly one label.
         metrics: The trainer's metrics over these images, by name.
         temperature: What the model divides its logits by; see `Trainer.calibrate`.
+        novelty: How unlike the training images each image is, float32 `(N,)`, above 0 where it counts as unknown; None
+            unless `Trainer.learn_known` was called.
 
     Example:
         >>> probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]], np.float32)
@@ -117,6 +119,7 @@ class Assessment:
     threshold: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     temperature: float = 1.0
+    novelty: Floats | None = None
 
     @property
     def predicted(self) -> Integers:
@@ -270,7 +273,11 @@ class Assessment:
         if self.temperature != 1:
             now, before = self.calibration_error(), self.calibration_error(calibrated=False)
             calibration = f", calibration error {now:.4f} ({before:.4f} without temperature)"
-        return f"accuracy {self.accuracy:.4f}, loss {self.loss:.4f}{metrics}{calibration}, {len(self.targets):,} images"
+        unknown = "" if self.novelty is None else f", {(self.novelty > 0).mean():.1%} unknown"
+        return (
+            f"accuracy {self.accuracy:.4f}, loss {self.loss:.4f}{metrics}{calibration}{unknown}, "
+            f"{len(self.targets):,} images"
+        )
 
     def _labels(self, values: Integers) -> npt.NDArray[np.bool_]:
         """Return class indices as one row of labels for each image, bool `(N, K)`; labels as they are."""
@@ -352,9 +359,10 @@ def plot_confusion_matrix(assessment: Assessment, *, ax: "Axes | None" = None, n
 def plot_predictions(
     assessment: Assessment, data: object, *, num_images: int = 12, ax: "Axes | None" = None
 ) -> "Figure":
-    """Show images with their true and predicted class and the probability of the predicted one, the worst first.
+    """Show images with their predicted class and its probability, the worst first.
 
-    The worst have the highest loss: the model was sure and wrong. Wrong predictions have a red title.
+    The worst have the highest loss: the model was sure and wrong. Wrong predictions have a red title, with the true
+    class in parentheses.
 
     Args:
         assessment: From `Trainer.assess(data)`.
@@ -371,7 +379,7 @@ def plot_predictions(
         >>> half = np.full((4, 2), 0.5, np.float32)
         >>> figure = plot_predictions(Assessment(half, half[:, 0], targets, ("cat", "dog")), (images, targets))
         >>> [part.get_title() for part in figure.axes[0].child_axes]
-        ['cat 0.50', 'dog, not cat 0.50', 'dog, not cat 0.50', 'cat 0.50']
+        ['cat 0.50', 'cat 0.50 (dog)', 'cat 0.50 (dog)', 'cat 0.50']
     """
     source = open_data(data, assessment.classes, multi_label=assessment.threshold is not None)
     if source.num_images != len(assessment.targets):
@@ -391,10 +399,10 @@ def plot_predictions(
         part.imshow(pixels)
         part.set_axis_off()
         true, guessed = (assessment._names(place, values) for values in (assessment.targets, predicted))
-        right = true == guessed
-        title = true if right else f"{true}, not {guessed}"
+        right, title = true == guessed, guessed
         if assessment.threshold is None:
             title += f" {assessment.probabilities[place, predicted[place]]:.2f}"
+        title += "" if right else f" ({true})"
         part.set_title(title, fontsize=7, color="black" if right else "firebrick")
     return figure
 

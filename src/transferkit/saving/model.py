@@ -12,16 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from transferkit.base.arrays import digest_tensors
+from transferkit.base.calls import explained
+from transferkit.base.surroundings import own_surroundings
 from transferkit.data.preprocessing import Preprocessing
 from transferkit.errors import ArgumentError, CheckpointError, HeadMismatchError, TransferKitError
 from transferkit.model.backbone import MIN_IMAGE_SIZE, Backbone, load_backbone
 from transferkit.model.freezing import find_boundary, first_trainable, freeze_until, trainable_state
 from transferkit.model.head import FLATTEN, POOLING, TransferModel, attach_head, build_head, find_pools
+from transferkit.model.novelty import Novelty
 from transferkit.model.weights import differences
 from transferkit.saving.archive import check_no_tensors, check_parts, read_checkpoint, shown, write_checkpoint
 
 MAX_IMAGE_SIZE = 2**14
 """Pixels of a side: beyond it one image takes more memory than any machine has."""
+
+NOVELTY = "novelty."
+"""Beginning of the names of a model's novelty among its weights."""
 
 PARTS: dict[str, Any] = {
     "backbone": (str,),
@@ -96,7 +102,9 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
                 f"the checkpoint has {name} {shown(saved[name])}, the model {shown(value)}: expected the same."
             )
     find_boundary(model, state["first_trainable"])
-    if faults := differences(model.state_dict(), state["weights"], same_width=True):
+    saved_weights, novelty = _apart(state["weights"])
+    _build_novelty(novelty)
+    if faults := differences(_apart(model.state_dict())[0], saved_weights, same_width=True):
         wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in state["weights"])
         cause = "A wrapper put a prefix before its names: remove it." if wrapped else "Was its head built otherwise?"
         raise CheckpointError(f"the checkpoint's weights do not fit the model: {faults}. {cause}")
@@ -127,12 +135,26 @@ def _check_description(state: Mapping[str, Any]) -> None:
 
 def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
     """Assign a saved model, which `check_model_state` has accepted, to a live one: its weights and what is frozen."""
+    model.novelty = _build_novelty(_apart(state["weights"])[1])
     model.load_state_dict(state["weights"])
     model.threshold, model.temperature = state["threshold"], state["temperature"]
     freeze_until(model, state["first_trainable"] or "head")
     frozen = set(state["frozen"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
+
+
+def _apart(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the weights of backbone and head, and the buffers of the model's novelty, which it may not have."""
+    novelty = {name.removeprefix(NOVELTY): value for name, value in weights.items() if name.startswith(NOVELTY)}
+    return {name: value for name, value in weights.items() if not name.startswith(NOVELTY)}, novelty
+
+
+def _build_novelty(buffers: Mapping[str, Tensor]) -> Novelty | None:
+    try:
+        return Novelty.of_state(buffers) if buffers else None
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint's measure of what is known is damaged: {error}.") from error
 
 
 def leave_out_frozen(state: Mapping[str, Any], model: TransferModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -180,6 +202,7 @@ def frozen_path(folder: Path, sha256: str) -> Path:
     return folder / f"frozen-{sha256[:16]}.pt"
 
 
+@explained
 def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bool = True) -> None:
     """Write a model, whole or not at all, for `load_model` to read.
 
@@ -204,6 +227,8 @@ def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bo
     write_checkpoint(path, {"model": state if frozen else leave_out_frozen(state, model)[0]})
 
 
+@explained
+@own_surroundings()
 def load_model(
     path: str | os.PathLike[str], *, head: nn.Module | None = None, backbone: Backbone | None = None
 ) -> TransferModel:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from transferkit.base.arguments import not_negative, whole_number
+from transferkit.base.calls import explained
 from transferkit.errors import ArgumentError, close_matches
 from transferkit.model.freezing import find_boundary, freeze_until
 from transferkit.model.head import TransferModel
@@ -31,6 +32,7 @@ class Running(Protocol):
         """The finished epochs of the current run."""
 
 
+@explained
 class EarlyStopping:
     """A callback that ends a run once a figure has not improved for some epochs.
 
@@ -95,6 +97,7 @@ class EarlyStopping:
         return len(values) - 1 - max(best_epoch, 0) >= self.patience
 
 
+@explained
 class GradualUnfreezing:
     """A callback that trains more of the backbone as a run advances.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from transferkit.base.arguments import whole_number
+from transferkit.base.calls import explained
 from transferkit.errors import (
     ArgumentError,
     CheckpointError,
@@ -32,6 +33,7 @@ class Resumable(Protocol):
         """Return the state."""
 
 
+@explained
 class Checkpoint:
     """A callback of `Trainer.fit` that saves the run after epochs, after steps, and when something ends it early.
 
@@ -40,7 +42,7 @@ class Checkpoint:
     new one has been verified. A save that fails gives a warning. If no later save succeeds, `fit` ends with the error.
 
     Args:
-        folder: Created if its parent exists.
+        folder: Created, with those around it, if it does not exist.
         every_epochs: Number of epochs between two saves.
         every_steps: Number of steps between two further saves. `None` saves after epochs only.
         keep_last: Number of checkpoints that stay in the folder, 1 or more.
@@ -50,7 +52,7 @@ class Checkpoint:
         failure: The error of the last save, `None` if it succeeded.
 
     Raises:
-        CheckpointWriteError: The folder does not exist and cannot be created.
+        CheckpointWriteError: The folder cannot be created.
         ArgumentError: A number is out of range.
 
     Example:
@@ -74,10 +76,10 @@ class Checkpoint:
         self.failure: TransferKitError | None = None
         self._frozen_written: set[Path] = set()
         try:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointWriteError(
-                f"checkpoints cannot be kept in {folder}: {error}. Expected a folder, or a name for one in a folder."
+                f"checkpoints cannot be kept in {folder}: {error}. Expected a folder, or a name for a new one."
             ) from error
 
     def __call__(self, trainer: Resumable, report: EpochReport) -> None:

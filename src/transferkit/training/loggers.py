@@ -4,10 +4,14 @@ import csv
 import importlib.util
 import io
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from transferkit.base.calls import explained
 from transferkit.base.files import atomic_write
 from transferkit.errors import ArgumentError, MissingPackageError
 from transferkit.results.history import EpochReport, History
@@ -17,17 +21,28 @@ COLUMNS = tuple(field.name for field in fields(EpochReport))
 """The figures of every report; metrics and figures that callbacks add follow them."""
 
 
+@contextmanager
+def going_on(what: str, path: Path) -> Iterator[None]:
+    """Turn an error of the file system inside into a warning: a line of a log that is lost ends no run."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{what} could not write {path}, and the run goes on: {error}", stacklevel=3)
+
+
+@explained
 class CSVLogger:
     """A callback that writes a file with one line for each epoch: `epoch,loss,accuracy,lr,epoch_s,val_loss,...`.
 
-    The file is replaced as a whole after each epoch. Lines of earlier epochs of the same trainer stay; the file of a
-    resumed run has every epoch once. Metrics and figures that callbacks add have columns at the end.
+    The file is replaced as a whole after each epoch; where that fails, a warning says so and the run goes on. Lines of
+    earlier epochs of the same trainer stay; the file of a resumed run has every epoch once. Metrics and figures that
+    callbacks add have columns at the end.
 
     Args:
         path: Of the file.
 
     Raises:
-        ArgumentError: When a run starts, if the file is not one that CSVLogger wrote or its folder is missing.
+        ArgumentError: When a run starts, if the file is not one that CSVLogger wrote or its folder cannot be made.
 
     Example:
         >>> import tempfile
@@ -48,8 +63,10 @@ class CSVLogger:
 
     def before_run(self, trainer: Running, *, validated: bool) -> None:
         """Refuse a file that cannot be written or is no log, before the first step."""
-        if not self.path.parent.is_dir():
-            raise ArgumentError(f"CSVLogger cannot write {self.path}: there is no folder {self.path.parent}. Make it.")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArgumentError(f"CSVLogger cannot write {self.path}: {error}. Name another file.") from error
         self._read()
 
     def __call__(self, trainer: Running, report: EpochReport) -> None:
@@ -61,7 +78,7 @@ class CSVLogger:
         writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        with atomic_write(self.path) as file:
+        with going_on("CSVLogger", self.path), atomic_write(self.path) as file:
             file.write(text.getvalue().encode())
 
     def _read(self) -> list[dict[str, Any]]:
@@ -81,6 +98,7 @@ class CSVLogger:
         return rows
 
 
+@explained
 class TensorBoardLogger:
     """A callback that writes each epoch's figures as TensorBoard reads them; needs the package `tensorboard`.
 
@@ -107,7 +125,8 @@ class TensorBoardLogger:
     def __call__(self, trainer: Running, report: EpochReport) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second: not at import
 
-        with SummaryWriter(self.folder) as writer:  # a file for each epoch: nothing is open between two
+        # a file for each epoch: nothing is open between two
+        with going_on("TensorBoardLogger", self.folder), SummaryWriter(self.folder) as writer:
             for name, value in report.figures.items():
                 if name != "epoch":
                     writer.add_scalar(name, value, report.epoch)

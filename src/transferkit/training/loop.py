@@ -14,7 +14,7 @@ from transferkit.base.randomness import derive_seed, seeded
 from transferkit.compute.finite import check_scale, find_nonfinite
 from transferkit.data.sources import epoch_order
 from transferkit.errors import NonFiniteError
-from transferkit.model.modes import modes_kept
+from transferkit.model.modes import begin_training, evaluating
 from transferkit.results.history import EpochReport
 from transferkit.training.callback_list import CallbackList
 from transferkit.training.evaluation import evaluate
@@ -43,7 +43,7 @@ def train_epoch(training: Training, run: Run, progress: Progress, *, first: int 
     Raises:
         NonFiniteError: When a loss or gradient is not finite, and no more steps may be skipped.
     """
-    training.model.train()
+    begin_training(training.model)
     num_batches = run.source.num_batches(run.batch_size)
     if first == 0 or num_batches is None or first < num_batches:
         order = epoch_order(run.source.num_images, training.seed, training.epoch)
@@ -70,6 +70,7 @@ def _train_batch(
     )
     seed = derive_seed(training.seed, "step", training.global_step)
     progress.between_steps = False
+    training.let_optimizer("train")
     update = guarded_step(network, inputs, targets, training=training, loss=run.loss, seed=seed)
     if update.micro_batch_size < min(training.micro_batch_size or len(targets), len(targets)):
         training.micro_batch_size = update.micro_batch_size
@@ -124,9 +125,14 @@ class Epochs:
     def finish(self) -> None:
         """Make what is left of the epochs, and leave the best weights in the model, whatever ends them."""
         progress = self.progress
+        if done := len(progress.history.reports) if self._is_over() else 0:
+            self.display.say(
+                f"nothing to train: this run ended after epoch {done} of {self.run.num_epochs}. To train on from its "
+                "weights, call fit again without resume_from"
+            )
         try:
             measure_features(self.training, self.run, self.interrupts)
-            while len(progress.history.reports) < self.run.num_epochs and not progress.ended:
+            while not self._is_over():
                 report = self._epoch()
                 progress.ended = self.callbacks.after_epoch(report)
                 if progress.ended:
@@ -141,13 +147,23 @@ class Epochs:
                 raise Interruption(stop) from error
             raise
         finally:
+            self.training.let_optimizer("eval")
             progress.best.restore()
+            self.training.model.eval()
+            best = progress.history.best_epoch
+            if best is not None and best < len(progress.history.reports) - 1:
+                self.display.say(f"the weights of epoch {progress.history.epoch[best] + 1}, the best, are back")
+
+    def _is_over(self) -> bool:
+        return self.progress.ended or len(self.progress.history.reports) >= self.run.num_epochs
 
     def _epoch(self) -> EpochReport:
         """Train for what is left of an epoch, validate, and report."""
         progress, started, before = self.progress, time.perf_counter(), self.progress.sums.count
+        fill_s = self.run.fill_s
         with self.display.bar(f"epoch {progress.epoch + 1}", self.run.source.num_images) as bar:
             self._train(bar)
+        self.training.let_optimizer("eval")
         loss, accuracy = progress.sums.means()
         figures = measure(self.training.metrics, progress.sums.outputs, self.training.model.threshold)
         with self.callbacks.validating():
@@ -156,10 +172,12 @@ class Epochs:
             lr = self.training.optimizer.param_groups[-1]["lr"]
             report = EpochReport(progress.epoch, loss, accuracy, lr, seconds, skipped=skipped)
             vars(report).update(figures | {f"val_{name}": value for name, value in validation.items()})
-            speed = (progress.sums.count - before) / seconds
+            count = progress.sums.count
+            speed = (count - before) / seconds
+            usual_s = (seconds - self.run.fill_s + fill_s) * count / max(1, count - before)  # of a whole epoch, no fill
             progress.finish_epoch(report)
         left = self.run.num_epochs - len(progress.history.reports)
-        self.display.say(f"{report}  {speed:,.0f} images/s" + (f"  {seconds * left:,.0f} s left" if left else ""))
+        self.display.say(f"{report}  {speed:,.0f} images/s" + (f"  {usual_s * left:,.0f} s left" if left else ""))
         return report
 
     def _train(self, bar: Bar) -> None:
@@ -180,8 +198,7 @@ class Epochs:
         size = self.run.batch_size
         network, batches = self.run.validation.open(size, cached_batch_size=max(size, CACHED_BATCH_SIZE))
         total = self.run.validation.inputs.source.num_images
-        with modes_kept(self.training.model), closing(batches), self.display.bar("validation", total) as bar:
-            self.training.model.eval()
+        with evaluating(self.training.model), closing(batches), self.display.bar("validation", total) as bar:
             return evaluate(
                 network, self.interrupts.watched(bar.over(batches)), training=self.training, loss=self.run.loss
             )

@@ -11,6 +11,7 @@ from torch.nn import functional
 from typing_extensions import Self
 
 from transferkit.base.arguments import fraction, positive
+from transferkit.base.calls import explained
 from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError
 from transferkit.model.head import TransferModel
@@ -47,6 +48,7 @@ class Loss(Protocol):
         """Return the settings as text: a resumed run must have the same."""
 
 
+@explained
 @dataclass(frozen=True)
 class CrossEntropy:
     """Cross-entropy: each image has exactly one label, or soft targets that sum to one.
@@ -105,6 +107,7 @@ class CrossEntropy:
         return f"CrossEntropy(label_smoothing={self.label_smoothing}, class_weights={_text(self.class_weights)})"
 
 
+@explained
 @dataclass(frozen=True)
 class BinaryCrossEntropy:
     """Binary cross-entropy: an image may have several labels, or none.

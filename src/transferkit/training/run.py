@@ -41,6 +41,11 @@ class Run:
         """The training data."""
         return self.train.inputs.source
 
+    @property
+    def fill_s(self) -> float:
+        """Seconds spent on features so far."""
+        return self.train.fill_s + (0.0 if self.validation is None else self.validation.fill_s)
+
     def check_feeds(self) -> None:
         """Refuse what can be seen before anything is computed.
 
