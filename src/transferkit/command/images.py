@@ -10,10 +10,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from transferkit.base.arguments import one_of
-from transferkit.base.display import Display
-from transferkit.data.open import open_data
-from transferkit.data.selection import POLICIES, split_validation, without_bad_images
-from transferkit.data.sources import DatasetSource, SubsetSource
+from transferkit.data.selection import MAX_BAD_FRACTION, POLICIES, split_validation
+from transferkit.data.sources import DatasetSource
 from transferkit.errors import ArgumentError, EmptyDataError, ImageError
 
 PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -68,27 +66,37 @@ def open_training(options: argparse.Namespace) -> dict[str, ImageFolder]:
     if "train" not in parts:
         raise ArgumentError(f"{options.data} has {' and '.join(parts)} but no train: expected train/ beside them.")
     if "val" not in parts:
-        train = parts["train"]
-        source = open_data(train, train.classes, on_bad_image="skip")
-        kept, held_out = split_validation(source, options.validation_split, options.seed)
-        parts |= {"train": _subset(train, kept), "val": _subset(train, held_out)}
-    return {part: _usable(images, options, read=part != "train") for part, images in parts.items()}
+        source = _source(parts["train"], options)
+        train, held_out = split_validation(source, options.validation_split, options.seed)
+        images = parts["train"]
+        parts |= {"train": _subset(images, train.indices.tolist()), "val": _subset(images, held_out.indices.tolist())}
+    skips = one_of("on_bad_image", options.on_bad_image, POLICIES) == "skip"
+    return {
+        part: images if part == "train" and not skips else _usable(images, options) for part, images in parts.items()
+    }
 
 
-def _usable(images: ImageFolder, options: argparse.Namespace, *, read: bool) -> ImageFolder:
-    source = open_data(images, images.classes, num_workers=options.num_workers, on_bad_image="skip")
-    if one_of("on_bad_image", options.on_bad_image, POLICIES) == "skip":
-        left = without_bad_images(source, display=Display(options.verbose), check=lambda: None)
-        return _subset(images, left) if isinstance(left, SubsetSource) else images
-    for _, failures in source.failures() if read and isinstance(source, DatasetSource) else ():
-        for failure in failures.values():
-            raise ImageError(f"{failure} --on-bad-image skip leaves it out.")
-    return images
+def _source(images: ImageFolder, options: argparse.Namespace) -> DatasetSource:
+    return DatasetSource(images, images.classes, num_workers=options.num_workers, with_targets=True)
 
 
-def _subset(images: ImageFolder, source: SubsetSource) -> ImageFolder:
+def _usable(images: ImageFolder, options: argparse.Namespace) -> ImageFolder:
+    """Read each image once, and return those that can be used, if others may be left out."""
+    failures = [found for _, found in _source(images, options).failures()]
+    bad = {index: why for found in failures for index, why in found.items()}
+    if bad and options.on_bad_image == "raise":
+        raise ImageError(f"{next(iter(bad.values()))} --on-bad-image skip leaves it out.")
+    if len(bad) > max(1, MAX_BAD_FRACTION * len(images)):
+        raise ImageError(
+            f"{len(bad)} of {len(images)} images in {images.root} cannot be used: {next(iter(bad.values()))}"
+        )
+    sys.stderr.writelines(f"left out: {why}\n" for why in bad.values())
+    return _subset(images, [index for index in range(len(images)) if index not in bad])
+
+
+def _subset(images: ImageFolder, indices: Iterable[int]) -> ImageFolder:
     part = copy.copy(images)
-    part.samples = part.imgs = [images.samples[index] for index in source.indices.tolist()]
+    part.samples = part.imgs = [images.samples[index] for index in indices]
     part.targets = [target for _, target in part.samples]
     return part
 
