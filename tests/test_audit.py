@@ -13,7 +13,7 @@ import transferkit as tk
 from tiny import CLASSES, make_backbone, make_images
 from transferkit import audit
 from transferkit.analysis.duplicates import find_copies, thumbnails
-from transferkit.analysis.labels import find_wrong_labels
+from transferkit.analysis.labels import find_limit, find_wrong_labels
 from transferkit.analysis.outliers import distances, nearest, unlike
 from transferkit.errors import ArgumentError
 
@@ -65,9 +65,13 @@ def test_a_head_that_saw_the_image_would_not_tell():
 
 
 def test_an_image_that_is_hard_is_not_called_wrong():
-    """A class is suspected only where the model is as sure as it is of that class's own images."""
+    """A label is suspected only where it is as improbable as labels that were exchanged on purpose."""
     probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.55, 0.45], [0.95, 0.05]])
-    assert find_wrong_labels(probabilities, torch.tensor([0, 0, 1, 1, 1])).tolist() == [4]
+    assert find_wrong_labels(probabilities, torch.tensor([0, 0, 1, 1, 1]), 0.1).tolist() == [4]
+    own = torch.tensor([0.01, 0.02, 0.03, 0.3, 0.6, 0.9])
+    exchanged = torch.tensor([True, False, True, False, False, False])
+    assert find_limit(own, exchanged) == pytest.approx(0.3)
+    assert find_limit(own, ~exchanged & (own > 0.8)) == 0.0
 
 
 def test_all_images_are_held_out_once_however_many(monkeypatch):

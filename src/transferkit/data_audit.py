@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from transferkit.analysis.duplicates import Copy, find_copies, thumbnails
-from transferkit.analysis.labels import exchange_labels, find_wrong_labels, label_probabilities
+from transferkit.analysis.labels import exchange_labels, find_limit, find_wrong_labels, label_probabilities
 from transferkit.analysis.outliers import FAR, distances, principal, unlike
 from transferkit.base.display import Display
 from transferkit.base.randomness import seeded
 from transferkit.compute.device import Device
-from transferkit.data.open import find_classes
+from transferkit.data.classes import find_classes
 from transferkit.data.samples import path_of
 from transferkit.data.sources import Source
 from transferkit.data.targets import class_indices
@@ -57,8 +57,8 @@ def audit(
     """Find labels that are likely wrong, copies, leaks and images unlike the rest. Nothing is trained or changed.
 
     A head is solved on the features of a frozen backbone, four times, each time without a quarter of the images. A
-    label is likely wrong where the head that did not see the image is sure of another class. Copies are found by
-    thumbnails, outliers by their nearest neighbours among the features.
+    label is likely wrong where the head that did not see the image finds it as improbable as labels that were exchanged
+    on purpose. Copies are found by thumbnails, outliers by their nearest neighbours among the features.
 
     Args:
         backbone: From `load_backbone`, or `trainer.model.backbone`.
@@ -104,7 +104,8 @@ def audit(
     display.say(f"solved the head in {FOLDS} folds: {solved}")
     listed = _Listed(data, [model.classes[target] for target in targets.tolist()])
     look = _look(source)
-    findings = _find_labels(probabilities, targets, model.classes, listed)
+    precision_found, limit = _check(table, targets, len(model.classes), solved.l2, seed)
+    findings = _find_labels(probabilities, targets, model.classes, listed, limit=limit)
     findings += [listed.copy("duplicate", copy, listed) for copy in _closest(find_copies(look.small))]
     sources = [source]
     if validation_data is not None:
@@ -116,7 +117,7 @@ def audit(
     return Audit(
         findings,
         _assessment(probabilities, targets, model.classes),
-        _check(table, targets, len(model.classes), solved.l2, seed),
+        precision_found,
         sources,
     )
 
@@ -189,18 +190,25 @@ def _held_out(table: Table, targets: Tensor, classes: int, l2: float | None, see
     return solved, probabilities
 
 
-def _check(table: Table, targets: Tensor, classes: int, l2: float, seed: int) -> float:
-    """Exchange some labels; return which fraction of as many labels that look worst then are those."""
+def _check(table: Table, targets: Tensor, classes: int, l2: float, seed: int) -> tuple[float, float]:
+    """Exchange some labels and look for them.
+
+    Returns:
+        Which fraction of as many labels that look worst are those, and the probability up to which half of them are.
+    """
     changed, exchanged = exchange_labels(targets, classes, fraction=EXCHANGED, seed=seed)
     _, probabilities = _held_out(table, changed, classes, l2, seed)
-    worst = label_probabilities(probabilities, changed).argsort()[: int(exchanged.sum())]
-    return float(exchanged[worst].double().mean())
+    own = label_probabilities(probabilities, changed)
+    worst = own.argsort(stable=True)[: int(exchanged.sum())]
+    return float(exchanged[worst].double().mean()), find_limit(own, exchanged)
 
 
-def _find_labels(probabilities: Tensor, targets: Tensor, classes: Sequence[str], listed: _Listed) -> list[Finding]:
+def _find_labels(
+    probabilities: Tensor, targets: Tensor, classes: Sequence[str], listed: _Listed, *, limit: float
+) -> list[Finding]:
     own = label_probabilities(probabilities, targets)
     found = []
-    for index in find_wrong_labels(probabilities, targets).tolist():
+    for index in find_wrong_labels(probabilities, targets, limit).tolist():
         guess = int(probabilities[index].argmax())
         detail = f"looks like {classes[guess]} ({probabilities[index, guess]:.2f})"
         found.append(listed.finding("label", index, float(own[index]), detail))

@@ -101,6 +101,14 @@ def plot_explanations(
 
     Raises:
         MissingPackageError: When matplotlib is not installed.
+
+    Example:
+        >>> import transferkit as tk
+        >>> backbone = tk.load_backbone("vgg11", weights=None, image_size=32)
+        >>> trainer = tk.Trainer(tk.attach_head(backbone, ["cat", "dog"]), device="cpu")
+        >>> figure = plot_explanations(trainer, torch.zeros(2, 3, 48, 64, dtype=torch.uint8), "cat")
+        >>> len(figure.axes[0].child_axes)
+        2
     """
     source = open_data(images, trainer.model.classes, with_targets=False)
     count = min(whole_number("num_images", num_images), source.num_images or 0)
