@@ -151,7 +151,7 @@ def test_pixels_do_not_depend_on_the_batch_or_the_memory_layout(geometry: str) -
     assert preprocess(images[:0]).shape == (0, 3, 32, 32)
 
 
-@pytest.mark.parametrize("geometry", ["Crop", "pad", "center_crop", "", None, 3, ["crop"]])
+@pytest.mark.parametrize("geometry", ["cropp", "pad", "center_crop", "", None, 3, ["crop"]])
 def test_an_unknown_geometry_is_refused(geometry: object) -> None:
     """What is none of the four is refused with their names, wherever it is passed."""
     with pytest.raises(ArgumentError, match=r"geometry=.* is not known.*crop"):
@@ -159,6 +159,15 @@ def test_an_unknown_geometry_is_refused(geometry: object) -> None:
     if geometry is not None:
         with pytest.raises(ArgumentError, match=r"geometry=.* is not known.*crop"):
             tk.load_backbone("vgg11", weights=None, image_size=32, geometry=geometry)
+
+
+@pytest.mark.parametrize("written", ["Letterbox", "LETTERBOX"])
+def test_a_geometry_may_be_written_in_upper_case(written: str) -> None:
+    """It is the geometry of that name, not the default, and equal to it in files and keys."""
+    own = replace(CONVENTIONS["KERAS"], geometry=written)
+    assert own == replace(CONVENTIONS["KERAS"], geometry="letterbox")
+    backbone = tk.load_backbone("vgg11", weights=None, image_size=32, geometry=written)
+    assert backbone.preprocess.geometry == "letterbox"
 
 
 # --- one geometry wherever the model goes

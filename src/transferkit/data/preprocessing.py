@@ -65,7 +65,8 @@ class Preprocessing:
     geometry: str = "crop"
 
     def __post_init__(self) -> None:
-        one_of("geometry", self.geometry, GEOMETRIES)
+        known = one_of("geometry", self.geometry, GEOMETRIES)  # in lower case
+        object.__setattr__(self, "geometry", known)  # as dataclasses set the fields of frozen ones
 
     def __call__(self, images: Tensor | list[Tensor]) -> Tensor:
         """Return raw images as model input.
