@@ -384,7 +384,7 @@ def _read_plan(folder: str | PathLike[str] | None, boundary: str | None, epochs:
     plan = _Plan(**json.loads(path.read_text()))
     if boundary not in ("auto", plan.boundary) or epochs not in (None, plan.epochs):
         raise ArgumentError(
-            f"folder={str(folder)!r} holds a run with freeze_until={plan.boundary!r} and epochs={plan.epochs}, and this "
+            f"folder={str(folder)!r} holds a run with freeze_until={plan.boundary!r} and epochs={plan.epochs}, this "
             f"call has freeze_until={boundary!r} and epochs={epochs}: expected the same. Name another folder."
         )
     return plan
