@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
 from tiny import CLASSES, make_backbone, make_images, weights_of
-from transferkit.errors import ArgumentError, CacheError
+from transferkit.errors import ArgumentError, CacheError, TransferKitError
 from transferkit.training.progress import BestWeights
 
 fine_tuning = sys.modules["transferkit.fine_tune"]  # the package has the function under this name
@@ -222,6 +222,22 @@ def test_a_plan_made_by_the_clock_is_kept(tmp_path, capsys):
     fine_tune(folder=folder, epochs=2, freeze_until="block5")
     fine_tune(folder=folder, epochs=None, freeze_until="auto", budget=1e4, verbose=2)
     assert "From block5 on, 2 epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", [{"epochs": 4}, {"freeze_until": "block4"}])
+def test_other_choices_than_those_of_the_folder_are_refused(tmp_path, other):
+    """A folder whose run has other epochs or another first layer is not continued, and says which differ."""
+    arguments = {"folder": tmp_path / "run", "epochs": 2, "freeze_until": "block5"}
+    fine_tune(**arguments)
+    with pytest.raises(ArgumentError, match=r"holds a run with freeze_until='block5' and epochs=2"):
+        fine_tune(**{**arguments, **other})
+
+
+def test_a_misspelt_layer_leaves_no_plan(tmp_path):
+    """After a call that was refused, the corrected one runs."""
+    with pytest.raises(TransferKitError):
+        fine_tune(folder=tmp_path / "run", freeze_until="blok5")
+    assert fine_tune(folder=tmp_path / "run", freeze_until="block5").global_step > 0
 
 
 def test_several_labels():
