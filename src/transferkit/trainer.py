@@ -477,8 +477,8 @@ class Trainer:
         """Learn what the training images look like, so that the model can say of others that it does not know them.
 
         `predict_classes(unknown="?")`, `novelty` and `assess` use it. It is kept in the model, saved and exported with
-        it, and forgotten when training goes on. It finds about a seventh of the images of classes that it has never
-        seen where one in twenty of the known is rejected: a flag, no promise.
+        it, and forgotten when training goes on. Of classes that it has never seen it finds about one image in six
+        where one in twenty of the known is rejected: a flag, no promise.
 
         Args:
             data: The training images, as in `fit`.
