@@ -2,7 +2,11 @@
 
     python benchmarks/defaults.py --data photos/flowers --image-size 128 --out flowers.json
     python benchmarks/defaults.py --data cifar10/train --image-size 64 --only pooling,views
+    python benchmarks/defaults.py --data photos/flowers --image-size 128 --only geometry --shape 1.5
     python benchmarks/defaults.py --table flowers.json
+
+`--shape` cuts the middle out of square photographs, half of them high and half of them wide, so that geometries can be
+compared where no photographs of other shapes are at hand.
 
 A folder holds <class>/*.jpg. `--size` images are trained on and as many others judge, drawn by the seed. The standard
 error of an accuracy of 0.75 on 2,000 images is 0.01.
@@ -12,17 +16,22 @@ import argparse
 import json
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from job import WEIGHTS
+from PIL import Image
 from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
 
 import transferkit as tk
+from transferkit.data.preprocessing import GEOMETRIES
 
 
 def solved(data: Subset, pooling: str, **views: Any) -> Callable[[tk.Backbone], tk.Trainer]:
@@ -55,11 +64,35 @@ def deeper(data: Subset, **constants: Any) -> Callable[[tk.Backbone], tk.Trainer
     return run
 
 
+def seen_as(geometry: str, train: Callable[[tk.Backbone], tk.Trainer]) -> Callable[[tk.Backbone], tk.Trainer]:
+    def run(backbone: tk.Backbone) -> tk.Trainer:
+        backbone.preprocess = replace(backbone.preprocess, geometry=geometry)
+        return train(backbone)
+
+    return run
+
+
+def cut_to(shape: float) -> Callable[[str], Image.Image]:
+    """Return a loader of photographs that are `shape` times as long as wide, or as wide as long."""
+
+    def load(path: str) -> Image.Image:
+        photo = default_loader(path)
+        side = min(photo.size)
+        sides = [side, round(side / shape)]
+        wide, high = sides if zlib.crc32(Path(path).name.encode()) % 2 else sides[::-1]
+        left, top = (photo.width - wide) // 2, (photo.height - high) // 2
+        return photo.crop((left, top, left + wide, top + high))
+
+    return load
+
+
 def trials(data: Subset) -> Iterator[tuple[str, str, Callable[[tk.Backbone], tk.Trainer]]]:
     """Yield group, name and what trains."""
     for pooling in ("avg", "max", "avgmax"):
         yield "pooling", pooling, solved(data, pooling)
     yield "views", "4, flip and crop", solved(data, "avgmax", augment=["flip", "crop"], n_views=4)
+    for geometry in GEOMETRIES:
+        yield "geometry", geometry, seen_as(geometry, solved(data, "avgmax"))
     for schedule in ("constant", "auto"):
         for lr in (1e-4, 3e-4, 1e-3, 3e-3):
             yield "fit", f"{lr:g}, {schedule}", stepped(data, lr=lr, schedule=schedule)
@@ -76,7 +109,8 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--size", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="pooling,views,fit,deeper")
+    parser.add_argument("--only", default="pooling,views,geometry,fit,deeper")
+    parser.add_argument("--shape", type=float, help="of the photographs: the longer side over the shorter one")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
@@ -84,7 +118,7 @@ def main() -> None:
         for run in json.loads(options.table.read_text()):
             print(f"| {run['group']} | {run['name']} | {run['accuracy']:.4f} | {run['loss']:.4f} |")
         return
-    folder = ImageFolder(options.data)
+    folder = ImageFolder(options.data, loader=cut_to(options.shape) if options.shape else default_loader)
     order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(options.seed)).tolist()
     train, judge = Subset(folder, order[: options.size]), Subset(folder, order[options.size : 2 * options.size])
     runs = []

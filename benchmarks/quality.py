@@ -12,9 +12,10 @@ Each run is a process of its own on the CPU, one at a time. It starts with files
 With the same --out, a stopped benchmark continues, and tries again what failed. `pip install -e ".[bench]"` installs
 all libraries; the methods of those that are missing fail.
 
-Methods: `fine_tune` (`fine_tune:60` has a budget of 60 seconds); `solve`, a solved head on the frozen network; `old`,
-the recipe of the first version. The others are peers at their defaults, or the best they do on a CPU: `fastai`,
-`fastai_best`, `keras`, `keras_best`, `pytorch_best` (a tuned loop), `sklearn_best` (`LogisticRegressionCV`).
+Methods: `fine_tune` (`fine_tune:60` has a budget of 60 seconds); `solve`, a solved head on the frozen network
+(`solve:letterbox` with that geometry); `old`, the recipe of the first version. The others are peers at their defaults,
+or the best they do on a CPU: `fastai`, `fastai_best`, `keras`, `keras_best`, `pytorch_best` (a tuned loop),
+`sklearn_best` (`LogisticRegressionCV`).
 """
 
 import argparse

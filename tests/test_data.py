@@ -333,11 +333,11 @@ def test_reading_a_data_set_leaves_the_global_generators_alone():
             r"4 images but 2 targets: expected one target for each",
         ),
         (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), TargetError, r"images but no targets: expected a pair"),
-        (TensorDataset(torch.zeros(4, 3, 32, 32)), TargetError, r"sample 0 is a tuple: expected a pair"),
-        ([{"image": 1, "label": 2}], TargetError, r"sample 0 is a dict: expected a pair \(image, target\)"),
+        (TensorDataset(torch.zeros(4, 3, 32, 32)), TargetError, r"sample 0 has 1 parts: expected a pair"),
+        ([{"image": 1, "label": 2}], ImageError, r"image 0: image is a int: expected raw image"),
         (Stream([]), ArgumentError, r"a Stream, which has no length or order: wrap it in a DataLoader"),
         (None, ArgumentError, r"data is of type NoneType: expected a pair \(images, targets\), a torch Dataset"),
-        ({"images": 1}, ArgumentError, r"data is of type dict: expected a pair"),
+        ({"images": 1}, ArgumentError, r"data is a dict of 'images': which is .* is not clear"),
         ("photos/train", ArgumentError, r"data is a str: expected .*ImageFolder"),
         (Path("photos/train"), ArgumentError, r"data is a PosixPath: expected .*ImageFolder"),
     ],
@@ -348,10 +348,10 @@ def test_data_that_cannot_be_used_is_refused(data, error, match):
         open_data(data, CLASSES)
 
 
-def test_list_of_arrays_is_refused(data):
-    """A list of images in a pair is refused with the remedy."""
-    with pytest.raises(ImageError, match=r"images are a list: expected .* in one tensor or array.*pass a Dataset"):
-        open_data((list(data[0]), data[1]), CLASSES)
+def test_a_list_of_images_of_one_size_trains_as_the_array_of_them(model, data):
+    """A list of arrays beside the targets is the same data as one array."""
+    trainer = make_trainer(model)
+    assert trainer.evaluate((list(data[0]), data[1])) == trainer.evaluate(data)
 
 
 @pytest.mark.parametrize("target", [-1, 3])
@@ -380,12 +380,15 @@ def test_target_transform_is_applied_before_targets_are_judged(data):
     assert torch.equal(batches[0][1], targets)
 
 
-def test_bad_targets_of_a_data_set_are_seen_before_it_is_read():
-    """A data set that lists its targets is refused at once, not in the middle of an epoch."""
-    dataset = Samples(pil_samples(6))
-    dataset.targets = [0, 1, 2, 0, 7, 1]
+def test_a_bad_target_deep_in_a_data_set_is_seen_before_a_step(model):
+    """A list beside the data set tells where to look, so that the sample is refused before an epoch is lost."""
+    samples = pil_samples(6)
+    samples[4] = (samples[4][0], 7)
+    dataset = Samples(samples)
+    dataset.targets = [target for _, target in samples]
     with pytest.raises(TargetError, match=r"target 7 at index 4 is out of range"):
         open_data(dataset, CLASSES)
+    assert dataset.read == [0, 4]
 
 
 @pytest.mark.parametrize("target", ["cat", None, [0, 1], 0.5])
@@ -439,7 +442,7 @@ def test_images_scaled_to_0_to_1_are_refused_before_a_step(model, data, kind):
     kinds = {"tensors": (images, targets), "data set": dataset, "loader": DataLoader(dataset, batch_size=8)}
     trainer = make_trainer(model)
     before = model.head.logits.weight.clone()
-    with pytest.raises(ImageError, match=r"values from 0 to .*not preprocessed.*without ToTensor or a division by 255"):
+    with pytest.raises(ImageError, match=r"values from 0 to .*not preprocessed.*without ToTensor"):
         trainer.fit(kinds[kind], verbose=0, epochs=1)
     assert torch.equal(model.head.logits.weight, before)
 
@@ -454,7 +457,7 @@ def test_preprocessed_images_of_another_size_are_refused(model, data):
 def test_batches_of_a_loader_need_two_parts(data):
     """A loader whose batches have another number of parts is refused."""
     loader = DataLoader(TensorDataset(*data, data[1]), batch_size=8)
-    with pytest.raises(TargetError, match=r"batch has 3 parts \(list\): expected \(images, targets\)"):
+    with pytest.raises(TargetError, match=r"batch 0 of the DataLoader has 3 parts: expected a pair"):
         all_batches(open_data(loader, CLASSES))
 
 

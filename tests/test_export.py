@@ -4,16 +4,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import transferkit as tk
-from transferkit.data.preprocessing import CONVENTIONS
+from transferkit.data.preprocessing import CONVENTIONS, GEOMETRIES
 from transferkit.errors import ArgumentError, ImageError
 
 ASSETS = Path(__file__).parent.parent / "examples" / "assets"
@@ -73,12 +74,17 @@ def run_elsewhere(program: str, exported: Path, images: dict[str, Tensor]) -> tu
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("convention", sorted(CONVENTIONS))
 def test_pixels_are_those_of_preprocess(
-    shape: tuple[int, int, int], convention: str, model: tk.TransferModel, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int],
+    geometry: str,
+    convention: str,
+    model: tk.TransferModel,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What reaches the network is what backbone.preprocess makes of the images, bit for bit."""
-    model.backbone.preprocess = CONVENTIONS[convention].with_image_size(32)
+    model.backbone.preprocess = replace(CONVENTIONS[convention], image_size=32, geometry=geometry)
     exportable = tk.WithPreprocessing(model)
     images, seen = raw(*shape), []
     features = torch.zeros(1, 48)
@@ -93,20 +99,23 @@ def test_pixels_are_those_of_preprocess(
     assert ((seen[0] - expected).abs() * std).max() <= 1.01  # one of 255 levels
 
 
+@pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("image_size", [2, 32, 33, 64, 100, 224])
-def test_pixels_agree_for_whatever_sizes(image_size: int, model: tk.TransferModel) -> None:
-    """Resizing is torchvision's to the last bit for random sizes, also where its integer weights change precision."""
-    model.backbone.preprocess = CONVENTIONS["KERAS"].with_image_size(image_size)
+def test_pixels_agree_for_whatever_sizes(image_size: int, geometry: str, model: tk.TransferModel) -> None:
+    """Pixels are the same to the last bit for random sizes, also where torch's integer weights change precision."""
+    model.backbone.preprocess = replace(CONVENTIONS["KERAS"], image_size=image_size, geometry=geometry)
     exportable = tk.WithPreprocessing(model)
     generator = torch.Generator().manual_seed(image_size)
-    sides = torch.randint(max(2, image_size // 4), 3 * image_size, (40, 2), generator=generator).tolist()
+    sides = torch.randint(max(2, image_size // 4), 3 * image_size, (20, 2), generator=generator).tolist()
     # about two to one the largest weight lies beside one half, and 15 or 16 bits are a matter of the exact largest
+    sides += [(5, 41), (40, 5), (300, 7), (1, 200), (3, 1000), (9, 72), (9, 73)]  # all but lines
     sides += [(2 * image_size - 1, image_size), (2 * image_size, image_size + 1), (3 * image_size // 2, 500)]
     sides += [(700, 1100)]  # to 2 pixels: integer weights have 22 bits at most
+    sides += [(3, 900), (1000, 90), (1, 50), (50, 1)]  # so long that only the middle is computed
     for height, width in sides:
         images = raw(1, height, width)
         difference = (exportable._resize(images) - model.backbone.preprocess.resize(images)).abs().max()
-        assert difference <= (0 if INTEGERS else 1), (height, width)
+        assert difference <= (0 if INTEGERS or geometry == "torchvision" else 1), (height, width)
 
 
 def test_probabilities_are_the_trainers(backbone: tk.Backbone) -> None:
@@ -219,6 +228,54 @@ def test_exported_program_takes_any_batch_and_any_size(backbone: tk.Backbone, he
     for shape in SHAPES:
         images = raw(*shape)
         assert torch.equal(program(images), exportable(images))
+
+
+class Resized(nn.Module):
+    """The pixels that reach the network in each geometry, before they are normalised: `(4, N, 3, S, S)`."""
+
+    def __init__(self, model: tk.TransferModel) -> None:
+        super().__init__()
+        preprocess = model.backbone.preprocess
+        self.exportables = nn.ModuleList()
+        for geometry in GEOMETRIES:
+            model.backbone.preprocess = replace(preprocess, geometry=geometry)
+            self.exportables.append(tk.WithPreprocessing(model))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([exportable._resize(images) for exportable in self.exportables])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["torch.export", "ONNX"])
+def test_exported_pixels_are_those_of_preprocess_in_another_process(
+    form: str, model: tk.TransferModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every geometry gives the pixels of Preprocessing.resize bit for bit, of raw images of any shape."""
+    preprocess = CONVENTIONS["KERAS"].with_image_size(64)
+    model.backbone.preprocess = preprocess
+    resize, example = Resized(model).eval(), (raw(2, 48, 60),)
+    shapes = [(1, 64, 64), (3, 48, 60), (2, 333, 257), (1, 20, 25), (1, 375, 500), (2, 12, 200), (1, 700, 40)]
+    images = {f"images {place}": raw(*shape) for place, shape in enumerate(shapes)}
+    if form == "ONNX":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # or the exporter's bars leave a thread behind
+        dynamic = {"images": {0: "batch", 2: "height", 3: "width"}}
+        names = {"input_names": ["images"], "output_names": ["pixels"]}
+        program = torch.onnx.export(resize, example, dynamic_shapes=dynamic, dynamo=True, verbose=False, **names)
+        assert program is not None
+        program.model.metadata_props["classes"] = "[]"
+        program.save(tmp_path / "model.onnx")
+        pixels, _ = run_elsewhere(RELOAD_ONNX, tmp_path / "model.onnx", images)
+    else:
+        torch.export.save(torch.export.export(resize, example, dynamic_shapes=DYNAMIC), tmp_path / "model.pt2")
+        pixels, _ = run_elsewhere(RELOAD, tmp_path / "model.pt2", images)
+
+    for name, given in images.items():
+        for geometry, got in zip(GEOMETRIES, pixels[name], strict=True):
+            expected = replace(preprocess, geometry=geometry).resize(given).numpy()
+            exact = INTEGERS or geometry == "torchvision"
+            assert np.abs(got - expected).max() <= (0 if exact else 1), (geometry, given.shape)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
 from tiny import CLASSES, make_backbone, make_images, weights_of
-from transferkit.errors import ArgumentError, CacheError
+from transferkit.errors import ArgumentError, CacheError, TransferKitError
 from transferkit.training.progress import BestWeights
 
 fine_tuning = sys.modules["transferkit.fine_tune"]  # the package has the function under this name
@@ -224,6 +224,22 @@ def test_a_plan_made_by_the_clock_is_kept(tmp_path, capsys):
     assert "From block5 on, 2 epochs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("other", [{"epochs": 4}, {"freeze_until": "block4"}])
+def test_other_choices_than_those_of_the_folder_are_refused(tmp_path, other):
+    """A folder whose run has other epochs or another first layer is not continued, and says which differ."""
+    arguments = {"folder": tmp_path / "run", "epochs": 2, "freeze_until": "block5"}
+    fine_tune(**arguments)
+    with pytest.raises(ArgumentError, match=r"holds a run with freeze_until='block5' and epochs=2"):
+        fine_tune(**{**arguments, **other})
+
+
+def test_a_misspelt_layer_leaves_no_plan(tmp_path):
+    """After a call that was refused, the corrected one runs."""
+    with pytest.raises(TransferKitError):
+        fine_tune(folder=tmp_path / "run", freeze_until="blok5")
+    assert fine_tune(folder=tmp_path / "run", freeze_until="block5").global_step > 0
+
+
 def test_several_labels():
     """With binary cross-entropy an image may have several labels, to the end."""
     images, targets = make_images(72)
@@ -241,8 +257,10 @@ def test_classes_come_from_the_data():
     named.classes = CLASSES
     assert fine_tune(data=named, classes=None).model.classes == tuple(CLASSES)
     assert fine_tune(data=(images, targets), classes=None).model.classes == ("0", "1", "2")
+    assert fine_tune(data=TensorDataset(images, targets), classes=None).model.classes == ("0", "1", "2")
+    triples = TensorDataset(images, targets, targets)
     with pytest.raises(ArgumentError, match=r"classes of a TensorDataset are not known.*pass classes="):
-        fine_tune(data=TensorDataset(images, targets), classes=None)
+        fine_tune(data=triples, classes=None)
 
 
 def test_a_loader_that_shuffles_is_refused():

@@ -459,7 +459,7 @@ def test_an_own_head_takes_pooled_layers(backbone: tk.Backbone) -> None:
     model = tk.attach_head(backbone, 3, layers=["block3_relu1", "block2"], head=head)
 
     assert tuple(model(torch.randn(4, 3, 32, 32)).shape) == (4, 3)
-    assert shapes == [(2, 24, 1, 1), (4, 24, 1, 1)]  # the check, and the images
+    assert shapes == [(2, 24, 1, 1), (2, 24, 1, 1), (4, 24, 1, 1)]  # the check in both modes, and the images
     assert (model.head, model.head_arguments) == (head, None)
     assert model.layers == ("block2_pool", "block3_relu1")
     assert len(model.backbone.features) == 8

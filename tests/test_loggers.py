@@ -96,7 +96,7 @@ def test_a_full_disk_ends_no_run(model, data, tmp_path, monkeypatch):
         return write(path)
 
     monkeypatch.setattr(loggers, "atomic_write", full)
-    with pytest.warns(UserWarning, match=r"did not write .*log\.csv, and the run goes on: .*No space left"):
+    with pytest.warns(UserWarning, match=r"could not write .*log\.csv, and the run goes on: .*No space left"):
         history = make_trainer(model).fit(data, epochs=3, callbacks=[tk.CSVLogger(tmp_path / "log.csv")], verbose=0)
     assert [float(row["loss"]) for row in rows(tmp_path / "log.csv")] == history.history["loss"]
     assert len(failed) == 2
@@ -132,11 +132,15 @@ def test_another_file_is_refused_and_kept(model, data, tmp_path, content):
     assert (path.read_text(), trainer.global_step) == (content, 0)
 
 
-def test_missing_folders_are_made(model, data, tmp_path):
-    """A log may be the first file of a new folder."""
+def test_a_missing_folder_is_made(model, data, tmp_path):
+    """Folders that lack are made; one that cannot be made is an error before the first step."""
     path = tmp_path / "runs" / "a" / "log.csv"
     make_trainer(model).fit(data, callbacks=[tk.CSVLogger(path)], verbose=0, epochs=1)
-    assert len(rows(path)) == 1
+    assert len(path.read_text().splitlines()) == 2
+    trainer = make_trainer(model)
+    with pytest.raises(ArgumentError, match=r"cannot write .*log\.csv/b\.csv.*Name another file"):
+        trainer.fit(data, callbacks=[tk.CSVLogger(path / "b.csv")], verbose=0, epochs=1)
+    assert trainer.global_step == 0
 
 
 @pytest.mark.slow

@@ -180,8 +180,8 @@ def test_an_assessment_of_several_labels(backbone, labels):
     drawn = [text.get_text() for text in tk.plot_confusion_matrix(found).axes[0].texts]
     assert [int(text) for text in drawn[::3]] == [int((p & t).sum()) for p, t in zip(predicted.T, true.T, strict=True)]
     titles = [part.get_title() for part in tk.plot_predictions(found, (images, rows), num_images=24).axes[0].child_axes]
-    assert any(title.startswith("none") for title in titles)
-    assert any(title.startswith("cat + dog") for title in titles)
+    assert any("none" in title for title in titles)
+    assert any("cat + dog" in title for title in titles)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What many tests share: a network and images so small that a run takes milliseconds, and what to ask of a run."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -74,6 +75,11 @@ def in_head(trainer: tk.Trainer, look: Callable[[Tensor], object]) -> RemovableH
 
 
 # ---- what a run came to
+
+
+def lines_of(printed: str) -> list[str]:
+    """Return the lines that were printed, those whole that were broken at 80 columns; words are one space apart."""
+    return [" ".join(line.split()) for line in re.sub(r"\n  (?=\S)", " ", printed).splitlines()]
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -6,8 +6,9 @@ from torch.utils.data import Subset
 import transferkit as tk
 
 
-def load(task: Task) -> tk.Backbone:
-    return tk.load_backbone(weights=task.weights, preprocessing="IMAGENET1K_FEATURES", image_size=task.image_size)
+def load(task: Task, geometry: str | None = None) -> tk.Backbone:
+    kind = {"preprocessing": "IMAGENET1K_FEATURES", "geometry": geometry}
+    return tk.load_backbone(weights=task.weights, image_size=task.image_size, **kind)
 
 
 def end(curve: Curve, trainer: tk.Trainer, test: Subset) -> Curve:
@@ -23,7 +24,7 @@ def fine_tune(task: Task, train: Subset, test: Subset) -> Curve:
 
 
 def solve(task: Task, train: Subset, test: Subset) -> Curve:
-    backbone = load(task)
+    backbone = load(task, geometry=task.method.partition(":")[2] or None)
     curve = Curve()
     model = tk.freeze_until(tk.attach_head(backbone, train.dataset.classes), "head")
     trainer = tk.Trainer(model, seed=task.seed)

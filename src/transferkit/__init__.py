@@ -6,7 +6,9 @@
 >>> trainer = tk.Trainer(model, optimizer="adam", lr=1e-3)
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from transferkit.base.installation import check_torchvision
 
@@ -40,10 +42,33 @@ from transferkit.training.optimizers import discriminative_lr
 from transferkit.training.schedules import warmup
 from transferkit.training.step import Step
 
+if TYPE_CHECKING:
+    from transferkit.data_audit import audit
+    from transferkit.explaining import explain, nearest_images, plot_explanations
+    from transferkit.results.auditing import Audit
+
 __version__ = version("transferkit")
+
+
+_LATER = {
+    "Audit": "results.auditing",
+    "audit": "data_audit",
+    "explain": "explaining",
+    "nearest_images": "explaining",
+    "plot_explanations": "explaining",
+}
+"""Names that few programs need, and the module that each is imported from when it is first used."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"transferkit.{_LATER[name]}"), name)
+
 
 __all__ = [
     "Assessment",
+    "Audit",
     "Backbone",
     "BinaryCrossEntropy",
     "CSVLogger",
@@ -70,14 +95,18 @@ __all__ = [
     "WeightAverage",
     "WithPreprocessing",
     "attach_head",
+    "audit",
     "cache_features",
     "confusion_matrix",
     "discriminative_lr",
+    "explain",
     "fine_tune",
     "freeze_until",
     "load_backbone",
     "load_model",
+    "nearest_images",
     "plot_confusion_matrix",
+    "plot_explanations",
     "plot_lr_find",
     "plot_predictions",
     "plot_probe",

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 
 
 class TransferKitError(Exception):
-    """Base of every error the library raises."""
+    """Base of every error the library raises: a message, and lines that follow it."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return "\n".join(printable(str(line)) for line in self.args)
 
 
 class ArgumentError(TransferKitError, ValueError):
@@ -21,6 +21,10 @@ class ArgumentError(TransferKitError, ValueError):
 
 class CacheError(TransferKitError, RuntimeError):
     """Features cannot be cached, or a file of cached features cannot be used."""
+
+
+class CallError(TransferKitError, TypeError):
+    """A function was called with an argument that it does not have, or without one that it needs."""
 
 
 class CheckpointError(TransferKitError, ValueError):
@@ -57,6 +61,14 @@ class ImageError(TransferKitError, ValueError):
 
 class MissingPackageError(TransferKitError, ImportError):
     """An optional package is needed but not installed."""
+
+
+class MissingMethodError(TransferKitError, AttributeError):
+    """A model lacks a method that something else has."""
+
+
+class ModelInUseError(TransferKitError, RuntimeError):
+    """Another thread trains the model."""
 
 
 class NonFiniteError(TransferKitError, ArithmeticError):

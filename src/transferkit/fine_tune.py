@@ -12,13 +12,16 @@ from typing import Any
 import torch
 
 from transferkit.base.arguments import positive, whole_number
+from transferkit.base.calls import explained
 from transferkit.base.display import Display
 from transferkit.base.randomness import derive_seed, seeded
+from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device
 from transferkit.data.augmentation import Augment
-from transferkit.data.open import find_classes
+from transferkit.data.classes import find_classes
 from transferkit.data.selection import split_validation
 from transferkit.data.sources import Source, SubsetSource
+from transferkit.errors import ArgumentError
 from transferkit.model.backbone import Backbone
 from transferkit.model.freezing import freeze_until as freeze
 from transferkit.model.head import attach_head
@@ -80,6 +83,8 @@ class _Plan:
     n_views: int | None
 
 
+@explained
+@own_surroundings()
 def fine_tune(
     backbone: Backbone,
     data: object,
@@ -100,7 +105,7 @@ def fine_tune(
     precision: str = "auto",
     cache: bool | str | PathLike[str] = "auto",
     seed: int = 0,
-    on_bad_image: str = "raise",
+    on_bad_image: str | float = "raise",
     num_workers: int = 0,
     verbose: int = 1,
 ) -> Trainer:
@@ -199,7 +204,7 @@ def fine_tune(
         image_s = features_s / (train.num_images or 1)
         size = whole_number("batch_size", batch_size)
         job = _Job(trainer, every, train, held_out, size, augment, end, image_s, folder, display)
-        plan = _read_plan(folder) or job.plan(freeze_until, epochs)
+        plan = _read_plan(folder, freeze_until, epochs) or job.plan(freeze_until, epochs)
         if plan is None:
             display.say(f"no time for deeper training within {budget:.0f} s")
         deeper = plan is not None and job.train(plan)
@@ -270,10 +275,10 @@ class _Job:
             f"solved head: accuracy {before['accuracy']:.4f} on {self.held_out.num_images:,} held-out images. From "
             f"{plan.boundary or 'the first layer'} on, {plan.epochs} epochs of training follow"
         )
+        freeze(model, plan.boundary)
         if self.folder is not None:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             (Path(self.folder) / PLAN).write_text(json.dumps(asdict(plan)))
-        freeze(model, plan.boundary)
         solved = BestWeights(model)
         solved.take()
         ended, seconds = self._fit(plan, self.train_source, self.held_out, self.folder)
@@ -367,7 +372,19 @@ class _Job:
         return seconds[2] / _TIMED_STEPS, image_s
 
 
-def _read_plan(folder: str | PathLike[str] | None) -> _Plan | None:
-    """Return the plan of the call that this one continues."""
+def _read_plan(folder: str | PathLike[str] | None, boundary: str | None, epochs: int | None) -> _Plan | None:
+    """Return the plan of the call that this one continues.
+
+    Raises:
+        ArgumentError: When that call trained from another layer on, or for other epochs, than is asked for now.
+    """
     path = None if folder is None else Path(folder) / PLAN
-    return _Plan(**json.loads(path.read_text())) if path is not None and path.exists() else None
+    if path is None or not path.exists():
+        return None
+    plan = _Plan(**json.loads(path.read_text()))
+    if boundary not in ("auto", plan.boundary) or epochs not in (None, plan.epochs):
+        raise ArgumentError(
+            f"folder={str(folder)!r} holds a run with freeze_until={plan.boundary!r} and epochs={plan.epochs}, this "
+            f"call has freeze_until={boundary!r} and epochs={epochs}: expected the same. Name another folder."
+        )
+    return plan

@@ -8,10 +8,12 @@ from os import PathLike
 import torch
 
 from transferkit.base.arguments import whole_number
+from transferkit.base.calls import explained
 from transferkit.base.display import Display
 from transferkit.base.randomness import seeded
+from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device
-from transferkit.data.open import find_classes
+from transferkit.data.classes import find_classes
 from transferkit.errors import ArgumentError
 from transferkit.linear.choice import solve
 from transferkit.linear.table import Table
@@ -23,6 +25,8 @@ from transferkit.trainer import Trainer
 from transferkit.training.loss import Loss, LossFunction
 
 
+@explained
+@own_surroundings()
 def probe(
     backbone: Backbone,
     data: object,

@@ -13,18 +13,22 @@ from os import PathLike
 from typing import Any
 
 import torch
+from torch import nn
 
 from transferkit.base.arguments import whole_number
+from transferkit.base.calls import explained
 from transferkit.base.display import Display
 from transferkit.base.randomness import derive_seed, seeded
+from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device
+from transferkit.data.classes import learn_names
+from transferkit.data.preprocessing import Preprocessing
 from transferkit.data.resized import resized
 from transferkit.errors import ArgumentError, NonFiniteError, OutOfMemoryError, close_matches
 from transferkit.model.freezing import find_boundary, freeze_until
 from transferkit.model.head import TransferModel
 from transferkit.results.history import History
 from transferkit.trainer import Trainer
-from transferkit.training.run import check_same_classes
 
 FREEZE = "freeze_until"
 FIT = ("epochs", "batch_size", "augment", "n_views")
@@ -122,6 +126,8 @@ class SearchResult:
         )
 
 
+@explained
+@own_surroundings()
 def search(
     build: Callable[..., TransferModel],
     space: Space,
@@ -185,33 +191,39 @@ def search(
     """
     if validation_data is None and validation_split is None:
         raise ArgumentError("trials are compared on validation data: pass validation_data or validation_split.")
+    if isinstance(build, nn.Module) or not callable(build):
+        raise ArgumentError(
+            f"build is a {type(build).__name__}: expected a function that makes a new model for each trial, such as "
+            "lambda: attach_head(backbone, classes)."
+        )
     display, seed = Display(verbose), whole_number("seed", seed, at_least=0)
-    check_same_classes(train, validation_data)
     sets = _choose(space, num_trials, seed)
     place = device if isinstance(device, Device) else Device(device, precision)
     first = _build(build, sets[0], seed)
     order = sorted(range(len(sets)), key=lambda number: _depth(first, sets[number]))
-    data: dict[int, tuple[object, object]] = {}  # training and validation data by image size
+    data: dict[Preprocessing, tuple[object, object]] = {}  # training and validation data
     trials: dict[int, Trial] = {}
     best, best_model, features = (-1.0, 0), None, None
     with display.bar("search", len(sets), unit="trials") as bar:
         for number in order:  # from shallow to deep: features of deeper boundaries are derived from those before
             params = sets[number]
             model = _build(build, params, seed)
-            if (size := model.backbone.image_size) not in data:
-                data[size] = (
+            model.classes = learn_names(train, model.classes)  # the images in memory have no names
+            if (preprocess := model.backbone.preprocess) not in data:
+                data[preprocess] = (
                     _read(train, model, place, num_workers),
                     _read(validation_data, model, place, num_workers),
                 )
             trainer = _trainer(model, params, features, device=place, cache=cache, seed=seed)
             features = trainer
             trials[number] = trial = _try(
-                trainer, params, *data[size], validation_split=validation_split, num_workers=num_workers
+                trainer, params, *data[preprocess], validation_split=validation_split, num_workers=num_workers
             )
             if (rank := (trial.score, -number)) > best:  # of equal ones the first, as in best_index_; never NaN
                 best, best_model = rank, model
-            left = (len(sets) - len(trials)) * sum(other.seconds for other in trials.values()) / len(trials)
-            display.say(f"trial {len(trials)} of {len(sets)}  {_line(trial)}  {left:.0f} s left")
+            later = [other.seconds for other in trials.values()][1:]  # the first trial computed features for all
+            left = f"  {(len(sets) - len(trials)) * sum(later) / len(later):.0f} s left" if later else ""
+            display.say(f"trial {len(trials)} of {len(sets)}  {_line(trial)}{left}")
             bar.advance(1)
     return SearchResult([trials[number] for number in range(len(sets))], best_model)
 

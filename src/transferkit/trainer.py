@@ -4,7 +4,8 @@ import copy
 import difflib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,34 +14,38 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transferkit.base.arguments import one_of, positive, whole_number
+from transferkit.base.arguments import fraction, one_of, positive, whole_number
+from transferkit.base.calls import explained
 from transferkit.base.display import QUIET, Display
 from transferkit.base.interrupts import Interrupts
+from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device
 from transferkit.data.augmentation import Augment, build_augmentation
+from transferkit.data.classes import learn_names
 from transferkit.data.inputs import Inputs
 from transferkit.data.open import open_data
-from transferkit.data.selection import POLICIES, split_validation, without_bad_images
-from transferkit.data.sources import Source
-from transferkit.errors import ArgumentError
+from transferkit.data.selection import bad_image_limit, split_validation, without_bad_images
+from transferkit.data.sources import Source, SubsetSource
+from transferkit.data.targets import class_indices
+from transferkit.errors import ArgumentError, CheckpointTypeError, ModelInUseError
 from transferkit.features.cache import FeatureCache, open_folder
 from transferkit.features.chunks import CachedFeatures
 from transferkit.features.feed import Batches, Feed, Frozen
 from transferkit.linear.choice import LinearHead
 from transferkit.linear.temperature import fit_temperature
 from transferkit.model.freezing import describe_frozen
-from transferkit.model.head import TransferModel
-from transferkit.model.modes import modes_kept
+from transferkit.model.head import Standardize, TransferModel, check_float32, check_head
+from transferkit.model.modes import changing, evaluating
 from transferkit.results.assessment import Assessment
 from transferkit.results.history import History
 from transferkit.results.lr_sweep import LearningRateSweep
 from transferkit.saving import archive
 from transferkit.saving import model as model_state
 from transferkit.training.callback_list import CallbackList
-from transferkit.training.evaluation import assess, evaluate, logits_of, predict_proba
+from transferkit.training.evaluation import assess, evaluate, head_inputs, logits_of, outputs_of, predict_proba
 from transferkit.training.loop import CACHED_BATCH_SIZE, Callback, Epochs, train_epochs
 from transferkit.training.loss import Loss, LossFunction, find_loss
 from transferkit.training.lr_find import spaced_rates, sweep
@@ -50,7 +55,6 @@ from transferkit.training.progress import BestWeights, Progress
 from transferkit.training.run import (
     Run,
     check_alone,
-    check_same_classes,
     check_trains,
     choose_batch_size,
     open_run,
@@ -72,6 +76,7 @@ from transferkit.training.step import Step
 from transferkit.training.training import Training
 
 
+@explained
 class Trainer:
     """Trains a `TransferModel`, evaluates it and predicts with it.
 
@@ -147,6 +152,7 @@ class Trainer:
         [0, 1]
     """
 
+    @own_surroundings()
     def __init__(
         self,
         model: TransferModel,
@@ -171,6 +177,7 @@ class Trainer:
             )
         if isinstance(device, Device) and precision not in ("auto", device.precision):
             raise ArgumentError(f"precision={precision!r} contradicts {device}: say it in one place.")
+        check_float32(model, trains=True)
         place = device if isinstance(device, Device) else Device(device, precision)
         found = find_loss(loss, model, place.torch_device)
         self._training = Training(
@@ -193,6 +200,7 @@ class Trainer:
         self._given: tuple[object, object] = (None, None)  # its training and validation data, as the user passed them
         self._progress: Progress | None = None
         self._history: History | None = None
+        check_head(model)
         model.threshold = found.threshold
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -217,7 +225,7 @@ class Trainer:
 
     @optimizer.setter
     def optimizer(self, value: str | OptimizerClass | Optimizer) -> None:
-        self._training.optimizer = build_optimizer(value, self.model, None, None)
+        self._training.optimizer, self._training.optimizer_mode = build_optimizer(value, self.model, None, None), "eval"
 
     @property
     def seed(self) -> int:
@@ -260,7 +268,7 @@ class Trainer:
         n_views: int | None = None,
         callbacks: Sequence[Callback] = (),
         resume_from: str | os.PathLike[str] | None = None,
-        on_bad_image: str = "raise",
+        on_bad_image: str | float = "raise",
         num_workers: int = 0,
         verbose: int = 1,
     ) -> History:
@@ -270,10 +278,16 @@ class Trainer:
         `KeyboardInterrupt` or exit status 143; a second one ends it at once. Whatever ends a run between two steps, a
         `Checkpoint` among the callbacks first saves where it stands.
 
+        The model is in eval mode afterwards. A layer that you put into eval mode while the rest was in training mode
+        stays in it, in training too. Meanwhile other threads cannot use the model; before and after, any number may
+        predict.
+
         Args:
-            data: `(images, targets)`, a `Dataset` of such pairs (PIL images of any sizes are fine), or a
-                `DataLoader` of batches. Images are raw, uint8 `(N, 3, H, W)` or `(N, H, W, 3)`, or preprocessed, float.
-                Targets are class indices, or one-hot or soft rows; with `BinaryCrossEntropy`, multi-hot rows.
+            data: `(images, targets)`; a `Dataset` of such pairs, or of dicts with an image and a label; a `DataLoader`
+                of batches; or a table or dict with a column for each. Images are raw, uint8 `(N, 3, H, W)` or
+                `(N, H, W, 3)`, or preprocessed, float; or a list of PIL images of any sizes, arrays or paths. Targets
+                are class indices, class names, or one-hot or soft rows; with `BinaryCrossEntropy`, multi-hot rows. A
+                head with numbers for classes takes the names that `data` has.
             validation_data: Data of the same forms, evaluated after each epoch. The weights of the epoch with the
                 highest validation accuracy are put back at the end, whatever ended the run; the optimizer's state stays
                 the last. Without validation data the last weights stay.
@@ -293,7 +307,8 @@ class Trainer:
                 checkpoint, a new run starts. `epochs` counts the finished ones; data and other arguments must be those
                 of the run. A `DataLoader` that shuffles draws another order.
             on_bad_image: `"skip"` reads a `Dataset` once before the run and leaves out the images that cannot be used,
-                at most 1 % of them, or one, with a line for each. `"raise"` ends the run at the first.
+                with a line for each: at most 1 % of them, or one. A number is another limit: 0.05 leaves out up to 5 %.
+                `"raise"` ends the run at the first.
             num_workers: Processes that read a `Dataset`.
             verbose: 0 shows nothing; 2 a line at the start and one for each epoch; 1 also bars, in a terminal or a
                 notebook where `tqdm` is installed, while features are computed and an epoch runs.
@@ -309,21 +324,19 @@ class Trainer:
             CheckpointError: When the checkpoint to resume from cannot be used.
             DataChangedError: When the run to resume began with other data.
             CheckpointWriteError: At the end, if the last save of a `Checkpoint` failed.
+            ModelInUseError: When another thread trains the model, or a callback calls `fit`.
             TransferKitError: When arguments or data cannot be used: before the first step, except for what a `Dataset`
                 or `DataLoader` hides until it is read.
         """
-        one_of("on_bad_image", on_bad_image, POLICIES)
         if validation_data is not None and validation_split is not None:
             raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
         called, display = CallbackList(self, callbacks), Display(verbose)
         training = self._training
-        with self._interrupts, called.released():
+        with self._alone("fit"), self._interrupts, self._naming(data), called.released():
             source = self._open_source(data, num_workers, on_bad_image, display)
             validation = None
             if validation_data is not None:
-                check_same_classes(data, validation_data)
-                held_out, workers = without_loader(validation_data, num_workers)
-                validation = self._open_source(held_out, workers, on_bad_image, display)
+                validation = self._open_source(*without_loader(validation_data, num_workers), on_bad_image, display)
             if validation_split is not None:
                 source, validation = split_validation(
                     source, validation_split, training.seed, multi_label=self.model.threshold is not None
@@ -348,7 +361,8 @@ class Trainer:
             else:
                 assign_training_state(training, saved)  # nothing was changed before
             warn_of_high_lr(training)
-            display.say(f"{describe_frozen(training.model)}; on {self.device.torch_device} in {self.device.precision}")
+            frozen = describe_frozen(training.model).replace("; ", ";  ")  # a line may be broken there
+            display.say(f"{frozen};  on {self.device.torch_device} in {self.device.precision}")
             run.check_feeds()
             progress = self._begin(facts, called)
             if saved is not None:
@@ -360,7 +374,8 @@ class Trainer:
                 Epochs(training, run, progress, callbacks=called, interrupts=self._interrupts, display=display).finish()
             finally:
                 self._run, self._given, self._progress = None, (None, None), None
-        called.after_run()
+        with self._alone("the end of fit"):
+            called.after_run()
         return progress.history
 
     def solve(
@@ -372,7 +387,7 @@ class Trainer:
         folds: int = 4,
         augment: Augment | None = None,
         n_views: int | None = None,
-        on_bad_image: str = "raise",
+        on_bad_image: str | float = "raise",
         num_workers: int = 0,
         verbose: int = 1,
     ) -> LinearHead:
@@ -410,13 +425,11 @@ class Trainer:
             accuracy 0.7355 ± 0.0098 on held-out images, L2 0.0316
         """
         display = Display(verbose)
-        with self._interrupts:
+        with self._alone("solve"), self._interrupts, self._naming(data):
             feed = self._feeds(augment, n_views, display)
-            plain = without_loader(data, num_workers)
-            train = feed(self._open_source(*plain, on_bad_image, display), "training")
+            train = feed(self._open_source(*without_loader(data, num_workers), on_bad_image, display), "training")
             held_out = None
             if validation_data is not None:
-                check_same_classes(data, validation_data)
                 plain = without_loader(validation_data, num_workers)
                 held_out = feed(self._open_source(*plain, on_bad_image, display), "validation")
             solved = solve_head(
@@ -426,6 +439,7 @@ class Trainer:
                 l2=None if l2 is None else positive("l2", l2),
                 folds=whole_number("folds", folds, at_least=2),
             )
+            self.model.eval()
             display.say(f"solved the head: {solved}")
         return solved
 
@@ -446,11 +460,60 @@ class Trainer:
         References:
             Guo et al., 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599.
         """
-        self.model.temperature = 1.0
-        with self._passing(data, batch_size, num_workers) as (network, batches):
+        with self._alone("calibrate"), self._passing(data, batch_size, num_workers) as (network, batches):
             logits, targets = logits_of(network, batches, training=self._training)
-        self.model.temperature = fit_temperature(logits, targets, self._training.loss)
+            self.model.temperature = fit_temperature(logits, targets, self._training.loss)
         return self.model.temperature
+
+    def learn_known(
+        self,
+        data: object,
+        validation_data: object = None,
+        *,
+        rejected: float = 0.05,
+        batch_size: int | None = None,
+        num_workers: int = 0,
+    ) -> float:
+        """Learn what the training images look like, so that the model can say of others that it does not know them.
+
+        `predict_classes(unknown="?")`, `novelty` and `assess` use it. It is kept in the model, saved and exported with
+        it, and forgotten when training goes on. Of classes that it has never seen it finds about one image in six
+        where one in twenty of the known is rejected: a flag, no promise.
+
+        Args:
+            data: The training images, as in `fit`.
+            validation_data: Images that the model was not trained on, to set the threshold by. None uses the training
+                images, each quarter measured by the other three.
+            rejected: Share of known images that is called unknown, above 0 and below 1.
+            batch_size: 32 if None.
+            num_workers: Processes that read a `Dataset`.
+
+        Returns:
+            The threshold: a relative Mahalanobis distance.
+
+        Raises:
+            ArgumentError: When `rejected` is out of range, or an image may have several labels.
+
+        References:
+            Ren et al., 2021, "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection", arXiv:2106.09022.
+        """
+        from transferkit.analysis.unknown import learn_known
+
+        if self.model.threshold is not None:
+            raise ArgumentError("learn_known needs images with one label each, but here they may have several.")
+        share = fraction("rejected", rejected)
+        with self._alone("learn_known"):
+            given = []
+            for each in (data, validation_data):
+                if each is not None:
+                    with self._passing(each, batch_size, num_workers) as (network, batches):
+                        given.append(head_inputs(network, batches, training=self._training))
+            kinds = [part.stop - part.start for part in self.model.columns] or None
+            held_out = given[1][0] if len(given) > 1 else None
+            targets = class_indices(given[0][1])
+            known = learn_known(given[0][0], targets, rejected=share, held_out=held_out, kinds=kinds, seed=self.seed)
+            self.model.novelty = known.to(self.device.torch_device).eval()
+        return float(known.threshold)
 
     def steps(
         self,
@@ -466,24 +529,41 @@ class Trainer:
         """Return an iterator that makes one training step each time it is advanced.
 
         Your code runs between the steps. The arguments are those of `fit` and are checked at once. Layers may be frozen
-        or unfrozen between two epochs. Between two steps parameters have the gradients of the last one, as they were
-        applied: unscaled and clipped.
+        or unfrozen between two epochs. Between two steps the model is in training mode, and parameters have the
+        gradients of the last one, as they were applied: unscaled and clipped. At the end the model is in eval mode.
 
         Example:
             >>> for step in trainer.steps(train, epochs=3):  # doctest: +SKIP
             ...     my_logger.log(step.loss, step.lr)
         """
-        source = self._open_source(data, num_workers)
-        train = self._feeds(augment, n_views, QUIET)(source, "training")
-        run = open_run(self._training, train, None, epochs=epochs, batch_size=batch_size)
-        check_schedule(run.schedule, run.num_steps, other=has_scheduler(self.optimizer))
-        check_trains(self.model, run)
-        if lr is not None:
-            set_lr(self.optimizer, lr)
-        warn_of_high_lr(self._training)
-        run.check_feeds()
-        measure_features(self._training, run, self._interrupts)
-        return train_epochs(self._training, run, self._begin({}, CallbackList(self, ())))
+        with self._alone("steps"), self._naming(data):
+            source = self._open_source(data, num_workers)
+            train = self._feeds(augment, n_views, QUIET)(source, "training")
+            run = open_run(self._training, train, None, epochs=epochs, batch_size=batch_size)
+            check_schedule(run.schedule, run.num_steps, other=has_scheduler(self.optimizer))
+            check_trains(self.model, run)
+            if lr is not None:
+                set_lr(self.optimizer, lr)
+            warn_of_high_lr(self._training)
+            run.check_feeds()
+            measure_features(self._training, run, self._interrupts)
+            progress = self._begin({}, CallbackList(self, ()))
+        return self._one_by_one(train_epochs(self._training, run, progress))
+
+    def _one_by_one(self, steps: Generator[Step, None, None]) -> Iterator[Step]:
+        """Make a step whenever the next is asked for; modes of torch around the caller's code stay the caller's."""
+        try:
+            while True:
+                with self._alone("steps"):
+                    step = next(steps, None)
+                if step is None:
+                    return
+                yield step
+        finally:
+            steps.close()
+            if self._run is None:  # or a later call of fit trains
+                self._training.let_optimizer("eval")
+                self.model.eval()
 
     def lr_find(
         self,
@@ -526,7 +606,7 @@ class Trainer:
         """
         rates = spaced_rates(lr_min, lr_max, num_steps)
         display = Display(verbose)
-        with self._interrupts:
+        with self._alone("lr_find"), self._interrupts:
             source = self._open_source(data, num_workers)
             train = self._feeds(augment, n_views, display)(source, "training")
             run = open_run(self._training, train, None, epochs=1, batch_size=batch_size)
@@ -570,22 +650,40 @@ class Trainer:
             return assess(network, batches, training=self._training, loss=self._training.loss)
 
     def predict_proba(
-        self, images: object, *, batch_size: int | None = None, num_workers: int = 0
+        self,
+        images: object,
+        *,
+        batch_size: int | None = None,
+        on_bad_image: str = "raise",
+        num_workers: int = 0,
     ) -> npt.NDArray[np.float32]:
         """Return the probability of each class, float32 `(N, len(classes))`.
 
         Rows sum to one, except where an image may have several labels: each probability is then one of its own.
 
         Args:
-            images: One image: the path of a file, a PIL image, an array or tensor `(H, W, 3)` or `(3, H, W)`. Or
-                many: a list of these, or all that `fit` takes, with targets (which are ignored) or without.
+            images: One image: the path of a file, its content as bytes, an open file, a PIL image, an array
+                `(H, W, 3)`, a tensor `(H, W, 3)` or `(3, H, W)`. Or many: a list, tuple, array or iterator of these, or
+                all that `fit` takes, with targets (which are ignored) or without.
             batch_size: 32 if None.
+            on_bad_image: `"nan"` reads the images of a list or `Dataset` once before and gives NaN for those that
+                cannot be used. `"raise"` ends at the first.
             num_workers: Processes that read a `Dataset` or a list.
 
         Raises:
             ImageError: When an image cannot be read or used; the message has its index and path.
+            ArgumentError: When the images are a `DataLoader` that shuffles or leaves images out.
             NonFiniteError: When the model makes infinity or NaN of an image.
+            ModelInUseError: When another thread trains the model.
         """
+        if one_of("on_bad_image", on_bad_image, ("raise", "nan")) == "nan":
+            source = self._open(images, num_workers, with_targets=False, skip=True)
+            good = without_bad_images(source, 1.0, display=QUIET)
+            if isinstance(good, SubsetSource):
+                found = np.full((source.num_images or 0, len(self.model.classes)), np.nan, np.float32)
+                found[good.indices.numpy()] = self.predict_proba(good, batch_size=batch_size)
+                return found
+            images = good
         with self._passing(images, batch_size, num_workers, with_targets=False) as (network, batches):
             return predict_proba(network, batches, training=self._training)
 
@@ -602,17 +700,42 @@ class Trainer:
             return probabilities >= self.model.threshold
         return cast("npt.NDArray[np.int64]", probabilities.argmax(axis=1))
 
-    def predict_classes(
+    def novelty(
         self, images: object, *, batch_size: int | None = None, num_workers: int = 0
+    ) -> npt.NDArray[np.float32]:
+        """Return how unlike the training images each image is, float32 `(N,)`: above 0 it counts as unknown.
+
+        The arguments are those of `predict_proba`.
+
+        Raises:
+            ArgumentError: When `learn_known` was not called since the model was trained.
+        """
+        if self.model.novelty is None:
+            raise ArgumentError(
+                "the model has not learnt which images are known: call trainer.learn_known(training_images) first, "
+                "after training."
+            )
+        with self._passing(images, batch_size, num_workers, with_targets=False) as (network, batches):
+            scores = cast("Tensor", outputs_of(network, batches, training=self._training)[2])
+        return cast("npt.NDArray[np.float32]", scores.cpu().numpy())
+
+    def predict_classes(
+        self, images: object, *, unknown: str | None = None, batch_size: int | None = None, num_workers: int = 0
     ) -> list[str] | list[list[str]]:
         """Return the name of the most probable class of each image, or the names of its labels if it may have several.
 
-        The arguments are those of `predict_proba`.
+        With `unknown`, images that are too unlike the training images get that name; see `learn_known`. The other
+        arguments are those of `predict_proba`.
 
         Example:
             >>> trainer.predict_classes(["holiday/0001.jpg", "holiday/0002.jpg"])  # doctest: +SKIP
             ['dog', 'airplane']
         """
+        if unknown is not None:
+            images = list(images) if isinstance(images, Iterator) else images  # it is read twice
+            strange = self.novelty(images, batch_size=batch_size, num_workers=num_workers) > 0
+            named = self.predict_classes(images, batch_size=batch_size, num_workers=num_workers)
+            return [unknown if far else str(name) for name, far in zip(named, strange, strict=True)]
         predicted, names = self.predict(images, batch_size=batch_size, num_workers=num_workers), self.model.classes
         if self.model.threshold is not None:
             return [[name for name, has in zip(names, row, strict=True) if has] for row in predicted]
@@ -620,7 +743,9 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return model, optimizer and progress as plain types and tensors, which are not copies."""
-        return training_state(self._training, self._progress)
+        with evaluating(self.model):  # not while another thread trains
+            self._training.let_optimizer("eval")
+            return training_state(self._training, self._progress)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned, including which layers are frozen. On any difference nothing changes.
@@ -629,8 +754,10 @@ class Trainer:
             HeadMismatchError: When the classes differ.
             CheckpointError: When backbone, head, preprocessing or optimizer differ.
         """
-        check_training_state(self._training, state, origin="the checkpoint")
-        assign_training_state(self._training, {**state, "optimizer": copy.deepcopy(state["optimizer"])})
+        with self._alone("load_state_dict"):
+            self._training.let_optimizer("eval")
+            check_training_state(self._training, state, origin="the checkpoint")
+            assign_training_state(self._training, {**state, "optimizer": copy.deepcopy(state["optimizer"])})
 
     def save(self, path: str | os.PathLike[str], *, frozen: bool = True) -> None:
         """Write a checkpoint; `load` and `transferkit.load_model` read it. The file appears whole or not at all.
@@ -645,9 +772,10 @@ class Trainer:
             CheckpointWriteError: When the folder is missing, read-only or full. The file that was there before remains.
         """
         model_state.check_loadable(self.model)
-        state = self.state_dict()
-        model = state["model"] if frozen else model_state.leave_out_frozen(state["model"], self.model)[0]
-        archive.write_checkpoint(path, {**state, "model": model})
+        with evaluating(self.model):
+            state = self.state_dict()
+            model = state["model"] if frozen else model_state.leave_out_frozen(state["model"], self.model)[0]
+            archive.write_checkpoint(path, {**state, "model": model})
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Load a checkpoint that `save` or a `Checkpoint` wrote; see `load_state_dict`.
@@ -656,9 +784,33 @@ class Trainer:
             CheckpointError: When there is no such file, it is damaged, or it does not fit.
             HeadMismatchError: When it has other classes.
         """
-        assign_training_state(
-            self._training, complete_training_state(self._training, archive.read_checkpoint(path), Path(path))
-        )
+        with self._alone("load"):
+            self._training.let_optimizer("eval")
+            state = complete_training_state(self._training, archive.read_checkpoint(path), Path(path))
+            assign_training_state(self._training, state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the current run. What cannot be pickled is named.
+
+        Raises:
+            CheckpointTypeError: When schedule, loss or a metric is a function that pickle cannot find by its name.
+        """
+        name = ""
+        try:
+            for name in ("schedule", "loss", "metrics"):
+                pickle.dumps(getattr(self._training, name))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise CheckpointTypeError(
+                f"Trainer cannot be pickled, because of its {name}: {error}. Expected a function at the top of a "
+                "module, no lambda or inner one. Trainer.save needs no pickle."
+            ) from error
+        return {**vars(self), "_run": None, "_given": (None, None), "_progress": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Trainer":
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def share_features(self, other: "Trainer") -> None:
         """Use the cached features of another trainer on the same device, and add to them.
@@ -669,7 +821,7 @@ class Trainer:
 
     def _features_of(self, data: object, num_workers: int, display: Display) -> tuple[CachedFeatures, Loss]:
         """Return the features of labelled images, and the loss with what depends on their targets."""
-        with self._interrupts:
+        with self._alone("features"), self._interrupts:
             feed = self._feeds(None, None, display)(self._open_source(data, num_workers), "training")
             features = feed.features()
         loss = self._training.loss.for_run(feed.inputs.source, len(self.model.classes), self.device.torch_device)
@@ -678,27 +830,45 @@ class Trainer:
     def _validate(self, source: Source) -> dict[str, float]:
         """Return loss and accuracy of labelled images, over cached features where that is safe."""
         feed = self._feeds(None, None, QUIET)(source, "validation")
-        with self._interrupts, modes_kept(self.model):
-            self.model.eval()
+        with evaluating(self.model), self._interrupts:
             network, batches = feed.open(CACHED_BATCH_SIZE)
             with closing(batches):
                 return evaluate(network, batches, training=self._training, loss=self._training.loss)
 
     def _begin(self, facts: dict[str, Any], callbacks: CallbackList) -> Progress:
-        self.model.temperature = 1.0  # it belongs to the weights of before
+        self.model.temperature, self.model.novelty = 1.0, None  # they belong to the weights of before
         sums = Sums(self.device.torch_device, keep_outputs=bool(self.metrics))
         return Progress(facts, self.global_step, self.epoch, BestWeights(self.model), callbacks, sums)
 
     def _open_source(
-        self, data: object, num_workers: int, on_bad_image: str = "raise", display: Display = QUIET
+        self,
+        data: object,
+        num_workers: int,
+        on_bad_image: str | float = "raise",
+        display: Display = QUIET,
     ) -> Source:
         """Open labelled data, without the images that cannot be used if those are to be skipped."""
         check_alone()
-        classes, multi_label = self.model.classes, self.model.threshold is not None
-        source = open_data(data, classes, num_workers=num_workers, multi_label=multi_label, on_bad_image=on_bad_image)
-        if on_bad_image == "raise":
+        limit = bad_image_limit(on_bad_image)
+        source = self._open(data, num_workers, skip=limit is not None)
+        if limit is None:
             return source
-        return without_bad_images(source, display=display, check=self._interrupts.check)
+        return without_bad_images(source, limit, display=display, check=self._interrupts.check)
+
+    @contextmanager
+    def _naming(self, data: object) -> Iterator[None]:
+        """Give a head without class names those of its training data, and take them back if no step is made."""
+        before, step = self.model.classes, self.global_step
+        names = learn_names(data, before)
+        measured = any(int(part.num_images) for part in self.model.head.modules() if isinstance(part, Standardize))
+        if not (step or measured) or {*names} != {*before}:  # trained by its numbers, it keeps their order
+            self.model.classes = names
+        try:
+            yield
+        except BaseException:
+            if self.global_step == step:
+                self.model.classes = before
+            raise
 
     def _feeds(self, augment: Augment | None, n_views: int | None, display: Display) -> Callable[[Source, str], Feed]:
         """Return what makes a feed of a source, for training with augmentation or for validation without."""
@@ -720,8 +890,9 @@ class Trainer:
         self, data: object, batch_size: int | None, num_workers: int, *, with_targets: bool = True
     ) -> Iterator[tuple[nn.Module, Batches]]:
         """Put the model into eval mode and yield the network and its batches, over cached features if it can."""
-        with modes_kept(self.model):
-            self.model.eval()
+        with evaluating(self.model), own_surroundings():
+            self._check_model(trains=False)
+            self._training.let_optimizer("eval")
             run = self._run
             if run is not None and with_targets and run.validation is not None and data is self._given[1]:
                 size = choose_batch_size(run.validation.inputs.source, batch_size)
@@ -731,14 +902,29 @@ class Trainer:
             with closing(batches):
                 yield network, batches
 
+    def _open(self, data: object, num_workers: int, **how: Any) -> Source:
+        multi_label = self.model.threshold is not None
+        return open_data(data, self.model.classes, num_workers=num_workers, multi_label=multi_label, **how)
+
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """Let this thread alone change the model, as if no mode of torch had been set outside."""
+        with changing(self.model), own_surroundings():
+            if self._run is not None and what in ("fit", "solve", "steps"):
+                raise ModelInUseError(
+                    f"{what} was called while fit runs, by one of its callbacks: expected one run at a time. Call "
+                    f"{what} when fit has returned; a callback may evaluate, predict and save."
+                )
+            self._check_model(trains=True)
+            yield
+
+    def _check_model(self, *, trains: bool) -> None:
+        """Refuse a model that was changed into one that cannot be trained or used."""
+        check_float32(self.model, trains=trains)
+        check_head(self.model)
+
     def _batches(self, data: object, batch_size: int | None, num_workers: int, *, with_targets: bool) -> Batches:
-        source = open_data(
-            data,
-            self.model.classes,
-            num_workers=num_workers,
-            with_targets=with_targets,
-            multi_label=self.model.threshold is not None,
-        )
+        source = self._open(data, num_workers, with_targets=with_targets)
         inputs = Inputs(source, self.model.backbone.preprocess, self.device)
         return inputs.batches(choose_batch_size(source, batch_size))
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageFile
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader, pil_loader
 
 import transferkit as tk
 from tiny import CLASSES, make_trainer
@@ -278,7 +279,7 @@ def test_an_unusual_file_is_converted_to_rgb(model, folder, kind, form):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_photograph_comes_out_upright(folder, kind, orientation):
-    """All 8 EXIF orientations give the pixels of the picture that was taken, whatever kind of data set it is in."""
+    """All 8 EXIF orientations of a file give the picture that was taken; what a data set converted stays as it is."""
     upright = picture(5)
     way_back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that the camera's turn undoes
     stored = upright if orientation == 1 else upright.transpose(Image.Transpose(way_back[orientation]))
@@ -286,8 +287,12 @@ def test_a_turned_photograph_comes_out_upright(folder, kind, orientation):
     exif[ORIENTATION] = orientation
     path = ImageFolder(folder).samples[5][0]
     stored.save(path, exif=exif)
-    expected = torch.from_numpy(np.asarray(upright).copy()).permute(2, 0, 1)
-    assert torch.equal(read_all(KINDS[kind](folder))[5], expected)
+    if kind == "own" and orientation > 1:
+        with pytest.warns(UserWarning, match="carry the EXIF orientation"):
+            read, upright = read_all(KINDS[kind](folder))[5], stored
+    else:
+        read = read_all(KINDS[kind](folder))[5]
+    assert torch.equal(read, torch.from_numpy(np.asarray(upright).copy()).permute(2, 0, 1))
 
 
 def test_a_16_bit_colour_file_is_scaled(folder):
@@ -534,7 +539,7 @@ def test_validation_images_are_skipped_too(model, folder, tmp_path, capsys):
     trainer, lines = fit_lines(capsys, model, ImageFolder(folder), validation_data=validation)
     assert [validation.samples[3][0] in line for line in lines if "left out" in line] == [True]
     expected = trainer.evaluate(without(validation, 3))
-    assert f"{expected['accuracy']:.3f}"[:4] in lines[-1]
+    assert f"{expected['accuracy']:.3f}"[:4] in " ".join(lines[-2:])
 
 
 def test_a_share_is_held_back_from_the_good_images(model, folder, capsys):
@@ -564,14 +569,16 @@ class Counted(Dataset):
 
 
 def test_one_in_a_hundred_may_be_bad_and_no_more(model, capsys):
-    """2 of 200 are left out, each with its line; 3 of 200 end the run with their count and the first of them."""
+    """2 of 200 are left out, each with its line; 3 of 200 end the run, and all are named."""
     _, lines = fit_lines(capsys, model, Counted(200, [17, 150]), batch_size=50)
     assert [("image 17:" in line, "image 150:" in line) for line in lines if "left out" in line] == [
         (True, False),
         (False, True),
     ]
     trainer = make_trainer(model)
-    with pytest.raises(ImageError, match=r"3 of the first 1\d\d images .* at most 1% of all 200.*picture 17 is bad"):
+    with pytest.raises(
+        ImageError, match=r"3 of the first 200 images .* at most 1% of all 200(?s:.*)17 is bad(?s:.*)150"
+    ):
         trainer.fit(Counted(200, [17, 100, 150]), on_bad_image="skip", verbose=0, epochs=1)
     assert trainer.global_step == 0
 
@@ -641,7 +648,7 @@ def test_skipping_does_not_reach_a_loader(model, data):
     assert trainer.global_step == 0
 
 
-@pytest.mark.parametrize("policy", ["ignore", None, True, "SKIP"])
+@pytest.mark.parametrize("policy", ["ignore", None, True])
 def test_an_unknown_policy_is_refused(model, data, policy):
     """What is done with bad images is "raise" or "skip"."""
     with pytest.raises(ArgumentError, match=r"on_bad_image=.* is not known.*'raise'"):
@@ -666,7 +673,7 @@ def test_predictions_never_skip(model, folder, method):
     Path(dataset.samples[5][0]).write_bytes(b"")
     with pytest.raises(ImageError, match=r"cannot read image 5 ") as caught:
         getattr(make_trainer(model), method)(dataset, batch_size=4)
-    assert "fit(on_bad_image" in str(caught.value) or "on_bad_image" not in str(caught.value)
+    assert "(on_bad_image" in str(caught.value)
 
 
 # ---- labels (case 38)
@@ -715,19 +722,44 @@ def test_a_bad_label_is_named_before_it_reaches_the_loss(model, num_workers, tar
     assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
 
 
+# ---- channels in another order
+
+
+def bgr(path):
+    """What `cv2.imread` returns."""
+    return np.asarray(Image.open(path).convert("RGB"))[..., ::-1]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_loader_of_arrays_is_warned_of(folder, wrapped):
+    """Nobody sees BGR in an array, so a warning says what an own loader must give; the corrected loader is right."""
+    dataset = ImageFolder(folder, loader=bgr)
+    with pytest.warns(UserWarning, match=r"cannot be seen.*cv2\.imread gives BGR"):
+        read_all(Subset(dataset, range(12)) if wrapped else dataset)
+    corrected = ImageFolder(folder, loader=lambda path: bgr(path)[..., ::-1])
+    with pytest.warns(UserWarning, match="cannot be seen"):
+        assert torch.equal(read_all(corrected)[5], read_all(ImageFolder(folder))[5])
+
+
+@pytest.mark.parametrize("loader", [default_loader, pil_loader, lambda path: Image.open(path).convert("RGB")])
+def test_a_loader_of_pil_images_is_not_warned_of(folder, loader):
+    """PIL images name their channels."""
+    assert len(read_all(ImageFolder(folder, loader=loader))) == 12
+
+
 # ---- forms that a data set may give (cases 39 and 40)
 
 
 @pytest.mark.parametrize(
     ("image", "match"),
     [
-        (torch.zeros(1, 32, 32, dtype=torch.uint8), r"image 5.*without 3 channels.*Repeat a gray channel"),
-        (torch.zeros(4, 32, 32, dtype=torch.uint8), r"image 5.*without 3 channels.*Drop an alpha channel"),
-        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"image 5.*\(1, 1, 3, 32, 32\)"),
-        (torch.zeros(3, 32, 0, dtype=torch.uint8), r"image 5.*without pixels"),
+        (torch.zeros(1, 32, 32, dtype=torch.uint8), r"image 5.*Write: image = image\.repeat_interleave\(3, dim=-3\)"),
+        (torch.zeros(4, 32, 32, dtype=torch.uint8), r"image 5.*Write: image = 255 - .*image\[\.\.\., :3, :, :\]"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"image 5.*shape \(1, 3, 32, 32\)"),
+        (torch.zeros(3, 32, 0, dtype=torch.uint8), r"image 5.*shape \(3, 32, 0\)"),
         (np.zeros((32, 32, 3), np.int64), r"image 5.*astype\('uint8'\)"),
         (None, r"image 5.*NoneType"),
-        (b"\xff\xd8", r"image 5.*bytes"),
+        (b"\xff\xd8", r"image 5.*cannot identify"),
     ],
     ids=["gray", "alpha", "batch of one", "no pixels", "int64", "None", "bytes"],
 )

@@ -260,6 +260,123 @@ def test_buffers_that_a_head_assigns_anew_are_put_back(make_backbone, data):
     assert torch.equal(model.head.mean, torch.zeros(8))
 
 
+# ---- finite, but too large
+
+
+class Scaled(nn.Module):
+    """A head whose first layer's gradient is scaled from one step on."""
+
+    def __init__(self, scale, step):
+        super().__init__()
+        self.fc1, self.logits, self.left = nn.Linear(8, 16), nn.Linear(16, 3), step
+        self.fc1.weight.register_hook(self.scaled)
+        self.scale = scale
+
+    def scaled(self, gradient):
+        self.left -= 1
+        return gradient * self.scale if self.left < 0 else gradient
+
+    def forward(self, features):
+        return self.logits(self.fc1(features.flatten(1)).relu())
+
+
+OPTIMIZERS = ["adam", "adamw", "rmsprop", functools.partial(torch.optim.Adagrad, lr=1e-2), "sgd"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("clip_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("scale", [1e20, 1e30, 1e37])
+def test_a_gradient_whose_square_overflows_is_not_applied(make_backbone, data, optimizer, clip_grad_norm, scale):
+    """It would make second moments infinite for good, or be clipped to nothing: the step is an error that names it."""
+    model = tk.freeze_until(tk.attach_head(make_backbone(), CLASSES, head=Scaled(scale, 2)), "head")
+    arguments = {"optimizer": optimizer, "clip_grad_norm": clip_grad_norm}
+    trainer = tiny.make_trainer(model, **arguments | ({} if isinstance(optimizer, str) else {"lr": None}))
+    with pytest.raises(NonFiniteError, match=r"step 2 .*too large, first in the gradient of head\.fc1\.weight"):
+        trainer.fit(data, batch_size=6, verbose=0, epochs=2)
+    moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    assert all(bool(value.isfinite().all()) for value in [*moments, *model.state_dict().values()])
+
+
+def test_a_large_gradient_that_can_be_squared_is_applied(make_backbone, data):
+    """Adam divides by the gradient's size: a loss with large gradients trains as before."""
+    model = tk.freeze_until(tk.attach_head(make_backbone(), CLASSES, head=Scaled(1e10, 2)), "head")
+    trainer = tiny.make_trainer(model)
+    trainer.fit(data, batch_size=6, verbose=0, epochs=1)
+    assert trainer.global_step == 4
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("clip_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_a_batch_of_classes_that_count_nothing_counts_nothing(
+    make_backbone, data, label_smoothing, clip_grad_norm, micro_batch_size
+):
+    """A batch whose class weights sum to 0 has a loss and a gradient of 0, with smoothing and without."""
+    model = tk.freeze_until(tk.attach_head(make_backbone(), CLASSES, hidden=(16,)), "head")
+    loss = tk.CrossEntropy(class_weights=[0.0, 1.0, 1.0], label_smoothing=label_smoothing)
+    trainer = tiny.make_trainer(model, loss=loss, optimizer="sgd", clip_grad_norm=clip_grad_norm)
+    trainer.micro_batch_size = micro_batch_size
+    images, targets = data[0][:18], torch.arange(18) % 3
+    targets[:6] = 0
+    steps = trainer.steps(DataLoader(TensorDataset(images, targets), batch_size=6))
+    before = weights_of(model)
+    assert float(next(steps).loss) == 0
+    assert changed(before, model) <= tiny.STANDARDIZE
+    assert float(next(steps).loss) > 0
+    assert "head.fc1.weight" in changed(before, model)
+
+
+# ---- updates that overflow
+
+
+def assert_weights_are_refused(trainer, data, name, **arguments):
+    with pytest.raises(NonFiniteError, match=rf"{name} became infinite or NaN in an update.*learning rate"):
+        trainer.fit(data, batch_size=24, verbose=0, epochs=1, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr"),
+    [
+        ("sgd", 3e38),
+        (functools.partial(torch.optim.Adam, eps=0.0), 1e-2),
+        (functools.partial(torch.optim.SGD, weight_decay=1e30), 1e20),
+    ],
+    ids=["rate", "eps", "decay"],
+)
+def test_weights_that_an_update_makes_infinite_are_an_error(make_backbone, data, optimizer, lr, tmp_path):
+    """The last step's gradients were finite and no later step tells: the epoch ends in an error; nothing is saved."""
+    head = Head(None)
+    head.fc1.bias.register_hook(lambda gradient: gradient * 0 + torch.tensor([0.0, *[1e10] * 15]))
+    model = tk.freeze_until(tk.attach_head(make_backbone(), CLASSES, head=head), "head")
+    trainer = tiny.make_trainer(model, optimizer=optimizer, lr=lr)
+    assert_weights_are_refused(trainer, data, r"head\.\w+\.\w+", callbacks=[tk.Checkpoint(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bias_of_minus_infinity_that_relu_hides_is_an_error(make_backbone, data):
+    """Its unit is always 0, so every loss and gradient stays finite: only the weight itself tells."""
+    head = Head(None)
+    head.fc1.bias.data[3] = -math.inf
+    head.fc1.bias.register_hook(lambda gradient: gradient * 0)
+    model = tk.freeze_until(tk.attach_head(make_backbone(), CLASSES, head=head), "head")
+    assert_weights_are_refused(tiny.make_trainer(model), data, r"head\.fc1\.bias")
+
+
+def test_the_best_epoch_comes_back_where_a_later_one_overflows(make_backbone, data):
+    """Weights of the best epoch are in the model after the error."""
+    model = tk.freeze_until(tk.attach_head(make_backbone(), CLASSES, hidden=(16,)), "head")
+    trainer = tiny.make_trainer(model, lr=1e-3)
+    best = []
+
+    def overflow(trainer, report):
+        best.append(weights_of(model))
+        model.head.fc1.bias.data[3] = -math.inf
+
+    with pytest.raises(NonFiniteError, match="became infinite"):
+        trainer.fit(data, validation_data=data, batch_size=24, verbose=0, epochs=2, callbacks=[overflow])
+    assert changed(best[0], model) == set()
+
+
 # ---- left out
 
 

@@ -79,6 +79,7 @@ def make_trainer(make_backbone):
         torch.manual_seed(1)
         make_error = error if callable(error) else ERRORS[error]
         model = tk.attach_head(backbone, CLASSES, head=Head(limit, make_error, where, width=width))
+        model.head.sizes.clear()  # those of the check
         return tiny.make_trainer(model, **arguments)
 
     return make

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import transferkit as tk
 from tiny import CLASSES, differences, environment, in_head, make_backbone, make_images, make_model
+from transferkit.data.preprocessing import CONVENTIONS
 from transferkit.errors import ArgumentError, CheckpointError, DataChangedError, HeadMismatchError, NonFiniteError
 from transferkit.saving.archive import read_checkpoint, write_checkpoint
 
@@ -766,8 +767,8 @@ def test_a_batch_that_ended_a_run_is_not_passed_over(tmp_path):
 
 def test_skipped_steps_are_counted_once(tmp_path):
     """Steps left out for NaN before and after a stop are those of the uninterrupted run."""
-    marked = make_images(COUNT)[0].float() / 255 - 0.5
-    marked[7, :, 0, 0] = 2.4
+    marked = CONVENTIONS["IMAGENET1K_V1"].with_image_size(32)(make_images(COUNT)[0])
+    marked[7, :, 0, 0] = marked.max()
     data = (marked, make_images(COUNT)[1])
 
     def script(init, *, folder=None, stop=None):

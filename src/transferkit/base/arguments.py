@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection
 from numbers import Integral, Real
+from typing import Any
 
 from transferkit.errors import ArgumentError, close_matches
 
@@ -68,7 +69,7 @@ def not_negative(name: str, value: float) -> float:
 
 
 def one_of(name: str, value: object, known: Collection[str], *, hint: str = "") -> str:
-    """Return `value`, a string.
+    """Return the one of `known` that `value` is, in upper or lower case.
 
     Args:
         name: Of the argument.
@@ -80,12 +81,24 @@ def one_of(name: str, value: object, known: Collection[str], *, hint: str = "") 
         ArgumentError: `value` is not in `known`. The message names the closest ones.
 
     Example:
-        >>> one_of("pooling", "avg", ["flatten", "avg", "max"])
-        'avg'
+        >>> one_of("optimizer", "Adam", ["adam", "sgd"])
+        'adam'
     """
-    if not isinstance(value, str) or value not in known:
+    found = [word for word in known if isinstance(value, str) and value.lower() == word.lower()]
+    if not found:
         raise ArgumentError(f"{name}={value!r} is not known. {close_matches(value, known)} {hint}".rstrip())
-    return value
+    return found[0]
+
+
+def square(size: Any) -> Any:
+    """Return the number of pixels of a pair of equal ones, as others write image sizes; anything else unchanged.
+
+    Example:
+        >>> square((224, 224)), square(64), square((480, 640))
+        (224, 64, (480, 640))
+    """
+    pair = isinstance(size, tuple | list) and len(size) in (2, 3) and size[0] == size[1] and list(size[2:]) in ([], [3])
+    return size[0] if pair else size
 
 
 def _is_number(value: object) -> bool:

@@ -1,6 +1,5 @@
 """numpy arrays as tensors, and tensors as bytes for digests and files, without copies where possible."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -18,20 +17,41 @@ class Digest(Protocol):
 
 
 def tensor_from_array(array: npt.NDArray[Any]) -> Tensor:
-    """Return a tensor that shares an array's memory. The library never writes to it.
+    """Return a tensor that shares an array's memory where torch can, else a copy. The library never writes to it.
+
+    Torch reads no object arrays, such as a column of a table, no foreign byte order, long doubles or negative strides.
 
     Raises:
-        TypeError: The array holds something other than numbers.
+        TypeError: The array holds something other than numbers, or numbers that are masked out.
+        ValueError: The elements of an object array differ in shape.
 
     Example:
-        >>> tensor_from_array(np.array([1, 2])[::-1])
-        tensor([2, 1])
+        >>> tensor_from_array(np.array([1, 2], ">i2")[::-1]), tensor_from_array(np.array([3, 4], object))
+        (tensor([2, 1], dtype=torch.int16), tensor([3, 4]))
     """
+    if np.ma.is_masked(array):
+        raise TypeError("some values are masked; fill them with .filled(value)")
+    if array.dtype == object:
+        array = np.array(array.tolist())
+    if array.dtype == np.longdouble:
+        array = array.astype(np.float64)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     if any(stride < 0 for stride in array.strides):
-        array = np.ascontiguousarray(array)  # torch has no negative strides
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # a memory map, a PIL image
-        return torch.from_numpy(array)
+        array = np.ascontiguousarray(array)
+    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writeable(array)))
+
+
+class _Writeable:
+    """A read-only array, such as a memory map, as one that torch takes without a warning.
+
+    Ignoring the warning instead would change the process's filters, which is not safe in threads.
+    """
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self._array = array  # keeps the memory
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -1,16 +1,22 @@
 """Progress of long work: lines of text, and bars where someone can watch them move."""
 
 import importlib.util
+import re
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from transferkit.errors import ArgumentError, printable
+
+COLUMNS = 80
+"""Width of lines where there is no terminal."""
 
 REDRAW_S = 0.5
 """Seconds between redraws of a bar: reading loss and accuracy waits for the device, and drawing takes 1 ms."""
@@ -84,15 +90,17 @@ class Display:
         self._tqdm = _find_tqdm() if verbose == 1 else None
 
     def say(self, line: str) -> None:
-        """Print a line of text above any bar, with control characters escaped."""
-        if self.verbose == 0:
+        """Print a line of text above any bar, in several rows if it is wide, with control characters escaped."""
+        if self.verbose == 0 or sys.stdout is None:
             return
-        line = printable(line)
-        if self._tqdm is None:
-            print(line, flush=True)  # noqa: T201
-        else:
-            self._tqdm.write(line)
-            sys.stdout.flush()  # stdout may be a file or a pipe while the bar is in a terminal
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        text = "\n".join(_fitted(printable(line))).encode(encoding, "backslashreplace").decode(encoding)
+        with suppress(OSError):  # a full disk or a reader that has gone away ends no run
+            if self._tqdm is None:
+                print(text, flush=True)  # noqa: T201
+            else:
+                self._tqdm.write(text)
+                sys.stdout.flush()  # stdout may be a file or a pipe while the bar is in a terminal
 
     @contextmanager
     def bar(self, what: str, total: int | None, *, unit: str = "images") -> Iterator[Bar]:
@@ -114,18 +122,40 @@ class Display:
 QUIET = Display(0)
 
 
+def _fitted(line: str) -> list[str]:
+    """Break a line that is wider than the terminal between words, elsewhere one wider than 80 columns between figures.
+
+    Figures are two spaces apart. Sentences and paths stay whole where a program may read them.
+    """
+    rows = [""]
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if terminal else COLUMNS
+    for part in re.split("(?=  )", line):
+        if rows[-1] and len(rows[-1] + part) > width:
+            rows.append("")
+        rows[-1] += part
+    if not terminal:
+        return rows
+    wrap = partial(textwrap.wrap, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return [piece for row in rows for piece in wrap(row, width)]
+
+
+def in_notebook() -> bool:
+    """Return whether this is a notebook."""
+    return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell()).__mro__)  # Colab's is derived from it
+
+
 def _find_tqdm() -> Any:
     """Return tqdm's class of bars; None if tqdm is missing or output is neither a terminal nor a notebook."""
-    notebook = type(_shell()).__name__ == "ZMQInteractiveShell"
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    if not (notebook or terminal) or importlib.util.find_spec("tqdm") is None:
+    if not (in_notebook() or terminal) or importlib.util.find_spec("tqdm") is None:
         return None
     from tqdm.auto import tqdm  # takes 0.1 s: not at import
 
     return type("Tqdm", (tqdm,), {"monitor_interval": 0})  # no extra thread that watches slow bars
 
 
-def _shell() -> object:
+def shell() -> Any:
     """Return the running IPython shell, or None."""
     ipython = sys.modules.get("IPython")
     return None if ipython is None else ipython.get_ipython()

@@ -25,7 +25,7 @@ def open_file(path: Path) -> BinaryIO:
         OSError: It is missing, cannot be read, or is a folder, pipe or device, which nobody waits for.
     """
     if (found := kind_of(path)) != "a file":
-        raise OSError(f"it is {found}, expected a file") if found[0] == "a" else FileNotFoundError(found)
+        raise OSError(f"it is {found}, expected a file")
     return path.open("rb")
 
 

@@ -5,7 +5,9 @@ A run that is resumed, or that reads its data with another number of workers, dr
 
 import hashlib
 import inspect
+import os
 import random
+import threading
 import types
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+
+_LOCK = [threading.RLock()]  # the generators are one for each process
+
+if hasattr(os, "register_at_fork"):  # in a forked process no thread is left that would release the lock
+    os.register_at_fork(after_in_child=lambda: _LOCK.__setitem__(0, threading.RLock()))
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -43,6 +50,8 @@ def shuffled(count: int, seed: int) -> torch.Tensor:
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed the global generators of torch, numpy and Python inside the block, and restore them afterwards.
 
+    The process has one of each: a thread waits until no other one is inside, so that both draw their own numbers.
+
     Args:
         seed: 0 to 2**63 - 1.
         device: A CUDA device whose generator is seeded too; other devices and None are ignored.
@@ -54,22 +63,23 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         ...     assert torch.equal(torch.rand(1), first)
     """
     cuda = device if device is not None and device.type == "cuda" else None
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - users' transforms draw from it
-    cuda_state = torch.cuda.get_rng_state(cuda) if cuda else None
-    try:
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        if cuda:
-            with torch.cuda.device(cuda):
-                torch.cuda.manual_seed(seed)
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])  # noqa: NPY002
-        if cuda and cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state, cuda)
+    with _LOCK[0]:
+        states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - users' transforms draw from it
+        cuda_state = torch.cuda.get_rng_state(cuda) if cuda else None
+        try:
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            if cuda:
+                with torch.cuda.device(cuda):
+                    torch.cuda.manual_seed(seed)
+            yield
+        finally:
+            torch.set_rng_state(states[0])
+            random.setstate(states[1])
+            np.random.set_state(states[2])  # noqa: NPY002
+            if cuda and cuda_state is not None:
+                torch.cuda.set_rng_state(cuda_state, cuda)
 
 
 def next_numbers() -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from transferkit.base.arguments import one_of
+from transferkit.base.surroundings import ProcessSetting
 from transferkit.compute.host_memory import host_bytes, keep_freed_blocks
 from transferkit.errors import DeviceError
 
@@ -179,7 +180,7 @@ class Device:
 
     def _tf32(self) -> AbstractContextManager[None]:
         tensor_cores = self.precision == "fp32" and self.torch_device.type == "cuda"
-        return float32_products("high") if tensor_cores else nullcontext()
+        return float32_products.at("high") if tensor_cores else nullcontext()
 
 
 def _has_state(optimizer: Optimizer) -> bool:
@@ -212,15 +213,8 @@ def _spoil_unless(finite: Tensor, optimizer: Optimizer) -> None:
     smallest += torch.where(finite, 0.0, float("nan"))
 
 
-@contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """Compute float32 matrix products in a precision of torch's inside the block: "highest", "high" or "medium"."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+float32_products = ProcessSetting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
+"""In which precision of torch's float32 matrix products are computed: "highest", "high" or "medium"."""
 
 
 def _resolve_device(device: str | torch.device) -> torch.device:
@@ -251,7 +245,7 @@ def _available() -> list[str]:
 
 def _resolve_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
-        one_of("precision", precision, PRECISIONS)
+        precision = one_of("precision", precision, PRECISIONS)
     supported = supported_precisions(device)
     if precision == "auto":
         return supported[0]

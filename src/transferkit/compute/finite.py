@@ -1,4 +1,4 @@
-"""Keep infinite and NaN values out of the weights."""
+"""Keep infinite and NaN values out of the weights and the optimizer's state."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,19 +14,25 @@ MIN_SCALE = 1.0
 """Below this the fp16 gradient scale, which starts at 65,536, has collapsed: gradients overflow in every step."""
 
 
+MAX_GRADIENT = 1e15
+"""Optimizers and clipping add up the squares of gradients: those of 100 million parameters of this size still fit."""
+
+
 def gradients_are_finite(loss: Tensor, optimizer: Optimizer) -> Tensor:
-    """Return whether the loss and all gradients are finite, bool `()`, on the device.
+    """Return whether the loss is finite and no gradient is above `MAX_GRADIENT` or NaN, bool `()`, on the device.
 
     Reads every gradient once, at memory bandwidth.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None and p.numel()]
-    bounds = [loss.detach()]
+    bounds = [loss.detach() * 0.0]  # NaN unless it is finite
     if loss.device.type == "cpu":  # aminmax reads 50 GB/s there, torch's norms 3
         bounds += [bound for gradient in gradients for bound in torch.aminmax(_in_memory_order(gradient))]
     elif gradients:
         bounds += torch._foreach_norm(gradients, float("inf"))  # the largest absolute values, in one kernel
-    return torch.stack([bound.float() for bound in bounds]).isfinite().all()  # a bound is NaN if any entry is
+    return (
+        torch.stack([bound.float() for bound in bounds]).abs() < MAX_GRADIENT
+    ).all()  # a bound is NaN if an entry is
 
 
 def _in_memory_order(gradient: Tensor) -> Tensor:
@@ -116,9 +122,33 @@ def _first_gradient(loss: Tensor, model: nn.Module) -> str | None:
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
     for (name, _), gradient in zip(named, gradients, strict=True):
-        if gradient is not None and not bool(gradient.isfinite().all()):
+        if gradient is not None and not bool((gradient.abs() < MAX_GRADIENT).all()):
             return f"the gradient of {name}"
     return None
+
+
+def check_weights(model: nn.Module) -> None:
+    """Check that an epoch left no infinite number and no NaN in what trains. Reads it once; a host sync.
+
+    A step is checked before its update, so what an update itself makes too large shows here.
+
+    Raises:
+        NonFiniteError: A parameter that trains, or a buffer of a module in training mode, is not finite.
+    """
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad and value.numel()}
+    for path, module in model.named_modules():
+        if module.training:
+            buffers = module.named_buffers(prefix=path, recurse=False)
+            trained |= {name: value for name, value in buffers if value.is_floating_point() and value.numel()}
+    bounds = [bound.float() for value in trained.values() for bound in torch.aminmax(_in_memory_order(value.detach()))]
+    if not bounds or bool(torch.stack(bounds).isfinite().all()):
+        return
+    bad = next(name for name, value in trained.items() if not bool(value.isfinite().all()))
+    raise NonFiniteError(
+        f"{bad} became infinite or NaN in an update whose gradients were finite: expected finite weights. Lower the "
+        "learning rate or weight_decay, or give the optimizer a larger eps. The best epoch's weights, if there are "
+        "any, are restored."
+    )
 
 
 def check_scale(device: Device) -> None:

@@ -73,12 +73,19 @@ def augment_batch(transform: Transform, images: Tensor, indices: Sequence[int], 
         epoch: Number of epochs trained before this one.
 
     Raises:
-        ImageError: The transform changed an image's shape or dtype.
+        ImageError: The transform failed, or changed an image's shape or dtype.
     """
     augmented = []
     for image, index in zip(images, indices, strict=True):
         with seeded(derive_seed(seed, "augment", epoch, index), image.device):
-            augmented.append(transform(image))
+            try:
+                augmented.append(transform(image))
+            except Exception as error:
+                raise ImageError(
+                    f"augment failed on image {index}: {type(error).__name__}: {error}. It gets one raw image, uint8 "
+                    f"{tuple(image.shape)}, without its target. CutMix and MixUp mix images and targets of a batch: "
+                    "put them into the collate_fn of a DataLoader."
+                ) from error
         result = augmented[-1]
         if not isinstance(result, Tensor) or result.shape != image.shape or result.dtype != image.dtype:
             got = (

@@ -3,110 +3,180 @@
 Raw images are uint8 `(N, 3, H, W)`; preprocessed images are float32 `(N, 3, S, S)`.
 """
 
+import io
+import struct
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageFile
 from torch import Tensor
 
 from transferkit.base.arrays import tensor_from_array
+from transferkit.data.conversions import conversion
 from transferkit.errors import ImageError
 
-_EXPECTED = (
-    "expected raw images, uint8 (N, 3, H, W) or (N, H, W, 3) of any size, or preprocessed ones, float (N, 3, H, W)"
-)
-_RGB_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits per channel
+_EXPECTED = "raw {0}, uint8 ({1}3, H, W) or ({1}H, W, 3) of any size, or preprocessed ones, float ({1}3, H, W)"
+_DEEP_MODES = ("I", "F", "BGR")  # I;16 and its variants too: convert("RGB") would clip these
+_TRANSPARENT_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_UNREADABLE_EXIF = (SyntaxError, struct.error, TypeError, ValueError, OSError, EOFError, LookupError, ArithmeticError)
 
 
 def as_images(images: object) -> Tensor:
     """Return images as a tensor with channels second.
 
     Args:
-        images: A tensor or array: uint8 `(N, 3, H, W)` or `(N, H, W, 3)`, or float `(N, 3, H, W)`.
+        images: A tensor, an array or what numpy makes an array of, such as a column of a table whose entries are
+            arrays: uint8 `(N, 3, H, W)` or `(N, H, W, 3)`, or float `(N, 3, H, W)`.
 
     Returns:
         uint8 or float32 `(N, 3, H, W)`, a view where possible.
 
     Raises:
-        ImageError: The shape, dtype or channel count is not one of these.
+        ImageError: The shape, dtype or channel count is not one of these. The message has the line that converts them.
 
     Example:
         >>> as_images(np.zeros((5, 32, 48, 3), np.uint8)).shape
         torch.Size([5, 3, 32, 48])
     """
-    if isinstance(images, np.ndarray) and images.dtype.kind in "uifb":
-        images = tensor_from_array(images)
-    if not isinstance(images, Tensor):
-        raise ImageError(
-            f"images are a {type(images).__name__}: {_EXPECTED}, in one tensor or array. For images of different sizes "
-            "pass a Dataset."
-        )
-    got = f"images have shape {tuple(images.shape)} and dtype {images.dtype}"
-    if images.ndim != 4:
-        one = " One image needs a batch dimension: image[None]." if images.ndim == 3 else ""
-        raise ImageError(f"{got}: {_EXPECTED}.{one}")
-    if images.dtype == torch.uint8:
-        if images.shape[1] != 3 and images.shape[3] == 3:
-            images = images.permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
-    elif not images.is_floating_point():
-        raise ImageError(f"{got}: {_EXPECTED}. If the values are 0 to 255, convert them: images.astype('uint8').")
-    if images.is_floating_point() and images.shape[1] != 3 and images.shape[3] == 3:
-        raise ImageError(f"{got}: expected preprocessed images with channels second. Use images.permute(0, 3, 1, 2).")
-    if images.shape[1] != 3:
-        sides = images.shape[1:]
-        remedy = "Repeat a gray channel three times: images.repeat(1, 3, 1, 1)." if 1 in sides else ""
-        remedy = "Drop an alpha channel: images[:, :3]." if 4 in sides else remedy
-        raise ImageError(f"{got}, without 3 channels: {_EXPECTED}. {remedy}".rstrip())
-    if 0 in images.shape[2:]:
-        raise ImageError(f"{got}, without pixels: {_EXPECTED}.")
-    return images if images.dtype == torch.uint8 else images.float()
+    return _channels_second(images, "images", 4)
 
 
 def as_image(image: object, index: int) -> Tensor:
     """Return one sample's image, uint8 or float32 `(3, H, W)`.
 
     Args:
-        image: A PIL image with 8 bits per channel (see `upright_rgb`), or a tensor or array as in `as_images`, without
-            the batch dimension.
+        image: A PIL image (see `upright_rgb`), the content of an image file as bytes, an open file, or a tensor or
+            array as in `as_images`, without the batch dimension.
         index: Index in the data set, for the message.
 
     Raises:
         ImageError: The shape, dtype, channel count or PIL mode is not one of these.
     """
+    if is_encoded(image):
+        image = open_image(image, index)
+    elif isinstance(image, Image.Image):
+        image = upright_rgb(image, index)
     if isinstance(image, Image.Image):
         from torchvision.transforms.v2 import functional as transforms  # takes 0.2 s: not at import
 
-        pixels: Tensor = transforms.pil_to_tensor(upright_rgb(image, index))
+        pixels: Tensor = transforms.pil_to_tensor(image)
         return pixels
     try:
-        batch: Any = image
-        return as_images(batch[None] if isinstance(image, Tensor | np.ndarray) else image)[0]
+        return _channels_second(image, "image", 3)
     except ImageError as error:
-        raise ImageError(f"image {index}: {error} (for one image: without N, or a PIL image)") from None
+        raise ImageError(f"image {index}: {error}") from None
+
+
+def check_one_image(image: "np.ndarray[Any, Any] | Tensor") -> None:
+    """Refuse three dimensions, meant as one image, that may be several gray images.
+
+    A tensor `(3, H, W)` is one image, as torchvision reads it.
+
+    Args:
+        image: `(H, W, C)` or `(C, H, W)`.
+
+    Raises:
+        ImageError: It is an array `(3, H, W)`, or gray images `(N, H, W)`.
+    """
+    shape = tuple(image.shape)
+    if shape[2] in (1, 3, 4) or shape[0] == 1:
+        return
+    if shape[0] != 3 or not isinstance(image, Tensor):
+        as_images(image)  # raises
+
+
+def is_encoded(image: object) -> bool:
+    """Return whether this is the content of an image file: bytes, or an open file."""
+    is_file = callable(getattr(image, "read", None)) and not hasattr(image, "__getitem__")
+    return is_file or isinstance(image, bytes | bytearray | memoryview)
+
+
+def open_image(source: Any, index: int) -> Image.Image:
+    """Return an image file as an upright PIL image in RGB.
+
+    Args:
+        source: The path of a file, its content, or an open binary file.
+        index: Index in the data set, for the message.
+
+    Raises:
+        ImageError: As in `upright_rgb`.
+        OSError: The file cannot be read, or Pillow does not know its format.
+    """
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source) as file:
+        return upright_rgb(file, index)
 
 
 def upright_rgb(image: Image.Image, index: int) -> Image.Image:
-    """Return a PIL image in RGB, rotated according to its EXIF orientation.
+    """Return a PIL image in RGB, with transparent pixels on white.
+
+    An image straight from a file is rotated according to its EXIF orientation. What Pillow made from one, by `convert`
+    or `transpose` for example, is used as it is: its pixels may be turned already.
 
     Args:
-        image: An image with 8 bits per channel. Gray, palette, RGBA (alpha is dropped), CMYK and YCbCr are converted.
+        image: An image with 8 bits per channel.
         index: Index in the data set, for the message.
 
     Raises:
         ImageError: The image has more bits per channel, or more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
-    if image.mode not in _RGB_MODES:
+    if image.mode.startswith(_DEEP_MODES):
+        lines = conversion(np.asarray(image), "image", ndim=3)
         raise ImageError(
-            f"image {index} has mode {image.mode!r}: expected 8 bits per channel ({', '.join(_RGB_MODES)}). Scale it "
-            "to 0..255 and convert it to RGB in the data set's transform."
+            f"image {index} has mode {image.mode!r}: expected 8 bits per channel. Convert it in the data set's "
+            f"transform: image = np.asarray(image); {lines}"
         )
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ImageError(
             f"image {index} has {image.width}x{image.height} pixels: expected at most {Image.MAX_IMAGE_PIXELS:,}, "
             "since a larger file may be an attack on memory. If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS."
         )
-    return ImageOps.exif_transpose(image).convert("RGB")
+    rgb = _rgb(_upright(image))
+    rgb.info = {}  # its orientation and transparency have been dealt with
+    return rgb
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # not in getexif below: an error of the pixels is none of the EXIF
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except _UNREADABLE_EXIF:
+        return image
+    if turn is None:
+        return image
+    if isinstance(image, ImageFile.ImageFile):
+        return image.transpose(turn)
+    warnings.warn(
+        "images of the data set carry the EXIF orientation of their files and are used as they are. If they are not "
+        "upright, let the data set turn them: PIL.ImageOps.exif_transpose(image).",
+        stacklevel=2,
+    )
+    return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "LAB":  # convert("RGB") would copy the numbers
+        spaces = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted: Any = ImageCms.profileToProfile(image, *spaces, outputMode="RGB")
+        return converted  # type: ignore[no-any-return]
+    if image.mode not in _TRANSPARENT_MODES and "transparency" not in image.info:
+        return image.convert("RGB")
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    if rgba.getchannel("A").getextrema() != (255, 255):
+        warnings.warn("transparent pixels of images are laid on white", stacklevel=2)
+        rgba = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return rgba.convert("RGB")
 
 
 def check_image_size(images: Tensor, image_size: int) -> None:
@@ -123,26 +193,31 @@ def check_image_size(images: Tensor, image_size: int) -> None:
         )
 
 
-def check_normalized(images: Tensor, convention: str) -> None:
-    """Check that float images went through a VGG preprocessing.
-
-    All three conventions subtract the mean. Images without a negative value were only scaled to 0..1, or not at all:
-    the most common cause of poor features without an error.
-
-    Args:
-        images: float32 `(N, 3, H, W)`. Infinite and NaN values are ignored.
-        convention: Name of the expected preprocessing, for the message.
-
-    Raises:
-        ImageError: No value is negative.
-    """
-    values = images[images.isfinite()]
-    if values.numel() == 0:
-        return
-    low, high = (value.item() for value in torch.aminmax(values))
-    if low >= 0:
-        raise ImageError(
-            f"float images have values from {low:.3g} to {high:.3g}, so they are not preprocessed: {convention} "
-            "subtracts the mean, which makes some values negative. Pass raw uint8 images (without ToTensor or a "
-            "division by 255), or apply backbone.preprocess."
-        )
+def _channels_second(given: Any, name: str, ndim: int) -> Tensor:
+    """Return a batch or one image, `name` says which, as uint8 or float32 `(..., 3, H, W)`."""
+    expected = _EXPECTED.format("images" if ndim == 4 else "image", "N, " if ndim == 4 else "")
+    got = f"{name} {'are' if ndim == 4 else 'is'} a {type(given).__name__}"
+    why = f"expected {expected}, in one tensor or array. For images of different sizes pass a Dataset."
+    if not isinstance(given, Tensor) and not hasattr(given, "__array__"):
+        raise ImageError(f"{got}: {why}")
+    try:
+        images = given if isinstance(given, Tensor) else tensor_from_array(np.asanyarray(given))
+    except (TypeError, ValueError) as error:  # names, or arrays of different shapes
+        raise ImageError(f"{got}: {why} ({error})") from error
+    raw = images.dtype == torch.uint8
+    channels_last = images.ndim == ndim and images.shape[-3] != 3 and images.shape[-1] == 3
+    if raw and channels_last:
+        images = images.movedim(-1, -3)
+    usable = (raw or images.is_floating_point()) and images.ndim == ndim and images.shape[-3] == 3
+    if usable and 0 not in images.shape[-2:]:
+        return images if raw else images.float()
+    lines = conversion(given, name, ndim=ndim)
+    write = f"Write: {lines}" if lines else f"Pass raw uint8 {name}"
+    if images.ndim == 3 < ndim and images.shape[0] == 3 != images.shape[2]:
+        write = f"One image with its channels first is {name}[None]. For three gray images: {write}"
+    if images.is_floating_point() and channels_last and not lines:
+        moved = f"{name}.movedim(-1, -3)" if isinstance(given, Tensor) else f"np.moveaxis({name}, -1, -3)"
+        write += " without preprocess_input or Normalize. If backbone.preprocess gave these values, "
+        write += f"write: {name} = {moved}"
+    got = f"{name} {'have' if ndim == 4 else 'has'} shape {tuple(images.shape)} and dtype {images.dtype}"
+    raise ImageError(f"{got}: expected {expected}. {write}")

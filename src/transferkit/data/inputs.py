@@ -8,7 +8,8 @@ from torch import Tensor
 from transferkit.base.randomness import derive_seed
 from transferkit.compute.device import Device
 from transferkit.data.augmentation import Transform, augment_batch
-from transferkit.data.images import check_image_size, check_normalized
+from transferkit.data.images import check_image_size
+from transferkit.data.normalized import check_normalized
 from transferkit.data.preprocessing import Preprocessing
 from transferkit.data.sources import Source
 from transferkit.errors import ImageError
@@ -49,8 +50,8 @@ class Inputs:
             view: Which random changes are drawn: the number of the epoch, as a rule.
 
         Raises:
-            ImageError: When preprocessed images have another size or went through no VGG preprocessing, and when they
-                were to be augmented.
+            ImageError: When preprocessed images have another size or were normalized in another way than the weights
+                expect, and when they were to be augmented.
         """
         for images, targets, places in self.device.batches(self._checked(batch_size, order, view)):
             yield self.prepare(self._augment(images, places, view)), targets
@@ -77,7 +78,9 @@ class Inputs:
         images = self.device.move(images)
         if isinstance(images, Tensor) and images.is_floating_point():
             return images
-        return self.preprocess.normalize(self.preprocess.resize(images))
+        if self.transform is None or isinstance(images, list):
+            images = self.preprocess.resize(images)  # augmented images have been resized: once more may change them
+        return self.preprocess.normalize(images)
 
     def _augment(self, images: Images, places: Sequence[int], view: int) -> Images:
         if self.transform is None:
@@ -89,12 +92,11 @@ class Inputs:
     def _checked(
         self, batch_size: int, order: Tensor | None, view: int | None
     ) -> Iterator[tuple[Images, Tensor, tuple[int, ...]]]:
-        """Check preprocessed images while they are on the host: the sizes of all, the values of the first batch."""
+        """Check size and values of preprocessed images while they are on the host."""
         seed = None if view is None else derive_seed(self.seed, "data", view)
         read = self.source.batches(batch_size, seed=seed, order=order)
-        for number, (images, targets, places) in enumerate(read):
+        for images, targets, places in read:
             if isinstance(images, Tensor) and images.is_floating_point():
                 check_image_size(images, self.preprocess.image_size)
-                if number == 0:
-                    check_normalized(images, self.preprocess.name)
+                check_normalized(images, self.preprocess)
             yield images, targets, tuple(places)  # no list: Device.move would look at each number for a tensor

@@ -1,84 +1,110 @@
 """Turn whatever a user passes as data into a `Source`, or say why that cannot be done."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from transferkit.base.arguments import whole_number
 from transferkit.base.files import kind_of
-from transferkit.data.images import upright_rgb
-from transferkit.data.sources import ArraySource, DatasetSource, LoaderSource, Source, SubsetSource
-from transferkit.errors import (
-    ArgumentError,
-    HeadMismatchError,
-    ImageError,
-    TargetError,
+from transferkit.data.classes import check_classes
+from transferkit.data.columns import (
+    as_columns,
+    class_indices_of,
+    column_names,
+    find_column,
+    is_file,
+    is_image,
+    listed,
+    names_in,
 )
-
-
-class GivenImages:
-    """A list of images as a data set; a file is opened when its image is read.
-
-    Attributes:
-        samples: The images as given. Error messages look up paths here.
-    """
-
-    def __init__(self, images: Sequence[Any]) -> None:
-        self.samples = list(images)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Any:
-        image = self.samples[index]
-        if not isinstance(image, str | os.PathLike):
-            return image
-        with Image.open(image) as file:
-            return upright_rgb(file, index)
+from transferkit.data.images import check_one_image
+from transferkit.data.samples import GivenImages
+from transferkit.data.sources import ArraySource, DatasetSource, LoaderSource, Source, SubsetSource, check_order
+from transferkit.errors import ArgumentError, ImageError, TargetError
 
 
 def as_data(images: object) -> object:
-    """Return one image or a list of images as a data set.
+    """Return one image or many as a data set.
 
     Args:
-        images: The path of an image file, a PIL image, an array or tensor `(H, W, 3)` or `(3, H, W)`, or a list of
-            these. Anything else is returned unchanged.
+        images: The path of an image file, its content as bytes, an open file, a PIL image, an array `(H, W, 3)`, a
+            tensor `(H, W, 3)` or `(3, H, W)`, or a list, tuple, array, column or iterator of these. Also one sample or
+            several with targets, which are left out. Anything else is returned unchanged.
 
     Raises:
-        ImageError: A path does not exist or is a folder.
+        ImageError: A path does not exist or is a folder, or an array of three dimensions may be several gray images.
 
     Example:
         >>> len(as_data(np.zeros((8, 8, 3), np.uint8)))
         1
     """
-    if isinstance(images, Image.Image | str | os.PathLike) or (
-        isinstance(images, np.ndarray | Tensor) and images.ndim == 3
-    ):
+    if column_names(images) is not None and not is_image(images):
+        column = find_column(column_names(images) or [], "image")
+        images = images if column is None else images[column]  # type: ignore[index]
+    if isinstance(images, tuple) and len(images) == 2 and not is_image(images[1]):  # with its target, or with theirs
+        images = images[0] if is_image(images[0]) or listed(images[0]) is not None else images
+    if is_image(images):
+        if isinstance(images, np.ndarray | Tensor):
+            check_one_image(images)
         images = [images]
-    if not isinstance(images, list):
-        return images
-    for index, image in enumerate(images):
-        if isinstance(image, str | os.PathLike):
-            _check_file(Path(image), index)
-    return GivenImages(images)
+    elif isinstance(images, Iterator):
+        images = list(images)
+    files = None if isinstance(images, tuple) and len(images) == 2 and not is_image(images[1]) else listed(images)
+    return images if files is None else _given(files)
 
 
-def _check_file(path: Path, index: int) -> None:
-    found = kind_of(path)
-    if found == "a folder":
-        raise ImageError(
+def _given(images: list[Any], targets: Any = None, *, check: bool = True) -> GivenImages:
+    """Return images, and targets, as a data set.
+
+    Raises:
+        ImageError: A path does not exist or is a folder, and `check` is true.
+    """
+    images = [_read_file(image, index) if is_file(image) else image for index, image in enumerate(images)]
+    paths = {index: Path(image) for index, image in enumerate(images) if isinstance(image, str | PathLike)}
+    missing = [index for index, path in paths.items() if kind_of(path) != "a file"] if check else []
+    if missing:
+        raise ImageError(_describe_missing(paths, missing))
+    return GivenImages(images, targets)
+
+
+def _read_file(file: Any, index: int) -> bytes:
+    """Return the content of an open file from its beginning: workers cannot share its position."""
+    try:
+        if file.seekable():
+            file.seek(0)
+        content = file.read()
+    except (OSError, ValueError, AttributeError) as error:  # ValueError: it is closed
+        raise ImageError(f"image {index}: the file cannot be read: {error}.") from error
+    if not isinstance(content, bytes):
+        raise ImageError(f"image {index} is a file opened as text: expected one opened with open(path, 'rb').")
+    return content
+
+
+def _describe_missing(paths: dict[int, Path], missing: list[int]) -> str:
+    index, path = missing[0], paths[missing[0]]
+    if kind_of(path) == "a folder":
+        found = sorted({file.suffix for file in path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS})
+        suffixes = f"({', '.join(map(repr, found or ['.jpg']))},)"
+        return (
             f"image {index} is the folder {path}: expected an image file. For all images in it, pass "
-            f"sorted(pathlib.Path({str(path)!r}).glob('*.jpg'))."
+            f"[file for file in sorted(pathlib.Path({str(path)!r}).iterdir()) if file.suffix in {suffixes}]."
         )
-    if found != "a file":
-        raise ImageError(f"image {index}: file {path} does not exist: at that path is {found}. Expected an image file.")
+    others = "".join(f"; image {other}: {paths[other]}" for other in missing[1:20])
+    more = f"{others}{'; ...' if len(missing) > 20 else ''}. {len(missing)} files do not exist" if others else ""
+    advice = "Expected the path of an image file."
+    if any(letter in str(path) for letter in "*?["):
+        advice = f"It looks like a pattern: pass sorted(glob.glob({str(path)!r}))."
+    elif str(path).startswith(("http:", "https:", "s3:", "gs:")):
+        advice = "Download it first, or pass its bytes."
+    elif not path.is_absolute():
+        advice += f" A relative path begins at {Path.cwd()}; put the images' folder before it."
+    return f"image {index}: file {path} does not exist{more}. {advice}"
 
 
 def open_data(
@@ -88,19 +114,20 @@ def open_data(
     num_workers: int = 0,
     with_targets: bool = True,
     multi_label: bool = False,
-    on_bad_image: str = "raise",
+    skip: bool = False,
 ) -> Source:
     """Return a user's data as a `Source`.
 
     Args:
-        data: `(images, targets)` arrays or tensors, a `Dataset` of `(image, target)`, or a `DataLoader` of batches of
-            them. If `with_targets` is false, also images without targets in any of these forms, and what `as_data`
-            accepts.
+        data: `(images, targets)`: an array or tensor of images or a list of images or paths; targets may be class
+            names. Or the same as a table, a dict of columns or a list of pairs; a `Dataset` of `(image, target)`; or a
+            `DataLoader` of batches of them. If `with_targets` is false, also images without targets in any of these
+            forms, and what `as_data` accepts.
         classes: The model's class names. If the data has class names, they must match.
         num_workers: Number of processes that read a `Dataset`.
         with_targets: Whether targets are needed.
         multi_label: Whether an image may have several labels.
-        on_bad_image: `"raise"` reads the first sample of a data set now; `"skip"` does not.
+        skip: Whether bad images will be left out. If not, files are looked for and the first sample is read now.
 
     Raises:
         EmptyDataError: The data has no images.
@@ -113,9 +140,12 @@ def open_data(
     if isinstance(data, ArraySource | DatasetSource | LoaderSource | SubsetSource):  # opened before
         return data
     if with_targets:
-        _check_classes(data, classes)
+        check_classes(data, classes)
+        data = _labelled(as_columns(data), classes, check=not skip)
     else:
         data = as_data(data)
+        if isinstance(data, DataLoader):
+            check_order(data)
     if isinstance(data, DataLoader):
         return LoaderSource(data, classes, with_targets=with_targets, multi_label=multi_label)
     if isinstance(data, IterableDataset):
@@ -136,7 +166,7 @@ def open_data(
         source = DatasetSource(
             data, classes, num_workers=num_workers, with_targets=with_targets, multi_label=multi_label
         )
-        if on_bad_image == "raise":
+        if not skip:
             source.check_first()
         return source
     forms = (
@@ -145,60 +175,19 @@ def open_data(
     raise ArgumentError(f"data is of type {type(data).__name__}: expected {forms}, a torch Dataset or a DataLoader.")
 
 
-def class_names(data: object) -> list[str] | None:
-    """Return the class names of a data set, also inside a `Subset`, `ConcatDataset` or `DataLoader`; None without any.
-
-    Raises:
-        HeadMismatchError: The parts of a `ConcatDataset` have different class names.
-    """
-    while not hasattr(data, "classes") and hasattr(data, "dataset"):
-        data = data.dataset
-    if isinstance(data, ConcatDataset):
-        parts = [names for part in data.datasets if (names := class_names(part)) is not None]
-        if different := [names for names in parts if names != parts[0]]:
-            raise HeadMismatchError(
-                f"the parts of a ConcatDataset have the classes {', '.join(parts[0][:8])} and "
-                f"{', '.join(different[0][:8])} (the first 8 of each): class indices would not match. Expected the "
-                "same classes in all parts."
-            )
-        return parts[0] if parts else None
-    found = getattr(data, "classes", None)
-    return None if found is None else list(map(str, found))
-
-
-def find_classes(data: object, classes: Sequence[str] | int | None) -> Sequence[str] | int:
-    """Return the classes given or, if there are none, those that data names, or their number by its targets.
-
-    Raises:
-        ArgumentError: When the data does not tell.
-
-    Example:
-        >>> find_classes((np.zeros((3, 8, 8, 3), np.uint8), [0, 2, 1]), None)
-        3
-    """
-    if classes is not None:
-        return classes
-    names = class_names(data)
-    if names is not None:
-        return names
-    targets = data[1] if isinstance(data, tuple) and len(data) == 2 else getattr(data, "targets", None)
-    if isinstance(targets, list | Tensor | np.ndarray) and len(targets):
-        found = np.asarray(targets)
-        return found.shape[1] if found.ndim == 2 else int(found.max()) + 1
-    raise ArgumentError(
-        f"the classes of a {type(data).__name__} are not known, because it has no list of them: pass classes=, their "
-        "names or number."
-    )
-
-
-def _check_classes(data: object, expected: Sequence[str]) -> None:
-    found = class_names(data)
-    if found is None:
-        return
-    numbered = list(expected) == [str(index) for index in range(len(expected))]
-    if len(found) != len(expected) or (not numbered and found != list(expected)):
-        raise HeadMismatchError(
-            f"the data has {len(found)} classes ({', '.join(found[:8])}), the model {len(expected)} "
-            f"({', '.join(expected[:8])}), the first 8 of each: expected the same classes in the same order. Build the "
-            "head from the data: attach_head(backbone, data.classes)."
-        )
+def _labelled(data: Any, classes: Sequence[str], *, check: bool) -> Any:
+    """Return columns with their labels as class indices, and a list of images as a data set; else data unchanged."""
+    if not isinstance(data, tuple) or len(data) != 2:
+        return data
+    images, labels = data
+    if isinstance(images, Iterator) or isinstance(labels, Iterator):
+        raise ArgumentError("the images or targets are an iterator, which can be read once: pass list(...) of it.")
+    names = names_in(labels)
+    targets = labels.to_numpy() if hasattr(labels, "to_numpy") else labels  # a column finds rows by its index
+    targets = (listed(targets) or targets) if names is None else class_indices_of(names, classes)
+    files = listed(images)
+    if files is None:
+        return images, targets
+    if len(files) != len(targets):
+        raise TargetError(f"{len(files)} images but {len(targets)} targets: expected one target for each image.")
+    return _given(files, targets, check=check)

@@ -1,4 +1,6 @@
-"""Raw uint8 images to VGG's input, in the three conventions that its weights were trained with.
+"""Raw uint8 images to VGG's input: the geometry that makes them square, and the conventions of weights.
+
+The three conventions that VGG's weights were trained with:
 
 | convention            | channels | scale  | mean                   | standard deviation |
 |-----------------------|----------|--------|------------------------|--------------------|
@@ -17,14 +19,22 @@ from torch import Tensor
 from typing_extensions import Self
 
 from transferkit.base.arguments import one_of
+from transferkit.data.conversions import conversion
+from transferkit.data.images import as_images
+from transferkit.data.resizing import PILLOW_BITS, resize_as_pillow, resize_to_middle
 from transferkit.errors import ImageError
 
 Triple = tuple[float, float, float]
 
+GEOMETRIES = ("crop", "torchvision", "letterbox", "squash")
+
+MOST_PIXELS = 8
+"""How many times as many pixels as the result an image may have when it is resized, before its middle is cut out."""
+
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resizes, center-crops and normalizes a batch of images.
+    """Makes a batch of images square, of one size, and normalizes it.
 
     Attributes:
         name: The convention's name, which checkpoints store.
@@ -32,6 +42,14 @@ class Preprocessing:
         std: Standard deviation of each channel, in the same scale and order.
         channels: Which of the R, G, B channels comes first, second, third: (0, 1, 2) is RGB, (2, 1, 0) BGR.
         image_size: Height and width of the result, in pixels.
+        geometry: How an image of another shape becomes a square. `"crop"` resizes its shorter side to `image_size` and
+            keeps the middle. `"torchvision"` is the geometry of torchvision's own transforms
+            (`VGG16_Weights.IMAGENET1K_V1.transforms()`): the shorter side becomes 256/224 of `image_size`, the middle
+            is kept, and sizes are truncated. `"letterbox"` resizes the longer side to `image_size` and adds bars of
+            the mean colour. `"squash"` resizes both sides, so that nothing is lost but the proportions.
+
+    Raises:
+        ArgumentError: `geometry` is none of these.
 
     Example:
         >>> images = torch.zeros(2, 3, 40, 50, dtype=torch.uint8)
@@ -44,6 +62,11 @@ class Preprocessing:
     std: Triple
     channels: tuple[int, int, int] = (0, 1, 2)
     image_size: int = 224
+    geometry: str = "crop"
+
+    def __post_init__(self) -> None:
+        known = one_of("geometry", self.geometry, GEOMETRIES)  # in lower case
+        object.__setattr__(self, "geometry", known)  # as dataclasses set the fields of frozen ones
 
     def __call__(self, images: Tensor | list[Tensor]) -> Tensor:
         """Return raw images as model input.
@@ -61,9 +84,10 @@ class Preprocessing:
         return self.normalize(self.resize(images))
 
     def resize(self, images: Tensor | list[Tensor]) -> Tensor:
-        """Return uint8 `(N, 3, image_size, image_size)`: the shorter side resized, the longer one center-cropped.
+        """Return images made square by the geometry: uint8 `(N, 3, image_size, image_size)`.
 
         Interpolation is bilinear with antialiasing, rounded to uint8, so an image gives the same pixels in any batch.
+        Of an image much longer than wide only the middle is computed, which bounds memory.
 
         Raises:
             ImageError: As in `__call__`.
@@ -72,23 +96,57 @@ class Preprocessing:
             if not images:
                 raise ImageError("cannot preprocess an empty list: expected one or more images, uint8 (3, H, W).")
             return torch.cat([self.resize(image[None]) for image in images])
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        images = as_images(images)
+        if images.dtype != torch.uint8:
+            lines = conversion(images, "images", ndim=4)
             raise ImageError(
                 f"cannot preprocess images of shape {tuple(images.shape)} and dtype {images.dtype}: expected raw "
-                "images, uint8 (N, 3, H, W). One image needs a batch dimension (image[None]); convert float images in "
-                "0..1 with (images * 255).round().to(torch.uint8)."
+                f"images, uint8 (N, 3, H, W). {f'Write: {lines}' if lines else 'Are they preprocessed already?'}"
             )
         size = self.image_size
         height, width = images.shape[2:]
-        if (height, width) == (size, size):
+        high, wide = (int(side) for side in self.resized_sides(torch.tensor([height, width], dtype=torch.float64)))
+        if (height, width) == (high, wide) == (size, size):
             return images
+        if high * wide > MOST_PIXELS * size**2:
+            return resize_to_middle(images, (high, wide), size, bits=self.weight_bits)
         from torchvision.transforms.v2 import functional as transforms  # takes 0.2 s: not at import
 
-        shorter = min(height, width)
-        new_height, new_width = round(height * size / shorter), round(width * size / shorter)
-        resized = transforms.resize(images, [new_height, new_width], antialias=True)
-        cropped: Tensor = transforms.center_crop(resized, [size, size])
-        return cropped
+        if self.weight_bits and images.device.type == "cpu":
+            resized = resize_as_pillow(images, high, wide)
+        else:
+            resized = transforms.resize(images, [high, wide], antialias=True)
+        if self.geometry == "letterbox":
+            top, left = round((size - high) / 2), round((size - wide) / 2)
+            bars = [left, top, size - wide - left, size - high - top]
+            resized = transforms.pad(resized, bars, fill=self.bar_colour)
+        return transforms.center_crop(resized, [size, size])  # type: ignore[no-any-return]
+
+    def resized_sides(self, sides: Tensor) -> Tensor:
+        """Return height and width to which images are resized, before the middle is cut out or bars are added.
+
+        Args:
+            sides: Height and width of the images, float64 `(2,)`. A tensor, so that `torch.export` can trace this.
+        """
+        size = self.image_size
+        if self.geometry == "squash":
+            return torch.full_like(sides, size)
+        if self.geometry == "letterbox":
+            return (sides * size / sides.max()).round().clamp(min=1)
+        if self.geometry == "torchvision":
+            return (sides * (size * 256 // 224) / sides.min()).floor()
+        return (sides * size / sides.min()).round()
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Bits of resizing's weights: Pillow's, as in torchvision's transforms of PIL images, or None for torch's."""
+        return PILLOW_BITS if self.geometry == "torchvision" else None
+
+    @property
+    def bar_colour(self) -> list[int]:
+        """R, G and B of a letterbox's bars: the mean, which normalizing makes 0, as convolutions pad an image."""
+        colour = dict(zip(self.channels, self.mean, strict=True))
+        return [min(max(round(colour[channel]), 0), 255) for channel in range(3)]
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return RGB images, uint8 `(N, 3, H, W)`, as float32 in the network's channel order and scale."""

@@ -19,8 +19,9 @@ def resized(
 ) -> tuple[Tensor, Tensor] | None:
     """Return raw images, uint8 `(N, 3, S, S)`, and targets, on which training gives the same weights as on the data.
 
-    Resizing handles each image alone and leaves images of the right size unchanged, so every pixel is the same. It
-    runs on the device, as in training, because another device may round some pixels differently.
+    Resizing handles each image alone and leaves images of the right size unchanged, so every pixel is the same. (With
+    the geometry `"torchvision"` it would change them, so the answer is None.) It runs on the device, as in training,
+    because another device may round some pixels differently.
 
     Args:
         data: As in `Trainer.fit`.
@@ -31,13 +32,15 @@ def resized(
 
     Returns:
         None if the data should be used directly: reading it again may give other images, it is in memory already, its
-        images are preprocessed, or the resized images would not fit in memory.
+        images are preprocessed, resizing them again would change them, or they would not fit in memory.
 
     Raises:
         TransferKitError: The data cannot be used, as in `open_data`.
     """
     source = open_data(data, classes, num_workers=num_workers)
-    if isinstance(source, ArraySource) or source.num_images is None or source.why_not_repeatable() is not None:
+    if preprocess.geometry == "torchvision" or isinstance(source, ArraySource):
+        return None
+    if source.num_images is None or source.why_not_repeatable() is not None:
         return None
     memory = host_bytes()
     size = source.num_images * 3 * preprocess.image_size**2

@@ -1,7 +1,9 @@
 """One sample of a user's data set: read under a seed of its own, each failure named by index and path."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +11,25 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.datasets import DatasetFolder
-from torchvision.datasets.folder import default_loader
+from torchvision.datasets.folder import default_loader, pil_loader
 
 from transferkit.base.randomness import find_generators, next_numbers, seeded, state_of
-from transferkit.data.images import as_image, upright_rgb
-from transferkit.errors import CacheError, ImageError, TargetError, TransferKitError
+from transferkit.data.columns import image_and_target, image_of
+from transferkit.data.images import as_image, is_encoded, open_image
+from transferkit.errors import CacheError, ImageError, TransferKitError
 
 Sample = tuple[Tensor, Any, int]
 """Image, target, index in the data set."""
+
+_TORCHVISION = "torchvision.datasets."
 
 NUM_CHECKED = 16
 """Number of samples that stand for a data set where reading all would take too long."""
 
 SKIP_HINT = ' fit(on_bad_image="skip") leaves it out.'
+_NAN_HINT = ' predict_proba(on_bad_image="nan") gives NaN for it.'
 
 
 class Samples:
@@ -60,18 +66,22 @@ class Samples:
                 sample = _from_folder(self.dataset, index) or self.dataset[index]
                 if seed is None:
                     self._check_undrawn(index, before)
-            image, target = _image_and_target(sample, index) if self.with_targets else (_image_of(sample), None)
-            return as_image(image, index), target, index
+            image, target = (
+                image_and_target(sample, f"sample {index}") if self.with_targets else (image_of(sample), None)
+            )
+            _warn_of_order(self.dataset, index, image)
+            return as_image(_opened(image, index), index), target, index
         except TransferKitError as error:
             path = path_of(self.dataset, index)
-            raise type(error)(f"{error} File: {path}" if path else str(error)) from error
+            first, *lines = error.args
+            raise type(error)(f"{first} File: {path}" if path else first, *lines) from error
         except Exception as error:
             path = path_of(self.dataset, index)
             failed = f"cannot read image {index}{in_parentheses(path)}: {type(error).__name__}: {error}".rstrip(": ")
             expected = "Expected a complete image file" + (
                 f", and a data set and transform that return (image, target). Replace or remove it.{SKIP_HINT}"
                 if self.with_targets
-                else "."
+                else f".{_NAN_HINT}"
             )
             raise ImageError(f"{failed}. {expected}") from error
         finally:
@@ -147,14 +157,67 @@ def in_parentheses(path: str | None) -> str:
     return f" ({path})" if path else ""
 
 
-def _image_and_target(sample: Any, index: int) -> tuple[Any, Any]:
-    if not isinstance(sample, tuple | list) or len(sample) != 2:
-        raise TargetError(f"sample {index} is a {type(sample).__name__}: expected a pair (image, target).")
-    return sample[0], sample[1]
+class GivenImages:
+    """Images in a list, and their targets if there are any; a file is opened when its image is read.
+
+    Attributes:
+        samples: The images as given. Error messages look up paths here.
+        targets: A target for each, or None.
+    """
+
+    def __init__(self, images: Sequence[Any], targets: Any = None) -> None:
+        self.samples = list(images)
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index] if self.targets is None else (self.samples[index], self.targets[index])
 
 
-def _image_of(sample: Any) -> Any:
-    return sample[0] if isinstance(sample, tuple | list) else sample
+def listed_targets(dataset: Any) -> Any:
+    """Return the targets of a data set, one for each sample, where it is known how `__getitem__` finds them; else None.
+
+    A list that a data set of the user's own has beside `__getitem__` may be stale, or of other labels.
+    """
+    if type(dataset) is Subset:
+        whole = listed_targets(dataset.dataset)
+        return None if whole is None else [whole[index] for index in dataset.indices]
+    if type(dataset) is ConcatDataset:
+        parts = [listed_targets(part) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else [target for part in parts for target in part]
+    if type(dataset) is TensorDataset:
+        return dataset.tensors[1] if len(dataset.tensors) == 2 else None
+    read = type(dataset).__getitem__ if hasattr(type(dataset), "__getitem__") else None
+    targets = getattr(dataset, "targets", None)
+    if read is DatasetFolder.__getitem__:
+        targets = [target for _, target in dataset.samples]
+    elif read is not GivenImages.__getitem__ and not str(getattr(read, "__module__", "")).startswith(_TORCHVISION):
+        return None
+    if targets is None or len(targets) != len(dataset):
+        return None
+    transform = getattr(dataset, "target_transform", None)
+    with seeded(0):
+        return targets if transform is None else [transform(target) for target in targets]
+
+
+def _opened(image: Any, index: int) -> Any:
+    """Return the image of a path, of encoded bytes, or of a dict of these as Hugging Face has it; others as given."""
+    if isinstance(image, Mapping) and set(image) == {"bytes", "path"}:
+        image = image["path"] if image["bytes"] is None else image["bytes"]
+    return open_image(image, index) if isinstance(image, str | PathLike) or is_encoded(image) else image
+
+
+def _warn_of_order(dataset: Any, index: int, image: Any) -> None:
+    """Say that the channel order of an `ImageFolder` is its loader's, where that makes no PIL images."""
+    loader = getattr(innermost(dataset, index)[0], "loader", default_loader)
+    if loader not in (default_loader, pil_loader) and not isinstance(image, Image.Image):
+        warnings.warn(
+            "the order of the channels cannot be seen in what the data set's loader returns: expected RGB. cv2.imread "
+            "gives BGR: ImageFolder(..., loader=lambda path: cv2.imread(path)[..., ::-1]), or no loader at all.",
+            stacklevel=2,
+        )
 
 
 def _from_folder(dataset: Any, index: int) -> tuple[Any, Any] | None:
@@ -167,7 +230,6 @@ def _from_folder(dataset: Any, index: int) -> tuple[Any, Any] | None:
     if not plain or dataset.loader is not default_loader:
         return None
     path, target = dataset.samples[inner_index]
-    with Image.open(path) as file:
-        image = upright_rgb(file, index)
+    image = open_image(path, index)
     image = image if dataset.transform is None else dataset.transform(image)
     return image, target if dataset.target_transform is None else dataset.target_transform(target)

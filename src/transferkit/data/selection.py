@@ -1,12 +1,14 @@
 """Which images a run uses: a validation split, and a data set without bad images."""
 
+import math
 from collections.abc import Callable
 from contextlib import closing
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from transferkit.base.arguments import fraction
+from transferkit.base.arguments import fraction, one_of
 from transferkit.base.display import Display
 from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.data.sources import DatasetSource, Source, SubsetSource
@@ -64,12 +66,31 @@ def _of_each_class(classes: Tensor, order: Tensor, share: float) -> Tensor:
 
 POLICIES = ("raise", "skip")
 
-
 MAX_BAD_FRACTION = 0.01
-"""Fraction of the images that may be bad; one image always may."""
+"""Fraction of the images that `"skip"` may leave out; it may always leave out one."""
+
+_MOST_NAMED = 100  # bad images after which the search for more ends
 
 
-def without_bad_images(source: Source, *, display: Display, check: Callable[[], None]) -> Source:
+def bad_image_limit(on_bad_image: str | float) -> float | None:
+    """Return the fraction of images that may be left out; None if none may.
+
+    Raises:
+        ArgumentError: `on_bad_image` is neither a policy nor a number from 0 to 1.
+
+    Example:
+        >>> bad_image_limit("skip"), bad_image_limit(0.05), bad_image_limit("raise")
+        (0.01, 0.05, None)
+    """
+    if isinstance(on_bad_image, Real) and not isinstance(on_bad_image, bool) and 0 <= on_bad_image <= 1:
+        return float(on_bad_image)
+    hint = "Or a number from 0 to 1: the fraction of images that may be left out."
+    return MAX_BAD_FRACTION if one_of("on_bad_image", on_bad_image, POLICIES, hint=hint) == "skip" else None
+
+
+def without_bad_images(
+    source: Source, limit: float, *, display: Display, check: Callable[[], None] = lambda: None
+) -> Source:
     """Read every image of a data set once, and return the data set without the images that cannot be used.
 
     So the images of a run and the number of steps in an epoch are fixed before the first step. The price: the data
@@ -77,11 +98,12 @@ def without_bad_images(source: Source, *, display: Display, check: Callable[[], 
 
     Args:
         source: Images in memory are returned unchanged.
+        limit: Fraction of the images, 0 to 1, that may be bad; one image always may.
         display: Shows progress, and a line for each bad image.
         check: Called after each batch; may raise to stop.
 
     Raises:
-        ImageError: More than one image and more than 1 % of the images are bad.
+        ImageError: More than one image and more than that fraction are bad. The message names the first 100.
         ArgumentError: The data is a `DataLoader`.
         EmptyDataError: Every image is bad.
     """
@@ -99,13 +121,17 @@ def without_bad_images(source: Source, *, display: Display, check: Callable[[], 
             before = read
             bad.update(failures)
             check()
-            if len(bad) > max(1, MAX_BAD_FRACTION * source.num_images):
-                raise ImageError(
-                    f"{len(bad)} of the first {read} images cannot be used: expected at most {MAX_BAD_FRACTION:.0%} of "
-                    f"all {source.num_images}. The first: {next(iter(bad.values()))}"
-                )
+            if len(bad) > max(_MOST_NAMED, limit * source.num_images):
+                break
     if len(bad) == source.num_images:
         raise EmptyDataError(f"none of the {source.num_images} images can be used: {next(iter(bad.values()))}")
+    if len(bad) > max(1, limit * source.num_images):
+        raise ImageError(
+            f"{len(bad)} of the first {read} images cannot be used: expected at most {limit:.0%} of all "
+            f"{source.num_images}, or one. Replace or remove them, or pass a higher limit: "
+            f"on_bad_image={math.ceil(100 * len(bad) / source.num_images) / 100:g}.",
+            *list(bad.values())[:_MOST_NAMED],
+        )
     for reason in bad.values():
         display.say(f"left out: {reason}")
     if not bad:

@@ -1,19 +1,29 @@
 """Everything `Trainer` accepts as data, in batches whose order depends only on (seed, epoch)."""
 
 import hashlib
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
-from transferkit.base.arrays import digest_tensors
+from transferkit.base.arrays import digest_tensors, tensor_from_array
 from transferkit.base.randomness import derive_seed, shuffled
-from transferkit.data.images import as_images
-from transferkit.data.samples import SKIP_HINT, Sample, Samples, evenly_spaced
+from transferkit.data.columns import image_and_target, image_of
+from transferkit.data.images import as_image, as_images
+from transferkit.data.samples import SKIP_HINT, Sample, Samples, evenly_spaced, listed_targets
 from transferkit.data.targets import as_targets
 from transferkit.data.workers import read_in_workers
 from transferkit.errors import (
@@ -130,18 +140,23 @@ class DatasetSource:
         self.samples = Samples(dataset, with_targets=with_targets)
         self.num_classes = len(classes)
         self.num_workers = num_workers
-        listed = getattr(dataset, "targets", None)
-        self.targets_listed = (
-            with_targets
-            and isinstance(listed, list | Tensor | np.ndarray)
-            and getattr(dataset, "target_transform", None) is None
-        )
-        if self.targets_listed:
-            self.read_targets(listed)  # all of them, before the run starts
+        listed = listed_targets(dataset) if with_targets else None
+        self.targets = None if listed is None else self.read_targets(_stack(listed, len(classes)))
 
     def check_first(self) -> None:
-        """Read the first sample, so that data in an unsupported form fails at once."""
-        _collate([self.samples.read(0, 0)], self.read_targets if self.samples.with_targets else None, self.num_classes)
+        """Read the first sample, and one that a list beside the data calls out of range, so that these fail at once."""
+        listed = getattr(self.samples.dataset, "targets", None) if self.samples.with_targets else None
+        suspects = [0]
+        if self.targets is None and isinstance(listed, list) and len(listed) == self.num_images:
+            wrong = (
+                row for row, label in enumerate(listed) if type(label) is int and not 0 <= label < self.num_classes
+            )
+            suspects += [row for row in [next(wrong, 0)] if row]
+        for index in suspects:
+            self._collate([self.samples.read(index, 0)])
+
+    def _collate(self, samples: Sequence[Sample | TransferKitError]) -> Batch:
+        return _collate(samples, self.read_targets if self.samples.with_targets else None, self.num_classes)
 
     def num_batches(self, batch_size: int) -> int:
         return count_batches(self.num_images, batch_size)
@@ -152,24 +167,27 @@ class DatasetSource:
             [(index, None if seed is None else derive_seed(seed, index)) for index in batch.tolist()]
             for batch in batches
         ]
-        workers = self.num_workers if len(batches) > 1 else 0
+        workers = 0 if order is not None and len(batches) == 1 else self.num_workers  # a few images that are looked at
         for samples in read_in_workers(self.samples, keys, num_workers=workers, seed=seed or 0):
-            yield _collate(samples, self.read_targets if self.samples.with_targets else None, self.num_classes)
+            yield self._collate(samples)
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
         return self.samples.why_not_repeatable(evenly_spaced(self.num_images, indices))
 
     def all_targets(self, indices: Tensor | None = None) -> Tensor:
-        if self.targets_listed:
-            targets: Tensor = self.read_targets(self.samples.dataset.targets)
-            return targets if indices is None else targets[indices]
+        if self.targets is not None:
+            return self.targets if indices is None else self.targets[indices]
         return torch.cat([targets for _, targets, _ in self.batches(_SCANNED, seed=0, order=indices)])
 
     def digest(self, indices: Tensor | None = None) -> str:
-        listed = self.samples.dataset.targets if self.targets_listed else []
-        tensors = {"targets": torch.as_tensor(listed), "indices": _NO_TARGETS if indices is None else indices}
+        tensors = {
+            "targets": _NO_TARGETS if self.targets is None else self.targets,
+            "indices": _NO_TARGETS if indices is None else indices,
+        }
         if self.why_not_repeatable(indices) is None:
-            tensors |= {str(index): self.samples.read(index, 0)[0] for index in evenly_spaced(self.num_images, indices)}
+            for index in evenly_spaced(self.num_images, indices):
+                image, target, _ = self.samples.read(index, 0)
+                tensors |= {f"image {index}": image, f"target {index}": self.read_targets([target])}
         return _digest(**tensors)
 
     def failures(self) -> Generator[tuple[int, dict[int, str]], None, None]:
@@ -197,9 +215,12 @@ class LoaderSource:
         self.loader = loader
         self.read_targets = partial(as_targets, num_classes=len(classes), multi_label=multi_label)
         self.with_targets = with_targets
+        self.num_classes = len(classes)
         self.num_images: int | None = None
-        sized = hasattr(loader.dataset, "__len__")
-        self.length = len(loader) if sized else None
+        self.length = None
+        if hasattr(loader.dataset, "__len__"):
+            with suppress(TypeError):  # a sampler without a length
+                self.length = len(loader)
         if self.length == 0:
             raise EmptyDataError(
                 f"the DataLoader makes 0 batches: {len(loader.dataset)} images, "  # type: ignore[arg-type]
@@ -211,17 +232,18 @@ class LoaderSource:
 
     def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
         first = 0
-        for batch in self.loader:
-            parts = batch if isinstance(batch, tuple | list) else (batch,)
-            if self.with_targets and len(parts) != 2:
-                raise TargetError(
-                    f"the DataLoader's batch has {len(parts)} parts ({type(batch).__name__}): expected (images, "
-                    "targets)."
-                )
-            images = as_images(parts[0])
+        for number, batch in enumerate(_made_by(self.loader)):
+            what = f"batch {number} of the DataLoader"
+            images, targets = image_and_target(batch, what) if self.with_targets else (image_of(batch), None)
             indices = list(range(first, first + len(images)))
-            targets = self.read_targets(parts[1], indices=indices) if self.with_targets else _NO_TARGETS
-            yield images, targets, indices
+            if isinstance(images, list | tuple):  # of different sizes, by the user's own collate_fn
+                read = [as_image(image, index) for image, index in zip(images, indices, strict=True)]
+                labels = [None] * len(read) if targets is None else targets
+                samples = list(zip(read, labels, indices, strict=True))
+                yield _collate(samples, self.read_targets if self.with_targets else None, self.num_classes)
+            else:
+                labels = self.read_targets(targets, indices=indices) if self.with_targets else _NO_TARGETS
+                yield as_images(images), labels, indices
             first += len(images)
         if first == 0:
             raise EmptyDataError("the DataLoader made no batch in this epoch: expected 1 or more in every epoch.")
@@ -239,6 +261,54 @@ class LoaderSource:
         return _digest(length=torch.tensor(-1 if self.length is None else self.length))
 
 
+def _made_by(loader: "DataLoader[Any]") -> Iterator[Any]:
+    """Yield the batches of a user's loader; whatever fails in it is an error that names it."""
+    try:
+        yield from loader
+    except TransferKitError:
+        raise
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+        cause = lines[-1] if "Original Traceback" in str(error) else f"{type(error).__name__}: {lines[0]}"
+        size = "" if loader.batch_size is None else f" and batch_size={loader.batch_size}"
+        raise ImageError(
+            f"the DataLoader cannot make a batch ({cause}). Pass the data set itself, loader.dataset{size}: PIL images "
+            "and images that differ in size, which torch cannot put into one batch, are resized then, and an image "
+            "that cannot be read is named."
+        ) from error
+
+
+def check_order(loader: "DataLoader[Any]") -> None:
+    """Refuse a loader whose images come in an order that nobody knows; warn of one that is not the data's.
+
+    Raises:
+        ArgumentError: It shuffles, or leaves images out.
+    """
+    if isinstance(loader.dataset, IterableDataset):
+        return
+    sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    while hasattr(sampler, "sampler"):  # of a BatchSampler
+        sampler = sampler.sampler
+    itself = "Pass its data set itself, loader.dataset"
+    random = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+    if isinstance(sampler, random) or getattr(sampler, "shuffle", False) is True:
+        raise ArgumentError(
+            f"the DataLoader draws its images at random ({type(sampler).__name__}): nobody could tell which prediction "
+            f"belongs to which image. {itself}, or a DataLoader with shuffle=False."
+        )
+    if loader.drop_last and loader.batch_size and len(loader.dataset) % loader.batch_size:  # type: ignore[arg-type]
+        raise ArgumentError(
+            f"the DataLoader has drop_last=True, so the last {len(loader.dataset) % loader.batch_size} "  # type: ignore[arg-type]
+            f"images would have no prediction. {itself}, or a DataLoader without drop_last."
+        )
+    if type(sampler) is not SequentialSampler:
+        warnings.warn(
+            f"the DataLoader has a sampler of its own ({type(sampler).__name__}): predictions come in its order, which "
+            "may not be that of the data set.",
+            stacklevel=2,
+        )
+
+
 def _collate(
     samples: Sequence[Sample | TransferKitError], read_targets: Callable[..., Tensor] | None, num_classes: int
 ) -> Batch:
@@ -253,15 +323,24 @@ def _collate(
         raise ImageError(f"images {indices} are preprocessed (float) but differ in size: expected one size.")
     labels = _NO_TARGETS
     if read_targets is not None:
-        try:
-            stacked = torch.stack([torch.as_tensor(target) for target in targets])
-        except (TypeError, ValueError, RuntimeError) as error:  # class names, or rows of different lengths
-            raise TargetError(
-                f"targets of images {indices} do not form a batch ({error}): expected class indices 0 to "
-                f"{num_classes - 1}, or rows of {num_classes}; got {targets[0]!r} for the first."
-            ) from error
-        labels = read_targets(stacked, indices=indices)
+        labels = read_targets(_stack(targets, num_classes, indices), indices=indices)
     return torch.stack(images) if same_size else images, labels, indices
+
+
+def _stack(targets: Any, num_classes: int, indices: Sequence[int] | None = None) -> Tensor:
+    """Return the targets of images as one tensor."""
+    try:
+        if isinstance(targets, np.ndarray):
+            return tensor_from_array(targets)
+        if isinstance(targets, Tensor) or all(type(target) is int for target in targets):
+            return torch.as_tensor(targets)
+        return torch.stack([torch.as_tensor(target) for target in targets])
+    except (TypeError, ValueError, RuntimeError) as error:  # class names, or rows of different lengths
+        raise TargetError(
+            f"targets of {'all images' if indices is None else f'images {indices}'} do not form a batch ({error}): "
+            f"expected class indices 0 to {num_classes - 1}, or rows of {num_classes}; got {targets[0]!r} for the "
+            "first."
+        ) from error
 
 
 def _digest(**tensors: Tensor) -> str:

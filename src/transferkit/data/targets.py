@@ -38,7 +38,7 @@ def as_targets(
         tensor([2, 0])
     """
     try:
-        values = targets if isinstance(targets, Tensor) else tensor_from_array(np.asarray(targets))
+        values = targets if isinstance(targets, Tensor) else tensor_from_array(np.asanyarray(targets))
     except (TypeError, ValueError) as error:
         raise TargetError(
             f"targets are not numbers ({error}): expected class indices 0 to {num_classes - 1}. Turn names into "
@@ -51,23 +51,32 @@ def as_targets(
     got = f"targets have shape {tuple(values.shape)} and dtype {values.dtype}"
     if values.ndim == 2 and values.shape[1] == num_classes:
         return _check_probabilities(values.float(), indices)
+    advice = "If these are class indices, convert them: targets.astype('int64')."
     if values.ndim == 1 and values.is_floating_point() and bool((fractional := values != values.round()).any()):
         row = int(fractional.nonzero()[0])
         got += f", such as {values[row].item():g} at index {indices[row] if indices else row}"
+        if values.isnan().any():
+            advice = "NaN stands for an unlabelled image: leave such images out."
     if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
         raise TargetError(
-            f"{got}: expected class indices, integers (N,), or rows (N, {num_classes}) that sum to one. If these are "
-            "class indices, convert them: targets.astype('int64'). If the number of classes is wrong, set it in "
-            "attach_head."
+            f"{got}: expected class indices, integers (N,), or rows (N, {num_classes}) that sum to one. {advice} If "
+            "the number of classes is wrong, set it in attach_head."
         )
     classes = values.long()
     wrong = (classes < 0) | (classes >= num_classes)
     if wrong.any():
         row = int(wrong.nonzero()[0])
+        advice = "If labels start at 1, subtract 1; for more classes, use attach_head."
+        if classes[row] < 0:
+            advice = (
+                "A negative label stands for an unlabelled image in many data sets: leave such images out. For arrays "
+                "and lists: keep = numpy.asarray(targets) >= 0, and (numpy.asarray(images)[keep], "
+                "numpy.asarray(targets)[keep]). For a Dataset: torch.utils.data.Subset(data, [index for index in "
+                "range(len(data)) if data[index][1] >= 0])."
+            )
         raise TargetError(
             f"target {int(classes[row])} at index {indices[row] if indices else row} is out of range: expected 0 to "
-            f"{num_classes - 1} for {num_classes} classes. If labels start at 1, subtract 1; for more classes, use "
-            "attach_head."
+            f"{num_classes - 1} for {num_classes} classes. {advice}"
         )
     return classes
 

@@ -2,6 +2,7 @@
 
 import atexit
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -27,6 +28,8 @@ _GRACE_S = 5.0  # for a worker that was asked to end
 
 _Keys = list[tuple[int, int | None]]
 _Samples = list["Sample | TransferKitError"]
+
+_NO_GUARD = 113  # exit code of a worker that ran the main script as if it were the main process
 
 _NEXT, _STOP = "next", "stop"  # what the main process sends; a worker answers with samples, or why it cannot send them
 
@@ -90,6 +93,13 @@ def read_in_workers(samples: Samples, keys: Sequence[_Keys], *, num_workers: int
 
 
 def _start(samples: Samples, keys: Sequence[_Keys], info: Any, reading: Any) -> _Worker:
+    """Start a worker process.
+
+    Under the start methods `"spawn"` and `"forkserver"` a worker first runs the main script anew. Where that has no
+    main guard it comes here, too, and ends with a code that the main process knows.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(_NO_GUARD)
     try:
         connection, theirs = multiprocessing.Pipe()
         process = multiprocessing.Process(target=_serve, args=(theirs, samples, keys, info, reading), daemon=True)
@@ -98,6 +108,12 @@ def _start(samples: Samples, keys: Sequence[_Keys], info: Any, reading: Any) -> 
         raise WorkerError(
             f"worker {info.id} of {info.num_workers} could not be started: {error}. Pass a smaller num_workers; 0 "
             "reads in this process."
+        ) from error
+    except (AttributeError, PicklingError, TypeError) as error:
+        raise WorkerError(
+            f"the data set cannot be sent to worker processes: {str(error) or type(error).__name__}. A lambda, or a "
+            "function or class defined inside another, cannot: define it at the top level of a module, or pass "
+            "num_workers=0."
         ) from error
     theirs.close()
     _LIVE.add(process)
@@ -171,6 +187,11 @@ def _describe(error: Exception, samples: Samples, reading: Sequence[int]) -> str
         for number, index in enumerate(reading)
         if index >= 0
     ]
+    if str(error) == f"exit code {_NO_GUARD}":
+        return (
+            "worker processes run the script anew when they start, and began to train, too. All were killed. Put what "
+            'the script does under `if __name__ == "__main__":`, or pass num_workers=0.'
+        )
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     what = f"hang (no batch for {TIMEOUT_S:g} s)" if isinstance(error, TimeoutError) else f"died ({reason})"
     return (

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from transferkit.base.arguments import whole_number
+from transferkit.base.calls import explained
 from transferkit.base.display import Display
+from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device
 from transferkit.data.augmentation import Augment, build_augmentation
 from transferkit.data.inputs import Inputs
@@ -44,7 +46,7 @@ class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
         They are put together in memory unless they lie in this order in one tensor or file.
         """
         whole = self._cached.parts[0]
-        in_order = torch.equal(self._rows.cpu(), torch.arange(len(whole)))
+        in_order = torch.equal(self._rows.cpu(), torch.arange(len(whole), device="cpu"))
         return (whole if in_order else self._cached.gather(self._rows)).permute(0, 3, 1, 2)
 
     def __len__(self) -> int:
@@ -62,6 +64,8 @@ class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
         return features.numpy(), self.targets.to("cpu", copy=True).numpy()
 
 
+@explained
+@own_surroundings()
 def cache_features(
     model: TransferModel,
     data: object,

@@ -1,5 +1,6 @@
 """What a network trains on or is evaluated on, epoch by epoch: cached features where that is safe, else images."""
 
+import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
@@ -59,6 +60,9 @@ class Feed:
         num_views: Fixed views of each image that epochs go through in turn; None draws each epoch anew.
         what: What the images are for: `"training"` or `"validation"`.
         display: Shows what is done.
+
+    Attributes:
+        fill_s: Seconds spent on features so far.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Feed:
         self.num_views = num_views
         self.what = what
         self.display = display
+        self.fill_s = 0.0
         self._prefix: Prefix | None = None
         self._features: CachedFeatures | None = None
         self._said: set[str] = set()
@@ -105,10 +110,12 @@ class Feed:
             return network, self.inputs.batches(batch_size, order=order, view=view)
         if self._prefix is not prefix or self._has_changed(epoch):  # or the boundary, a weight, a file, the data did
             self._prefix, self._features = prefix, None
+            started = time.perf_counter()
             try:
                 self._features = self._fill(prefix) if self.mode is not False else None
             except CacheError as error:
                 self._refuse(str(error))
+            self.fill_s += time.perf_counter() - started
         if self._features is not None:
             cached_view = view % len(self._features.rows)
             return network, self._features.batches(cached_batch_size or batch_size, order=order, view=cached_view)

@@ -86,7 +86,7 @@ class LinearHead:
         return weight.float(), (self.bias - weight @ self.mean.double()).float()
 
 
-@float32_products("highest")  # torch may have been allowed less, which does not reach the optimum
+@float32_products.at("highest")  # torch may have been allowed less, which does not reach the optimum
 def solve(
     table: Table,
     targets: Tensor,
@@ -98,6 +98,7 @@ def solve(
     folds: int = 4,
     groups: Tensor | None = None,
     seed: int = 0,
+    every_fold: bool = False,
     count_correct: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> LinearHead:
     """Solve a linear head to its optimum, with the penalty that does best on held-out rows.
@@ -122,6 +123,7 @@ def solve(
         groups: int64 `(N,)`: rows of one group, such as the views of one image, are in the same fold. None lets each
             row be a group.
         seed: Of the folds.
+        every_fold: Hold out each fold in turn however many rows there are.
         count_correct: How many rows are right, given logits and targets; None counts those whose largest logit is at
             their target.
 
@@ -149,7 +151,9 @@ def solve(
     if validation is not None:
         scores = _Validation(final, *validation)
     else:
-        scores = _Folds(design, targets, loss, classes, assign_folds(targets, folds, groups=groups, seed=seed))
+        fold_of = assign_folds(targets, folds, groups=groups, seed=seed)
+        most = len(targets) if every_fold else ONE_FOLD_ROWS
+        scores = _Folds(design, targets, loss, classes, fold_of, most=most)
     l2, logits = strengths[0], final.logits[:0, 0]
     path: list[Strength] = []
     if len(scores.rows):
@@ -218,10 +222,12 @@ class _Folds:
         parts: Places in `rows` of each fold.
     """
 
-    def __init__(self, design: Design, targets: Tensor, loss: Loss, classes: int, fold_of: Tensor) -> None:
+    def __init__(
+        self, design: Design, targets: Tensor, loss: Loss, classes: int, fold_of: Tensor, *, most: int
+    ) -> None:
         count = len(fold_of)
         number = int(fold_of.max()) + 1
-        used = 0 if number == 1 else number if count <= ONE_FOLD_ROWS else 1
+        used = 0 if number == 1 else number if count <= most else 1
         self.rows = (fold_of < used).nonzero().squeeze(1)
         self.targets = targets[self.rows]
         self.fold_of = fold_of[self.rows]

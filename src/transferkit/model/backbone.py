@@ -3,18 +3,22 @@
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 
-from transferkit.base.arguments import one_of
+from transferkit.base.arguments import one_of, square
 from transferkit.base.arrays import digest_tensors
+from transferkit.base.calls import explain_missing, explained
 from transferkit.base.files import kind_of
+from transferkit.base.surroundings import own_surroundings
 from transferkit.data.preprocessing import CONVENTIONS, Preprocessing, find_convention
 from transferkit.errors import ArgumentError, ImageError, PreprocessingError, close_matches
-from transferkit.model.layers import Layers, Pool
+from transferkit.model.layers import Pool, run_layers
 from transferkit.model.weights import (
     check_is_file,
     checked_state_dict,
@@ -25,6 +29,9 @@ from transferkit.model.weights import (
 )
 
 MODELS = ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
+IMAGENET = "IMAGENET"
+"""What Keras calls the weights that torchvision has by default."""
+
 MIN_IMAGE_SIZE = 32  # five pooling layers halve it to one pixel
 
 
@@ -58,6 +65,10 @@ class Backbone(nn.Module):
         self.features = features
         self.layer_names = _layer_names(features)
         self.preprocess = preprocess
+
+    def __getattr__(self, name: str) -> Any:
+        explain_missing(self, name)
+        return super().__getattr__(name)
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -94,6 +105,8 @@ class Backbone(nn.Module):
         Raises:
             ImageError: The images are raw (uint8), not of shape `(N, 3, H, W)`, or smaller than 32 pixels.
         """
+        if isinstance(images, torch.fx.Proxy):  # symbolic tracing: there is no shape to look at
+            return run_layers(list(self.features), images, pools if isinstance(pools, Mapping) else {})
         if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
             raise ImageError(
                 f"cannot compute features of images of shape {tuple(images.shape)} and dtype {images.dtype}: expected "
@@ -105,8 +118,7 @@ class Backbone(nn.Module):
                 f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} or more, since five pooling layers halve them. Resize them first; "
                 "backbone.preprocess does that for raw uint8 images."
             )
-        features: Tensor = Layers(self.features, pools)(images) if pools else self.features(images)
-        return features
+        return run_layers(list(self.features), images, pools) if pools else cast("Tensor", self.features(images))
 
     @property
     def fingerprint(self) -> str:
@@ -120,12 +132,15 @@ class Backbone(nn.Module):
         return digest.hexdigest()
 
 
+@explained
+@own_surroundings()
 def load_backbone(
     name: str = "vgg16",
     *,
     weights: WeightsEnum | str | os.PathLike[str] | Mapping[str, Tensor] | None = "DEFAULT",
     image_size: int = 224,
     preprocessing: str | Preprocessing = "auto",
+    geometry: str | None = None,
 ) -> Backbone:
     """Load the convolutional part of a VGG network, without its classifier.
 
@@ -134,13 +149,16 @@ def load_backbone(
         weights: A torchvision weights enum or its name (`"DEFAULT"`, `"IMAGENET1K_V1"`, for VGG16 also
             `"IMAGENET1K_FEATURES"`), downloaded once and verified at every use; the path of a state dict, read without
             network access; a state dict; or None for random weights. Keys of the classifier are ignored.
-        image_size: Height and width, in pixels, that images are resized to; 32 or more.
+        image_size: Height and width, in pixels, that images are resized to; 32 or more. A pair of equal numbers will
+            do.
         preprocessing: `"auto"` selects the convention that belongs to named weights. For a path or a state dict, name
             the convention its weights were trained with: `"IMAGENET1K_V1"`, `"IMAGENET1K_FEATURES"` (the original VGG
             weights), `"KERAS"`, or a `Preprocessing`.
+        geometry: How an image of another shape becomes a square: `"crop"`, `"torchvision"`, `"letterbox"` or
+            `"squash"`; see `Preprocessing`. None takes that of `preprocessing`, which is `"crop"` for a name.
 
     Raises:
-        ArgumentError: `name`, `weights` or `preprocessing` is not known, or `image_size` is under 32.
+        ArgumentError: `name`, `weights`, `preprocessing` or `geometry` is not known, or `image_size` is under 32.
         PreprocessingError: `preprocessing="auto"` and the weights come from a path or state dict that does not
             identify its convention.
         WeightsError: The weights are damaged or belong to another network.
@@ -158,7 +176,8 @@ def load_backbone(
         Simonyan and Zisserman, 2014, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
         arXiv:1409.1556.
     """
-    one_of("name", name, MODELS)
+    name = one_of("name", name, MODELS)
+    image_size = square(image_size)
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < MIN_IMAGE_SIZE:
         raise ArgumentError(
             f"image_size={image_size!r} cannot be used: expected a whole number of {MIN_IMAGE_SIZE} pixels or more, "
@@ -166,12 +185,14 @@ def load_backbone(
         )
     weights = _find_weights(weights, name)
     convention = _find_preprocessing(preprocessing, weights, name)
+    geometry = convention.geometry if geometry is None else geometry
+    convention = replace(convention, image_size=image_size, geometry=geometry)
     state = _read_weights(weights)
 
     with torch.device("meta"):  # takes no memory for the classifier's 124 million parameters
         features: nn.Sequential = get_model_builder(name)(weights=None, init_weights=False).features
     features.to_empty(device="cpu")
-    backbone = Backbone(name, features, convention.with_image_size(image_size))
+    backbone = Backbone(name, features, convention)
     _initialize(features)
     if state is not None:
         convolutions = {key: value for key, value in state.items() if not key.startswith("classifier.")}
@@ -202,8 +223,8 @@ def _find_preprocessing(preprocessing: object, weights: object, name: str) -> Pr
 def _find_weights(weights: object, name: str) -> object:
     """Return the torchvision enum for a name of weights; check other values and return them unchanged."""
     known = get_model_weights(name)
-    if isinstance(weights, str) and weights in known.__members__:
-        return known[weights]
+    if isinstance(weights, str) and weights.upper() in {**known.__members__, IMAGENET: None}:
+        return known["DEFAULT" if weights.upper() == IMAGENET else weights.upper()]
     if isinstance(weights, WeightsEnum) and not isinstance(weights, known):
         raise ArgumentError(
             f"weights={weights} are for another network: expected one of {', '.join(map(str, known))} for "

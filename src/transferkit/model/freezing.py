@@ -5,7 +5,8 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from transferkit.errors import UnknownLayerError, close_matches
+from transferkit.base.calls import explained
+from transferkit.errors import ArgumentError, UnknownLayerError, close_matches
 from transferkit.model.backbone import Backbone
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -47,6 +48,7 @@ def _freeze(module: nn.Module) -> None:
         module.reset_running_stats = _keep_statistics  # type: ignore[method-assign]
 
 
+@explained
 def freeze_until(model: _Module, layer: str | None) -> _Module:
     """Freeze every layer before `layer`; `layer` and all layers after it train.
 
@@ -65,6 +67,7 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
 
     Raises:
         UnknownLayerError: `model` has no such layer. The message lists close matches.
+        ArgumentError: `model` is no module.
 
     Example:
         >>> from transferkit import load_backbone
@@ -75,6 +78,10 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
     References:
         Yosinski et al., 2014, "How transferable are features in deep neural networks?", arXiv:1411.1792.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"model is a {type(model).__name__}: expected the model first, freeze_until(model, 'head')."
+        )
     boundary = find_boundary(model, layer)
     modules = dict(model.named_modules())
     frozen_names = _names_before(boundary, list(modules))

@@ -9,12 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from transferkit.base.arguments import fraction, one_of, whole_number
+from transferkit.base.calls import explain_missing, explained
+from transferkit.base.randomness import seeded
+from transferkit.base.surroundings import own_surroundings
+from transferkit.compute.out_of_memory import is_out_of_memory
 from transferkit.errors import ArgumentError, HeadMismatchError, UnknownLayerError, close_matches
 from transferkit.model.backbone import Backbone
 from transferkit.model.layers import POOLINGS, Layers, Pool
 from transferkit.model.modes import modes_kept
+from transferkit.model.novelty import Novelty
 
 FLATTEN = "flatten"
 POOLING = "avgmax"
@@ -70,6 +76,9 @@ class TransferModel(nn.Module):
         threshold: Probability, 0 to 1, from which a label counts as predicted, if an image may have several labels;
             None if each has exactly one. `Trainer` sets it from its loss.
         temperature: What logits are divided by before they become probabilities, above 0. `Trainer.calibrate` sets it.
+        novelty: How unlike the training images an image is; None until `Trainer.learn_known` has measured it.
+        kept_in_eval: Names of modules that stay in eval mode in training; see `begin_training`.
+        fits: The head and the image size that `check_head` has seen to fit; None before.
     """
 
     def __init__(
@@ -88,6 +97,14 @@ class TransferModel(nn.Module):
         self.pools = dict(pools or {})
         self.threshold: float | None = None
         self.temperature = 1.0
+        self.novelty: Novelty | None = None
+        self.kept_in_eval: tuple[str, ...] = ()
+        self.fits: tuple[nn.Module, int] | None = None
+        self.training = backbone.training  # a run left the backbone in eval mode: it chose no layers of this model
+
+    def __getattr__(self, name: str) -> Any:
+        explain_missing(self, name)
+        return super().__getattr__(name)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -131,6 +148,8 @@ class TransferModel(nn.Module):
         return layers[:frozen], layers[frozen:]
 
 
+@explained
+@own_surroundings()
 def attach_head(
     backbone: Backbone,
     classes: int | Sequence[str],
@@ -179,7 +198,7 @@ def attach_head(
             + (" This model already has a head: pass model.backbone." if isinstance(backbone, TransferModel) else "")
         )
     names = _class_names(classes)
-    one_of("pooling", pooling, (*POOLINGS, FLATTEN))
+    pooling = one_of("pooling", pooling, (*POOLINGS, FLATTEN))
     if head is not None and (hidden or dropout or pooling != POOLING):
         raise ArgumentError(
             f"hidden={hidden!r}, dropout={dropout!r} and pooling={pooling!r} describe the built-in head, but head= is "
@@ -194,9 +213,12 @@ def attach_head(
         head = build_head(backbone, pools, len(names), hidden, dropout)
         arguments = {"pooling": pooling, "hidden": list(hidden), "dropout": dropout}
     else:
-        _check_head(head, _feature_shape(backbone, pools), len(names))
-    parameter = next(backbone.parameters())
-    return TransferModel(backbone, head.to(parameter.device), names, arguments, pools)
+        head = head.to(torch.float32)  # layers made under another default dtype would not take the features
+    model = TransferModel(backbone, head.to(next(backbone.parameters()).device), names, arguments, pools)
+    if arguments is not None:
+        model.fits = (head, backbone.image_size)
+    check_head(model)
+    return model
 
 
 def build_head(
@@ -283,24 +305,84 @@ def _class_names(classes: int | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _check_head(head: nn.Module, feature_shape: tuple[int, int, int], num_classes: int) -> None:
-    """Run the head once on zeros, in eval mode so that its state does not change, and check its output."""
-    parameter = next(head.parameters(), torch.empty(0))
-    features = torch.zeros(2, *feature_shape, device=parameter.device)
+def check_float32(model: nn.Module, *, trains: bool) -> None:
+    """Refuse a model that somebody made of other numbers, and settings that torch does not know.
+
+    Args:
+        model: A whole model.
+        trains: Whether its weights must take a gradient.
+
+    Raises:
+        ArgumentError: A weight is not float32 or was made under inference mode, or a layer has an attribute
+            `trainable`.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.float32:
+            raise ArgumentError(
+                f"{name} is {tensor.dtype}: expected a float32 model, model.float(). Its arithmetic may be shorter, "
+                "Trainer(model, precision='bf16')."
+            )
+        if trains and tensor.is_inference():
+            raise ArgumentError(
+                f"{name} was made under torch.inference_mode(), and torch cannot train it: expected a model that was "
+                "built outside that block."
+            )
+    for name, module in model.named_modules():
+        if "trainable" in vars(module):
+            raise ArgumentError(
+                f"{name or 'the model'} has an attribute trainable, which freezes nothing in torch: expected "
+                "freeze_until(model, 'head'), or requires_grad_(False) on the layer. Delete the attribute."
+            )
+
+
+def check_head(model: TransferModel) -> None:
+    """Run a new head on zeros, in training and in eval mode, and put everything back that this changes.
+
+    It is new if it or the image size is another than the last time.
+
+    Raises:
+        HeadMismatchError: It does not take the backbone's features, or does not return logits, one for each class.
+    """
+    if model.fits == (model.head, model.backbone.image_size):
+        return
+    head, shape, num_classes = model.head, _feature_shape(model.backbone, model.pools), len(model.classes)
+    features = torch.zeros(2, *shape, device=next(model.parameters()).device)
+    buffers = {name: buffer.clone() for name, buffer in head.named_buffers() if not is_lazy(buffer)}
     try:
-        with torch.no_grad(), modes_kept(head):
-            logits = head.eval()(features)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        with modes_kept(head), seeded(0, features.device):
+            outputs = [head.train(mode)(features) for mode in (True, False)]
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            return  # the first step makes smaller parts, or says so
         raise HeadMismatchError(
             f"head does not accept the backbone's features: {str(error).splitlines()[0]}. Expected a module for inputs "
-            f"(N, {', '.join(map(str, feature_shape))}); start it with nn.Flatten() or a pooling layer."
+            f"(N, {', '.join(map(str, shape))}); start it with nn.Flatten() or a pooling layer. A head that flattens "
+            'takes images of one size alone: attach_head(..., pooling="avg") takes any.'
         ) from error
-    if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    finally:
+        live = dict(head.named_buffers())
+        for name, buffer in buffers.items():
+            live[name].data.copy_(buffer)
+    for logits in outputs:
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes):
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise HeadMismatchError(
+                f"head returns {got} for 2 images: expected logits of shape (2, {num_classes}), one for each class, in "
+                "training and in eval mode. Change its last layer, or classes."
+            )
+        if not logits.is_floating_point() or logits.requires_grad < any(p.requires_grad for p in head.parameters()):
+            raise HeadMismatchError(
+                f"head returns {logits.dtype} numbers through which no gradient goes back to its weights: expected "
+                "logits straight from its last layer. Leave out detach(), no_grad() and argmax()."
+            )
+    with torch.no_grad():
+        certain = bool((logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < 1e-5).all())
+    if certain or isinstance(list(head.modules())[-1], nn.Softmax | nn.Sigmoid):
         raise HeadMismatchError(
-            f"head returns {got} for 2 images: expected logits of shape (2, {num_classes}), one for each class. Change "
-            "its last layer, or classes."
+            "head returns probabilities: expected logits, because the loss makes probabilities of them itself. Leave "
+            "out the softmax or sigmoid at its end."
         )
+    model.fits = (head, model.backbone.image_size)
 
 
 def _is_frozen(layer: nn.Module) -> bool:

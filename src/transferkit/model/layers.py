@@ -90,17 +90,22 @@ class Layers(nn.Sequential):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the output of the last layer, with what is pooled below it if more is to come."""
-        activation, pooled = _separate(inputs, self.pooled)
-        layers, last = list(self), max(self.pools, default=-1)
-        for index, layer in enumerate(layers):
-            activation = layer(activation)
-            if index in self.pools:
-                # a ReLU in place would overwrite what the gradient of max pooling needs
-                overwritten = any(getattr(following, "inplace", False) for following in layers[index + 1 : index + 2])
-                pooled.append(self.pools[index](activation.clone() if overwritten else activation))
-            if index == last:
-                activation, pooled = torch.cat(pooled, dim=1), []
-        return _below(activation, pooled)
+        return run_layers(list(self), inputs, self.pools, self.pooled)
+
+
+def run_layers(layers: list[nn.Module], inputs: Tensor, pools: Mapping[int, Pool], pooled: int = 0) -> Tensor:
+    """Return what `Layers(layers, pools, pooled)` makes of its inputs."""
+    activation, parts = _separate(inputs, pooled)
+    last = max(pools, default=-1)
+    for index, layer in enumerate(layers):
+        activation = layer(activation)
+        if index in pools:
+            # a ReLU in place would overwrite what the gradient of max pooling needs
+            overwritten = any(getattr(following, "inplace", False) for following in layers[index + 1 : index + 2])
+            parts.append(pools[index](activation.clone() if overwritten else activation))
+        if index == last:
+            activation, parts = torch.cat(parts, dim=1), []
+    return _below(activation, parts)
 
 
 def _rows(pooled: int, channels: int, width: int) -> int:

@@ -1,23 +1,153 @@
-"""Training and eval mode, module by module."""
+"""Training and eval mode, module by module, and which thread uses a model."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
-from transferkit.model.freezing import stand_ins
+from transferkit.errors import ModelInUseError
+from transferkit.model.freezing import stand_ins, stays_in_eval
+
+
+@dataclass(slots=True)
+class _Use:
+    """The threads that use a module now.
+
+    Attributes:
+        evaluated_by: Threads that need it in eval mode, one more than once where blocks are nested.
+        mode: Whether it was in training mode before the first of them.
+        changed_by: The thread that trains it, and how many blocks deep.
+    """
+
+    evaluated_by: list[int] = field(default_factory=list)
+    mode: bool = False
+    changed_by: int | None = None
+    depth: int = 0
+
+
+_CONDITION = threading.Condition()  # one for all models, because models share modules
+_USES: dict[nn.Module, _Use] = {}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in eval mode while any number of threads evaluate it; then each module has its mode back.
+
+    `model.train(was_training)` would not do: it puts a layer that the user set to eval mode back into training mode,
+    and it would do so while another thread still evaluates.
+
+    Raises:
+        ModelInUseError: When another thread trains the model.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
+        >>> with evaluating(model):
+        ...     print(model[1].training)
+        False
+        >>> [module.training for module in model]
+        [False, True]
+    """
+    me, modules = threading.get_ident(), list(model.modules())
+    with _CONDITION:
+        for use, module in zip(_uses(modules, me), modules, strict=True):
+            if not use.evaluated_by:
+                use.mode = module.training
+            use.evaluated_by.append(me)
+            module.training = False
+    try:
+        yield
+    finally:
+        with _CONDITION:
+            for module in modules:
+                use = _USES[module]
+                use.evaluated_by.remove(me)
+                if not use.evaluated_by:
+                    module.training = use.mode
+            _forget(modules)
+
+
+@contextmanager
+def changing(model: nn.Module) -> Iterator[None]:
+    """Let this thread alone use a model, once others that evaluate it are done; what is frozen may be shared.
+
+    Raises:
+        ModelInUseError: When another thread trains the model.
+    """
+    me = threading.get_ident()
+    modules = [module for module in model.modules() if module is model or not stays_in_eval(module)]
+    with _CONDITION:
+        uses = _uses(modules, me)
+        for use in uses:
+            use.changed_by = me
+            use.depth += 1
+    try:
+        with _CONDITION:
+            _CONDITION.wait_for(lambda: all(thread == me for use in uses for thread in use.evaluated_by))
+        yield
+    finally:
+        with _CONDITION:
+            for use in uses:
+                use.depth -= 1
+                use.changed_by = me if use.depth else None
+            _forget(modules)
+
+
+def _uses(modules: list[nn.Module], me: int) -> list[_Use]:
+    """Return the uses of modules, unless another thread changes one."""
+    if any(_USES[module].changed_by not in (None, me) for module in modules if module in _USES):
+        raise ModelInUseError(
+            "another thread trains this model or loads weights into it: using it now would disturb both. Wait until "
+            "that is done, or use a copy made before, Trainer(copy.deepcopy(model))."
+        )
+    return [_USES.setdefault(module, _Use()) for module in modules]
+
+
+def _forget(modules: list[nn.Module]) -> None:
+    """Drop the uses that ended, and wake those who wait for that."""
+    for module in modules:
+        if not _USES[module].evaluated_by and not _USES[module].depth:
+            del _USES[module]
+    _CONDITION.notify_all()
+
+
+def begin_training(model: Any) -> None:
+    """Put a model into training mode, except the layers that its user put into eval mode while the rest trained.
+
+    Their names are remembered in the model, because a run ends with everything in eval mode.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
+        >>> begin_training(model)
+        >>> _ = model.eval()
+        >>> begin_training(model)
+        >>> [module.training for module in model]
+        [False, True]
+    """
+    modules = dict(model.named_modules())
+    if model.training:  # or they are all in eval mode, and nobody chose
+        parents = {name: modules[name.rpartition(".")[0]] for name in modules if name}
+        model.kept_in_eval = tuple(
+            name
+            for name, parent in parents.items()
+            if parent.training and not modules[name].training and not stays_in_eval(modules[name])
+        )
+    model.train()
+    for name in getattr(model, "kept_in_eval", ()):
+        if name in modules:
+            modules[name].eval()
 
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Let modes be changed inside, and give each module back the mode it had.
 
-    `model.train(was_training)` would not do: it puts a layer that the user set to eval mode back into training mode.
-
     Example:
         >>> model = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
         >>> with modes_kept(model):
-        ...     _ = model.eval()
+        ...     _ = model.train()
         >>> [module.training for module in model]
         [False, True]
     """

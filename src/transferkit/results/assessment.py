@@ -14,6 +14,7 @@ import torch
 from transferkit.base.arguments import fraction, whole_number
 from transferkit.data.open import open_data
 from transferkit.data.sources import Source
+from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError, printable
 from transferkit.results.calibration import expected_calibration_error
 from transferkit.results.figures import open_axes
@@ -95,6 +96,8 @@ class Assessment:
         threshold: Probability from which a label counts as predicted; None where each image has exactly one label.
         metrics: The trainer's metrics over these images, by name.
         temperature: What the model divides its logits by; see `Trainer.calibrate`.
+        novelty: How unlike the training images each image is, float32 `(N,)`, above 0 where it counts as unknown; None
+            unless `Trainer.learn_known` was called.
 
     Example:
         >>> probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]], np.float32)
@@ -117,6 +120,7 @@ class Assessment:
     threshold: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     temperature: float = 1.0
+    novelty: Floats | None = None
 
     @property
     def predicted(self) -> Integers:
@@ -202,6 +206,27 @@ class Assessment:
         self._one_label("confusion_matrix")
         return confusion_matrix(self.targets, self.predicted, len(self.classes))
 
+    def most_confused(self, count: int) -> list[tuple[str, str, int]]:
+        """Return the classes that were most often taken for another: true class, predicted class, number of images.
+
+        Raises:
+            ArgumentError: When `count` is below 1, or an image may have several labels.
+
+        Example:
+            >>> probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]], np.float32)
+            >>> Assessment(probabilities, np.ones(3), np.array([0, 1, 1]), ("cat", "dog")).most_confused(3)
+            [('dog', 'cat', 1)]
+        """
+        counts = self.confusion_matrix()
+        np.fill_diagonal(counts, 0)
+        order = np.argsort(-counts, axis=None, kind="stable")[: whole_number("count", count)]
+        pairs = zip(*np.unravel_index(order, counts.shape), strict=True)
+        return [
+            (self.classes[true], self.classes[guess], int(counts[true, guess]))
+            for true, guess in pairs
+            if counts[true, guess]
+        ]
+
     def per_class(self) -> list[ClassFigures]:
         """Return precision, recall, F1 and number of images of each class."""
         true, predicted = self._labels(self.targets), self._labels(self.predicted)
@@ -250,7 +275,11 @@ class Assessment:
         if self.temperature != 1:
             now, before = self.calibration_error(), self.calibration_error(calibrated=False)
             calibration = f", calibration error {now:.4f} ({before:.4f} without temperature)"
-        return f"accuracy {self.accuracy:.4f}, loss {self.loss:.4f}{metrics}{calibration}, {len(self.targets):,} images"
+        unknown = "" if self.novelty is None else f", {(self.novelty > 0).mean():.1%} unknown"
+        return (
+            f"accuracy {self.accuracy:.4f}, loss {self.loss:.4f}{metrics}{calibration}{unknown}, "
+            f"{len(self.targets):,} images"
+        )
 
     def _labels(self, values: Integers) -> npt.NDArray[np.bool_]:
         """Return class indices as one row of labels for each image, bool `(N, K)`; labels as they are."""
@@ -332,9 +361,10 @@ def plot_confusion_matrix(assessment: Assessment, *, ax: "Axes | None" = None, n
 def plot_predictions(
     assessment: Assessment, data: object, *, num_images: int = 12, ax: "Axes | None" = None
 ) -> "Figure":
-    """Show images with their true and predicted class and the probability of the predicted one, the worst first.
+    """Show images with their predicted class and its probability, the worst first.
 
-    The worst have the highest loss: the model was sure and wrong. Wrong predictions have a red title.
+    The worst have the highest loss: the model was sure and wrong. Wrong predictions have a red title, with the true
+    class in parentheses.
 
     Args:
         assessment: From `Trainer.assess(data)`.
@@ -351,7 +381,7 @@ def plot_predictions(
         >>> half = np.full((4, 2), 0.5, np.float32)
         >>> figure = plot_predictions(Assessment(half, half[:, 0], targets, ("cat", "dog")), (images, targets))
         >>> [part.get_title() for part in figure.axes[0].child_axes]
-        ['cat 0.50', 'dog, not cat 0.50', 'dog, not cat 0.50', 'cat 0.50']
+        ['cat 0.50', 'cat 0.50 (dog)', 'cat 0.50 (dog)', 'cat 0.50']
     """
     source = open_data(data, assessment.classes, multi_label=assessment.threshold is not None)
     if source.num_images != len(assessment.targets):
@@ -365,24 +395,30 @@ def plot_predictions(
     ax, figure = open_axes(ax, width=1.6 * columns, height=1.85 * rows)
     ax.axis("off")
     predicted = assessment.predicted
-    for index, (place, pixels) in enumerate(zip(places, _pixels(source, places), strict=True)):
+    for index, (place, pixels) in enumerate(zip(places, _pixels(source, places, assessment), strict=True)):
         row, column = divmod(index, columns)
         part = ax.inset_axes((column / columns, 1 - (row + 1) / rows, 0.94 / columns, 0.8 / rows))
         part.imshow(pixels)
         part.set_axis_off()
         true, guessed = (assessment._names(place, values) for values in (assessment.targets, predicted))
-        right = true == guessed
-        title = true if right else f"{true}, not {guessed}"
+        right, title = true == guessed, guessed
         if assessment.threshold is None:
             title += f" {assessment.probabilities[place, predicted[place]]:.2f}"
+        title += "" if right else f" ({true})"
         part.set_title(title, fontsize=7, color="black" if right else "firebrick")
     return figure
 
 
-def _pixels(source: Source, places: Any) -> list[Any]:
+def _pixels(source: Source, places: Any, assessment: Assessment) -> list[Any]:
     """Return the images at some places as matplotlib takes them; preprocessed ones are stretched to 0..1."""
     shown = []
-    for batch, _, _ in source.batches(1, seed=0, order=torch.as_tensor(places)):
+    for batch, target, (place,) in source.batches(1, seed=0, order=torch.as_tensor(places)):
+        true = class_indices(target) if assessment.threshold is None else target >= 0.5
+        if not np.array_equal(true[0], assessment.targets[place]):
+            raise ArgumentError(
+                f"image {place} of the data is not the one that was assessed: its target is another. Expected the same "
+                "data in the same order, and no DataLoader that shuffles in assess."
+            )
         image = batch[0]
         if image.is_floating_point():
             low, high = image.aminmax()

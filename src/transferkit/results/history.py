@@ -2,12 +2,13 @@
 
 import html
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from transferkit.errors import ArgumentError
+from transferkit.errors import ArgumentError, close_matches
 from transferkit.results.figures import open_axes
 
 if TYPE_CHECKING:
@@ -98,6 +99,16 @@ class History:
         rows = [report.figures for report in self.reports]
         names = list(dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "skipped")))
         return {name: [row.get(name, math.nan) for row in rows] for name in names}
+
+    def __getitem__(self, name: str) -> list[float]:
+        """The values of one figure: `history["loss"]` is `history.history["loss"]`."""
+        figures = self.history
+        if name not in figures:
+            raise ArgumentError(f"history[{name!r}] is no figure. {close_matches(name, figures)}")
+        return figures[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.history)
 
     @property
     def epoch(self) -> list[int]:

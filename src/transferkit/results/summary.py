@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from transferkit.base.calls import explained
+from transferkit.base.surroundings import own_surroundings
 from transferkit.errors import ArgumentError
 from transferkit.features.prefix import pure_prefix
 from transferkit.model.backbone import Backbone
 from transferkit.model.head import TransferModel
-from transferkit.model.modes import modes_kept
+from transferkit.model.modes import evaluating
 
 _COLUMNS = ("layer", "output", "parameters", "state", "arithmetic")
 
@@ -96,6 +98,8 @@ class Summary:
         )
 
 
+@explained
+@own_surroundings()
 def summary(model: Backbone | TransferModel) -> Summary:
     r"""Return a model layer by layer: output shape, parameters, frozen or trained, cached or not, share of arithmetic.
 
@@ -154,8 +158,8 @@ def summary(model: Backbone | TransferModel) -> Summary:
     parameter = next(backbone.parameters())
     size = backbone.image_size
     image = torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)
-    with torch.no_grad(), _hooked(names, note), modes_kept(model):
-        model.eval()(image)
+    with torch.no_grad(), _hooked(names, note), evaluating(model):
+        model(image)
     own = list(model.parameters())
     return Summary(layers, size, sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad))
 

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torchvision.models.vgg import make_layers
 
 from transferkit.base.arrays import digest_tensors
-from transferkit.data.preprocessing import Preprocessing
+from transferkit.base.calls import explained
+from transferkit.base.surroundings import own_surroundings
+from transferkit.data.classes import numbered
+from transferkit.data.preprocessing import GEOMETRIES, Preprocessing
 from transferkit.errors import (
     ArgumentError,
     CheckpointError,
@@ -26,11 +29,15 @@ from transferkit.model.backbone import MIN_IMAGE_SIZE, Backbone, load_backbone
 from transferkit.model.freezing import freeze_modules, stays_in_eval, trainable_state
 from transferkit.model.head import FLATTEN, POOLING, TransferModel, attach_head, build_head, find_pools
 from transferkit.model.layers import structure, unlike
+from transferkit.model.novelty import Novelty
 from transferkit.model.weights import differences
 from transferkit.saving.archive import check_no_tensors, check_parts, read_checkpoint, shown, write_checkpoint
 
 MAX_IMAGE_SIZE = 2**14
 """Pixels of a side: beyond it one image takes more memory than any machine has."""
+
+NOVELTY = "novelty."
+"""Beginning of the names of a model's novelty among its weights."""
 
 PARTS: dict[str, Any] = {
     "backbone": (str,),
@@ -48,6 +55,8 @@ PARTS: dict[str, Any] = {
     "sha256": (str,),
 }
 
+_OLDEST = {"geometry": "crop"}  # what a file written before there were others does not say
+
 
 def model_state(model: TransferModel) -> dict[str, Any]:
     """Return all that is needed to rebuild a model, as plain types and tensors that are not copies."""
@@ -59,7 +68,7 @@ def model_state(model: TransferModel) -> dict[str, Any]:
         "head": model.head_arguments,
         "threshold": model.threshold,
         "temperature": model.temperature,
-        "structure": structure(model),
+        "structure": _structure_apart(model),
         "in_eval": [name for name, module in model.named_modules() if stays_in_eval(module)],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "weights": dict(model.state_dict()),
@@ -81,7 +90,8 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
             weights differs.
     """
     _check_description(state)
-    if list(model.classes) != state["classes"]:
+    others = len(model.classes) != len(state["classes"])
+    if list(model.classes) != state["classes"] and (others or not numbered(model.classes)):
         raise HeadMismatchError(
             f"the checkpoint has {len(state['classes'])} classes ({', '.join(state['classes'][:5])}...), the model "
             f"{len(model.classes)} ({', '.join(model.classes[:5])}...): expected the same. transferkit.load_model "
@@ -99,20 +109,26 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
         "layers": list(model.layers),
         "pooling": _pooling(list(model.layers), model.head_arguments),
     }
-    saved = {**state, "pooling": _pooling(state["layers"], state["head"])}
+    saved = {
+        **state,
+        "preprocessing": _OLDEST | state["preprocessing"],
+        "pooling": _pooling(state["layers"], state["head"]),
+    }
     for name, value in live.items():
         if type(value) is not type(saved[name]) or value != saved[name]:
             raise CheckpointError(
                 f"the checkpoint has {name} {shown(saved[name])}, the model {shown(value)}: expected the same."
             )
-    if faults := differences(model.state_dict(), state["weights"], same_width=True):
+    saved_weights, novelty = _apart(state["weights"])
+    _build_novelty(novelty)
+    if faults := differences(_apart(model.state_dict())[0], saved_weights, same_width=True):
         wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in state["weights"])
         cause = "A wrapper put a prefix before its names: remove it." if wrapped else "Was its head built otherwise?"
         raise CheckpointError(f"the checkpoint's weights do not fit the model: {faults}. {cause}")
     names = [*dict(model.named_parameters()), *dict(model.named_modules())]
     if unknown := [name for name in (*state["frozen"], *state["in_eval"]) if name not in names]:
         raise CheckpointError(f"the checkpoint freezes {shown(unknown[0])}, which the model does not have.")
-    if changed := unlike(structure(model), state["structure"]):
+    if changed := unlike(_structure_apart(model), state["structure"]):
         raise CheckpointError(
             f"the checkpoint's layers are not the model's, where {shown('; '.join(changed[:5]))}: expected the same."
         )
@@ -148,7 +164,7 @@ def check_loadable(model: object) -> None:
         names = live.state_dict().keys() ^ reference.state_dict().keys()
         faults += [f"{place}{name} is in one of them alone" for name in sorted(names)]
         faults += [f"{place}{fault}" for fault in unlike(structure(live), structure(reference))]
-    weights = {name: value.dtype for name, value in model.state_dict().items() if value.is_floating_point()}
+    weights = {name: value.dtype for name, value in _apart(model.state_dict())[0].items() if value.is_floating_point()}
     faults += [f"{name} is {dtype}" for name, dtype in weights.items() if dtype != torch.float32]
     if faults:
         advice = next((text for cause, text in _ADVICE.items() if any(cause in fault for fault in faults)), "")
@@ -186,6 +202,10 @@ def _check_description(state: Mapping[str, Any]) -> None:
             f"the checkpoint is of a model for images of {shown(size)} pixels: expected {MIN_IMAGE_SIZE} to "
             f"{MAX_IMAGE_SIZE:,}."
         )
+    if (geometry := (_OLDEST | state["preprocessing"])["geometry"]) not in GEOMETRIES:
+        raise CheckpointError(
+            f"the checkpoint is of a model with geometry {shown(geometry)}: expected one of {', '.join(GEOMETRIES)}."
+        )
     if len(state["classes"]) < 2:
         raise CheckpointError(f"the checkpoint has {len(state['classes'])} classes: expected 2 or more.")
 
@@ -203,13 +223,32 @@ def _check_preprocessing(state: Mapping[str, Any]) -> None:
 
 def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
     """Assign a saved model, which `check_model_state` has accepted, to a live one: its weights and what is frozen."""
+    model.novelty = _build_novelty(_apart(state["weights"])[1])
     model.load_state_dict(state["weights"])
+    model.classes = tuple(state["classes"])
     model.threshold, model.temperature = state["threshold"], state["temperature"]
     freeze_modules(model, set(state["in_eval"]))
     frozen = set(state["frozen"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
         parameter.grad = None if name in frozen else parameter.grad
+
+
+def _apart(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the weights of backbone and head, and the buffers of the model's novelty, which it may not have."""
+    novelty = {name.removeprefix(NOVELTY): value for name, value in weights.items() if name.startswith(NOVELTY)}
+    return {name: value for name, value in weights.items() if not name.startswith(NOVELTY)}, novelty
+
+
+def _structure_apart(model: TransferModel) -> dict[str, dict[str, Any]]:
+    return {name: part for name, part in structure(model).items() if not f"{name}.".startswith(NOVELTY)}
+
+
+def _build_novelty(buffers: Mapping[str, Tensor]) -> Novelty | None:
+    try:
+        return Novelty.of_state(buffers) if buffers else None
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint's measure of what is known is damaged: {error}.") from error
 
 
 def leave_out_frozen(state: Mapping[str, Any], model: TransferModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -257,6 +296,7 @@ def frozen_path(folder: Path, sha256: str) -> Path:
     return folder / f"frozen-{sha256[:16]}.pt"
 
 
+@explained
 def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bool = True) -> None:
     """Write a model, whole or not at all, for `load_model` to read.
 
@@ -284,6 +324,8 @@ def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bo
     write_checkpoint(path, {"model": state if frozen else leave_out_frozen(state, model)[0]})
 
 
+@explained
+@own_surroundings()
 def load_model(
     path: str | os.PathLike[str], *, head: nn.Module | None = None, backbone: Backbone | None = None
 ) -> TransferModel:
@@ -337,7 +379,7 @@ def _build(state: Mapping[str, Any], head: nn.Module | None, backbone: Backbone 
             state["backbone"],
             weights=None,
             image_size=state["preprocessing"]["image_size"],
-            preprocessing=Preprocessing(**state["preprocessing"]),
+            preprocessing=Preprocessing(**(_OLDEST | state["preprocessing"])),
         )
     arguments = state["head"] if head is None else {"head": head}
     if head is None:

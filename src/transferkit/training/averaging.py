@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from transferkit.base.arguments import fraction
+from transferkit.base.calls import explained
 from transferkit.errors import CheckpointError
 from transferkit.model.freezing import trainable_state
 from transferkit.model.weights import differences
 
 
+@explained
 class WeightAverage:
     """A callback that keeps an exponential moving average of all weights that train.
 

@@ -1,5 +1,6 @@
 """The callbacks of one run, and when each is called."""
 
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -40,10 +41,19 @@ class CallbackList:
     """
 
     def __init__(self, trainer: Any, callbacks: object) -> None:
+        callbacks = () if callbacks is None else callbacks
         if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
             raise ArgumentError(
-                f"callbacks={callbacks!r} cannot be used: expected a list of functions of (trainer, report)."
+                f"callbacks={callbacks!r} cannot be used: expected a list of functions of (trainer, report), or of "
+                'objects such as Checkpoint("runs/a").'
             )
+        for callback in callbacks:
+            if isinstance(callback, type):
+                raise ArgumentError(
+                    f"callbacks has the class {callback.__name__}: expected an object, {callback.__name__}(...), such "
+                    'as Checkpoint("runs/a").'
+                )
+            _check_arguments(callback)
         self._trainer = trainer
         self._callbacks: list[Any] = sorted(callbacks, key=lambda callback: getattr(callback, "order", 0))
         self._after_step = [callback.after_step for callback in self._having("after_step")]
@@ -110,6 +120,20 @@ class CallbackList:
 
     def _having(self, method: str) -> list[Any]:
         return [callback for callback in self._callbacks if hasattr(callback, method)]
+
+
+def _check_arguments(callback: Any) -> None:
+    """Refuse a callback of other arguments before the first epoch instead of after it."""
+    try:
+        signature = inspect.signature(callback)
+    except ValueError:  # a builtin that does not tell
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise ArgumentError(
+            f"callback {callback!r} takes {signature}: expected a function of (trainer, report)."
+        ) from error
 
 
 def _ends_run(callback: object, answer: Any) -> bool:

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from transferkit.base.arguments import not_negative, whole_number
+from transferkit.base.calls import explained
 from transferkit.errors import ArgumentError, close_matches
 from transferkit.model.freezing import freeze_until, parameters_from
 from transferkit.results.history import EpochReport, History
 from transferkit.training.optimizers import check_held
 
 
+@explained
 class EarlyStopping:
     """A callback that ends a run once a figure has not improved for some epochs.
 
@@ -79,6 +81,7 @@ class EarlyStopping:
         return len(values) - 1 - max(best_epoch, 0) >= self.patience
 
 
+@explained
 class GradualUnfreezing:
     """A callback that trains more of the backbone as a run advances.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from transferkit.base.arguments import whole_number
+from transferkit.base.calls import explained
 from transferkit.base.files import kind_of, lock_folder
 from transferkit.errors import (
     ArgumentError,
@@ -34,6 +35,7 @@ class Resumable(Protocol):
         """Return the state."""
 
 
+@explained
 class Checkpoint:
     """A callback of `Trainer.fit` that saves the run after epochs, after steps, and when something ends it early.
 
@@ -52,7 +54,7 @@ class Checkpoint:
         failure: The error of the last save, `None` if it succeeded.
 
     Raises:
-        CheckpointWriteError: The folder does not exist and cannot be created.
+        CheckpointWriteError: The folder cannot be created.
         ArgumentError: A number is out of range.
 
     Example:
@@ -78,10 +80,10 @@ class Checkpoint:
         self._known: set[Path] | None = None  # states that this run wrote or began with
         self._lock: BinaryIO | None = None
         try:
-            self.folder.mkdir(exist_ok=True, parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
             raise CheckpointWriteError(
-                f"checkpoints cannot be kept in {folder}: {error}. Expected a folder, or a name for one."
+                f"checkpoints cannot be kept in {folder}: {error}. Expected a folder, or a name for a new one."
             ) from error
 
     def __call__(self, trainer: Resumable, report: EpochReport) -> None:

@@ -1,6 +1,8 @@
 """A network in eval mode over a whole source of data."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 
 from transferkit.data.targets import class_indices
 from transferkit.errors import NonFiniteError
+from transferkit.model.head import TransferModel
+from transferkit.model.layers import Layers
 from transferkit.results.assessment import Assessment
 from transferkit.training.loss import Loss
 from transferkit.training.metrics import count_correct, measure, probabilities_of
@@ -30,7 +34,7 @@ def evaluate(network: nn.Module, batches: Batches, *, training: Training, loss: 
     """
     losses, correct, outputs = [], torch.zeros((), dtype=torch.float64), []
     for inputs, targets in batches:
-        logits = _logits(network, inputs, training)
+        logits = evaluation_step(network, inputs, device=training.device) / training.model.temperature
         losses.append(loss.each(logits, targets))
         correct = correct.to(logits.device) + count_correct(logits, targets, training.model.threshold)
         if training.metrics:
@@ -47,7 +51,7 @@ def predict_proba(network: nn.Module, batches: Batches, *, training: Training) -
         NonFiniteError: When the network makes infinity or NaN of an image.
     """
     logits, _ = logits_of(network, batches, training=training)
-    return _finite_probabilities(logits, training.model.threshold)
+    return _finite_probabilities(logits / training.model.temperature, training.model.threshold)
 
 
 def assess(network: nn.Module, batches: Batches, *, training: Training, loss: Loss) -> Assessment:
@@ -56,7 +60,8 @@ def assess(network: nn.Module, batches: Batches, *, training: Training, loss: Lo
     Raises:
         NonFiniteError: When the network makes infinity or NaN of an image.
     """
-    logits, targets = logits_of(network, batches, training=training)
+    logits, targets, novelty = outputs_of(network, batches, training=training)
+    logits = logits / training.model.temperature
     probabilities = _finite_probabilities(logits, training.model.threshold)
     true = class_indices(targets) if training.model.threshold is None else targets >= 0.5
     return Assessment(
@@ -67,21 +72,55 @@ def assess(network: nn.Module, batches: Batches, *, training: Training, loss: Lo
         training.model.threshold,
         measure(training.metrics, [(logits, targets)], training.model.threshold),
         training.model.temperature,
+        None if novelty is None else novelty.cpu().numpy(),
     )
 
 
 def logits_of(network: nn.Module, batches: Batches, *, training: Training) -> tuple[Tensor, Tensor]:
-    """Return the logits of every image, divided by the temperature, float32 `(N, K)`, and the targets, on the device.
+    """Return the logits of every image, float32 `(N, K)`, not divided by the temperature, and the targets.
 
-    The arguments are those of `evaluate`.
+    Both are on the device; the arguments are those of `evaluate`.
     """
-    outputs = [(_logits(network, inputs, training), targets) for inputs, targets in batches]
+    outputs = [(evaluation_step(network, inputs, device=training.device), targets) for inputs, targets in batches]
     logits, targets = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     return logits, targets
 
 
-def _logits(network: nn.Module, inputs: Tensor, training: Training) -> Tensor:
-    return evaluation_step(network, inputs, device=training.device) / training.model.temperature
+def outputs_of(network: nn.Module, batches: Batches, *, training: Training) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what `logits_of` does, and the novelty of each image, float32 `(N,)`; None if it was not learnt."""
+    model = training.model
+    if model.novelty is None:
+        return *logits_of(network, batches, training=training), None
+    before = without_head(network)
+    logits, known, scores = [], [], []
+    for inputs, targets in batches:
+        features = evaluation_step(before, inputs, device=training.device)
+        logits.append(evaluation_step(model.head, features, device=training.device))
+        known.append(targets)
+        with torch.inference_mode():
+            scores.append(model.novelty(features))
+    return torch.cat(logits), torch.cat(known), torch.cat(scores)
+
+
+def head_inputs(network: nn.Module, batches: Batches, *, training: Training) -> tuple[Tensor, Tensor]:
+    """Return what the head takes of every image, float32 `(N, D)`, and the targets, both on the CPU.
+
+    The arguments are those of `evaluate`.
+    """
+    before = without_head(network)
+    outputs = [
+        (evaluation_step(before, inputs, device=training.device).flatten(1).cpu(), targets.cpu())
+        for inputs, targets in batches
+    ]
+    features, targets = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    return features, targets
+
+
+def without_head(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what a network does before its head: a whole model, or what follows its frozen layers."""
+    if isinstance(network, TransferModel):
+        return partial(network.backbone, pools=network.pools) if network.pools else network.backbone
+    return cast("Layers", network)[:-1]
 
 
 def _finite_probabilities(logits: Tensor, threshold: float | None) -> npt.NDArray[np.float32]:

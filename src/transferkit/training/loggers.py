@@ -5,11 +5,14 @@ import importlib.util
 import io
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from transferkit.base.calls import explained
 from transferkit.base.files import atomic_write, kind_of, open_file
 from transferkit.errors import ArgumentError, MissingPackageError
 from transferkit.results.history import EpochReport, History
@@ -18,13 +21,23 @@ COLUMNS = tuple(field.name for field in fields(EpochReport))
 """The figures of every report; metrics and figures that callbacks add follow them."""
 
 
+@contextmanager
+def going_on(what: str, path: Path) -> Iterator[None]:
+    """Turn an error of the file system inside into a warning: a line of a log that is lost ends no run."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{what} could not write {path}, and the run goes on: {error}", stacklevel=3)
+
+
+@explained
 class CSVLogger:
     """A callback that writes a file with one line for each epoch: `epoch,loss,accuracy,lr,epoch_s,val_loss,...`.
 
-    The file is replaced as a whole after each epoch. Lines of earlier epochs of the same trainer stay; the file of a
-    resumed run has every epoch once. The file of another run is renamed first, to `log.1.csv`, `log.2.csv`, ..., with a
-    warning. Metrics and figures that callbacks add have columns at the end. A full disk gives a warning: the run goes
-    on, and the next epoch writes all lines.
+    The file is replaced as a whole after each epoch; where that fails, a warning says so and the run goes on. Lines of
+    earlier epochs of the same trainer stay; the file of a resumed run has every epoch once. The file of another run is
+    renamed first, to `log.1.csv`, `log.2.csv`, ..., with a warning. Metrics and figures that callbacks add have columns
+    at the end.
 
     Args:
         path: Of the file; missing folders are made.
@@ -61,7 +74,7 @@ class CSVLogger:
 
     def __call__(self, trainer: Any, report: EpochReport) -> None:
         reports = (trainer.history or History()).reports
-        try:
+        with going_on("CSVLogger", self.path):
             rows = self._earlier_rows(reports)
             rows += [vars(one) for one in reports]
             text = io.StringIO(newline="")
@@ -71,8 +84,6 @@ class CSVLogger:
             writer.writerows(rows)
             with atomic_write(self.path) as file:
                 file.write(text.getvalue().encode())
-        except (OSError, ArgumentError) as error:
-            warnings.warn(f"CSVLogger did not write {self.path}, and the run goes on: {error}", stacklevel=2)
 
     def _earlier_rows(self, reports: list[EpochReport]) -> list[dict[str, Any]]:
         """Return the lines of the trainer's epochs before this run, after moving the file of another run away."""
@@ -83,7 +94,7 @@ class CSVLogger:
             names = (self.path.with_name(f"{self.path.stem}.{number}{self.path.suffix}") for number in count(1))
             free = next(name for name in names if kind_of(name) == "nothing")
             self.path.rename(free)
-            warnings.warn(f"{self.path} was the log of another run: it is now {free}.", stacklevel=3)
+            warnings.warn(f"{self.path} was the log of another run: it is now {free}.", stacklevel=4)
             return []
         return [row for row in rows if int(row["epoch"]) < first.epoch]
 
@@ -106,6 +117,7 @@ class CSVLogger:
         return rows
 
 
+@explained
 class TensorBoardLogger:
     """A callback that writes each epoch's figures as TensorBoard reads them; needs the package `tensorboard`.
 
@@ -132,10 +144,8 @@ class TensorBoardLogger:
     def __call__(self, trainer: Any, report: EpochReport) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second: not at import
 
-        try:
-            with SummaryWriter(self.folder) as writer:  # a file for each epoch: nothing is open between two
-                for name, value in report.figures.items():
-                    if name != "epoch":
-                        writer.add_scalar(name, value, report.epoch)
-        except OSError as error:
-            warnings.warn(f"TensorBoardLogger did not write to {self.folder}: {error}", stacklevel=2)
+        # a file for each epoch: nothing is open between two
+        with going_on("TensorBoardLogger", self.folder), SummaryWriter(self.folder) as writer:
+            for name, value in report.figures.items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, report.epoch)

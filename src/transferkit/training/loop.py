@@ -1,7 +1,7 @@
 """The epochs of a run: train, validate, report, call back, and end well whatever ends them."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transferkit.base.display import Bar, Display
 from transferkit.base.interrupts import Interruption, Interrupts
 from transferkit.base.randomness import derive_seed, seeded
-from transferkit.compute.finite import check_scale, find_nonfinite
+from transferkit.compute.finite import check_scale, check_weights, find_nonfinite
 from transferkit.data.sources import epoch_order
 from transferkit.errors import NonFiniteError
-from transferkit.model.modes import modes_kept
+from transferkit.model.modes import begin_training, evaluating
 from transferkit.results.history import EpochReport
 from transferkit.training.callback_list import CallbackList
 from transferkit.training.evaluation import evaluate
@@ -41,11 +41,13 @@ def train_epoch(training: Training, run: Run, progress: Progress, *, first: int 
     """Make the steps of one epoch, from batch `first` on.
 
     Raises:
-        NonFiniteError: When a loss or gradient is not finite, and no more steps may be skipped.
+        NonFiniteError: When a loss or gradient is not finite, and no more steps may be skipped; or when an update made
+            a weight infinite or NaN.
     """
     follow_model(training, run.train.display)
     warn_of_high_lr(training)
-    training.model.train()
+    begin_training(training.model)
+    before = training.global_step
     num_batches = run.source.num_batches(run.batch_size)
     if first == 0 or num_batches is None or first < num_batches:
         order = epoch_order(run.source.num_images, training.seed, training.epoch)
@@ -59,11 +61,15 @@ def train_epoch(training: Training, run: Run, progress: Progress, *, first: int 
                 if step is not None:
                     yield step
         check_scale(training.device)
+        if training.global_step > before:
+            progress.between_steps = False  # weights that are not finite are not saved
+            check_weights(training.model)
+            progress.between_steps = True
     training.optimizer.zero_grad(set_to_none=True)  # validation may need the memory
     training.epoch += 1
 
 
-def train_epochs(training: Training, run: Run, progress: Progress) -> Iterator[Step]:
+def train_epochs(training: Training, run: Run, progress: Progress) -> Generator[Step, None, None]:
     """Make the steps of all epochs of a new run, with nothing between them.
 
     Raises:
@@ -90,6 +96,7 @@ def _train_batch(
     scale_lr(training.optimizer, lr_factor(run.schedule, training.global_step - progress.first_step, run.num_steps))
     seed = derive_seed(training.seed, "step", training.global_step)
     progress.between_steps = False
+    training.let_optimizer("train")
     update = guarded_step(network, inputs, targets, training=training, loss=run.loss, seed=seed)
     if update.micro_batch_size < min(training.micro_batch_size or len(targets), len(targets)):
         training.micro_batch_size = update.micro_batch_size
@@ -144,9 +151,14 @@ class Epochs:
     def finish(self) -> None:
         """Make what is left of the epochs, and leave the best weights in the model, whatever ends them."""
         progress = self.progress
+        if done := len(progress.history.reports) if self._is_over() else 0:
+            self.display.say(
+                f"nothing to train: this run ended after epoch {done} of {self.run.num_epochs}. To train on from its "
+                "weights, call fit again without resume_from"
+            )
         try:
             measure_features(self.training, self.run, self.interrupts)
-            while len(progress.history.reports) < self.run.num_epochs and not progress.ended:
+            while not self._is_over():
                 report = self._epoch()
                 progress.ended = self.callbacks.after_epoch(report)
                 if progress.ended:
@@ -162,13 +174,23 @@ class Epochs:
             raise
         finally:
             end_steps(self.training)
+            self.training.let_optimizer("eval")
             progress.best.restore()
+            self.training.model.eval()
+            best = progress.history.best_epoch
+            if best is not None and best < len(progress.history.reports) - 1:
+                self.display.say(f"the weights of epoch {progress.history.epoch[best] + 1}, the best, are back")
+
+    def _is_over(self) -> bool:
+        return self.progress.ended or len(self.progress.history.reports) >= self.run.num_epochs
 
     def _epoch(self) -> EpochReport:
         """Train for what is left of an epoch, validate, and report."""
         progress, started, before = self.progress, time.perf_counter(), self.progress.sums.count
+        fill_s = self.run.fill_s
         with self.display.bar(f"epoch {progress.epoch + 1}", self.run.source.num_images) as bar:
             self._train(bar)
+        self.training.let_optimizer("eval")
         loss, accuracy = progress.sums.means()
         figures = measure(self.training.metrics, progress.sums.outputs, self.training.model.threshold)
         with self.callbacks.validating():
@@ -177,10 +199,12 @@ class Epochs:
             lr = self.training.optimizer.param_groups[-1]["lr"]
             report = EpochReport(progress.epoch, loss, accuracy, lr, seconds, skipped=skipped)
             vars(report).update(figures | {f"val_{name}": value for name, value in validation.items()})
-            speed = (progress.sums.count - before) / seconds
+            count = progress.sums.count
+            speed = (count - before) / seconds
+            usual_s = (seconds - self.run.fill_s + fill_s) * count / max(1, count - before)  # of a whole epoch, no fill
             progress.finish_epoch(report)
         left = self.run.num_epochs - len(progress.history.reports)
-        self.display.say(f"{report}  {speed:,.0f} images/s" + (f"  {seconds * left:,.0f} s left" if left else ""))
+        self.display.say(f"{report}  {speed:,.0f} images/s" + (f"  {usual_s * left:,.0f} s left" if left else ""))
         return report
 
     def _train(self, bar: Bar) -> None:
@@ -201,8 +225,7 @@ class Epochs:
         size = self.run.batch_size
         network, batches = self.run.validation.open(size, cached_batch_size=max(size, CACHED_BATCH_SIZE))
         total = self.run.validation.inputs.source.num_images
-        with modes_kept(self.training.model), closing(batches), self.display.bar("validation", total) as bar:
-            self.training.model.eval()
+        with evaluating(self.training.model), closing(batches), self.display.bar("validation", total) as bar:
             return evaluate(
                 network, self.interrupts.watched(bar.over(batches)), training=self.training, loss=self.run.loss
             )
@@ -234,7 +257,8 @@ def _explain_nonfinite(
     with seeded(derive_seed(training.seed, "step", training.global_step), training.device.torch_device):
         first = find_nonfinite(network, parts, loss_of, model=training.model, device=training.device)
     return NonFiniteError(
-        f"in step {training.global_step} (epoch {training.epoch}, batch {index}, all from 0) a number is infinite or "
-        f"NaN, first in {first}. No weight was changed by it. Look at that image, lower the learning rate, or clip "
-        f"gradients. Trainer(max_skipped=...) skips so many steps of a run; here it is {training.max_skipped}."
+        f"in step {training.global_step} (epoch {training.epoch}, batch {index}, all from 0) a number is infinite, "
+        f"NaN or too large, first in {first}. No weight was changed by it. Look at that image, lower the learning "
+        "rate, or clip gradients. Trainer(max_skipped=...) skips so many steps of a run; here it is "
+        f"{training.max_skipped}."
     )

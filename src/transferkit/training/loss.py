@@ -11,6 +11,7 @@ from torch.nn import functional
 from typing_extensions import Self
 
 from transferkit.base.arguments import fraction, positive
+from transferkit.base.calls import explained
 from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError
 from transferkit.model.head import TransferModel
@@ -20,7 +21,6 @@ BALANCED = "balanced"
 Weights = Sequence[float] | Tensor | str | None
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
-_TINY = torch.finfo(torch.float32).tiny
 _MULTI_LABEL = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
 
 
@@ -47,6 +47,7 @@ class Loss(Protocol):
         """Return the settings as text: a resumed run must have the same."""
 
 
+@explained
 @dataclass(frozen=True)
 class CrossEntropy:
     """Cross-entropy: each image has exactly one label, or soft targets that sum to one.
@@ -86,8 +87,8 @@ class CrossEntropy:
         if self.class_weights is None or targets.ndim == 2:
             return len(targets)
         weights: Any = self.class_weights
-        total: Tensor = weights[targets].sum().clamp_min(_TINY)  # a batch of classes that count nothing
-        return total
+        total: Tensor = weights[targets].sum()
+        return torch.where(total > 0, total, torch.inf)  # a batch of classes that count nothing: its loss is 0
 
     def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the sum over part of a batch, float32 `()`, from logits `(N, K)` and targets."""
@@ -105,6 +106,7 @@ class CrossEntropy:
         return f"CrossEntropy(label_smoothing={self.label_smoothing}, class_weights={_text(self.class_weights)})"
 
 
+@explained
 @dataclass(frozen=True)
 class BinaryCrossEntropy:
     """Binary cross-entropy: an image may have several labels, or none.
@@ -184,27 +186,22 @@ class FunctionLoss:
     threshold: float | None = None
 
     def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:
-        """Return the loss with its weights computed from the training data, on the device."""
         if source.num_images is not None:  # a DataLoader shows its targets with the first batch
             targets = source.all_targets(torch.arange(min(2, source.num_images))).to(device)
             self._check(torch.zeros(len(targets), num_classes, device=device, requires_grad=True), targets)
         return self
 
     def total_weight(self, targets: Tensor) -> Tensor | int:
-        """Return what the sum over a batch is divided by."""
         return len(targets)
 
     def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum over part of a batch, float32 `()`, from logits `(N, K)` and targets."""
         return self.function(logits.float(), targets) * len(targets)
 
     def each(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of each image without smoothing and weights, float32 `(N,)`."""
         rows = zip(torch.split(logits, 1), torch.split(targets, 1), strict=True)
         return torch.stack([self.function(*row).float().reshape(()) for row in rows])
 
     def describe(self) -> str:
-        """Return the settings as text."""
         own = getattr(self.function, "__qualname__", None)
         return own if own is not None else repr(self.function)
 

@@ -5,7 +5,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transferkit.compute.device import Device
 from transferkit.data.sources import epoch_order
 from transferkit.errors import ArgumentError
 from transferkit.model.freezing import trainable_state
-from transferkit.model.modes import modes_kept
+from transferkit.model.modes import begin_training, modes_kept
 from transferkit.results.lr_sweep import LearningRateSweep
 from transferkit.training.run import Run
 from transferkit.training.standardizing import measure_features
@@ -68,14 +68,18 @@ def sweep(
             "expected one above 0. Build the optimizer with one; freeze_until freezes what is not to train."
         )
     seen, losses = [], []
+    training.let_optimizer("eval")
     with (
         seeded(derive_seed(training.seed, "lr_find"), device.torch_device),  # a DataLoader draws random numbers
         unchanged(model, optimizer, device),
         closing(_batches(training, run)) as batches,
         display.bar("lr_find", len(rates) * run.batch_size) as bar,
+        ExitStack() as stack,
     ):
+        stack.callback(training.let_optimizer, "eval")  # before weights and state are put back
         measure_features(training, run, interrupts)
-        model.train()
+        begin_training(model)
+        training.let_optimizer("train")
         for index, (rate, (network, inputs, targets)) in enumerate(zip(rates, batches, strict=False)):
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * (rate / base)

@@ -85,12 +85,16 @@ def build_optimizer(
         options["weight_decay"] = not_negative("weight_decay", weight_decay)
     try:
         built = optimizer(groups, **options)
-    except (TypeError, ValueError, RuntimeError) as error:  # LBFGS takes no groups, Muon matrices alone
+        _check_step(built)
+        if Optimizer in type(built).__bases__ and not hasattr(built, "train"):  # schedule-free ones need no closure
+            _make_step(optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], **options))
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # LBFGS takes no groups, Muon matrices alone
+        if isinstance(error, ArgumentError):
+            raise
         raise ArgumentError(
             f"optimizer={optimizer!r} cannot be built over the model: {error}. Expected one that takes groups of "
             "parameters of any shape, such as torch.optim.AdamW."
         ) from error
-    _check_step(built)
     set_lr(built, float(built.param_groups[0]["lr"]) if lr is None else lr)
     return built
 
@@ -233,9 +237,9 @@ def hold_parameters(optimizer: Optimizer, model: TransferModel) -> None:
 
 def _check_step(optimizer: Optimizer) -> None:
     """Refuse an optimizer whose step cannot be made from dense gradients alone."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    _, *arguments = inspect.signature(type(optimizer).step).parameters.values()  # a scheduler wraps that of the object
     needs = ""
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if any(a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD) for a in arguments):
         needs = "a closure that computes the loss again in each step"
     elif isinstance(optimizer, torch.optim.SparseAdam):
         needs = "sparse gradients"
@@ -245,6 +249,14 @@ def _check_step(optimizer: Optimizer) -> None:
             "steps on dense gradients, such as torch.optim.AdamW. In a loop of your own, with transferkit.Device, any "
             "optimizer works."
         )
+
+
+def _make_step(optimizer: Any) -> None:
+    """Make a step that changes nothing: some optimizers say only then that they need a closure."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
 
 
 def check_held(optimizer: Optimizer, model: TransferModel, trainable: Mapping[str, nn.Parameter]) -> None:

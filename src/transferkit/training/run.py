@@ -11,9 +11,8 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, defaul
 
 from transferkit.base.arguments import whole_number
 from transferkit.base.display import Display
-from transferkit.data.open import class_names
 from transferkit.data.sources import Source
-from transferkit.errors import ArgumentError, DeviceError, HeadMismatchError, NothingToTrainError
+from transferkit.errors import ArgumentError, DeviceError, NothingToTrainError
 from transferkit.features.feed import Feed
 from transferkit.model.freezing import freeze_statistics
 from transferkit.training.loss import Loss
@@ -55,6 +54,11 @@ class Run:
     def source(self) -> Source:
         """The training data."""
         return self.train.inputs.source
+
+    @property
+    def fill_s(self) -> float:
+        """Seconds spent on features so far."""
+        return self.train.fill_s + (0.0 if self.validation is None else self.validation.fill_s)
 
     def check_feeds(self) -> None:
         """Refuse what can be seen before anything is computed.
@@ -137,21 +141,6 @@ def check_trains(model: nn.Module, run: Run) -> None:
             "nothing to train: every parameter is frozen. freeze_until(model, 'head') trains the head alone."
         )
     _check_last_batch(model, run.source.num_images, run.batch_size)
-
-
-def check_same_classes(data: object, validation_data: object) -> None:
-    """Refuse training and validation data whose class folders have different names.
-
-    Raises:
-        HeadMismatchError: When they have.
-    """
-    names, others = class_names(data), class_names(validation_data)
-    if names is not None and others is not None and names != others:
-        raise HeadMismatchError(
-            f"training data has {len(names)} classes ({', '.join(names[:8])}), validation data {len(others)} "
-            f"({', '.join(others[:8])}), at most 8 of each listed: class indices would not match. Use the same class "
-            "folders in both."
-        )
 
 
 def choose_batch_size(source: Source, batch_size: int | None) -> int:

@@ -10,7 +10,7 @@ from transferkit.base.randomness import seeded
 from transferkit.data.sources import epoch_order
 from transferkit.linear.design import divisors
 from transferkit.model.head import Standardize
-from transferkit.model.modes import modes_kept
+from transferkit.model.modes import begin_training, modes_kept
 from transferkit.training.run import Run
 from transferkit.training.step import evaluation_step
 from transferkit.training.training import Training
@@ -34,7 +34,9 @@ def measure_features(training: Training, run: Run, interrupts: Interrupts) -> No
     buffers = {name: value.clone() for name, value in training.model.named_buffers()}  # batch norm counts what it sees
     try:
         with modes_kept(training.model), seeded(training.seed, training.device.torch_device):
-            training.model.train()  # batch norm that trains normalises by each batch, now as in the steps that follow
+            begin_training(
+                training.model
+            )  # batch norm that trains normalises by each batch, now as in the steps that follow
             network, batches = run.train.open(run.batch_size, order=None if order is None else order[:MOST_IMAGES])
             with closing(batches):
                 count = 0

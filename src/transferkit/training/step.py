@@ -1,6 +1,6 @@
 """The hot path: one training step, one evaluation step. No I/O, no logging, no host sync."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -161,7 +161,7 @@ def update_not_repeated(optimizer: Optimizer, device: Device) -> Iterator[None]:
         hook.remove()
 
 
-def evaluation_step(model: nn.Module, images: Tensor, *, device: Device) -> Tensor:
+def evaluation_step(model: Callable[[Tensor], Tensor], images: Tensor, *, device: Device) -> Tensor:
     """Return the logits, float32 `(N, K)`, of preprocessed images; the model is in eval mode."""
     with torch.inference_mode(), device.autocast():
         logits: Tensor = model(images)

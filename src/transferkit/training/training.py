@@ -30,6 +30,7 @@ class Training:
         micro_batch_size: Images that pass through the network at once; None is the whole batch.
         epoch: Epochs finished so far.
         global_step: Steps made so far.
+        optimizer_mode: What `let_optimizer` was told last.
     """
 
     model: TransferModel
@@ -45,3 +46,18 @@ class Training:
     micro_batch_size: int | None = None
     epoch: int = 0
     global_step: int = 0
+    optimizer_mode: str = "eval"
+
+    def let_optimizer(self, mode: str) -> None:
+        """Tell an optimizer that keeps other weights for its steps (schedule-free) what follows, if that is new.
+
+        Args:
+            mode: `"train"` before a step, `"eval"` before anything else that reads weights.
+        """
+        if mode != self.optimizer_mode:
+            self.optimizer_mode = mode
+            getattr(self.optimizer, mode, _do_nothing)()
+
+
+def _do_nothing() -> None:
+    """Stand in for a method that most optimizers lack."""

@@ -1,0 +1,123 @@
+"""Images that are copies of each other: the same pixels, or nearly the same, possibly mirrored."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from transferkit.data.inputs import Images
+
+SIDE = 8
+"""Height and width of a thumbnail: small enough that compression does not show, large enough to tell images apart."""
+
+SAME = 0.2
+"""Two images are copies if their thumbnails differ by less than this fraction of their contrast."""
+
+_LEAST_CONTRAST = 1.0  # grey levels; images with less have no content to compare
+_BLOCK_NUMBERS = 2**24  # of distances that are held at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """An image that is a copy of another.
+
+    Attributes:
+        index: Of the image.
+        of: Index of the first image that it is a copy of.
+        difference: Of the thumbnails, as a fraction of the lower contrast, 0 to `SAME`.
+        mirrored: Whether it is the other's mirror image.
+    """
+
+    index: int
+    of: int
+    difference: float
+    mirrored: bool
+
+
+def thumbnails(images: Images) -> Tensor:
+    """Return images as float32 `(N, 3, 8, 8)`, each stretched to a square; raw or preprocessed ones, on their scale."""
+    if isinstance(images, list):
+        return torch.cat([thumbnails(image[None]) for image in images])
+    from torchvision.transforms.v2 import functional as transforms  # takes 0.2 s: not at import
+
+    small: Tensor = transforms.resize(images, [SIDE, SIDE], antialias=True)
+    return small.float()
+
+
+def find_copies(small: Tensor, reference: Tensor | None = None) -> list[Copy]:
+    """Find the images that are copies of an earlier one, or of one in `reference`.
+
+    Compression, resizing and mirroring do not hide a copy; cropping and other colors do. All pairs are compared, in
+    about `200 N^2` operations.
+
+    Args:
+        small: Thumbnails of the images, float32 `(N, 3, 8, 8)`.
+        reference: Those of other images, `(M, 3, 8, 8)`; None compares the images with each other.
+
+    Example:
+        >>> small = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255
+        >>> small[2] = small[0].flip(2)
+        >>> find_copies(small)
+        [Copy(index=2, of=0, difference=0.0, mirrored=True)]
+    """
+    others = small if reference is None else reference
+    first, same_as = _distinct(small)
+    firsts, _ = _distinct(others)
+    found: dict[int, Copy] = {}
+    for rows, columns in _near(small[first], others[firsts], within=reference is None):
+        for index, of in zip(first[rows].tolist(), firsts[columns].tolist(), strict=True):
+            difference, mirrored = _difference(small[index], others[of])
+            if difference < SAME and (index not in found or of < found[index].of):
+                found[index] = Copy(index, of, difference, mirrored)
+    for index, same in enumerate(same_as):  # the same thumbnail as an earlier image
+        if same != index and reference is None:
+            found[index] = Copy(index, same, 0.0, mirrored=False)
+        elif same in found:
+            found[index] = replace(found[same], index=index)
+    return [found[index] for index in sorted(found)]
+
+
+def _distinct(small: Tensor) -> tuple[Tensor, list[int]]:
+    """Return the first image with each thumbnail, int64, and for every image the first with its thumbnail."""
+    seen: dict[bytes, int] = {}
+    same_as = [seen.setdefault(row.tobytes(), index) for index, row in enumerate(small.numpy())]
+    return torch.tensor(sorted(seen.values())), same_as
+
+
+def _near(small: Tensor, others: Tensor, *, within: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield pairs of places that may be copies: no copy is missing, and few others are there."""
+    left, right = _even(small), _even(others)
+    reach, their_reach = (SAME * _contrast(each) * math.sqrt(each[0].numel()) for each in (small, others))
+    size = max(1, _BLOCK_NUMBERS // len(others))
+    for start in range(0, len(small), size):
+        rows = slice(start, start + size)
+        stop = min(start + size, len(small)) if within else len(others)  # an image is compared with earlier ones
+        squares = left[rows].square().sum(dim=1)[:, None] + right[:stop].square().sum(dim=1)
+        squares.addmm_(left[rows], right[:stop].T, alpha=-2)
+        limit = torch.minimum(reach[rows, None], their_reach[:stop]).square_()
+        near = (squares <= 1.01 * limit + 1).nonzero()  # rounding of squares of up to 10^7
+        pairs = near[:, 0] + start, near[:, 1]
+        earlier = pairs[1] < pairs[0] if within else torch.ones(len(near), dtype=torch.bool)
+        yield pairs[0][earlier], pairs[1][earlier]
+
+
+def _even(small: Tensor) -> Tensor:
+    """Return what mirroring does not change of thumbnails, `(N, 96)`: half their sum with their mirror images.
+
+    Two of them are at most as far apart as the thumbnails are, mirrored or not.
+    """
+    return ((small + small.flip(3))[..., : SIDE // 2] / math.sqrt(2)).flatten(1)
+
+
+def _contrast(small: Tensor) -> Tensor:
+    """Return how much each thumbnail varies over its positions, in grey levels, `(N,)`: no cast of color counts."""
+    return small.flatten(2).std(dim=2).square().mean(dim=1).sqrt().clamp_min(_LEAST_CONTRAST)
+
+
+def _difference(image: Tensor, other: Tensor) -> tuple[float, bool]:
+    """Return how much two thumbnails differ, as a fraction of the lower contrast, and whether they do so mirrored."""
+    straight, mirrored = ((image - each).square().mean().sqrt() for each in (other, other.flip(2)))
+    lower = _contrast(torch.stack([image, other])).min()
+    return float(torch.minimum(straight, mirrored) / lower), bool(mirrored < straight)

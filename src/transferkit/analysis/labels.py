@@ -1,0 +1,65 @@
+"""Labels that are likely wrong, by the probabilities of a model that was not trained on them."""
+
+import torch
+from torch import Tensor
+
+
+def label_probabilities(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """Return the probability of each image's own label, `(N,)`: the lower, the more likely the label is wrong.
+
+    Args:
+        probabilities: `(N, K)`, each from a model that did not see the image.
+        targets: int64 `(N,)`.
+    """
+    return probabilities.gather(1, targets[:, None]).squeeze(1)
+
+
+def find_wrong_labels(probabilities: Tensor, targets: Tensor, limit: float) -> Tensor:
+    """Return the images whose label is likely wrong, the likeliest first, int64.
+
+    These are images that the model takes for another class, and whose own label it gives a probability up to a limit.
+
+    Args:
+        probabilities: As in `label_probabilities`.
+        targets: int64 `(N,)`.
+        limit: From `find_limit`.
+
+    Example:
+        >>> probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.95, 0.05]])
+        >>> find_wrong_labels(probabilities, torch.tensor([0, 0, 1]), 0.1)
+        tensor([2])
+
+    References:
+        Northcutt, Jiang and Chuang, 2021, "Confident Learning", arXiv:1911.00068.
+    """
+    own = label_probabilities(probabilities, targets)
+    places = ((probabilities.argmax(dim=1) != targets) & (own <= limit)).nonzero().squeeze(1)
+    return places[own[places].argsort(stable=True)]
+
+
+def find_limit(own: Tensor, exchanged: Tensor) -> float:
+    """Return the probability up to which at least half the labels are wrong, where some were exchanged on purpose.
+
+    Args:
+        own: Probability of each image's label, `(N,)`.
+        exchanged: Whether the label was exchanged, bool `(N,)`.
+
+    Example:
+        >>> find_limit(torch.tensor([0.25, 0.5, 0.75, 1.0]), torch.tensor([True, False, False, False]))
+        0.5
+    """
+    order = own.argsort(stable=True)
+    share = exchanged[order].double().cumsum(0) / torch.arange(1, len(own) + 1)
+    enough = (share >= 0.5).nonzero()
+    return float(own[order[enough[-1, 0]]]) if len(enough) else 0.0
+
+
+def exchange_labels(targets: Tensor, classes: int, *, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return targets of which some are exchanged for another class at random, and whether each is, bool `(N,)`."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randperm(len(targets), generator=generator)[: max(1, round(fraction * len(targets)))]
+    changed = targets.clone()
+    changed[places] += torch.randint(1, classes, (len(places),), generator=generator)
+    exchanged = torch.zeros(len(targets), dtype=torch.bool)
+    exchanged[places] = True
+    return changed % classes, exchanged

@@ -1,0 +1,139 @@
+"""Calls that do not fit a function: which argument to write instead, for people who come from other libraries."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar, cast
+
+from transferkit.errors import CallError, MissingMethodError, close_matches
+
+_Called = TypeVar("_Called", bound=Callable[..., Any])
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {}
+"""Every public function by the name it is called by, so that an argument of another one can be named."""
+
+_OTHER_NAMES = {
+    "lr": "learning_rate base_lr lr_max max_lr",
+    "schedule": "scheduler lr_scheduler lr_schedule",
+    "loss": "criterion loss_fn loss_func",
+    "epochs": "n_epochs num_epochs nb_epoch max_epochs",
+    "batch_size": "bs batch",
+    "validation_data": "val val_data val_dataset valid valid_data validation val_loader valid_loader",
+    "validation_split": "valid_pct val_split validation_fraction",
+    "data": "train train_data train_dataset train_loader training_data dataset dls dataloader",
+    "num_workers": "workers use_multiprocessing max_queue_size n_jobs",
+    "augment": "augmentation transform transforms batch_tfms data_augmentation",
+    "precision": "amp fp16 mixed_precision dtype",
+    "seed": "random_state random_seed",
+    "weights": "pretrained",
+    "image_size": "input_shape input_size target_size img_size",
+    "classes": "num_classes n_classes n_out class_names",
+    "class_weights": "weight",
+    "resume_from": "checkpoint ckpt_path",
+    "freeze_until": "trainable freeze freeze_layers unfreeze",
+}
+_ADVICE = {
+    "x y X images targets labels": "images and targets are one argument: fit((images, targets)).",
+    "shuffle": "training images are shuffled in each epoch, and others never: leave it out.",
+    "class_weight class_weights": 'write Trainer(model, loss=CrossEntropy(class_weights="balanced")), or a list.',
+    "sample_weight": "write Trainer(model, loss=...) with a loss of your own.",
+    "momentum": "write optimizer=functools.partial(torch.optim.SGD, momentum=...).",
+    "steps_per_epoch validation_steps validation_freq drop_last": "an epoch is all images once: leave it out.",
+    "initial_epoch": "resume_from= continues a run: leave it out.",
+    "include_top input_tensor top": "the classifier is never loaded, and attach_head adds a head: leave it out.",
+    "save_best_only save_weights_only save_top_k monitor": "fit puts the best weights back by itself: leave it out.",
+    "restore_best_weights": "fit always puts the best weights back: leave it out.",
+    "mode": "lower is better for names that end in loss or error: leave it out.",
+    "verbose": "it shows nothing: leave it out.",
+}
+_ELSEWHERE = {
+    "Trainer(model).{}(data)": "fit evaluate predict predict_proba predict_classes solve lr_find",
+    "transferkit.{}(model)": "summary",
+    "transferkit.{}_model(model, path)": "save",
+    "{}_until(model, 'head')": "freeze",
+}
+"""Methods that others look for in a model, by what to write."""
+
+
+def explained(called: _Called) -> _Called:
+    """Let a function, or a class with the methods that have options, say what to write where a call does not fit.
+
+    A call that fits costs nothing more.
+
+    Example:
+        >>> @explained
+        ... def fit(data, *, lr=0.1):
+        ...     return lr
+        >>> fit([], learning_rate=0.2)
+        Traceback (most recent call last):
+            ...
+        transferkit.errors.CallError: fit has no argument learning_rate: write lr=.
+    """
+    if not inspect.isclass(called):
+        return cast("_Called", _explained(called, called.__name__))
+    for name, method in list(vars(called).items()):
+        typed = not name.startswith("_") and bool(getattr(method, "__kwdefaults__", None))
+        if inspect.isfunction(method) and (typed or name == "__init__"):
+            shown = called.__name__ if name == "__init__" else f"{called.__name__}.{name}"
+            setattr(called, name, _explained(method, shown))
+    return called
+
+
+def explain_missing(model: object, name: str) -> None:
+    """Raise an error that says who has a method, if it is one that others look for in a model.
+
+    Raises:
+        MissingMethodError: It is.
+    """
+    for remedy, names in _ELSEWHERE.items():
+        if name in names.split():
+            raise MissingMethodError(f"a {type(model).__name__} has no {name}: write {remedy.format(name)}.")
+
+
+def _explained(function: Callable[..., Any], shown: str) -> Callable[..., Any]:
+    _FUNCTIONS[shown] = function
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except TypeError:
+            signature = inspect.signature(function)
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as misfit:
+                _explain(shown, signature, args, kwargs, misfit)
+            raise  # something inside failed
+
+    return call
+
+
+def _explain(
+    shown: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], misfit: TypeError
+) -> NoReturn:
+    own = {name: parameter for name, parameter in signature.parameters.items() if name != "self"}
+    if unknown := [name for name in kwargs if name not in own]:
+        raise CallError(f"{shown} has no argument {unknown[0]}: {_advice(unknown[0], list(own))}") from None
+    unnamed = [name for name, parameter in own.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+    given = len(args) - ("self" in signature.parameters)
+    if given <= len(unnamed):
+        raise CallError(f"{shown}: {misfit}. Its arguments are {', '.join(own)}.") from None
+    named = [name for name in own if name not in unnamed][: given - len(unnamed)]
+    pair = " Images and targets are one argument: (images, targets)." if "data" in unnamed else ""
+    raise CallError(
+        f"{shown} takes without a name only {' and '.join(unnamed)}, and got {given} arguments. Name the "
+        f"others: {shown}({', '.join([*unnamed, *(f'{name}=...' for name in named)])}).{pair}"
+    ) from None
+
+
+def _advice(word: str, own: list[str]) -> str:
+    """Return what to write instead of an unknown argument."""
+    ours = next((name for name, others in _OTHER_NAMES.items() if word in others.split()), word)
+    if ours in own:
+        return f"write {ours}=."
+    if advice := next((advice for words, advice in _ADVICE.items() if word in words.split()), ""):
+        return advice
+    having = [name for name, function in _FUNCTIONS.items() if ours in inspect.signature(function).parameters]
+    if having:
+        return f"{' and '.join(having[:3])} {'have' if having[1:] else 'has'} {ours}=."
+    return close_matches(word, own)

@@ -1,0 +1,4 @@
+"""The command `transferkit`: thin over the library's public names, none of which imports it.
+
+Help, results, run folders and reports, a file each.
+"""

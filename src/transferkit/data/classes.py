@@ -1,0 +1,241 @@
+"""Which class an index stands for: names that data has, compared with those of a model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torchvision.datasets import DatasetFolder
+
+from transferkit.data.columns import as_columns, find_column, listed, names_in
+from transferkit.data.samples import Samples, evenly_spaced, listed_targets
+from transferkit.errors import ArgumentError, HeadMismatchError, TransferKitError
+
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"})
+"""Folders that hold the parts of a data set, not a class."""
+
+NO_CLASS = frozenset({"__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN"})
+"""Folders that programs make, beside those whose name begins with a dot."""
+
+_KNOWN = """ To evaluate a folder that lacks classes or sorts them otherwise, number its folders as the model does:
+class Known(torchvision.datasets.ImageFolder):
+    def find_classes(self, folder):
+        return list(model.classes), {name: index for index, name in enumerate(model.classes)}
+and pass Known(path, allow_empty=True)."""
+
+
+def class_names(data: object) -> dict[int, str] | None:
+    """Return the class name of each index that the targets of a data set may have; None if it has no names.
+
+    Names are found inside `Subset`, `ConcatDataset` and `DataLoader`. A wrapper of the user's own has the names of the
+    data set inside only if its targets are those of that data set.
+
+    Raises:
+        HeadMismatchError: The parts of a `ConcatDataset` have different class names.
+
+    Example:
+        >>> class_names((["1.png", "2.png"], ["dog", "cat"]))
+        {0: 'cat', 1: 'dog'}
+    """
+    labels = _label_names(data)
+    return _names(data) if labels is None else dict(enumerate(sorted(set(labels))))
+
+
+def _names(data: object) -> dict[int, str] | None:
+    found = _names_of(data)
+    if found is not None:
+        return _renumbered(found, getattr(data, "target_transform", None))
+    if isinstance(data, ConcatDataset):
+        parts = [names for part in data.datasets if (names := _names(part)) is not None]
+        if different := [names for names in parts if names != parts[0]]:
+            raise HeadMismatchError(
+                f"the parts of a ConcatDataset have {_listed(parts[0])} and {_listed(different[0])}: class indices "
+                "would not match. Expected the same classes in all parts."
+            )
+        return parts[0] if parts else None
+    parts = _wrapped(data)
+    if len(parts) != 1 or not (isinstance(data, Subset | DataLoader) or _passes_targets(data, parts[0])):
+        return None
+    return _names(parts[0])
+
+
+def find_classes(data: object, classes: Sequence[str] | int | None) -> Sequence[str] | int:
+    """Return the classes given or, if there are none, those that data names, or their number by its targets.
+
+    Raises:
+        ArgumentError: The data does not tell.
+
+    Example:
+        >>> find_classes((np.zeros((3, 8, 8, 3), np.uint8), [0, 2, 1]), None)
+        3
+    """
+    if classes is not None and not isinstance(classes, Integral):
+        return classes
+    names = class_names(data)
+    if names is not None and list(names) == list(range(len(names))) and classes in (None, len(names)):
+        return list(names.values())
+    if classes is not None:
+        return classes
+    data = as_columns(data)
+    targets = data[1] if isinstance(data, tuple) and len(data) == 2 else listed_targets(data)
+    given: Any = getattr(data, "targets", None)
+    if targets is None and isinstance(given, list | Tensor | np.ndarray) and len(given) == _length(data):
+        agrees = all(np.array_equal(np.asarray(given[index]), one) for index, one in _some_targets(data).items())
+        targets = given if agrees else None
+    found = np.asarray(() if targets is None else listed(targets) or targets)
+    if found.size and found.dtype.kind in "iufb":
+        return found.shape[1] if found.ndim == 2 else int(found.max()) + 1
+    raise ArgumentError(
+        f"the classes of a {type(data).__name__} are not known, because it has no list of them: pass classes=, their "
+        "names or number."
+    )
+
+
+def numbered(classes: Sequence[str]) -> bool:
+    """Return whether class names are the numbers that a head has that was given no names.
+
+    Example:
+        >>> numbered(["0", "1"]), numbered(["1", "0"])
+        (True, False)
+    """
+    return list(classes) == [str(index) for index in range(len(classes))]
+
+
+def learn_names(data: object, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the class names of training data for a head that has only numbers, else the head's own.
+
+    Example:
+        >>> learn_names((["1.png", "2.png"], ["dog", "cat"]), ("0", "1"))
+        ('cat', 'dog')
+    """
+    names = class_names(data) if numbered(classes) else None
+    if names is None or sorted(names) != list(range(len(classes))) or len(set(names.values())) < len(names):
+        return classes
+    return tuple(names[index] for index in range(len(classes)))
+
+
+def check_classes(data: object, classes: Sequence[str]) -> None:
+    """Refuse labelled data whose class indices stand for other classes than those of a model.
+
+    Raises:
+        HeadMismatchError: A name differs, there are more or fewer classes, or a class is a folder that holds none.
+    """
+    for part in _inside(data):
+        if isinstance(part, DatasetFolder):
+            _check_folders(part)
+    names = None if _label_names(data) is not None else class_names(data)  # labels that are names are looked up
+    if names is None:
+        return
+    whole = sorted(names) == list(range(len(names)))
+    differ = whole and len(names) != len(classes)
+    digits = [int(name) for name in names.values() if name.isdecimal()]
+    if numbered(classes):
+        differ |= len(digits) == len(names) and digits != sorted(digits)  # "10" before "2"
+    else:
+        differ |= any(index < len(classes) and name != classes[index] for index, name in names.items())
+    if differ:
+        own = repr([names[index] for index in range(len(names))]) if whole and len(names) <= 12 else "data.classes"
+        raise HeadMismatchError(
+            f"the data has {_listed(names)}, the model {len(classes)} ({', '.join(classes[:8])}): expected the same "
+            f"classes in the same order. To train on this data, build the head from it: attach_head(backbone, {own})."
+            + (_KNOWN if {*names.values()} <= {*classes} else "")
+        )
+
+
+def _check_folders(data: DatasetFolder) -> None:
+    hidden = [name for name in data.classes if name.startswith(".") or name in NO_CLASS]
+    if hidden:
+        raise HeadMismatchError(
+            f"the data has {hidden[0]!r} as a class, a folder that a program made beside the class folders. Delete "
+            f"{Path(data.root) / hidden[0]}, and make the ImageFolder and the head anew."
+        )
+    parts = [name for name in data.classes if name.lower() in SPLITS]
+    holds = any((Path(data.root) / part / name).is_dir() for part in parts for name in data.classes)
+    if len(parts) > 1 or holds:
+        raise HeadMismatchError(
+            f"the data has the classes {', '.join(data.classes[:8])}: {' and '.join(parts)} look like parts of a data "
+            f"set, not like classes. Pass the folder that holds the class folders: ImageFolder("
+            f"{str(Path(data.root) / parts[0])!r})."
+        )
+
+
+def _listed(names: Mapping[int, str]) -> str:
+    """Return the number of classes and the first of them, for a message."""
+    first = ", ".join(list(names.values())[:8])
+    return f"{len(names)} classes ({first}{', ...' if len(names) > 8 else ''})"
+
+
+def _label_names(data: object) -> list[str] | None:
+    """Return the labels of columns if they are names."""
+    data = as_columns(data)
+    return names_in(data[1]) if isinstance(data, tuple) and len(data) == 2 else None
+
+
+def _names_of(data: Any) -> dict[int, str] | None:
+    """Return the names that a data set itself lists, by the index it gives them."""
+    features = getattr(data, "features", None) if hasattr(data, "column_names") else None  # of Hugging Face
+    if isinstance(features, Mapping):
+        label = find_column(list(features), "label")
+        names = None if label is None else getattr(features[label], "names", None)
+        return None if names is None else dict(enumerate(map(str, names)))
+    names, indices = getattr(data, "classes", None), getattr(data, "class_to_idx", None)
+    names = [str(name) for name in names] if isinstance(names, list | tuple | np.ndarray) and len(names) else None
+    if isinstance(indices, Mapping) and indices and all(isinstance(index, Integral) for index in indices.values()):
+        by_index = {int(index): str(name) for name, index in sorted(indices.items(), key=lambda item: item[1])}
+        if len(by_index) == len(indices) and (names is None or {*by_index.values()} == {*names}):
+            return by_index  # else the list was written later
+    return None if names is None else dict(enumerate(names))
+
+
+def _renumbered(names: dict[int, str], transform: Any) -> dict[int, str] | None:
+    """Return the names by the indices that a `target_transform` makes; None if it merges classes or makes rows."""
+    if transform is None:
+        return names
+    try:
+        found = {int(transform(index)): name for index, name in names.items()}
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError):  # it takes or makes no class indices
+        return None
+    return {index: found[index] for index in sorted(found) if index >= 0} if len(found) == len(names) else None
+
+
+def _wrapped(data: object) -> list[Any]:
+    """Return the data sets directly inside another."""
+    if isinstance(data, ConcatDataset):
+        return list(data.datasets)
+    if isinstance(data, Subset | DataLoader):
+        return [data.dataset]
+    held = vars(data).values() if isinstance(data, Dataset) and hasattr(data, "__dict__") else ()
+    return [value for value in held if isinstance(value, Dataset) or hasattr(value, "column_names")]
+
+
+def _inside(data: object) -> Iterator[Any]:
+    """Yield a data set and all inside it."""
+    left, seen = [data], set[int]()
+    while left:
+        part = left.pop()
+        if id(part) not in seen:
+            seen.add(id(part))
+            yield part
+            left += _wrapped(part)
+
+
+def _passes_targets(data: Any, inner: Any) -> bool:
+    """Return whether a wrapper gives the targets of the data set inside it, as far as some samples tell."""
+    if _length(data) is None or _length(data) != _length(inner):
+        return False
+    one, other = _some_targets(data), _some_targets(inner)
+    both = one.keys() & other.keys()
+    return len(both) > 0 and all(np.array_equal(one[index], other[index]) for index in both)
+
+
+def _length(data: Any) -> int | None:
+    return len(data) if hasattr(data, "__len__") else None
+
+
+def _some_targets(data: Any) -> dict[int, Any]:
+    samples, indices = Samples(data, with_targets=True), evenly_spaced(len(data))
+    read = [samples.try_read(index, 0) for index in indices]
+    return {sample[2]: np.asarray(sample[1]) for sample in read if not isinstance(sample, TransferKitError)}
