@@ -138,10 +138,12 @@ def check_classes(data: object, classes: Sequence[str]) -> None:
         differ |= any(index < len(classes) and name != classes[index] for index, name in names.items())
     if differ:
         own = repr([names[index] for index in range(len(names))]) if whole and len(names) <= 12 else "data.classes"
+        first, *lines = _KNOWN.splitlines()
         raise HeadMismatchError(
             f"the data has {_listed(names)}, the model {len(classes)} ({', '.join(classes[:8])}): expected the same "
             f"classes in the same order. To train on this data, build the head from it: attach_head(backbone, {own})."
-            + (_KNOWN if {*names.values()} <= {*classes} else "")
+            + (first if {*names.values()} <= {*classes} else ""),
+            *(lines if {*names.values()} <= {*classes} else ()),
         )
 
 

@@ -135,11 +135,13 @@ def _separate(inputs: Tensor, pooled: int) -> tuple[Tensor, list[Tensor]]:
     return inputs[:, :, :-rows].contiguous(memory_format=order), [numbers[:, :, None, None]]
 
 
-_SHAPES = {"in_channels", "out_channels", "in_features", "out_features", "num_features", "inplace"}
+_SHAPES = {"training", "in_channels", "out_channels", "in_features", "out_features", "num_features", "inplace"}
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the type of each module by name, and the settings of torch's own that its weights' shapes do not tell.
+    """Return the type of each module by name, and settings that its weights' shapes do not tell.
+
+    Of a class of the user's own whole numbers do not count: it may count calls with one.
 
     Example:
         >>> structure(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
@@ -147,11 +149,13 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        settings = vars(module) if type(module).__module__.startswith("torch.nn.modules.") else {}
+        home = type(module).__module__.split(".")[0]
+        settings = {} if home == "transferkit" else vars(module)
         found[name] = {"type": type(module).__name__} | {
             key: value
             for key, value in settings.items()
-            if not key.startswith("_") and key != "training" and key not in _SHAPES and _is_plain(value)
+            if not key.startswith("_") and key not in _SHAPES and _is_plain(value)
+            if home == "torch" or type(value) is not int
         }
     return found
 

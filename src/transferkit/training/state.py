@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 
 from transferkit.base.display import Display
@@ -159,7 +158,6 @@ def run_facts(
         "epochs": None if constant else run.num_epochs,  # a schedule runs over all of them
         FREEZING[0]: first_trainable(model),
         FREEZING[1]: [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
-        **{f"model.{name}": _settings(part) for name, part in model.named_modules() if name},
         **_optimizer_settings(training.optimizer),
         "micro_batch_size": training.micro_batch_size,
         "clip_grad_norm": training.clip_grad_norm,
@@ -168,13 +166,6 @@ def run_facts(
         "callbacks with a state": sorted(callbacks.state()),
         "seed": training.seed,
     }
-
-
-def _settings(layer: nn.Module) -> str:
-    """Return a layer's type and plain attributes, such as the probability of dropout, which are not in its weights."""
-    own = {name: value for name, value in vars(layer).items() if isinstance(value, bool | int | float | str | tuple)}
-    shown = [f"{name}={value!r}" for name, value in own.items() if not name.startswith("_") and name != "training"]
-    return f"{type(layer).__name__}({', '.join(shown)})"
 
 
 _NOT_COMPARED = {"params", "name", "lr", "initial_lr", "base_lr", "scheduled_lr", "foreach", "fused", "capturable"}
