@@ -1,10 +1,12 @@
 """Mutate files that transferkit reads, and check that each is refused with the library's own error or read right.
 
-    python fuzz/fuzz_files.py --minutes 1 --seed 0
+    python fuzz/fuzz_files.py --files 20000 --seed 0
 
-A damaged file must be refused or give the same content. A forged one, whose checksums are right, may give other
-content, but no other exception, crash, hang or running code. Every finding is printed with the arguments to repeat it.
-Files are read in batches, each in a forked process with limits on memory and time.
+A file may be damaged (bits, blocks), spliced (put together of whole files, damaged or not, or with parts named twice),
+or forged (with right checksums). A damaged or spliced one must be refused or give the same content; in torch's old
+format, which has no checksums, a warning must come with other content. A forged one may give other content, but no
+other exception, crash, hang or running code. Every finding is printed with the arguments to repeat it. Files are read
+in batches, each in a forked process with limits on memory and time.
 """
 
 import argparse
@@ -57,6 +59,7 @@ def make_files(folder: Path) -> dict[str, bytes]:
     trainer.fit((images, torch.arange(8) % 2), batch_size=4, verbose=0)
     trainer.save(folder / "checkpoint")
     torch.save(trainer.model.state_dict(), folder / "weights")
+    torch.save(trainer.model.state_dict(), folder / "old weights", _use_new_zipfile_serialization=False)
     images = [number.to_bytes(16, "big") for number in range(20)]
     write_features(folder, LAYERS, images, torch.rand(20, 2, 2, 16)).path.rename(folder / "features")
     return {kind: (folder / kind).read_bytes() for kind in READERS}
@@ -81,6 +84,7 @@ def read_both(path: Path) -> object:
 READERS: dict[str, tuple[Callable[[Path], object], type[Exception]]] = {
     "checkpoint": (read_both, TransferKitError),
     "weights": (read_state_dict, WeightsError),
+    "old weights": (read_state_dict, WeightsError),
     "features": (read_features, CacheError),
 }
 
@@ -122,6 +126,32 @@ def damage(content: bytes, other: bytes, dice: random.Random) -> bytes:
             )
         )
     return content
+
+
+def splice(content: bytes, other: bytes, dice: random.Random) -> bytes:
+    """Return files end to end, one of them damaged or not, or an archive of whose parts some are there twice."""
+    broken, kind = damage(content, other, dice), dice.randrange(6)
+    if kind < 3:
+        pieces = [content, broken, dice.choice((content, broken, other, dice.randbytes(64)))]
+        dice.shuffle(pieces)
+        return b"".join(pieces[: dice.randint(2, 3)])
+    if kind == 3:
+        cut, again = sorted(dice.randrange(len(content) + 1) for _ in range(2))
+        return content[:again] + content[cut:]
+    if not content.startswith(b"PK"):
+        return content + broken
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        parts = [(name, archive.read(name)) for name in archive.namelist()]
+    spliced = io.BytesIO()
+    with zipfile.ZipFile(spliced, "w") as archive:
+        for name, part in (
+            dice.sample(parts, len(parts)) if dice.random() < 0.3 else parts
+        ):  # the first names the folder
+            archive.writestr(name, part)
+        for name, part in dice.sample(parts, dice.randint(1, 3)):
+            cased = dice.choice((name, name.upper(), name.swapcase(), name.replace("archive", "Archive")))
+            archive.writestr(cased, dice.choice((part, damage(part, other, dice))))
+    return spliced.getvalue()
 
 
 def forge_archive(content: bytes, other: bytes, dice: random.Random) -> bytes:
@@ -187,21 +217,26 @@ def forge_features(content: bytes, other: bytes, dice: random.Random) -> bytes:
     return b"\n".join((hashlib.sha256(text).hexdigest().encode(), text)).ljust(4096) + numbers
 
 
-def mutate(files: dict[str, bytes], seed: int) -> tuple[str, bool, bytes]:
-    """Return the kind of a file, whether it is forged, and its content."""
+def mutate(files: dict[str, bytes], seed: int) -> tuple[str, str, bytes]:
+    """Return the kind of a file, what is done to it, and its content."""
     dice = random.Random(seed)  # noqa: S311
-    kind, forged = dice.choice(("checkpoint", "checkpoint", "weights", "features")), dice.random() < 0.5
-    forge = (forge_features if kind == "features" else forge_archive) if forged else damage
-    return kind, forged, forge(files[kind], files[dice.choice(list(files))], dice)
+    kind = dice.choice(("checkpoint", "checkpoint", "weights", "old weights", "features"))
+    how = dice.choice(("damaged", "spliced", "forged") if kind != "old weights" else ("damaged", "spliced"))
+    forge = forge_features if kind == "features" else forge_archive
+    change = {"damaged": damage, "spliced": splice, "forged": forge}[how]
+    return kind, how, change(files[kind], files[dice.choice(list(files))], dice)
 
 
 def check(files: dict[str, bytes], contents: dict[str, bytes], seed: int, path: Path) -> str:
     """Read one mutated file and return the result, which begins with FINDING if it is a fault."""
-    kind, forged, mutated = mutate(files, seed)
+    kind, how, mutated = mutate(files, seed)
     path.write_bytes(mutated)
-    label = f"{kind}, {'forged' if forged else 'damaged'}"
+    label = f"{kind}, {how}"
+    told: list[warnings.WarningMessage] = []
     try:
-        content = content_of(kind, path)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            content = content_of(kind, path)
     except READERS[kind][1]:
         return f"{label}: refused"
     except BaseException as error:  # noqa: BLE001 - each other one is a finding
@@ -209,7 +244,9 @@ def check(files: dict[str, bytes], contents: dict[str, bytes], seed: int, path: 
         return f"FINDING {label}: {type(error).__name__}: {str(error)[:150]!r} ({Path(at.filename).name}:{at.lineno})"
     if content == contents[kind]:
         return f"{label}: identical"
-    return f"{label}: other content" if forged else f"FINDING {label}: read, and not the same"
+    if kind == "old weights" and any("has no checksums" in str(warning.message) for warning in told):
+        return f"{label}: other content, with a warning"
+    return f"{label}: other content" if how == "forged" else f"FINDING {label}: read, and not the same"
 
 
 def run_batch(files: dict[str, bytes], contents: dict[str, bytes], seeds: range) -> list[tuple[int, str]]:
@@ -235,9 +272,10 @@ def run_batch(files: dict[str, bytes], contents: dict[str, bytes], seeds: range)
 
 
 def main() -> int:
-    """Fuzz for a while; return 1 if anything was found."""
+    """Fuzz for a while, or so many files; return 1 if anything was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--files", type=int, help="mutate so many instead")
     parser.add_argument("--seed", type=int, default=0, help="of the first file; the others follow")
     parser.add_argument("--keep", type=Path, help="a folder for the files of findings")
     arguments = parser.parse_args()
@@ -249,7 +287,8 @@ def main() -> int:
     counts: Counter[str] = Counter()
     first: dict[str, int] = {}
     seed, ends = arguments.seed, time.monotonic() + 60 * arguments.minutes
-    while time.monotonic() < ends:
+    last = arguments.seed + (arguments.files or 0)
+    while seed < last if arguments.files else time.monotonic() < ends:
         results = run_batch(files, contents, range(seed, seed + BATCH))
         for number, text in results:
             counts[text] += 1

@@ -333,13 +333,25 @@ def test_weights_of_every_form_are_loaded(tmp_path: Path, vgg11_state: dict[str,
     assert all(torch.equal(value, vgg11_state[key]) for key, value in backbone.state_dict().items())
 
 
-def test_a_file_in_torchs_old_format_is_loaded(tmp_path: Path, vgg11_state: dict[str, Tensor]) -> None:
-    """A file in the format before torch 1.6, as torchvision's own, loads like any other."""
+def test_a_file_in_torchs_old_format_is_loaded_with_a_warning(tmp_path: Path, vgg11_state: dict[str, Tensor]) -> None:
+    """A file in the format before torch 1.6 loads like any other; a warning says that nothing would show damage."""
     torch.save(vgg11_state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
 
-    backbone = tk.load_backbone("vgg11", weights=tmp_path / "old.pth", image_size=32, preprocessing="IMAGENET1K_V1")
+    with pytest.warns(UserWarning, match=r"old\.pth has the format of torch before 1\.6, which has no checksums"):
+        backbone = tk.load_backbone("vgg11", weights=tmp_path / "old.pth", image_size=32, preprocessing="IMAGENET1K_V1")
 
     assert all(torch.equal(value, vgg11_state[key]) for key, value in backbone.state_dict().items())
+
+
+def test_a_published_file_in_torchs_old_format_needs_no_warning(
+    tmp_path: Path, vgg11_state: dict[str, Tensor], every_warning: None
+) -> None:
+    """Where the name holds the SHA-256 of the content, as with torchvision's own files, the whole file is verified."""
+    torch.save(vgg11_state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    sha256 = hashlib.sha256((tmp_path / "old.pth").read_bytes()).hexdigest()
+    path = (tmp_path / "old.pth").rename(tmp_path / f"vgg11-{sha256[:8]}.pth")
+
+    tk.load_backbone("vgg11", weights=path, image_size=32, preprocessing="IMAGENET1K_V1")
 
 
 def test_batch_norm_weights_without_batch_counts_are_loaded() -> None:

@@ -17,6 +17,7 @@ from cached import (
     total,
 )
 from transferkit.data.preprocessing import CONVENTIONS
+from transferkit.errors import ArgumentError
 
 
 @pytest.fixture
@@ -72,6 +73,10 @@ def other_preprocessing(model):
     model.backbone.preprocess = CONVENTIONS["KERAS"].with_image_size(32)
 
 
+def larger_images(model):
+    model.backbone.preprocess = model.backbone.preprocess.with_image_size(64)
+
+
 def kernel_size(model):
     model.backbone.features[2].kernel_size = 1
     model.backbone.features[2].padding = 0
@@ -92,7 +97,7 @@ def test_a_change_between_fits(contestants, data, change):
     assert_same_run(trainers, data)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", [*CHANGES, other_preprocessing, larger_images], ids=lambda change: change.__name__)
 def test_a_change_in_a_callback(contestants, data, change):
     """A change that a callback makes between two epochs counts from the next epoch on, with and without the cache."""
 
@@ -101,6 +106,28 @@ def test_a_change_in_a_callback(contestants, data, change):
             change(trainer.model)
 
     assert_same_run(contestants(), data, epochs=3, callbacks=[between])
+
+
+def test_features_of_a_run_whose_preprocessing_changed_are_right_for_the_next(make_backbone, data, tmp_path):
+    """What a run cached before and after a callback changed the preprocessing belongs to the one it was made with."""
+
+    def weights(folder, *callbacks, epochs=1):
+        trainer = make_trainer(make_model(make_backbone), folder=folder, cache=False)
+        if not callbacks:
+            other_preprocessing(trainer.model)
+        fit(trainer, data, epochs=epochs, callbacks=callbacks)
+        return trainer.model.state_dict()
+
+    weights(tmp_path, lambda trainer, report: other_preprocessing(trainer.model), epochs=2)
+    cached, uncached = weights(tmp_path), weights(None)
+    assert all(torch.equal(value, uncached[name]) for name, value in cached.items())
+
+
+def test_another_image_size_in_a_callback_needs_no_augmentation(make_backbone, data):
+    """Augmentation is made for one image size: a callback that changes it is refused with what to do."""
+    trainer = make_trainer(make_model(make_backbone))
+    with pytest.raises(ArgumentError, match="image size changed from 32 to 64 during a run with augment"):
+        fit(trainer, data, augment="crop", callbacks=[lambda trainer, report: larger_images(trainer.model)])
 
 
 def test_a_setting_that_is_no_weight(contestants, data):

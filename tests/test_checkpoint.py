@@ -481,6 +481,7 @@ MANY = [f"class {number}" for number in range(37)]
         ({"pooling": "flatten"}, "adam", CheckpointError, OTHER_LAYERS + r"\[\]: expected the same"),
         ({"pooling": "avg"}, "adam", CheckpointError, r"has pooling avgmax, the model avg: expected the same"),
         ({"pooling": "max"}, "adam", CheckpointError, r"has pooling avgmax, the model max: expected the same"),
+        ({"dropout": 0.2}, "adam", CheckpointError, r"head\.dropout1\.p is 0\.2 instead of 0\.5: expected the same"),
         ({"image_size": 64}, "adam", CheckpointError, r"preprocessing .*'image_size': 32.*'image_size': 64.*the same"),
         ({"name": "other"}, "adam", CheckpointError, r"backbone tiny, the model other: expected the same"),
         ({}, "sgd", CheckpointError, r"optimizer is Adam with 6 groups, the live one SGD with 6.*Build the Trainer"),
@@ -497,6 +498,7 @@ MANY = [f"class {number}" for number in range(37)]
         "flatten",
         "average",
         "maximum",
+        "dropout",
         "image size",
         "backbone",
         "sgd",
@@ -518,7 +520,7 @@ def test_the_checkpoint_of_another_model_is_refused(
     backbone.name = model.get("name", "tiny")
     head = {name: model[name] for name in ("layers", "pooling") if name in model}
     classes, hidden = model.get("classes", ["cat", "dog", "owl"]), model.get("hidden", (16,))
-    network = tk.attach_head(backbone, classes, hidden=hidden, **head)
+    network = tk.attach_head(backbone, classes, hidden=hidden, dropout=model.get("dropout", 0.5), **head)
     one_group = torch.optim.Adam(network.parameters())
     trainer = tk.Trainer(network, optimizer=one_group if optimizer == "one group" else optimizer, device="cpu")
     train(trainer, (data[0], data[1] % 2))

@@ -213,11 +213,28 @@ def test_a_file_of_another_kind_is_refused(file, content):
 
 
 def test_nothing_or_a_directory_in_its_place_is_refused(file):
-    """A missing file, and a directory under its name, are refused like a damaged file."""
+    """A missing file, a directory and a pipe under its name are refused; nobody waits for the pipe's other end."""
     file.path.unlink()
-    assert_refused(file.path)
-    file.path.mkdir()
-    assert_refused(file.path)
+    with pytest.raises(CacheError, match=r"cannot be read: .*No such file"):
+        reopen(file.path)
+    for make, found in ((file.path.mkdir, "a folder"), (lambda: os.mkfifo(file.path), "a pipe or device")):
+        make()
+        with pytest.raises(CacheError, match=f"cannot be read: it is {found}"):
+            reopen(file.path)
+        if file.path.is_dir():
+            file.path.rmdir()
+
+
+def test_a_file_that_cannot_be_mapped_is_not_called_damaged(file, monkeypatch):
+    """Where memory or handles run out nothing is to be deleted."""
+
+    def failing(*_, **__):
+        raise RuntimeError("unable to mmap: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch, "from_file", failing)
+    with pytest.raises(CacheError, match="cannot be mapped: unable to mmap: Cannot allocate memory") as caught:
+        file.read()
+    assert "elete" not in str(caught.value)
 
 
 def test_every_bit_counts(file):

@@ -1,6 +1,9 @@
 """What the loggers write, and what they refuse to write over."""
 
 import csv
+import errno
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -54,12 +57,66 @@ def test_a_resumed_run_has_every_epoch_once(make_backbone, data, tmp_path):
     assert after[:2] == before
 
 
-def test_a_new_run_replaces_the_lines_of_an_old_one(make_backbone, data, tmp_path):
-    """A new trainer begins with epoch 0, and so does its file."""
-    for epochs in (3, 1):
-        model = tk.attach_head(make_backbone(), 3)
-        make_trainer(model).fit(data, epochs=epochs, callbacks=[tk.CSVLogger(tmp_path / "log.csv")], verbose=0)
-    assert [row["epoch"] for row in rows(tmp_path / "log.csv")] == ["0"]
+def test_the_log_of_another_run_is_kept_under_another_name(make_backbone, data, tmp_path):
+    """A script that is started again and again loses no line: each earlier log is renamed, with a warning."""
+    for number, epochs in enumerate((4, 3, 1)):
+        trainer = make_trainer(tk.attach_head(make_backbone(), 3))
+        callbacks = [tk.CSVLogger(tmp_path / "log.csv")]
+        with (
+            pytest.warns(UserWarning, match=rf"log of another run: it is now .*log\.{number}\.csv")
+            if number
+            else (nullcontext())
+        ):
+            trainer.fit(data, epochs=epochs, callbacks=callbacks, verbose=0)
+    assert [len(rows(tmp_path / name)) for name in ("log.1.csv", "log.2.csv", "log.csv")] == [4, 3, 1]
+
+
+def test_a_run_resumed_from_an_earlier_checkpoint_goes_on_in_its_log(make_backbone, data, tmp_path):
+    """Lines of epochs that are made again belong to the same run: they are replaced, and no file is renamed."""
+
+    def fit(epochs, resume_from):
+        callbacks = [tk.CSVLogger(tmp_path / "log.csv"), tk.Checkpoint(tmp_path / "run", keep_last=9)]
+        trainer = make_trainer(tk.attach_head(make_backbone(), 3))
+        trainer.fit(data, epochs=epochs, callbacks=callbacks, resume_from=resume_from, verbose=0)
+
+    fit(4, None)
+    fit(3, sorted((tmp_path / "run").glob("step-*.pt"))[1])
+    assert [row["epoch"] for row in rows(tmp_path / "log.csv")] == ["0", "1", "2"]
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["log.csv"]
+
+
+def test_a_full_disk_ends_no_run(model, data, tmp_path, monkeypatch):
+    """A line that cannot be written is a warning; the next one that can be brings all lines."""
+    write, failed = loggers.atomic_write, []
+
+    def full(path):
+        if len(failed) < 2:
+            failed.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path)
+
+    monkeypatch.setattr(loggers, "atomic_write", full)
+    with pytest.warns(UserWarning, match=r"could not write .*log\.csv, and the run goes on: .*No space left"):
+        history = make_trainer(model).fit(data, epochs=3, callbacks=[tk.CSVLogger(tmp_path / "log.csv")], verbose=0)
+    assert [float(row["loss"]) for row in rows(tmp_path / "log.csv")] == history.history["loss"]
+    assert len(failed) == 2
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b.csv", "log.csv/log.csv"])
+def test_a_name_that_no_file_can_have_is_refused_before_a_step(model, data, tmp_path, name):
+    """The system's own errors do not come out bare."""
+    (tmp_path / "log.csv").write_text("")
+    trainer = make_trainer(model)
+    with pytest.raises(ArgumentError, match="CSVLogger cannot "):
+        trainer.fit(data, callbacks=[tk.CSVLogger(tmp_path / name)], verbose=0, epochs=1)
+    assert trainer.global_step == 0
+
+
+def test_a_pipe_is_refused_and_not_waited_for(model, data, tmp_path):
+    """A pipe in the place of the log is no file."""
+    os.mkfifo(tmp_path / "log.csv")
+    with pytest.raises(ArgumentError, match="it is a pipe or device"):
+        make_trainer(model).fit(data, callbacks=[tk.CSVLogger(tmp_path / "log.csv")], verbose=0, epochs=1)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,17 @@ Each is a `TransferKitError` and a builtin error, so code that does not know tra
 """
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_LINES = re.compile(r"\n(?=class |def |    |and pass|$)")
 
 
 class TransferKitError(Exception):
     """Base of every error the library raises."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, _LINES.split(super().__str__())))  # code in a message keeps its lines
 
 
 class ArgumentError(TransferKitError, ValueError):
@@ -106,6 +112,19 @@ class WeightsDownloadError(TransferKitError, OSError):
 
 class WorkerError(TransferKitError, RuntimeError):
     """A worker process that reads images could not start, died or hangs."""
+
+
+def printable(text: str) -> str:
+    r"""Return text with its control characters escaped: names and texts out of files could forge lines or wipe screens.
+
+    Letters and signs of every alphabet stay as they are.
+
+    Example:
+        >>> print(printable("a\x1b[2Jb\u202ec é 猫"))
+        a\x1b[2Jb\u202ec é 猫
+    """
+    shown = (c if c.isprintable() or c in "\xa0\u3000" else ascii(c)[1:-1] for c in text)
+    return "".join(shown)
 
 
 def close_matches(name: object, known: Iterable[str]) -> str:

@@ -332,7 +332,7 @@ class Trainer:
             raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
         called, display = CallbackList(self, callbacks), Display(verbose)
         training = self._training
-        with self._alone("fit"), self._interrupts, self._naming(data):
+        with self._alone("fit"), self._interrupts, self._naming(data), called.released():
             source = self._open_source(data, num_workers, on_bad_image, display)
             validation = None
             if validation_data is not None:
@@ -768,9 +768,11 @@ class Trainer:
                 compared.
 
         Raises:
+            CheckpointTypeError: When `load_model` could not build the model again; see `save_model`.
             CheckpointWriteError: When the folder is missing, read-only or full. The file that was there before remains.
         """
         with evaluating(self.model):
+            model_state.check_loadable(self.model)
             state = self.state_dict()
             model = state["model"] if frozen else model_state.leave_out_frozen(state["model"], self.model)[0]
             archive.write_checkpoint(path, {**state, "model": model})

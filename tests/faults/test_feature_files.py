@@ -82,6 +82,130 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+# ---- a file that somebody writes to while it is mapped
+
+
+def overwrite(path):
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\x00\x00\x80\x3f" * ((path.stat().st_size - 4096) // 4))
+
+
+def cut_short(path):
+    os.truncate(path, 4096)
+
+
+def copy_over(path):
+    other = path.with_suffix(".other")
+    other.write_bytes(path.read_bytes()[:4096] + bytes(path.stat().st_size - 4096))
+    shutil.copyfile(other, path)
+    other.unlink()
+
+
+def touch(path):
+    os.utime(path)
+
+
+HARM = [overwrite, cut_short, copy_over, touch]
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_mapped_file_that_changes_between_two_fits_is_verified_anew(tmp_path, make_backbone, data, harm):
+    """A trainer that has a file mapped does not train on what was written to it since, and does not die of it."""
+    weights = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        torch.manual_seed(3)
+        model = tk.attach_head(tk.freeze_until(make_backbone(), "head"), CLASSES)
+        trainer = make_trainer(model, precision="fp32", seed=1, folder=folder)
+        trainer.fit(data, epochs=1, batch_size=8, verbose=0)
+        if folder.name == "b":
+            harm(the_file(folder))
+        trainer.fit(data, epochs=1, batch_size=8, verbose=0)
+        weights.append(model.state_dict())
+    assert_same(*weights)
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_mapped_file_that_changes_between_two_epochs_is_verified_anew(tmp_path, train, harm):
+    """The same within a run: damaged features are computed anew before the next epoch."""
+    expected = train(tmp_path / "a")[0]
+    weights = train(tmp_path / "b", callbacks=[lambda *_: harm(the_file(tmp_path / "b"))])[0]
+    assert_same(weights, expected)
+
+
+@pytest.mark.parametrize("harm", HARM[:3])
+def test_a_mapped_file_that_changes_within_an_epoch_ends_it(tmp_path, make_backbone, data, harm):
+    """Between two steps there is no going back: an error names the file before a batch is read from it."""
+    model = tk.attach_head(tk.freeze_until(make_backbone(), "head"), CLASSES)
+    trainer = make_trainer(model, precision="fp32", folder=tmp_path)
+    steps = trainer.steps(data, batch_size=4)
+    next(steps)
+    harm(the_file(tmp_path))
+    with pytest.raises(CacheError, match=r"somebody wrote to .*\.features while its features were used"):
+        list(steps)
+
+
+def test_a_solved_head_reads_no_changed_file(tmp_path, make_backbone, data):
+    """A FeatureDataset, and whatever reads cached features, looks at the files before each batch."""
+    model = tk.freeze_until(tk.attach_head(make_backbone(), CLASSES), "head")
+    features = tk.cache_features(model, data, cache=tmp_path, device="cpu", precision="fp32")
+    assert features[3][0].shape == (8, 1, 1) or features[3][0].numel() > 0
+    overwrite(the_file(tmp_path))
+    with pytest.raises(CacheError, match="somebody wrote to"):
+        features[3]
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced"])
+def test_a_mapped_file_that_is_deleted_or_replaced_serves_on(tmp_path, train, change):
+    """Neither changes a byte of what is mapped: nothing is computed anew."""
+
+    def harm(*_):
+        path = the_file(tmp_path)
+        other = path.with_suffix(".other")
+        shutil.copyfile(path, other)
+        other.replace(path) if change == "replaced" else path.unlink()
+        other.unlink(missing_ok=True)
+
+    _, lines, _ = train(tmp_path, callbacks=[lambda trainer, report: harm() if report.epoch == 0 else None])
+    assert len([line for line in lines if "computed" in line]) == 1
+
+
+def test_a_pipe_among_the_files_is_passed_over(tmp_path, train):
+    """A pipe with the name of a file of features is not opened for ever."""
+    train(tmp_path)
+    path = the_file(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    _, lines, _ = train(tmp_path)
+    assert any("passed over" in line and "a pipe or device" in line for line in lines)
+
+
+@pytest.mark.parametrize("change", ["more images", "fewer images", "another shape", "another dtype"])
+def test_planted_features_of_another_shape_are_passed_over(tmp_path, train, change):
+    """A file under the right name, with right checksums, that holds other numbers than the layers give is not used."""
+    expected = train(tmp_path / "a")[0]
+    train(tmp_path / "b")
+    path = the_file(tmp_path / "b")
+    page = json.loads(path.read_bytes()[65:4096])
+    count, *shape = page["shape"]
+    planted = {
+        "more images": torch.ones(count + 1, *shape),
+        "fewer images": torch.ones(count - 14, *shape),
+        "another shape": torch.ones(count, *shape[:-1], shape[-1] // 2),
+        "another dtype": torch.ones(count, *shape).double(),
+    }[change]
+    images = [path.read_bytes()[-16 * count :][16 * row : 16 * row + 16] for row in range(count)][: len(planted)]
+    images += [bytes(16)] * (len(planted) - len(images))
+    path.unlink()
+    write_features(tmp_path / "b", page["layers"], images, planted)
+    weights, lines, _ = train(tmp_path / "b")
+    if change in ("more images", "fewer images"):  # whoever can write there can plant features: SECURITY.md
+        assert len(weights) == len(expected)
+    else:
+        assert any("passed over" in line for line in lines)
+        assert_same(weights, expected)
+
+
 # ---- damage
 
 

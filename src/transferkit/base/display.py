@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from transferkit.errors import ArgumentError
+from transferkit.errors import ArgumentError, printable
 
 COLUMNS = 80
 """Width of lines where there is no terminal."""
@@ -94,7 +94,7 @@ class Display:
         if self.verbose == 0 or sys.stdout is None:
             return
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        text = "\n".join(_fitted(line)).encode(encoding, "backslashreplace").decode(encoding)
+        text = "\n".join(_fitted(printable(line))).encode(encoding, "backslashreplace").decode(encoding)
         with suppress(OSError):  # a full disk or a reader that has gone away ends no run
             if self._tqdm is None:
                 print(text, flush=True)  # noqa: T201

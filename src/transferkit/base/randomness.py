@@ -4,11 +4,14 @@ A run that is resumed, or that reads its data with another number of workers, dr
 """
 
 import hashlib
+import inspect
 import os
 import random
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import types
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -79,7 +82,64 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
                 torch.cuda.set_rng_state(cuda_state, cuda)
 
 
-def generator_states() -> tuple[bytes, ...]:
-    """Return the states of the global generators of torch, Python and numpy, which differ once one was drawn from."""
-    state: Any = np.random.get_state()  # noqa: NPY002
-    return torch.get_rng_state().numpy().tobytes(), state[1].tobytes(), repr((state[2:], random.getstate())).encode()
+def next_numbers() -> tuple[float, ...]:
+    """Draw a number from each of the global generators of torch, Python and numpy.
+
+    After `seeded` they tell whether anything was drawn before, in microseconds; reading whole states takes 100.
+
+    Example:
+        >>> with seeded(0):
+        ...     first = next_numbers()
+        >>> with seeded(0):
+        ...     _ = random.random()
+        ...     first == next_numbers()
+        False
+    """
+    drawn = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
+    return drawn, random.random(), np.random.random_sample()  # noqa: NPY002, S311
+
+
+def find_generators(root: object) -> list[Any]:
+    """Return generators of random numbers that an object holds, or that functions it holds refer to, a few steps deep.
+
+    Example:
+        >>> rng = random.Random(0)
+        >>> find_generators({"transforms": [lambda image: image * rng.random()]}) == [rng]
+        True
+    """
+    found: list[Any] = []
+    seen: dict[int, object] = {}
+    waiting: list[tuple[object, int]] = [(root, 0)]
+    while waiting and len(seen) < 10_000:
+        value, depth = waiting.pop()
+        if id(value) in seen or isinstance(value, _LEAVES):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, random.Random | np.random.Generator | np.random.RandomState | torch.Generator):
+            found.append(value)
+        elif depth < 6:
+            waiting += [(part, depth + 1) for part in islice(_parts(value), 100)]
+    return found
+
+
+_LEAVES = (str, bytes, int, float, type(None), torch.Tensor, np.ndarray, types.ModuleType, type)
+
+
+def _parts(value: Any) -> Iterable[object]:
+    if isinstance(value, dict | list | tuple | set):
+        return value.values() if isinstance(value, dict) else value
+    if isinstance(value, types.FunctionType):
+        with suppress(ValueError):  # a closure that is not filled yet
+            used = inspect.getclosurevars(value)
+            return *used.nonlocals.values(), *used.globals.values()
+    methods = (getattr(type(value), name, None) for name in ("__getitem__", "__call__"))
+    return *getattr(value, "__dict__", {}).values(), getattr(value, "__self__", None), *methods
+
+
+def state_of(generator: Any) -> object:
+    """Return something that differs once a generator was drawn from."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().tolist()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return repr(generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state())

@@ -1,15 +1,21 @@
 """Read files that `torch.save` wrote, after looking for damage and malice."""
 
 import errno
-import pickle
+import math
+import os
+import pickletools
 import re
+import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
+
+from transferkit.base.files import open_file
 
 MAX_MEMBERS = 20_000
 """Parts of an archive. VGG19 with batch norm and Adam has some 500."""
@@ -22,19 +28,43 @@ MAX_PICKLE_BYTES = 4 * 2**20
 FOLDER = 0x10
 """External attribute of a folder. torch reads no bytes of such a part: its tensor is whatever lay in memory."""
 
+_MEMBER = re.compile(
+    r"([^/]+)/(data\.pkl|data/[0-9]+|byteorder|version|\.data/serialization_id|\.format_version|\.storage_alignment)"
+)
+"""What torch.save calls a part, in one folder. torch would find other names, too: without regard to case."""
 
-def read_torch_file(path: Path, *, mmap: bool = False, legacy: bool = False) -> object:
+_REBUILD = ("_rebuild_tensor_v2", "_rebuild_parameter")
+_NUMBERS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+_COMPLEX = ("ComplexDouble", "ComplexFloat")
+_GLOBALS = {
+    "collections OrderedDict",
+    *(f"torch._utils {name}" for name in _REBUILD),
+    *(f"torch {kind}Storage" for kind in (*_NUMBERS, *_COMPLEX)),
+}
+"""What a pickle may name: enough for dense tensors whose numbers are in the file, and nothing that allocates memory."""
+
+_OLD_PICKLES, _CONTENT = 5, 3  # before torch 1.6: a magic number, a version, the writer's system, content, storages
+
+_ZIP, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
+
+_ZIPS = "it may be an archive of another program, such as a .keras or .npz file"
+_HDF5 = "it is an HDF5 file, as Keras writes: copy its arrays into a state dict"
+_SAFETENSORS = "it is a safetensors file: pass the state dict that safetensors.torch.load_file(path) returns"
+
+
+def read_torch_file(path: Path, *, mmap: bool = False, legacy: Callable[[], None] | None = None) -> object:
     """Read a file that `torch.save` wrote, with its tensors on the CPU. No code in the file runs.
 
     Args:
         path: Of the file.
         mmap: Map the tensors into memory instead of copying them. The caller must not keep them: they change with
             the file.
-        legacy: Also read the format of torch before 1.6, which has no checksums and cannot be mapped.
+        legacy: Called before a file in the format of torch before 1.6 is read, which has no checksums and cannot be
+            mapped. None refuses such a file.
 
     Raises:
         ValueError: The file is damaged, malicious, or not a file that `torch.save` writes. The message is one line.
-        OSError: The file is missing or cannot be read.
+        OSError: The file is missing, cannot be read, or is a folder, pipe or device.
         MemoryError: There is not enough memory for its tensors.
 
     Example:
@@ -44,12 +74,18 @@ def read_torch_file(path: Path, *, mmap: bool = False, legacy: bool = False) -> 
         >>> read_torch_file(path)
         {'a': tensor([0, 1, 2])}
     """
-    with path.open("rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"
-    with _one_line_errors():
-        if zipped or not legacy:
-            check_archive(path)  # 0.3 s for 528 MB
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+    with _one_line_errors(), open_file(path) as file:
+        begin = file.read(9)
+        file.seek(0)
+        if begin.startswith(_ZIP):
+            check_archive(file)  # 0.3 s for 528 MB
+        else:
+            _check_old_format(file, begin)
+            if legacy is None:
+                raise ValueError("it has the format of torch before 1.6, which has no checksums")
+            legacy()
+            mmap = False
+        return torch.load(path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 @contextmanager
@@ -69,26 +105,26 @@ def _one_line_errors() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     text = str(error)
-    if found := re.search(r"GLOBAL (\S{1,100})", text):
-        return f"it holds {found[1]}, expected tensors and plain types only"
-    if isinstance(error, pickle.UnpicklingError):  # whose text advises weights_only=False
-        return "torch.save did not write it, or it is damaged"
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 @_one_line_errors()
-def check_archive(path: Path) -> None:
+def check_archive(file: BinaryIO) -> None:
     """Verify the checksum of every part of an archive that `torch.save` wrote, once its size is known to be harmless.
 
     torch itself verifies no checksum and inflates compressed parts. `weights_only=True` keeps code from running, but
-    does not keep a few bytes from filling the memory.
+    does not keep a few bytes from filling the memory. torch and `zipfile` find the parts in different ways, so the file
+    must be one archive from its first byte to its last.
 
     Raises:
-        ValueError: The file is no archive, a checksum is wrong, or it has what `torch.save` does not write: compressed
-            parts, too many parts, or parts larger than the file.
-        OSError: The file is missing or cannot be read.
+        ValueError: The file is no archive, a checksum is wrong, or it has what `torch.save` does not write: bytes
+            before or behind the archive, parts of other names, compressed parts, too many parts, parts larger than the
+            file, or a pickle that names anything but tensors and plain types.
+        OSError: The file cannot be read.
     """
-    with zipfile.ZipFile(path) as archive:
+    size = file.seek(0, 2)
+    _check_ends(file, size)
+    with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if len(members) > MAX_MEMBERS:
             raise ValueError(f"it has {len(members):,} parts, expected at most {MAX_MEMBERS:,}")
@@ -96,17 +132,75 @@ def check_archive(path: Path) -> None:
             raise ValueError("it has compressed parts, which torch.save does not write")
         if any(member.is_dir() or member.external_attr & FOLDER for member in members):
             raise ValueError("it has a folder among its parts, which torch.save does not write")
-        declared, size = sum(member.file_size for member in members), path.stat().st_size
+        declared = sum(member.file_size for member in members)
         if declared > size:
             raise ValueError(f"its parts declare {declared:,} bytes, but the file has {size:,}")
-        pickles = [member for member in members if member.filename.endswith(".pkl")]
-        pickled = sum(member.file_size for member in pickles)
+        names = [member.orig_filename for member in members]
+        known = [_MEMBER.fullmatch(name) for name in names]
+        if strange := [name for name, found in zip(names, known, strict=True) if not found]:
+            raise ValueError(f"it has the part {strange[0]!r}, which torch.save does not write: {_ZIPS}")
+        if len({found[1] for found in known if found}) > 1:
+            raise ValueError("its parts are in several folders, which torch.save does not write")
+        if len(set(names)) != len(names):
+            raise ValueError("it has two parts of one name")
+        pickles = [name for name in names if name.endswith(".pkl")]
+        pickled = sum(archive.getinfo(name).file_size for name in pickles)
         if pickled > MAX_PICKLE_BYTES:
             raise ValueError(f"{pickled:,} bytes of it are not tensors, expected at most {MAX_PICKLE_BYTES:,}")
         if damaged := archive.testzip():
             raise ValueError(f"it is damaged in its part {damaged!r}")
-        if any(b"bytearray" in archive.read(member) for member in pickles):  # a few bytes make one of any size
-            raise ValueError("it holds a bytearray, expected tensors and plain types only")
+        for name in pickles:
+            _check_pickle(archive.read(name))
+    file.seek(0)
+
+
+def _check_ends(file: BinaryIO, size: int) -> None:
+    """Check that an archive's own table of contents ends the file, lies where it says, and lists its first part first.
+
+    Otherwise `zipfile` and torch may each read another archive in the file.
+    """
+    file.seek(max(0, size - 98))
+    end = file.read().rjust(98)  # 56 bytes and 20 of zip64, then 22
+    signature, _, _, here, total, length, start, comment = struct.unpack("<4s4H2LH", end[-22:])
+    if signature != _ZIP_END or comment or here != total:
+        raise ValueError("it is cut short, or has bytes behind its archive")
+    tail = 22
+    if end[56:60] == b"PK\x06\x07":
+        wide, length, start = struct.unpack("<4s36x2Q", end[:56])
+        (place,) = struct.unpack("<8xQ4x", end[56:76])
+        tail = 98
+        start = -1 if wide != b"PK\x06\x06" or place != size - 98 else start
+    if start + length + tail != size:
+        raise ValueError("it has bytes before its archive, or more than one")
+    file.seek(start)
+    first = file.read(46)
+    if len(first) < 46 or struct.unpack("<4s38xL", first) != (b"PK\x01\x02", 0):
+        raise ValueError("its first part is not at its first byte")
+
+
+def _check_pickle(pickled: bytes | BinaryIO, largest: float = math.inf) -> None:
+    """Check that a pickle is small, names only what rebuilds dense tensors, and holds no number above `largest`."""
+    for opcode, argument, place in pickletools.genops(pickled):
+        if (place or 0) > MAX_PICKLE_BYTES:
+            raise ValueError(f"over {MAX_PICKLE_BYTES:,} bytes of it are not tensors")
+        if opcode.name == "STACK_GLOBAL" or (opcode.name == "GLOBAL" and argument not in _GLOBALS):
+            name = str(argument or "a name put together").replace(" ", ".")[:100]
+            raise ValueError(
+                f"it holds {name}, expected tensors and plain types only. Of a whole model, save the state_dict()"
+            )
+        if isinstance(argument, int) and argument > largest:
+            raise ValueError("its tensors are larger than the file")
+
+
+def _check_old_format(file: BinaryIO, begin: bytes) -> None:
+    if begin.startswith(b"\x89HDF") or begin.endswith(b"{"):
+        raise ValueError(_HDF5 if begin.startswith(b"\x89") else _SAFETENSORS)
+    if begin[:1] != b"\x80":
+        raise ValueError("torch.save did not write it, or it is damaged")
+    size = os.fstat(file.fileno()).st_size
+    for number in range(_OLD_PICKLES):
+        _check_pickle(file, size if number == _CONTENT else math.inf)
+    file.seek(0)
 
 
 def is_ordinary(tensor: Tensor) -> bool:

@@ -57,15 +57,18 @@ class Inputs:
             yield self.prepare(self._augment(images, places, view)), targets
 
     def read(
-        self, batch_size: int, *, order: Tensor | None = None, view: int = 0
+        self, batch_size: int, *, order: Tensor | None = None, view: int | None = 0
     ) -> Generator[tuple[Images, Tensor], None, None]:
         """Yield the images that `prepare` makes model input of, and targets, which stay on the host.
 
         The images are those of the source, on the host; with augmentation they are the augmented ones, on the device.
-        The arguments and errors are those of `batches`.
+        The arguments and errors are those of `batches`; with None as view the data may draw no random numbers.
+
+        Raises:
+            CacheError: When it draws some.
         """
         for images, targets, places in self._checked(batch_size, order, view):
-            if self.transform is None:
+            if self.transform is None or view is None:
                 yield images, targets
             else:
                 yield self._augment(self.device.move(images), places, view), targets
@@ -87,11 +90,11 @@ class Inputs:
         return augment_batch(self.transform, self.preprocess.resize(images), places, seed=self.seed, epoch=view)
 
     def _checked(
-        self, batch_size: int, order: Tensor | None, view: int
+        self, batch_size: int, order: Tensor | None, view: int | None
     ) -> Iterator[tuple[Images, Tensor, tuple[int, ...]]]:
         """Check size and values of preprocessed images while they are on the host."""
-        read = self.source.batches(batch_size, seed=derive_seed(self.seed, "data", view), order=order)
-        for images, targets, places in read:
+        seed = None if view is None else derive_seed(self.seed, "data", view)
+        for images, targets, places in self.source.batches(batch_size, seed=seed, order=order):
             if isinstance(images, Tensor) and images.is_floating_point():
                 check_image_size(images, self.preprocess.image_size)
                 check_normalized(images, self.preprocess)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from transferkit.base.arguments import whole_number
+from transferkit.base.files import kind_of
 from transferkit.data.classes import check_classes
 from transferkit.data.columns import (
     as_columns,
@@ -66,7 +67,7 @@ def _given(images: list[Any], targets: Any = None, *, check: bool = True) -> Giv
     """
     images = [_read_file(image, index) if is_file(image) else image for index, image in enumerate(images)]
     paths = {index: Path(image) for index, image in enumerate(images) if isinstance(image, str | PathLike)}
-    missing = [index for index, path in paths.items() if not path.is_file()] if check else []
+    missing = [index for index, path in paths.items() if kind_of(path) != "a file"] if check else []
     if missing:
         raise ImageError(_describe_missing(paths, missing))
     return GivenImages(images, targets)
@@ -87,7 +88,7 @@ def _read_file(file: Any, index: int) -> bytes:
 
 def _describe_missing(paths: dict[int, Path], missing: list[int]) -> str:
     index, path = missing[0], paths[missing[0]]
-    if path.is_dir():
+    if kind_of(path) == "a folder":
         found = sorted({file.suffix for file in path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS})
         suffixes = f"({', '.join(map(repr, found or ['.jpg']))},)"
         return (
@@ -97,6 +98,8 @@ def _describe_missing(paths: dict[int, Path], missing: list[int]) -> str:
     others = "".join(f"; image {other}: {paths[other]}" for other in missing[1:20])
     more = f"{others}{'; ...' if len(missing) > 20 else ''}. {len(missing)} files do not exist" if others else ""
     advice = "Expected the path of an image file."
+    if (there := kind_of(path)) != "nothing":
+        return f"image {index}: at {path} is {there}{more}. {advice}"
     if any(letter in str(path) for letter in "*?["):
         advice = f"It looks like a pattern: pass sorted(glob.glob({str(path)!r}))."
     elif str(path).startswith(("http:", "https:", "s3:", "gs:")):

@@ -8,6 +8,7 @@ from transferkit.compute.host_memory import host_bytes
 from transferkit.data.open import open_data
 from transferkit.data.preprocessing import Preprocessing
 from transferkit.data.sources import ArraySource
+from transferkit.errors import CacheError
 
 MEMORY_SHARE = 0.25
 """Fraction of the free host memory that the resized images may take."""
@@ -46,9 +47,12 @@ def resized(
     if memory is None or size > MEMORY_SHARE * memory["free"]:
         return None
     images, targets = [], []
-    for batch, batch_targets, _ in source.batches(32, seed=0, order=None):
-        if isinstance(batch, Tensor) and batch.is_floating_point():
-            return None
-        images.append(preprocess.resize(device.move(batch)).cpu())
-        targets.append(batch_targets)
+    try:
+        for batch, batch_targets, _ in source.batches(32, seed=None, order=None):
+            if isinstance(batch, Tensor) and batch.is_floating_point():
+                return None
+            images.append(preprocess.resize(device.move(batch)).cpu())
+            targets.append(batch_targets)
+    except CacheError:  # the data set drew random numbers for one of them
+        return None
     return torch.cat(images), torch.cat(targets)

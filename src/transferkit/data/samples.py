@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache, cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageFile
 from torch import Tensor
@@ -13,10 +15,10 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import default_loader, pil_loader
 
-from transferkit.base.randomness import generator_states, seeded
+from transferkit.base.randomness import find_generators, next_numbers, seeded, state_of
 from transferkit.data.columns import image_and_target, image_of
 from transferkit.data.images import as_image, is_encoded, open_image
-from transferkit.errors import ImageError, TransferKitError
+from transferkit.errors import CacheError, ImageError, TransferKitError
 
 Sample = tuple[Tensor, Any, int]
 """Image, target, index in the data set."""
@@ -42,24 +44,28 @@ class Samples:
         self.dataset = dataset
         self.with_targets = with_targets
 
-    def try_read(self, index: int, seed: int) -> "Sample | TransferKitError":
+    def try_read(self, index: int, seed: int | None) -> "Sample | TransferKitError":
         """Return what `read` returns, or the error it raises: raised in a worker, it would not arrive whole."""
         try:
             return self.read(index, seed)
         except TransferKitError as error:
             return error
 
-    def read(self, index: int, seed: int) -> Sample:
-        """Read a sample, with the global random generators seeded.
+    def read(self, index: int, seed: int | None) -> Sample:
+        """Read a sample, with the global random generators seeded; with None no random number may be drawn.
 
         Raises:
+            CacheError: `seed` is None, and a random number was drawn.
             ImageError: The image cannot be read or used.
             TargetError: The sample is not a pair of image and target.
         """
         truncated_pass, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
         try:
-            with seeded(seed):
+            with seeded(_SEED if seed is None else seed):
+                before = [] if seed is not None else [*map(state_of, self._generators)]
                 sample = _from_folder(self.dataset, index) or self.dataset[index]
+                if seed is None:
+                    self._check_undrawn(index, before)
             image, target = (
                 image_and_target(sample, f"sample {index}") if self.with_targets else (image_of(sample), None)
             )
@@ -81,17 +87,35 @@ class Samples:
             ImageFile.LOAD_TRUNCATED_IMAGES = truncated_pass
 
     def why_not_repeatable(self, indices: Sequence[int]) -> str | None:
-        """Read each sample under two seeds, watching the random generators; say what differed, or return None."""
+        """Read each sample twice, watching the random generators; say what differed, or return None."""
         for index in indices:
-            first, second = self.read(index, 0)[0], self.read(index, 1)[0]
-            if first.shape != second.shape or not torch.equal(first, second):
+            try:
+                first, second = self.read(index, None), self.read(index, None)
+            except CacheError as error:
+                return str(error)
+            if first[0].shape != second[0].shape or not torch.equal(first[0], second[0]):
                 return f"image {index} of the data set came out differently when it was read twice"
-            with seeded(0):
-                before = generator_states()
-                self.dataset[index]
-                if generator_states() != before:
-                    return f"the data set drew random numbers for image {index}, so its transform is random"
+            if not np.array_equal(np.asarray(first[1]), np.asarray(second[1])):
+                return f"the target of image {index} came out differently when it was read twice"
         return None
+
+    def _check_undrawn(self, index: int, before: list[object]) -> None:
+        if [*map(state_of, self._generators)] != before or next_numbers() != _undrawn():  # drawing changes the states
+            raise CacheError(f"the data set drew random numbers for image {index}, so its transform is random")
+
+    @cached_property
+    def _generators(self) -> list[Any]:
+        """Generators of random numbers that are the data set's own."""
+        return find_generators(self.dataset)
+
+
+_SEED = 0  # of samples that are to draw no random numbers
+
+
+@cache
+def _undrawn() -> tuple[float, ...]:
+    with seeded(_SEED):
+        return next_numbers()
 
 
 def evenly_spaced(count: int, indices: Tensor | None = None) -> list[int]:

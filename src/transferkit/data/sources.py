@@ -51,12 +51,12 @@ class Source(Protocol):
     def num_batches(self, batch_size: int) -> int | None:
         """Number of batches in an epoch; None if a `DataLoader` has no length."""
 
-    def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
         """Yield each image once.
 
         Args:
             batch_size: Images in a batch; a `DataLoader` has its own.
-            seed: Seeds the random transforms of a data set.
+            seed: Seeds the random transforms of a data set; None raises `CacheError` where it draws random numbers.
             order: Indices of the images, int64 `(N,)`; None keeps the order of the data set.
         """
 
@@ -112,7 +112,7 @@ class ArraySource:
     def num_batches(self, batch_size: int) -> int:
         return count_batches(self.num_images, batch_size)
 
-    def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
         for indices in _in_batches(order, self.num_images, batch_size):
             yield self.images[indices], self.targets[indices] if len(self.targets) else _NO_TARGETS, indices.tolist()
 
@@ -161,10 +161,14 @@ class DatasetSource:
     def num_batches(self, batch_size: int) -> int:
         return count_batches(self.num_images, batch_size)
 
-    def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
         batches = _in_batches(order, self.num_images, batch_size)
-        keys = [[(index, derive_seed(seed, index)) for index in batch.tolist()] for batch in batches]
-        for samples in read_in_workers(self.samples, keys, num_workers=self.num_workers, seed=seed):
+        keys = [
+            [(index, None if seed is None else derive_seed(seed, index)) for index in batch.tolist()]
+            for batch in batches
+        ]
+        workers = self.num_workers if len(batches) > 1 else 0
+        for samples in read_in_workers(self.samples, keys, num_workers=workers, seed=seed or 0):
             yield self._collate(samples)
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
@@ -189,7 +193,9 @@ class DatasetSource:
     def failures(self) -> Generator[tuple[int, dict[int, str]], None, None]:
         """Read every sample; after each batch, yield the number read so far and the failures in it, by index."""
         read = 0
-        keys = [[(index, 0) for index in batch.tolist()] for batch in _in_batches(None, self.num_images, _SCANNED)]
+        keys: list[list[tuple[int, int | None]]] = [
+            [(index, 0) for index in batch.tolist()] for batch in _in_batches(None, self.num_images, _SCANNED)
+        ]
         for batch in read_in_workers(self.samples, keys, num_workers=self.num_workers, seed=0):
             bad = {
                 read + row: str(sample).removesuffix(SKIP_HINT)
@@ -224,7 +230,7 @@ class LoaderSource:
     def num_batches(self, batch_size: int) -> int | None:
         return self.length
 
-    def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
         first = 0
         for number, batch in enumerate(_made_by(self.loader)):
             what = f"batch {number} of the DataLoader"
@@ -359,7 +365,7 @@ class SubsetSource:
     def num_batches(self, batch_size: int) -> int:
         return count_batches(self.num_images, batch_size)
 
-    def batches(self, batch_size: int, *, seed: int, order: Tensor | None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
         return self.source.batches(batch_size, seed=seed, order=self._in_source(order))
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:

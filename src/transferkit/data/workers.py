@@ -26,7 +26,7 @@ TIMEOUT_S = 300.0
 _BATCHES_AHEAD = 2  # that each worker reads before the first of them is used
 _GRACE_S = 5.0  # for a worker that was asked to end
 
-_Keys = list[tuple[int, int]]
+_Keys = list[tuple[int, int | None]]
 _Samples = list["Sample | TransferKitError"]
 
 _NO_GUARD = 113  # exit code of a worker that ran the main script as if it were the main process

@@ -37,7 +37,7 @@ CHUNK_BYTES = 2**26
 
 
 def open_folder(path: str | PathLike[str] | None) -> Path | None:
-    """Return a folder for files of features, which is made if its parent exists; None for None.
+    """Return a folder for files of features, which is made if it is missing; None for None.
 
     Raises:
         CacheError: When the folder does not exist and cannot be made.
@@ -46,8 +46,8 @@ def open_folder(path: str | PathLike[str] | None) -> Path | None:
         return None
     folder = Path(path)
     try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
+        folder.mkdir(exist_ok=True, parents=True)
+    except (OSError, ValueError) as error:
         raise CacheError(
             f"cache={str(path)!r} cannot be used: {error}. Expected a folder, or a place to make one."
         ) from error
@@ -73,21 +73,25 @@ class FeatureCache:
         """Use the features of another cache, and add to them."""
         self.chunks = other.chunks
 
-    def fill(self, inputs: Inputs, prefix: Prefix, *, num_views: int, display: Display) -> CachedFeatures:
+    def fill(self, inputs: Inputs, prefix: Prefix, *, num_views: int | None, display: Display) -> CachedFeatures:
         """Return the features of every image, after computing those that are not known.
 
         Args:
             inputs: The images; their source knows how many there are.
             prefix: What computes the features.
-            num_views: Views of each image.
+            num_views: Random views of each image; None for data that is the same each time.
             display: Shows what is done.
 
         Raises:
-            CacheError: When new features would take too much memory.
+            CacheError: When new features would take too much memory, data without views draws random numbers, or
+                targets change from view to view.
         """
-        found, targets = _Filling(self, inputs, prefix, display).run(num_views)
-        parts, rows = self._place(found)
-        return CachedFeatures(parts, rows.view(num_views, -1), self.device.move(targets), self.device)
+        filling = _Filling(self, inputs, prefix, display)
+        images, targets = filling.run(num_views)
+        chunks, parts, rows = self._place([filling.rows[len(prefix)][image] for image in images])
+        mapped = [chunk for chunk in chunks if chunk.file is not None]
+        shape = (num_views or 1, -1)
+        return CachedFeatures(parts, rows.view(shape), self.device.move(targets), self.device, images, mapped)
 
     def choose_memory(self, num_bytes: int) -> torch.device:
         """Return where so many bytes of features can lie: on the device or on the host.
@@ -115,8 +119,8 @@ class FeatureCache:
             free = self.device.memory()["free"] if place.type == "cuda" else None
         return ROOM_IF_UNKNOWN if free is None else int(MEMORY_SHARE * free)
 
-    def _place(self, found: list[tuple[Chunk, int]]) -> tuple[list[Tensor], Tensor]:
-        """Return the tensors of chunks and, for each image, its row in them laid end to end; all on one device.
+    def _place(self, found: list[tuple[Chunk, int]]) -> tuple[list[Chunk], list[Tensor], Tensor]:
+        """Return chunks, their tensors and, for each image, its row in them laid end to end; all on one device.
 
         On an accelerator with room for them the rows are put together there. On the CPU mapped files serve.
         """
@@ -136,7 +140,7 @@ class FeatureCache:
                 for chunk in chunks:
                     chunk.features = chunk.features.cpu()
         self.chunks += [chunk for chunk in chunks if chunk not in self.chunks]
-        return [chunk.features for chunk in chunks], rows
+        return chunks, [chunk.features for chunk in chunks], rows
 
 
 class _Filling:
@@ -160,6 +164,7 @@ class _Filling:
         self.chunk_images = max(1, batches) * prefix.batch_size
         self.rows: dict[int, dict[bytes, tuple[Chunk, int]]] = {}  # by number of layers, most first
         self.files: dict[int, dict[bytes, FeatureFile]] = {}
+        cache.chunks[:] = [chunk for chunk in cache.chunks if chunk.is_intact()]  # others are verified anew
         paths = [] if cache.folder is None else sorted(cache.folder.glob(f"*{SUFFIX}"))
         for path in paths:
             if "-" not in path.name:
@@ -173,26 +178,29 @@ class _Filling:
                 if path.name.startswith(prefix.digests[depth][:32]):
                     self._note(depth, path)
 
-    def run(self, num_views: int) -> tuple[list[tuple[Chunk, int]], Tensor]:
-        """Return chunk and row of each image, view after view, and the targets, on the host."""
-        total = num_views * (self.inputs.source.num_images or 0)
+    def run(self, num_views: int | None) -> tuple[list[bytes], Tensor]:
+        """Return the digests of all images, view after view, and the targets, on the host."""
+        total = (num_views or 1) * (self.inputs.source.num_images or 0)
         images: list[bytes] = []
         targets: list[Tensor] = []
         depths: list[int] = []
         with self.display.bar("features", total) as bar:
-            for view in range(num_views):
+            for view in [None] if num_views is None else range(num_views):
                 # closed at once, or a traceback that somebody holds would keep worker processes
                 with closing(self.inputs.read(self.prefix.batch_size, view=view)) as batches:
                     for batch, batch_targets in batches:
                         digests = image_digests(batch)
                         depths += self._complete(batch, digests, most=total - len(images))
                         images += digests
-                        targets += [batch_targets] if view == 0 else []
+                        targets.append(batch_targets)
                         bar.advance(len(digests))
                         self.cache.check()
         self._close()
         self.display.say(f"features of {total:,} images: {self._describe(depths)}")
-        return [self.rows[len(self.prefix)][image] for image in images], torch.cat(targets)
+        first, *others = torch.cat(targets).chunk(num_views or 1)
+        if not all(torch.equal(first, other) for other in others):
+            raise CacheError("the data set's targets change from view to view")
+        return images, first
 
     def _complete(self, batch: Images, digests: list[bytes], *, most: int) -> list[int]:
         """Compute the features that a batch lacks; return the depth behind which those of each image were known."""
@@ -237,7 +245,7 @@ class _Filling:
         if file is None:
             return False
         try:
-            chunk = Chunk(file.layers, list(file.images), file.read())
+            chunk = Chunk.of_file(file)
         except CacheError as error:
             self.display.say(f"a file of features is passed over: {error}")
             for other in file.images:
@@ -269,7 +277,8 @@ class _Filling:
         chunk.features = chunk.features[: len(chunk.images)]
         if self.folder is not None:
             try:
-                chunk.features = write_features(self.folder, chunk.layers, chunk.images, chunk.features).read()
+                file = write_features(self.folder, chunk.layers, chunk.images, chunk.features)
+                chunk.state, chunk.features, chunk.file = file.state(), file.read(), file
                 where = str(self.folder)
             except CacheError as error:
                 self.display.say(f"features are not cached in a file: {error}")

@@ -9,11 +9,13 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from transferkit.base.arrays import raw_bytes
 from transferkit.compute.device import Device
 from transferkit.data.inputs import Images
-from transferkit.features.file import DIGEST_BYTES
+from transferkit.errors import CacheError
+from transferkit.features.file import DIGEST_BYTES, FeatureFile
 
 
 def image_digests(images: Images) -> list[bytes]:
@@ -46,11 +48,30 @@ class Chunk:
         layers: What computed them: one of `Prefix.digests`.
         images: A digest of each image.
         features: `(len(images), h, w, C)`, on the device, on the host or in a mapped file.
+        file: That file.
+        state: Of the file, from before its features were verified.
     """
 
     layers: str
     images: list[bytes]
     features: Tensor
+    file: FeatureFile | None = None
+    state: tuple[int, ...] | None = None
+
+    @classmethod
+    def of_file(cls, file: FeatureFile) -> Self:
+        """Map a file and verify its features.
+
+        Raises:
+            CacheError: When it is gone or damaged.
+        """
+        state = file.state()
+        return cls(file.layers, list(file.images), file.read(), file, state)
+
+    def is_intact(self) -> bool:
+        """Return whether nobody has written to the mapped file; one that was deleted or replaced stays mapped."""
+        now = None if self.file is None else self.file.state()
+        return now is None or self.state is None or now[:2] != self.state[:2] or now == self.state
 
 
 def together(chunks: Sequence[Chunk], rows: Tensor, place: torch.device) -> Chunk:
@@ -76,12 +97,16 @@ class CachedFeatures:
         rows: int64 `(views, N)`: where each image lies in the parts laid end to end.
         targets: The targets, on the device.
         device: Where batches go.
+        images: The images' digests, view after view.
+        mapped: The chunks whose files are mapped.
     """
 
     parts: Sequence[Tensor]
     rows: Tensor
     targets: Tensor
     device: Device
+    images: Sequence[bytes] = ()
+    mapped: Sequence[Chunk] = ()
 
     @property
     def targets_of_rows(self) -> Tensor:
@@ -108,7 +133,17 @@ class CachedFeatures:
             yield features.permute(0, 3, 1, 2), batch_targets  # (N, h, w, C) in memory: no copy
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Return a copy `(len(rows), h, w, C)` of some rows, which lie on the device of the parts."""
+        """Return a copy `(len(rows), h, w, C)` of some rows, which lie on the device of the parts.
+
+        Raises:
+            CacheError: When somebody wrote to one of the mapped files.
+        """
+        if not self.is_intact():
+            changed = next(str(chunk.file.path) for chunk in self.mapped if chunk.file and not chunk.is_intact())
+            raise CacheError(
+                f"somebody wrote to {changed} while its features were used: keep the cache folder private, and run "
+                "again. Damaged features are computed anew."
+            )
         first = self.parts[0]
         pinned = self.device.torch_device.type == "cuda" and first.device.type == "cpu"  # so that nobody waits
         batch = torch.empty(len(rows), *first.shape[1:], dtype=first.dtype, device=first.device, pin_memory=pinned)
@@ -116,6 +151,16 @@ class CachedFeatures:
             return torch.index_select(first, 0, rows, out=batch)
         found = ((bisect_right(self._starts, row) - 1, row) for row in rows.tolist())
         return torch.stack([self.parts[part][row - self._starts[part]] for part, row in found], out=batch)
+
+    def is_intact(self) -> bool:
+        """Return whether nobody has written to the mapped files."""
+        return all(chunk.is_intact() for chunk in self.mapped)
+
+    def is_of(self, images: Sequence[bytes], targets: Tensor, places: Tensor, view: int) -> bool:
+        """Return whether the images at some places still have these digests and targets."""
+        first = view * self.rows.shape[1]
+        same = [self.images[first + place] for place in places.tolist()] == list(images)
+        return same and torch.equal(self.targets[places.to(self.targets.device)].cpu(), targets)
 
     @cached_property
     def _starts(self) -> list[int]:

@@ -2,16 +2,20 @@
 
 import time
 from collections.abc import Generator
+from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from transferkit.base.display import Display
+from transferkit.base.randomness import derive_seed
 from transferkit.compute.device import Device
 from transferkit.data.inputs import Inputs
-from transferkit.errors import CacheError
+from transferkit.errors import ArgumentError, CacheError, TransferKitError
 from transferkit.features.cache import FeatureCache
-from transferkit.features.chunks import CachedFeatures
+from transferkit.features.chunks import CachedFeatures, image_digests
 from transferkit.features.prefix import NOTHING_FROZEN, Prefix, pure_prefix
 from transferkit.model.head import TransferModel
 
@@ -99,11 +103,12 @@ class Feed:
             CacheError: When features cannot be cached and `mode` is True.
         """
         prefix, network, reason = self.frozen.split()
+        self._follow_preprocessing()
         view = epoch if self.num_views is None else epoch % self.num_views
         if prefix is None:
             self._refuse(reason)
             return network, self.inputs.batches(batch_size, order=order, view=view)
-        if self._prefix is not prefix:  # the first epoch, or one after the boundary or a weight changed
+        if self._prefix is not prefix or self._has_changed(epoch):  # or the boundary, a weight, a file, the data did
             self._prefix, self._features = prefix, None
             started = time.perf_counter()
             try:
@@ -135,14 +140,48 @@ class Feed:
             CacheError: When they cannot be cached.
         """
         prefix, _, reason = self.frozen.split()
+        self._follow_preprocessing()
         if prefix is None:
             raise CacheError(f"features cannot be cached: {reason}.")
         return self._fill(prefix)
 
+    def _follow_preprocessing(self) -> None:
+        """Let images be preprocessed as the model's features are, if a callback gave it another preprocessing.
+
+        Raises:
+            ArgumentError: When images are augmented and their size is another.
+        """
+        preprocess, before = self.frozen.model.backbone.preprocess, self.inputs.preprocess
+        if preprocess != before:
+            if self.inputs.transform is not None and preprocess.image_size != before.image_size:
+                raise ArgumentError(
+                    f"the image size changed from {before.image_size} to {preprocess.image_size} during a run with "
+                    "augment, which was made for the old one: change it between two calls of fit."
+                )
+            self.inputs = replace(self.inputs, preprocess=preprocess)
+
+    def _has_changed(self, epoch: int) -> bool:
+        """Return whether a file of cached features changed, or one of two images, others in each epoch, or its target.
+
+        A callback may change a data set during a run. All images are read again then.
+        """
+        features = self._features
+        if features is None or not features.is_intact():
+            return features is not None
+        view = None if self.num_views is None else epoch % self.num_views
+        count = features.rows.shape[1]
+        places = torch.tensor(sorted({derive_seed("checked", epoch, part) % count for part in range(2)}))
+        try:
+            with closing(self.inputs.read(len(places), order=places, view=view)) as batches:
+                images, targets = next(batches)
+        except TransferKitError:
+            return True
+        return not features.is_of(image_digests(images), targets, places, view or 0)
+
     def _fill(self, prefix: Prefix) -> CachedFeatures:
         if self._unrepeatable:
             raise CacheError(self._unrepeatable)
-        return self.cache.fill(self.inputs, prefix, num_views=self.num_views or 1, display=self.display)
+        return self.cache.fill(self.inputs, prefix, num_views=self.num_views, display=self.display)
 
     @cached_property
     def _unrepeatable(self) -> str | None:

@@ -160,7 +160,9 @@ class Prefix:
 
 def _is_intercepted(module: nn.Module) -> bool:
     """Return whether calling a module does more than run the `forward` of its class."""
-    return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
+    every = nn.modules.module  # hooks for all modules
+    hooked = any(getattr(module, hooks) or getattr(every, f"_global{hooks}") for hooks in _HOOKS)
+    return hooked or "forward" in module.__dict__
 
 
 def _cast(layer: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -14,6 +14,7 @@ from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 from transferkit.base.arguments import one_of, square
 from transferkit.base.arrays import digest_tensors
 from transferkit.base.calls import explain_missing, explained
+from transferkit.base.files import kind_of
 from transferkit.base.surroundings import own_surroundings
 from transferkit.data.preprocessing import CONVENTIONS, Preprocessing, find_convention
 from transferkit.errors import ArgumentError, ImageError, PreprocessingError, close_matches
@@ -229,7 +230,7 @@ def _find_weights(weights: object, name: str) -> object:
             f"weights={weights} are for another network: expected one of {', '.join(map(str, known))} for "
             f"name={name!r}."
         )
-    if isinstance(weights, str) and not Path(weights).exists() and not Path(weights).suffix:
+    if isinstance(weights, str) and kind_of(weights) == "nothing" and not Path(weights).suffix:
         raise ArgumentError(
             f"weights={weights!r} is neither a file nor a name of weights for {name}. "
             f"{close_matches(weights, known.__members__)} Or pass the path of a state dict, a state dict, or None "

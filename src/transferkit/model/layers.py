@@ -1,7 +1,7 @@
-"""The layers of a model in a row, and the pooled features of several of them."""
+"""The layers of a model in a row, the pooled features of several of them, and what layers are."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -133,3 +133,48 @@ def _separate(inputs: Tensor, pooled: int) -> tuple[Tensor, list[Tensor]]:
     channels_last = inputs.is_contiguous(memory_format=torch.channels_last)
     order = torch.channels_last if channels_last else torch.contiguous_format
     return inputs[:, :, :-rows].contiguous(memory_format=order), [numbers[:, :, None, None]]
+
+
+_SHAPES = {"in_channels", "out_channels", "in_features", "out_features", "num_features", "inplace"}
+
+
+def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the type of each module by name, and the settings of torch's own that its weights' shapes do not tell.
+
+    Example:
+        >>> structure(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
+        {'': {'type': 'Sequential'}, '0': {'type': 'Linear'}, '1': {'type': 'Dropout', 'p': 0.5}}
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        settings = vars(module) if type(module).__module__.startswith("torch.nn.modules.") else {}
+        found[name] = {"type": type(module).__name__} | {
+            key: value
+            for key, value in settings.items()
+            if not key.startswith("_") and key != "training" and key not in _SHAPES and _is_plain(value)
+        }
+    return found
+
+
+def unlike(live: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say in which modules and settings two structures differ; a setting that one of them lacks does not count.
+
+    Example:
+        >>> unlike(structure(nn.ReLU()), structure(nn.Sigmoid())), unlike(structure(nn.GELU()), structure(nn.GELU()))
+        (['the model is a ReLU instead of a Sigmoid'], [])
+    """
+    faults = [f"{name} is in one of them alone" for name in [*live, *other] if (name in live) != (name in other)]
+    for name, settings in live.items():
+        expected, what = other.get(name, settings), name or "the model"
+        if settings["type"] != expected.get("type"):
+            faults.append(f"{what} is a {settings['type']} instead of a {expected.get('type')}")
+        else:
+            changed = [key for key in settings if key in expected and settings[key] != expected[key]]
+            faults += [f"{what}.{key} is {settings[key]!r} instead of {expected[key]!r}" for key in changed]
+    return faults
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)

@@ -6,6 +6,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -13,9 +14,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from transferkit.base.files import atomic_write
+from transferkit.base.files import atomic_write, kind_of, open_file
 from transferkit.base.torch_files import is_ordinary, read_torch_file
-from transferkit.errors import WeightsDownloadError, WeightsError
+from transferkit.errors import WeightsDownloadError, WeightsError, printable
 
 TIMEOUT_S = 30.0
 _CHUNK_BYTES = 1 << 20
@@ -63,13 +64,14 @@ def is_published(path: Path) -> bool:
         WeightsError: The file exists and cannot be read.
     """
     expected = _expected_sha256(path.name)
-    return expected is not None and path.is_file() and _read_sha256(path).startswith(expected)
+    return expected is not None and kind_of(path) == "a file" and _read_sha256(path).startswith(expected)
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a file of tensors by name, as `torch.save(model.state_dict(), path)` writes it.
 
-    The checksum of every part is verified first, no code in the file runs, and nothing is downloaded. Tensors are
+    The checksum of every part is verified first, no code in the file runs, and nothing is downloaded. A file in the
+    format of torch before 1.6 has no checksums: that gives a warning, unless its name holds its SHA-256. Tensors are
     mapped, not copied: the 500 MB of an unused classifier take no memory.
 
     Raises:
@@ -78,16 +80,25 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = Path(path)
     check_is_file(path)
     try:
-        content = read_torch_file(path, mmap=True, legacy=True)
+        content = read_torch_file(path, mmap=True, legacy=lambda: _warn_of_old_format(path))
     except ValueError as error:
         raise WeightsError(
             f"cannot read weights from {path} ({path.stat().st_size} bytes): {error}. Expected a file written by "
-            "torch.save(model.state_dict(), path), holding tensors only. If it was downloaded, delete it and "
+            "torch.save(model.state_dict(), path), holding tensors only. If it is a damaged download, delete it and "
             "download it again."
         ) from error
     except (OSError, MemoryError) as error:
         raise WeightsError(f"cannot read weights from {path}: {error}. The file may be good.") from error
     return checked_state_dict(content, origin=str(path))
+
+
+def _warn_of_old_format(path: Path) -> None:
+    if not is_published(path):
+        warnings.warn(
+            f"{printable(str(path))} has the format of torch before 1.6, which has no checksums: damage would not be "
+            "noticed. Save it anew: torch.save(torch.load(path, weights_only=True), path).",
+            stacklevel=5,
+        )
 
 
 def check_is_file(path: Path) -> None:
@@ -96,9 +107,9 @@ def check_is_file(path: Path) -> None:
     Raises:
         WeightsError: It is a folder, or nothing is there.
     """
-    if not path.is_file():
+    if (found := kind_of(path)) != "a file":
         raise WeightsError(
-            f"no weight file at {path}: got {'a folder' if path.is_dir() else 'nothing'}, expected a file written by "
+            f"no weight file at {path}: got {found}, expected a file written by "
             "torch.save(model.state_dict(), path). Weights by name are e.g. weights='IMAGENET1K_V1'."
         )
 
@@ -208,14 +219,13 @@ def _read_sha256(path: Path) -> str:
         return _sha256(path)
     except OSError as error:
         raise WeightsError(
-            f"{path} exists and cannot be read: {error}. Expected a weight file: correct its permissions, or delete it "
-            "and download it again."
+            f"{path} exists and cannot be read: {error}. The file may be good: correct its permissions."
         ) from error
 
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from transferkit.base.arguments import fraction, whole_number
 from transferkit.data.open import open_data
 from transferkit.data.sources import Source
 from transferkit.data.targets import class_indices
-from transferkit.errors import ArgumentError
+from transferkit.errors import ArgumentError, printable
 from transferkit.results.calibration import expected_calibration_error
 from transferkit.results.figures import open_axes
 
@@ -249,11 +249,12 @@ class Assessment:
         return worst
 
     def __str__(self) -> str:
-        width = max(5, *map(len, self.classes))
+        names = [printable(name) for name in self.classes]
+        width = max(5, *map(len, names))
         lines = [self._first_line(), f"{'class':{width}}  precision  recall      f1  images"]
         lines += [
-            f"{row.name:{width}}  {row.precision:9.4f}  {row.recall:6.4f}  {row.f1:6.4f}  {row.support:6}"
-            for row in self.per_class()
+            f"{name:{width}}  {row.precision:9.4f}  {row.recall:6.4f}  {row.f1:6.4f}  {row.support:6}"
+            for name, row in zip(names, self.per_class(), strict=True)
         ]
         return "\n".join(lines)
 

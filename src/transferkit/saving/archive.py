@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transferkit.base.files import atomic_write
+from transferkit.base.files import atomic_write, kind_of
 from transferkit.base.torch_files import check_archive, is_ordinary, read_torch_file
-from transferkit.errors import CheckpointError, CheckpointTypeError, CheckpointWriteError
+from transferkit.errors import CheckpointError, CheckpointTypeError, CheckpointWriteError, printable
 
-FORMAT = 4
+FORMAT = 5
 
 VERSIONS = {package: version(package) for package in ("transferkit", "torch", "torchvision")}
 
@@ -40,14 +40,11 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> 
     tensors = check_plain(state, CheckpointTypeError)
     versions = [tensor._version for tensor in tensors]
     try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder, expected the name of a file")
         _check_room(path.parent, sum(tensor.untyped_storage().nbytes() for tensor in tensors))
         with atomic_write(path) as file:
             torch.save({"format": FORMAT, "versions": VERSIONS, **state}, file)
             _check_unchanged(tensors, versions)
-            file.flush()
-            check_archive(Path(file.name))
+            check_archive(file)
     except (OSError, RuntimeError, ValueError) as error:  # torch raises RuntimeError where the disk is full
         raise CheckpointWriteError(
             f"cannot write a checkpoint to {path}: {error}. An earlier file there is unchanged. Expected a folder "
@@ -62,8 +59,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: The file is missing, cannot be read, is damaged, or is not a checkpoint of this format.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: expected a file that Trainer.save wrote.")
+    if (found := kind_of(path)) != "a file":
+        raise CheckpointError(f"no checkpoint at {path}: got {found}, expected a file that Trainer.save wrote.")
     try:
         state = read_torch_file(path)
     except ValueError as error:
@@ -74,9 +71,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     except (OSError, MemoryError) as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error}. The file may be good.") from error
-    found = state.get("format", "none") if isinstance(state, dict) else "none"
-    if type(found) is not int or found != FORMAT:
-        raise CheckpointError(f"{path} {_other_format(state, found)}")
+    form = state.get("format", "none") if isinstance(state, dict) else "none"
+    if type(form) is not int or form != FORMAT:
+        raise CheckpointError(f"{path} {_other_format(state, form)}")
     check_plain(state, CheckpointError)
     return state  # type: ignore[return-value]
 
@@ -88,7 +85,7 @@ def shown(value: object) -> str:
         >>> shown("vgg16"), shown([[0] * 100] * 100)[:30]
         ('vgg16', '[[0, 0, 0, 0, 0, 0, ...], [0, ')
     """
-    return value if isinstance(value, str) and len(value) < 80 else reprlib.repr(value)
+    return printable(value) if isinstance(value, str) and len(value) < 80 else reprlib.repr(value)
 
 
 def _other_format(state: object, found: object) -> str:
@@ -168,6 +165,21 @@ def check_parts(state: object, parts: Any, *, origin: str, place: str = "") -> N
     elif isinstance(parts, list):
         for number, item in enumerate(state):
             check_parts(item, parts[0], origin=origin, place=f"{prefix}{number}")
+
+
+def check_ranges(state: Mapping[str, Any], ranges: Mapping[str, tuple[float, float]], *, origin: str) -> None:
+    """Check that numbers of a state lie in a range, its ends included; None, and what is no number, passes.
+
+    Raises:
+        CheckpointError: One does not, or is not a number (NaN). The message names it.
+
+    Example:
+        >>> check_ranges({"epoch": 3, "size": None}, {"epoch": (0, 10), "size": (1, 10)}, origin="run.pt")
+    """
+    for name, (least, most) in ranges.items():
+        value = state.get(name)
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise CheckpointError(f"{origin} has {name} {shown(value)}: expected {least:g} to {most:g}.")
 
 
 def check_items(values: Iterable[object], kind: type, place: str) -> None:

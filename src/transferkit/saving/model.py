@@ -1,5 +1,6 @@
 """A model as plain types and tensors, and back."""
 
+import copy
 import hashlib
 import math
 import os
@@ -10,16 +11,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.vgg import make_layers
 
 from transferkit.base.arrays import digest_tensors
 from transferkit.base.calls import explained
 from transferkit.base.surroundings import own_surroundings
 from transferkit.data.classes import numbered
 from transferkit.data.preprocessing import GEOMETRIES, Preprocessing
-from transferkit.errors import ArgumentError, CheckpointError, HeadMismatchError, TransferKitError
+from transferkit.errors import (
+    ArgumentError,
+    CheckpointError,
+    CheckpointTypeError,
+    HeadMismatchError,
+    TransferKitError,
+)
 from transferkit.model.backbone import MIN_IMAGE_SIZE, Backbone, load_backbone
 from transferkit.model.freezing import find_boundary, first_trainable, freeze_until, trainable_state
 from transferkit.model.head import FLATTEN, POOLING, TransferModel, attach_head, build_head, find_pools
+from transferkit.model.layers import structure, unlike
 from transferkit.model.novelty import Novelty
 from transferkit.model.weights import differences
 from transferkit.saving.archive import check_no_tensors, check_parts, read_checkpoint, shown, write_checkpoint
@@ -38,6 +47,7 @@ PARTS: dict[str, Any] = {
     "head": (dict, type(None)),
     "threshold": (float, type(None)),
     "temperature": (float,),
+    "structure": {str: {str: (bool, int, float, str, tuple, list, type(None))}},
     "first_trainable": (str, type(None)),
     "frozen": [(str,)],
     "weights": {str: (Tensor,)},
@@ -58,6 +68,7 @@ def model_state(model: TransferModel) -> dict[str, Any]:
         "head": model.head_arguments,
         "threshold": model.threshold,
         "temperature": model.temperature,
+        "structure": structure(model),
         "first_trainable": first_trainable(model),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "weights": dict(model.state_dict()),
@@ -116,6 +127,57 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
         wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in state["weights"])
         cause = "A wrapper put a prefix before its names: remove it." if wrapped else "Was its head built otherwise?"
         raise CheckpointError(f"the checkpoint's weights do not fit the model: {faults}. {cause}")
+    if changed := unlike(structure(model), state["structure"]):
+        raise CheckpointError(
+            f"the checkpoint's layers are not the model's, where {shown('; '.join(changed[:5]))}: expected the same."
+        )
+
+
+def check_loadable(model: object) -> None:
+    """Refuse a model that `load_model` could not build again from its file, before it is written.
+
+    Raises:
+        CheckpointTypeError: The model is a wrapper or a subclass; a layer of its backbone or of the head that
+            `attach_head` built was replaced, changed, compiled, pruned or parametrized, or has a `forward` of its own;
+            or weights are not float32.
+    """
+    if not isinstance(model, TransferModel) or type(model) is not TransferModel:
+        inside = [name for name in ("module", "_orig_mod") if isinstance(getattr(model, name, None), TransferModel)]
+        advice = f"Pass what it wraps: model.{inside[0]}." if inside else "Build one with attach_head."
+        raise CheckpointTypeError(f"the model is a {type(model).__name__}: expected a TransferModel. {advice}")
+    with torch.device("meta"):
+        known = {type(layer): layer for layer in make_layers([1, "M"], batch_norm=True)}
+        layers = [copy.deepcopy(known.get(type(layer), nn.Identity())) for layer in model.backbone.features]
+        expected: list[tuple[str, nn.Module, nn.Module]] = [
+            ("backbone.features.", model.backbone.features, nn.Sequential(*layers))
+        ]
+        pools = model.pools
+        if model.head_arguments is not None:
+            arguments = dict(model.head_arguments)
+            pools = find_pools(model.backbone, model.layers or None, arguments.pop("pooling"))
+            head = build_head(model.backbone, pools, len(model.classes), **arguments)
+            expected.append(("head.", model.head, head))
+    faults = [] if pools == model.pools else [f"it pools {model.pools} instead of {pools}"]
+    faults += [f"{name} has a forward of its own" for name, part in model.named_modules() if "forward" in vars(part)]
+    for place, live, reference in expected:
+        names = live.state_dict().keys() ^ reference.state_dict().keys()
+        faults += [f"{place}{name} is in one of them alone" for name in sorted(names)]
+        faults += [f"{place}{fault}" for fault in unlike(structure(live), structure(reference))]
+    weights = {name: value.dtype for name, value in model.state_dict().items() if value.is_floating_point()}
+    faults += [f"{name} is {dtype}" for name, dtype in weights.items() if dtype != torch.float32]
+    if faults:
+        advice = next((text for cause, text in _ADVICE.items() if any(cause in fault for fault in faults)), "")
+        raise CheckpointTypeError(f"load_model could not build this model again: {'; '.join(faults[:3])}. {advice}")
+
+
+_ADVICE = {
+    "_orig_mod": "Save the model that was compiled.",
+    "_mask": "Make the pruning permanent: torch.nn.utils.prune.remove(layer, 'weight').",
+    "parametrizations": "First: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight').",
+    "_orig": "First take the normalisation off: torch.nn.utils.remove_spectral_norm(layer).",
+    "is torch.": "Convert it: model.float().",
+    "": "Layers of your own go into attach_head(head=...). A Checkpoint saves any model, to resume its run.",
+}
 
 
 def _pooling(layers: list[str], head: Mapping[str, Any] | None) -> Any:
@@ -124,7 +186,9 @@ def _pooling(layers: list[str], head: Mapping[str, Any] | None) -> Any:
 
 
 def _check_description(state: Mapping[str, Any]) -> None:
-    check_no_tensors([state["preprocessing"], state["head"]], "model/preprocessing or model/head")
+    described = [state["preprocessing"], state["head"], state["structure"]]
+    check_no_tensors(described, "model/preprocessing, model/head or model/structure")
+    _check_preprocessing(state["preprocessing"])
     if state["threshold"] is not None and not 0 < state["threshold"] < 1:
         raise CheckpointError(
             f"the checkpoint has the threshold {state['threshold']}: expected one above 0 and below 1."
@@ -143,6 +207,17 @@ def _check_description(state: Mapping[str, Any]) -> None:
         )
     if len(state["classes"]) < 2:
         raise CheckpointError(f"the checkpoint has {len(state['classes'])} classes: expected 2 or more.")
+
+
+def _check_preprocessing(state: Mapping[str, Any]) -> None:
+    means, stds, channels = (state.get(name, ()) for name in ("mean", "std", "channels"))
+    usable = all(isinstance(part, tuple) and len(part) == 3 for part in (means, stds, channels))
+    usable = usable and all(type(number) is float and math.isfinite(number) for number in (*means, *stds))
+    if not usable or min(stds) <= 0 or sorted(map(str, channels)) != [*"012"]:
+        raise CheckpointError(
+            f"the checkpoint has the preprocessing {shown(dict(state))}: expected three finite means, three standard "
+            "deviations above 0 and an order of three channels."
+        )
 
 
 def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
@@ -226,6 +301,8 @@ def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bo
             `load_model` must then be given a backbone that has them, and compares their SHA-256.
 
     Raises:
+        CheckpointTypeError: `load_model` could not build the model again: it is wrapped, or a layer was exchanged,
+            changed, pruned, parametrized or converted to another dtype.
         CheckpointWriteError: The folder is missing, read-only or full.
 
     Example:
@@ -236,6 +313,7 @@ def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bo
         >>> load_model(path, backbone=model.backbone).classes
         ('cat', 'dog')
     """
+    check_loadable(model)
     state = model_state(model)
     write_checkpoint(path, {"model": state if frozen else leave_out_frozen(state, model)[0]})
 

@@ -1,5 +1,8 @@
 """An optimizer's state by parameter name, so that neither order nor numbering of parameters matters."""
 
+import inspect
+import math
+import sys
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from transferkit.errors import CheckpointError
-from transferkit.saving.archive import check_parts
+from transferkit.saving.archive import check_parts, check_ranges, shown
 
 PARTS: dict[str, Any] = {"class": (str,), "groups": [(dict,)], "state": {str: (dict,)}}
 
@@ -39,14 +42,60 @@ def check_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping
     unknown = dict(state["state"])
     for number, (group, saved) in enumerate(zip(optimizer.param_groups, state["groups"], strict=True)):
         _check_values(f"group {number}", {key: value for key, value in group.items() if key != "params"}, saved)
+        rates = dict.fromkeys(("lr", "base_lr", "scheduled_lr"), (0, sys.float_info.max))
+        check_ranges(saved, rates, origin="the checkpoint's optimizer")
+        if from_torch:
+            _check_settings(type(optimizer), f"group {number}", saved)
         for parameter in group["params"]:
             values = unknown.pop(names[id(parameter)], None)
             if values is not None and from_torch:
                 _check_values(names[id(parameter)], _state_after_a_step(optimizer, group, parameter), values)
+                _check_numbers(names[id(parameter)], values)
     if unknown:
         raise CheckpointError(
             f"the checkpoint's optimizer has state for {next(iter(unknown))!r}, which the model does not have."
         )
+
+
+def _check_settings(kind: type[Optimizer], place: str, saved: Mapping[str, Any]) -> None:
+    """Let an optimizer's class judge saved settings, as when it is built, and refuse what is not finite."""
+    known = inspect.signature(kind.__init__).parameters
+    numbers = [part for value in saved.values() for part in (value if isinstance(value, tuple | list) else [value])]
+    try:
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, Real | Tensor)):
+            raise ValueError("a number is infinite or NaN")  # noqa: TRY301
+        settings = {key: value for key, value in saved.items() if key in known}
+        kind([nn.Parameter(torch.zeros(2, 3))], **settings)
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint's optimizer has settings for {place} that it cannot work with: {error}. Got "
+            f"{shown(dict(saved))}."
+        ) from error
+
+
+_NOT_NEGATIVE = {
+    "step",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_inf",
+    "square_avg",
+    "acc_delta",
+    "sum",
+    "step_size",
+    "eta",
+}
+
+
+def _check_numbers(name: str, values: Mapping[str, Any]) -> None:
+    """Refuse moments that are not finite, and second moments or counts below 0, of which the next step makes NaN."""
+    for key, value in values.items():
+        if isinstance(value, Tensor) and value.numel() and value.is_floating_point():
+            least, most = (float(end) for end in value.detach().aminmax())
+            if not (-math.inf < least and most < math.inf and (least >= 0 or key not in _NOT_NEGATIVE)):
+                raise CheckpointError(
+                    f"the checkpoint's optimizer has numbers from {least:g} to {most:g} as {key} of {name}: expected "
+                    f"finite ones{' of 0 or more' if key in _NOT_NEGATIVE else ''}."
+                )
 
 
 def _state_after_a_step(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class CallbackList:
     - `validating(trainer)`, a context manager around validation and the choice of the best weights.
     - `on_stop(trainer)`, called when something ends the run early between two steps; returns the path it saved to.
     - `after_run()`, called at the very end of a run that nothing interrupted.
+    - `release()`, called when `fit` ends, whatever ended it.
     - `state()`, tensors by name that a checkpoint holds for it, and `load(state, live)`, which gets them and the
       model's weights when the run is resumed.
 
@@ -97,6 +98,15 @@ class CallbackList:
         """Let each raise what it kept to itself during the run."""
         for callback in self._having("after_run"):
             callback.after_run()
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Let each release what it holds, whatever ends the block."""
+        try:
+            yield
+        finally:
+            for callback in self._having("release"):
+                callback.release()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return what a checkpoint holds for each callback that has a state, by its settings."""

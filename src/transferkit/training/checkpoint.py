@@ -3,11 +3,13 @@
 import os
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from transferkit.base.arguments import whole_number
 from transferkit.base.calls import explained
+from transferkit.base.files import kind_of, lock_folder
 from transferkit.errors import (
     ArgumentError,
     CheckpointError,
@@ -42,7 +44,7 @@ class Checkpoint:
     new one has been verified. A save that fails gives a warning. If no later save succeeds, `fit` ends with the error.
 
     Args:
-        folder: Created, with those around it, if it does not exist.
+        folder: Created with its parents if it is missing. One run at a time saves to it.
         every_epochs: Number of epochs between two saves.
         every_steps: Number of steps between two further saves. `None` saves after epochs only.
         keep_last: Number of checkpoints that stay in the folder, 1 or more.
@@ -75,11 +77,13 @@ class Checkpoint:
         self.keep_last = whole_number("keep_last", keep_last)
         self.failure: TransferKitError | None = None
         self._frozen_written: set[Path] = set()
+        self._known: set[Path] | None = None  # states that this run wrote or began with
+        self._lock: BinaryIO | None = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+            self.folder.mkdir(exist_ok=True, parents=True)
+        except (OSError, ValueError) as error:
             raise CheckpointWriteError(
-                f"checkpoints cannot be kept in {folder}: {error}. Expected a folder, or a name for a new one."
+                f"checkpoints cannot be kept in {folder}: {error}. Expected a folder, or a name for one."
             ) from error
 
     def __call__(self, trainer: Resumable, report: EpochReport) -> None:
@@ -108,8 +112,15 @@ class Checkpoint:
 
         Raises:
             CheckpointTypeError: The state holds something other than plain types and tensors. Nothing was written.
-            CheckpointWriteError: The folder is read-only or full. Nothing was removed.
+            CheckpointWriteError: The folder is read-only or full, or another run saves to it, too. Nothing was removed.
         """
+        states = self._states()
+        self._known = set(states) if self._known is None else self._known
+        if foreign := [state for state in states if state not in self._known]:
+            raise CheckpointWriteError(
+                f"{self.folder} holds {foreign[-1].name}, which another run wrote meanwhile. Nothing was written: give "
+                "each run a folder of its own."
+            )
         state = trainer.state_dict()
         check_plain(state, CheckpointTypeError)
         model, frozen = leave_out_frozen(state["model"], trainer.model)
@@ -120,11 +131,19 @@ class Checkpoint:
                 self._frozen_written.add(path)
         path = self.folder / f"step-{trainer.global_step:08d}.pt"
         write_checkpoint(path, {**state, "model": model})
-        states = steps_in(self.folder)
+        self._known.add(path)
+        states = self._states()
         end = states.index(path) + 1  # later ones are of a run that was then resumed from an earlier checkpoint
         for other in states[: max(0, end - self.keep_last)] + states[end:]:
-            other.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder of that name; the new state is written
+                other.unlink()
+                self._known.discard(other)
         return path
+
+    def _states(self) -> list[Path]:
+        with suppress(CheckpointError):  # writing says what is wrong; a folder that may not be listed will do
+            return steps_in(self.folder)
+        return []
 
     def on_stop(self, trainer: Resumable) -> Path | None:
         """Save a run that something ends early; return the file's path, None if that failed."""
@@ -143,31 +162,57 @@ class Checkpoint:
             resumed_from: The checkpoint that the run resumes, whose folder may hold later states of the same run.
 
         Raises:
-            ArgumentError: When another run's states are in the folder.
+            ArgumentError: When another run's states are in the folder, or another process saves to it.
         """
+        self.release()
+        try:
+            self._lock = lock_folder(self.folder)
+        except BlockingIOError as error:
+            raise ArgumentError(
+                f"another process saves its run to {self.folder}: wait until it ends, or name another folder."
+            ) from error
+        states = self._states()
+        self._known = set(states)
         if resumed_from is not None and self.folder.resolve() == resumed_from.parent.resolve():
             return
-        states = steps_in(self.folder)
         if states and _step(states[-1]) > global_step:
             raise ArgumentError(
                 f"{self.folder} holds the checkpoints of another run, up to {states[-1].name}: continue that run, "
                 f"fit(resume_from={str(self.folder)!r}), or name another folder."
             )
 
+    def release(self) -> None:
+        """Let other processes save to the folder."""
+        if self._lock is not None:
+            with suppress(OSError):
+                Path(self._lock.name).unlink()
+            self._lock.close()
+        self._lock = None
+
 
 def steps_in(folder: Path) -> list[Path]:
-    """Return the paths of the checkpoints in a folder, the newest last."""
-    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_step)
+    """Return the paths of the checkpoints in a folder, the newest last.
+
+    Raises:
+        CheckpointError: The folder is gone or cannot be read.
+    """
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"the folder cannot be read: {error}.") from error
+    return sorted((path for path in paths if _NAME.fullmatch(path.name)), key=_step)
 
 
 def read_newest(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
     """Read a checkpoint, or the newest in a folder; return its path and state, or `None` if the folder has none yet.
 
+    A run may save to the folder meanwhile, and remove what it was about to read: then a newer one is read.
+
     Raises:
         CheckpointError: The file is missing or cannot be used. In a folder, the message names the newest good one.
     """
     path = Path(path)
-    if not path.is_dir():
+    if kind_of(path) != "a folder":
         return path, read_checkpoint(path)
     states = steps_in(path)
     if not states:
@@ -175,6 +220,8 @@ def read_newest(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | N
     try:
         return states[-1], read_checkpoint(states[-1])
     except CheckpointError as error:
+        if kind_of(states[-1]) == "nothing":
+            return read_newest(path)
         good = next((str(older) for older in reversed(states[:-1]) if _is_good(older)), None)
         remedy = "There is no other." if good is None else f"The newest good one is {good}: pass resume_from={good!r}."
         raise CheckpointError(f"{error} {remedy}") from error

@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from transferkit.base.calls import explained
-from transferkit.base.files import atomic_write
+from transferkit.base.files import atomic_write, kind_of, open_file
 from transferkit.errors import ArgumentError, MissingPackageError
 from transferkit.results.history import EpochReport, History
 
@@ -22,10 +23,10 @@ COLUMNS = tuple(field.name for field in fields(EpochReport))
 
 @contextmanager
 def going_on(what: str, path: Path) -> Iterator[None]:
-    """Turn an error of the file system inside into a warning: a line of a log that is lost ends no run."""
+    """Turn an error of a log's file inside into a warning: a line of a log that is lost ends no run."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ArgumentError) as error:
         warnings.warn(f"{what} could not write {path}, and the run goes on: {error}", stacklevel=3)
 
 
@@ -33,15 +34,16 @@ def going_on(what: str, path: Path) -> Iterator[None]:
 class CSVLogger:
     """A callback that writes a file with one line for each epoch: `epoch,loss,accuracy,lr,epoch_s,val_loss,...`.
 
-    The file is replaced as a whole after each epoch; where that fails, a warning says so and the run goes on. Lines of
-    earlier epochs of the same trainer stay; the file of a resumed run has every epoch once. Metrics and figures that
-    callbacks add have columns at the end.
+    The file is replaced as a whole after each epoch. Lines of earlier epochs of the same trainer stay; the file of a
+    resumed run has every epoch once. The file of another run is renamed first, to `log.1.csv`, `log.2.csv`, ..., with a
+    warning. Metrics and figures that callbacks add have columns at the end. A full disk gives a warning: the run goes
+    on, and the next epoch writes all lines.
 
     Args:
-        path: Of the file.
+        path: Of the file; missing folders are made.
 
     Raises:
-        ArgumentError: When a run starts, if the file is not one that CSVLogger wrote or its folder cannot be made.
+        ArgumentError: When a run starts, if the file is not one that CSVLogger wrote or cannot be written there.
 
     Example:
         >>> import tempfile
@@ -64,27 +66,45 @@ class CSVLogger:
         """Refuse a file that cannot be written or is no log, before the first step."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ArgumentError(f"CSVLogger cannot write {self.path}: {error}. Name another file.") from error
+        if not os.access(self.path.parent, os.W_OK):
+            raise ArgumentError(f"CSVLogger cannot write {self.path}: its folder is read-only. Name another file.")
         self._read()
 
     def __call__(self, trainer: Any, report: EpochReport) -> None:
         reports = (trainer.history or History()).reports
-        rows = [row for row in self._read() if int(row["epoch"]) < reports[0].epoch]
-        text = io.StringIO(newline="")
-        rows += [vars(one) for one in reports]
-        columns = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
-        writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        with going_on("CSVLogger", self.path), atomic_write(self.path) as file:
-            file.write(text.getvalue().encode())
+        with going_on("CSVLogger", self.path):
+            rows = self._earlier_rows(reports)
+            rows += [vars(one) for one in reports]
+            text = io.StringIO(newline="")
+            columns = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
+            writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            with atomic_write(self.path) as file:
+                file.write(text.getvalue().encode())
+
+    def _earlier_rows(self, reports: list[EpochReport]) -> list[dict[str, Any]]:
+        """Return the lines of the trainer's epochs before this run, after moving the file of another run away."""
+        rows, first = self._read(), reports[0]
+        later = [row for row in rows if int(row["epoch"]) >= first.epoch]
+        same = {name: "" if value is None else str(value) for name, value in vars(first).items()}
+        if later and any(later[0].get(name) != same[name] for name in COLUMNS):
+            names = (self.path.with_name(f"{self.path.stem}.{number}{self.path.suffix}") for number in count(1))
+            free = next(name for name in names if kind_of(name) == "nothing")
+            self.path.rename(free)
+            warnings.warn(f"{self.path} was the log of another run: it is now {free}.", stacklevel=3)
+            return []
+        return [row for row in rows if int(row["epoch"]) < first.epoch]
 
     def _read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
+        found = kind_of(self.path)
+        if found == "nothing":
             return []
         try:
-            reader = csv.DictReader(self.path.read_text().splitlines(), strict=True)
+            with open_file(self.path) as file:
+                reader = csv.DictReader(file.read().decode().splitlines(), strict=True)
             rows = list(reader)
             ours = tuple(reader.fieldnames or COLUMNS)[: len(COLUMNS)] == COLUMNS  # an empty file will do
             ours = ours and all(None not in row and str(row["epoch"]).isdigit() for row in rows)

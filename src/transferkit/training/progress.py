@@ -11,7 +11,7 @@ from transferkit.errors import CheckpointError, DataChangedError
 from transferkit.model.freezing import trainable_state
 from transferkit.model.weights import differences
 from transferkit.results.history import EpochReport, History
-from transferkit.saving.archive import check_items, check_no_tensors, check_parts, shown
+from transferkit.saving.archive import check_items, check_no_tensors, check_parts, check_ranges, shown
 from transferkit.training.callback_list import CallbackList
 from transferkit.training.metrics import Sums
 from transferkit.training.step import Step
@@ -209,6 +209,8 @@ def check_progress(
     check_parts({"run": state}, {"run": PARTS}, origin=origin)
     run: Mapping[str, Any] = state  # type: ignore[assignment]
     check_no_tensors(run["facts"], "run/facts")
+    counts = ("first_step", "first_epoch", "batches", "skipped", "skipped_before")
+    check_ranges(run, dict.fromkeys(counts, (0, 2**63 - 1)), origin=f"the run of {origin}")
     for name in [*facts, *(name for name in run["facts"] if name not in facts)]:
         saved, value = run["facts"].get(name), facts.get(name)
         if saved == value or name in but:
@@ -229,6 +231,7 @@ def check_progress(
         raise CheckpointError(f"{origin} holds best weights that do not fit the model: {faults}.")
     sums = {"loss": (Tensor,), "correct": (Tensor,), "count": (int,), "outputs": (list,)}
     check_parts(run, {"sums": sums}, origin=f"run of {origin}")
+    check_ranges(run["sums"], {"count": (0, 2**63 - 1)}, origin=f"the run of {origin}")
     check_items(run["reports"], dict, "run/reports")
     usable = all(set(EpochReport.__dataclass_fields__) <= set(report) for report in run["reports"])
     usable &= all(isinstance(value, _FIGURE) for report in run["reports"] for value in report.values())

@@ -1,12 +1,12 @@
 """A trainer's state in a checkpoint: compared before anything is assigned, then assigned."""
 
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 
 from transferkit.base.display import Display
@@ -39,6 +39,8 @@ PARTS: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 
+COUNTS = (0, 2**63 - 1)
+RANGES = {"epoch": COUNTS, "global_step": COUNTS, "seed": COUNTS, "micro_batch_size": (1, 2**63 - 1)}
 FREEZING = ("freeze_until", "frozen parameters")
 
 
@@ -77,19 +79,25 @@ def check_training_state(training: Training, state: Mapping[str, Any], *, origin
         CheckpointError: When backbone, head, preprocessing or optimizer differ.
     """
     archive.check_parts(state, PARTS, origin=origin)
+    archive.check_ranges(state["progress"], RANGES, origin=origin)
     hold_parameters(training.optimizer, training.model)
     model_state.check_model_state(training.model, state["model"])
     optimizer_state.check_optimizer_state(training.optimizer, training.model, state["optimizer"])
     live, saved = training.device.scaler.state_dict(), state["scaler"]
     if live and saved and (set(live) != set(saved) or any(type(saved[name]) is not type(live[name]) for name in live)):
-        raise CheckpointError(f"{origin} has a gradient scaler of {saved}: expected numbers for {', '.join(live)}.")
+        raise CheckpointError(
+            f"{origin} has a gradient scaler of {archive.shown(saved)}: expected numbers for {', '.join(live)}."
+        )
+    scale, factor = (sys.float_info.min, 2.0**64), (1.0, 2.0**16)
+    ranges = {"scale": scale, "growth_factor": factor, "backoff_factor": (2.0**-16, 1.0), "growth_interval": (1, 2**31)}
+    archive.check_ranges(saved, {**ranges, "_growth_tracker": (0, 2**31)}, origin=f"the gradient scaler of {origin}")
 
 
 def assign_training_state(training: Training, state: Mapping[str, Any]) -> None:
     """Assign a state that was checked."""
     position = state["progress"]
     here = {"precision": training.device.precision, "device": training.device.torch_device.type}
-    there = {name: position[name] for name in here}
+    there = {name: archive.shown(position[name]) for name in here}
     if here != there:
         warnings.warn(
             f"the checkpoint is from {there['device']} in {there['precision']} and continues on {here['device']} in "
@@ -150,7 +158,6 @@ def run_facts(
         "epochs": None if constant else run.num_epochs,  # a schedule runs over all of them
         FREEZING[0]: first_trainable(model),
         FREEZING[1]: [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
-        **{f"model.{name}": _settings(part) for name, part in model.named_modules() if name},
         **_optimizer_settings(training.optimizer),
         "micro_batch_size": training.micro_batch_size,
         "clip_grad_norm": training.clip_grad_norm,
@@ -159,13 +166,6 @@ def run_facts(
         "callbacks with a state": sorted(callbacks.state()),
         "seed": training.seed,
     }
-
-
-def _settings(layer: nn.Module) -> str:
-    """Return a layer's type and plain attributes, such as the probability of dropout, which are not in its weights."""
-    own = {name: value for name, value in vars(layer).items() if isinstance(value, bool | int | float | str | tuple)}
-    shown = [f"{name}={value!r}" for name, value in own.items() if not name.startswith("_") and name != "training"]
-    return f"{type(layer).__name__}({', '.join(shown)})"
 
 
 _NOT_COMPARED = {"params", "name", "lr", "initial_lr", "base_lr", "scheduled_lr", "foreach", "fused", "capturable"}
