@@ -589,3 +589,17 @@ def test_a_loader_without_a_length_is_resumed_in_the_middle_of_an_epoch(make_bac
     whole, resumed = (trainer.model.state_dict() for trainer in trainers)
     assert [trainer.global_step for trainer in trainers] == [6, 6]
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+@pytest.mark.parametrize("hidden", [(), (16,)])
+def test_dropout_of_the_head_is_on_after_loading(make_backbone: Maker, tmp_path: Path, hidden: tuple[int, ...]) -> None:
+    """Layers before the first trainable parameter that were not frozen, such as dropout, follow `train` as before."""
+    model = tk.freeze_until(tk.attach_head(make_backbone(), 3, hidden=hidden, dropout=0.5), "head")
+    before = [(name, module.training) for name, module in model.train().named_modules()]
+    trainer = tk.Trainer(model, device="cpu")
+    trainer.save(tmp_path / "run.pt")
+    trainer.load(tmp_path / "run.pt")
+
+    assert [(name, module.training) for name, module in model.train().named_modules()] == before
+    loaded = tk.load_model(tmp_path / "run.pt", backbone=make_backbone())
+    assert [(name, module.training) for name, module in loaded.train().named_modules()] == before

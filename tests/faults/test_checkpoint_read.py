@@ -271,7 +271,14 @@ def renamed(state, new):
         (lambda s: s["model"]["weights"].update({"head.logits.bias": torch.zeros(3).cfloat()}), r"\.bias"),
         (lambda s: s["model"].update(backbone="vgg19"), r"has backbone vgg19, the model tiny"),
         (lambda s: s["model"]["preprocessing"].update(image_size=64), r"has preprocessing .*64.*the model .*32"),
-        (lambda s: s["model"].update(first_trainable="block7_conv1"), r"block7_conv1"),
+        (
+            lambda s: s["model"].update(in_eval=["backbone.features.99"]),
+            r"freezes backbone\.features\.99, which the mod",
+        ),
+        (
+            lambda s: s["model"].update(frozen=["head.fc9.weight"]),
+            r"freezes head\.fc9\.weight, which the model does not",
+        ),
         (
             lambda s: s["model"].update(layers=["block9"]),
             r"has layers \['block9'\], the model \['block3_pool', 'block4_p",
@@ -299,6 +306,7 @@ def renamed(state, new):
         *["module.", "_orig_mod.", "missing", "extra", "int64", "float64", "complex", "backbone", "preprocessing"],
         *[
             "boundary",
+            "frozen weight",
             "layers",
             "order",
             "layers as text",
@@ -486,7 +494,7 @@ def test_a_failed_load_changes_nothing_of_a_run(run_file, trainer, data):
         lambda s: s["model"]["weights"].pop("head.logits.bias"),
         lambda s: s["optimizer"].update({"class": "SGD"}),
         lambda s: s["progress"].pop("seed"),
-        lambda s: s["model"].update(first_trainable="block9"),
+        lambda s: s["model"].update(in_eval=["block9"]),
         lambda s: s["model"].update(classes=["a", "b", "c"]),
     ):
         run_file.write_bytes(content)

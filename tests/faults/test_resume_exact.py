@@ -357,7 +357,7 @@ ENTRIES = [
     ("images", "step 4", "model/weights/{head}", a_little),
     ("images", "step 4", "model/weights/backbone.features.1.running_mean", a_little),
     ("loader", "step 2", "model/weights/backbone.features.1.num_batches_tracked", one_more),
-    ("images", "step 4", "model/first_trainable", lambda _: "block3_conv1"),
+    ("images", "step 4", "model/in_eval", lambda _: []),
     ("images", "step 4", "model/frozen", lambda _: ["backbone.features.0.weight"]),
     ("images", "step 4", "optimizer/state/{head}/exp_avg", a_little),
     ("images", "step 4", "optimizer/state/{head}/exp_avg_sq", a_little),
@@ -452,7 +452,7 @@ def test_the_best_weights_are_the_first_epochs(tmp_path, uninterrupted):
 
 
 ALL_PARTS = [
-    *(f"model/{part}" for part in ("backbone", "preprocessing", "classes", "head", "first_trainable", "frozen")),
+    *(f"model/{part}" for part in ("backbone", "preprocessing", "classes", "head", "structure", "in_eval", "frozen")),
     *(f"model/{part}" for part in ("weights", "left_out", "sha256")),
     *(f"optimizer/{part}" for part in ("class", "groups", "state")),
     *(f"progress/{part}" for part in ("epoch", "global_step", "seed", "micro_batch_size", "precision", "device")),

@@ -1,5 +1,6 @@
 """Freeze the early layers of a network, so that training does not change a bit of them."""
 
+from collections.abc import Collection
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -91,15 +92,20 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
         parameter.requires_grad_(name in trainable)
         if not parameter.requires_grad:
             parameter.grad = None  # or an optimizer would still apply an old gradient
-    for name, module in modules.items():
+    freeze_modules(model, {name for name in frozen_names if not _contains(name, boundary)})
+    return model
+
+
+def freeze_modules(model: nn.Module, names: Collection[str]) -> None:
+    """Let exactly these modules stay in eval mode, whatever mode is asked for; parameters are left alone."""
+    for name, module in model.named_modules():
         replaced = module.__dict__.get("train")
-        if name in frozen_names and not _contains(name, boundary):
+        if name in names:
             _freeze(module)
         elif isinstance(replaced, _StayInEval):
             del module.train
             module.__dict__.pop("reset_running_stats", None)
             module.training = replaced.mode
-    return model
 
 
 def parameters_from(model: nn.Module, layer: str | None) -> dict[str, nn.Parameter]:

@@ -26,7 +26,7 @@ from transferkit.errors import (
     TransferKitError,
 )
 from transferkit.model.backbone import MIN_IMAGE_SIZE, Backbone, load_backbone
-from transferkit.model.freezing import find_boundary, first_trainable, freeze_until, trainable_state
+from transferkit.model.freezing import freeze_modules, stays_in_eval, trainable_state
 from transferkit.model.head import FLATTEN, POOLING, TransferModel, attach_head, build_head, find_pools
 from transferkit.model.layers import structure, unlike
 from transferkit.model.novelty import Novelty
@@ -48,7 +48,7 @@ PARTS: dict[str, Any] = {
     "threshold": (float, type(None)),
     "temperature": (float,),
     "structure": {str: {str: (bool, int, float, str, tuple, list, type(None))}},
-    "first_trainable": (str, type(None)),
+    "in_eval": [(str,)],
     "frozen": [(str,)],
     "weights": {str: (Tensor,)},
     "left_out": [(str,)],
@@ -68,8 +68,8 @@ def model_state(model: TransferModel) -> dict[str, Any]:
         "head": model.head_arguments,
         "threshold": model.threshold,
         "temperature": model.temperature,
-        "structure": structure(model),
-        "first_trainable": first_trainable(model),
+        "structure": _structure(model),
+        "in_eval": [name for name, part in model.named_modules() if stays_in_eval(part) and name != NOVELTY[:-1]],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "weights": dict(model.state_dict()),
         "left_out": [],  # names of weights that the file does not hold
@@ -86,7 +86,6 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
 
     Raises:
         HeadMismatchError: The classes differ.
-        UnknownLayerError: The state is frozen up to a layer that the model does not have.
         CheckpointError: The backbone, the preprocessing, the layers or their pooling, or a name, shape or dtype of the
             weights differs.
     """
@@ -120,14 +119,16 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"the checkpoint has {name} {shown(saved[name])}, the model {shown(value)}: expected the same."
             )
-    find_boundary(model, state["first_trainable"])
     saved_weights, novelty = _apart(state["weights"])
     _build_novelty(novelty)
     if faults := differences(_apart(model.state_dict())[0], saved_weights, same_width=True):
         wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in state["weights"])
         cause = "A wrapper put a prefix before its names: remove it." if wrapped else "Was its head built otherwise?"
         raise CheckpointError(f"the checkpoint's weights do not fit the model: {faults}. {cause}")
-    if changed := unlike(structure(model), state["structure"]):
+    names = [*dict(model.named_parameters()), *dict(model.named_modules())]
+    if unknown := [name for name in (*state["frozen"], *state["in_eval"]) if name not in names]:
+        raise CheckpointError(f"the checkpoint freezes {shown(unknown[0])}, which the model does not have.")
+    if changed := unlike(_structure(model), state["structure"]):
         raise CheckpointError(
             f"the checkpoint's layers are not the model's, where {shown('; '.join(changed[:5]))}: expected the same."
         )
@@ -226,10 +227,16 @@ def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
     model.load_state_dict(state["weights"])
     model.classes = tuple(state["classes"])
     model.threshold, model.temperature = state["threshold"], state["temperature"]
-    freeze_until(model, state["first_trainable"] or "head")
+    freeze_modules(model, set(state["in_eval"]))
     frozen = set(state["frozen"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
+        parameter.grad = None if name in frozen else parameter.grad
+
+
+def _structure(model: TransferModel) -> dict[str, dict[str, Any]]:
+    """Return the structure of backbone and head; a model may have learnt what it knows or not."""
+    return {name: settings for name, settings in structure(model).items() if name != NOVELTY[:-1]}
 
 
 def _apart(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
