@@ -5,17 +5,14 @@ Each is a `TransferKitError` and a builtin error, so code that does not know tra
 """
 
 import difflib
-import re
 from collections.abc import Iterable
-
-_LINES = re.compile(r"\n(?=class |def |    |and pass|$)")
 
 
 class TransferKitError(Exception):
-    """Base of every error the library raises."""
+    """Base of every error the library raises: a message, and lines that follow it."""
 
     def __str__(self) -> str:
-        return "\n".join(map(printable, _LINES.split(super().__str__())))  # code in a message keeps its lines
+        return "\n".join(printable(str(line)) for line in self.args)
 
 
 class ArgumentError(TransferKitError, ValueError):

@@ -72,7 +72,8 @@ def image_and_target(sample: Any, what: str) -> tuple[Any, Any]:
         raise TargetError(f"{what} is a {type(sample).__name__}: expected a pair (image, target).")
     lines = _PAIRS.format(*map(form.format, parted))
     raise TargetError(
-        f"{what} {got}: {asked}. Say which parts these are, with data for the data set, and pass Pairs():{lines}"
+        f"{what} {got}: {asked}. Say which parts these are, with data for the data set, and pass Pairs():",
+        *lines.strip().splitlines(),
     )
 
 

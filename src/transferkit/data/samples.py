@@ -73,7 +73,8 @@ class Samples:
             return as_image(_opened(image, index), index), target, index
         except TransferKitError as error:
             path = path_of(self.dataset, index)
-            raise type(error)(f"{error} File: {path}" if path else str(error)) from error
+            first, *lines = error.args
+            raise type(error)(f"{first} File: {path}" if path else first, *lines) from error
         except Exception as error:
             path = path_of(self.dataset, index)
             failed = f"cannot read image {index}{in_parentheses(path)}: {type(error).__name__}: {error}".rstrip(": ")

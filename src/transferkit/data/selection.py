@@ -126,11 +126,11 @@ def without_bad_images(
     if len(bad) == source.num_images:
         raise EmptyDataError(f"none of the {source.num_images} images can be used: {next(iter(bad.values()))}")
     if len(bad) > max(1, limit * source.num_images):
-        reasons = "\n".join(list(bad.values())[:_MOST_NAMED])
         raise ImageError(
             f"{len(bad)} of the first {read} images cannot be used: expected at most {limit:.0%} of all "
             f"{source.num_images}, or one. Replace or remove them, or pass a higher limit: "
-            f"on_bad_image={math.ceil(100 * len(bad) / source.num_images) / 100:g}.\n{reasons}"
+            f"on_bad_image={math.ceil(100 * len(bad) / source.num_images) / 100:g}.",
+            *list(bad.values())[:_MOST_NAMED],
         )
     for reason in bad.values():
         display.say(f"left out: {reason}")

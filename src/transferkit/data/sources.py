@@ -167,7 +167,7 @@ class DatasetSource:
             [(index, None if seed is None else derive_seed(seed, index)) for index in batch.tolist()]
             for batch in batches
         ]
-        workers = self.num_workers if len(batches) > 1 else 0
+        workers = 0 if order is not None and len(batches) == 1 else self.num_workers  # a few images that are looked at
         for samples in read_in_workers(self.samples, keys, num_workers=workers, seed=seed or 0):
             yield self._collate(samples)
 

@@ -164,7 +164,7 @@ def check_loadable(model: object) -> None:
         names = live.state_dict().keys() ^ reference.state_dict().keys()
         faults += [f"{place}{name} is in one of them alone" for name in sorted(names)]
         faults += [f"{place}{fault}" for fault in unlike(structure(live), structure(reference))]
-    weights = {name: value.dtype for name, value in model.state_dict().items() if value.is_floating_point()}
+    weights = {name: value.dtype for name, value in _apart(model.state_dict())[0].items() if value.is_floating_point()}
     faults += [f"{name} is {dtype}" for name, dtype in weights.items() if dtype != torch.float32]
     if faults:
         advice = next((text for cause, text in _ADVICE.items() if any(cause in fault for fault in faults)), "")
