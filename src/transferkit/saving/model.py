@@ -314,6 +314,7 @@ def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bo
 
     Example:
         >>> import tempfile
+        >>> from transferkit import freeze_until
         >>> model = attach_head(load_backbone(weights=None, image_size=32), ["cat", "dog"])
         >>> path = Path(tempfile.mkdtemp()) / "animals.pt"
         >>> save_model(freeze_until(model, "head"), path, frozen=False)
