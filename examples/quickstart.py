@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 import transferkit as tk
 
 ASSETS = Path(__file__).parent / "assets"
-BUDGET = 40  # seconds
+BUDGET = 50  # seconds
 
 
 def main() -> None:

@@ -497,4 +497,4 @@ def test_a_lambda_under_spawn_is_refused_with_the_way_out(trainer, monkeypatch):
     monkeypatch.setattr("multiprocessing.Process", torch.multiprocessing.get_context("spawn").Process)
     data = FakeData(8, (3, 32, 32), 3, transform=lambda image: image)
     with pytest.raises(WorkerError, match=r"cannot be sent to worker processes.*lambda.*num_workers=0"):
-        trainer.fit(data, epochs=1, num_workers=1, verbose=0)
+        tk.Trainer(trainer.model, cache=False, device="cpu").fit(data, batch_size=4, num_workers=1, verbose=0)

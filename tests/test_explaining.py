@@ -130,3 +130,30 @@ def test_the_nearest_training_image_is_itself():
     assert (np.diff(cosines, axis=1) <= 0).all()
     with pytest.raises(ArgumentError, match="count=61 cannot be used: expected 1 to 60"):
         tk.nearest_images(trainer, data, data[0][:1], count=61)
+
+
+def test_a_batch_is_shown_with_its_classes(tmp_path):
+    """Images of a folder, of arrays or of a Dataset are shown with the names of their own labels."""
+    pytest.importorskip("matplotlib")
+    images, targets = make_images(30)
+    parts = tk.show_batch((images, targets), CLASSES, num_images=9).axes[0].child_axes
+    assert len(parts) == 9
+    for part in parts:
+        shown = np.asarray(part.get_images()[0].get_array())
+        place = next(row for row in range(30) if np.array_equal(images[row].permute(1, 2, 0).numpy(), shown))
+        assert part.get_title() == CLASSES[targets[place]]
+    with pytest.raises(ArgumentError, match="num_images"):
+        tk.show_batch((images, targets), CLASSES, num_images=0)
+
+
+def test_backbone_and_trainer_are_shown_in_one_line():
+    """The line names blocks as freeze_until does, what is frozen, and how far training has come."""
+    trainer = make_trainer(make_model(make_backbone(), "block5"))
+    assert repr(trainer.model.backbone) == (
+        "Backbone(tiny, 32 px, block1, block2, block3, block4, block5; frozen: block1, block2, block3, block4)"
+    )
+    trainer.fit(make_images(24), epochs=2, verbose=0)
+    assert repr(trainer).startswith("Trainer(tiny at 32 px, 3 classes, trains from block5_conv1 on, Adam, ")
+    assert repr(trainer).endswith("epoch 2)")
+    assert "\n" not in repr(trainer) + repr(trainer.model.backbone)
+    assert repr(tk.freeze_until(make_backbone(), None)).endswith("frozen: none)")

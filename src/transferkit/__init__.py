@@ -44,7 +44,7 @@ from transferkit.training.step import Step
 
 if TYPE_CHECKING:
     from transferkit.data_audit import audit
-    from transferkit.explaining import explain, nearest_images, plot_explanations
+    from transferkit.explaining import explain, nearest_images, plot_explanations, show_batch
     from transferkit.results.auditing import Audit
 
 __version__ = version("transferkit")
@@ -56,6 +56,7 @@ _LATER = {
     "explain": "explaining",
     "nearest_images": "explaining",
     "plot_explanations": "explaining",
+    "show_batch": "explaining",
 }
 """Names that few programs need, and the module that each is imported from when it is first used."""
 
@@ -113,6 +114,7 @@ __all__ = [
     "probe",
     "save_model",
     "search",
+    "show_batch",
     "summary",
     "warmup",
 ]

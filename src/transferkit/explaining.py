@@ -1,5 +1,6 @@
 """Why a model says what it says: where it looks, and which training images are most like an image."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,9 +11,12 @@ from torch import Tensor
 from transferkit.analysis.maps import activation_maps
 from transferkit.analysis.outliers import nearest
 from transferkit.base.arguments import whole_number
+from transferkit.base.randomness import shuffled
+from transferkit.data.classes import find_classes
 from transferkit.data.open import open_data
+from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError
-from transferkit.results.gallery import draw_images, read_pixels
+from transferkit.results.gallery import draw_images, plot_images, read_pixels
 from transferkit.trainer import Trainer
 from transferkit.training.evaluation import head_inputs
 
@@ -123,6 +127,35 @@ def plot_explanations(
     titles = [f"{trainer.model.classes[row]} {probabilities[index, row]:.2f}" for index, row in enumerate(rows)]
     overlays = [_overlay(image, one) for image, one in zip(seen, maps, strict=True)]
     return draw_images(overlays, titles, colors=["black"] * count, ax=ax)
+
+
+def show_batch(
+    data: object, classes: Sequence[str] | None = None, *, num_images: int = 12, ax: "Axes | None" = None
+) -> "Figure":
+    """Show images drawn from labelled data with the names of their classes, before anything trains.
+
+    Args:
+        data: As in `Trainer.fit`, but no `DataLoader`. Its images are drawn at random, always the same.
+        classes: The class names; None takes them from the data.
+        num_images: 1 or more.
+        ax: Where to draw; None makes a figure.
+
+    Raises:
+        ArgumentError: When the classes are not known, or `num_images` is below 1.
+        MissingPackageError: When matplotlib is not installed.
+
+    Example:
+        >>> images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+        >>> figure = show_batch((images, [0, 1, 1, 0]), ["cat", "dog"], num_images=4)
+        >>> sorted(part.get_title() for part in figure.axes[0].child_axes)
+        ['cat', 'cat', 'dog', 'dog']
+    """
+    names = find_classes(data, classes)
+    names = [str(name) for name in (range(names) if isinstance(names, int) else names)]
+    source = open_data(data, names)
+    places = shuffled(source.num_images or 0, 0)[: whole_number("num_images", num_images)]
+    titles = [names[index] for index in class_indices(source.all_targets(places)).tolist()]
+    return plot_images(source, places.tolist(), titles, colors=["black"] * len(titles), ax=ax)
 
 
 def _overlay(image: npt.NDArray[np.uint8], places: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

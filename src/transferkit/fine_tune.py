@@ -345,7 +345,7 @@ class _Job:
         return self.trainer.epoch == first + plan.epochs, time.perf_counter() - started
 
     def _views(self, epochs: int) -> int | None:
-        return None if self.augment is None else min(MOST_VIEWS, epochs)
+        return None if self.augment is None else min(MOST_VIEWS, (epochs + 1) // 2)  # each is seen twice
 
     def _time(self, layer: str | None) -> tuple[float, float]:
         """Return the seconds of a training step from a layer on, and of the frozen layers for an image."""

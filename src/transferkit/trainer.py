@@ -36,7 +36,7 @@ from transferkit.features.chunks import CachedFeatures
 from transferkit.features.feed import Batches, Feed, Frozen
 from transferkit.linear.choice import LinearHead
 from transferkit.linear.temperature import fit_temperature
-from transferkit.model.freezing import describe_frozen
+from transferkit.model.freezing import describe_frozen, first_trainable
 from transferkit.model.head import Standardize, TransferModel, check_float32, check_head
 from transferkit.model.modes import changing, evaluating
 from transferkit.results.assessment import Assessment
@@ -210,6 +210,15 @@ class Trainer:
                 "an argument of Trainer or fit, such as fit(lr=1e-4), or a new Trainer over the same model."
             )
         object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        """Say in one line what trains, on what, and how far it has come."""
+        backbone, first = self.model.backbone, first_trainable(self.model)
+        trains = "nothing trains" if first is None else f"trains from {first} on"
+        return (
+            f"Trainer({backbone.name} at {backbone.image_size} px, {len(self.model.classes)} classes, {trains}, "
+            f"{type(self.optimizer).__name__}, {self.device}, epoch {self.epoch})"
+        )
 
     @property
     def model(self) -> TransferModel:
@@ -771,8 +780,8 @@ class Trainer:
             CheckpointTypeError: When `load_model` could not build the model again; see `save_model`.
             CheckpointWriteError: When the folder is missing, read-only or full. The file that was there before remains.
         """
-        model_state.check_loadable(self.model)
         with evaluating(self.model):
+            model_state.check_loadable(self.model)
             state = self.state_dict()
             model = state["model"] if frozen else model_state.leave_out_frozen(state["model"], self.model)[0]
             archive.write_checkpoint(path, {**state, "model": model})

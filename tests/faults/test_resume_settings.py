@@ -71,10 +71,10 @@ OTHERS = {
     "deeper": ("freeze_until=head", {}, lambda: trainer_of("block5"), None, None),
     "shallower": ("freeze_until=block5", {"boundary": "block5"}, trainer_of, None, None),
     "by hand": ("frozen parameters", {}, lambda: freeze_by_hand(trainer_of()), None, None),
-    "less dropout": ("dropout1.p is 0.1 instead of 0.5", {}, lambda: trainer_of(dropout=0.1), None, None),
+    "less dropout": (r"dropout1\.p is 0\.1 instead of 0\.5", {}, lambda: trainer_of(dropout=0.1), None, None),
     "no dropout": ("dropout1 is in one of them alone", {}, lambda: trainer_of(dropout=0.0), None, None),
     "dropout where none was": ("dropout1 is in one of them alone", {"dropout": 0.0}, trainer_of, None, None),
-    "dropout by hand": ("dropout1.p is 0.1 instead of 0.5", {}, lambda: set_dropout(trainer_of()), None, None),
+    "dropout by hand": (r"dropout1\.p is 0\.1 instead of 0\.5", {}, lambda: set_dropout(trainer_of()), None, None),
     "activation": ("relu1 is a LeakyReLU instead of a ReLU", {}, lambda: set_activation(trainer_of()), None, None),
     "momentum": (
         "momentum=0.9",

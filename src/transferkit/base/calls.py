@@ -119,7 +119,7 @@ def _explain(
     if given <= len(unnamed):
         raise CallError(f"{shown}: {misfit}. Its arguments are {', '.join(own)}.") from None
     named = [name for name in own if name not in unnamed][: given - len(unnamed)]
-    pair = " Images and targets are one argument: (images, targets)." if "data" in unnamed else ""
+    pair = " Images and targets are one argument: fit((images, targets))." if "data" in unnamed else ""
     raise CallError(
         f"{shown} takes without a name only {' and '.join(unnamed)}, and got {given} arguments. Name the "
         f"others: {shown}({', '.join([*unnamed, *(f'{name}=...' for name in named)])}).{pair}"

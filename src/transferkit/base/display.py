@@ -90,7 +90,7 @@ class Display:
         self._tqdm = _find_tqdm() if verbose == 1 else None
 
     def say(self, line: str) -> None:
-        """Print a line of text above any bar, in several rows if it is wide, with control characters escaped."""
+        """Print a line of text above any bar, in several rows if it is wide, whatever the encoding of the output."""
         if self.verbose == 0 or sys.stdout is None:
             return
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

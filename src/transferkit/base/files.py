@@ -24,7 +24,7 @@ def open_file(path: Path) -> BinaryIO:
     Raises:
         OSError: It is missing, cannot be read, or is a folder, pipe or device, which nobody waits for.
     """
-    if (found := kind_of(path)) != "a file":
+    if (found := kind_of(path)) not in ("a file", "nothing"):
         raise OSError(f"it is {found}, expected a file")
     return path.open("rb")
 

@@ -20,7 +20,7 @@ SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "
 NO_CLASS = frozenset({"__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN"})
 """Folders that programs make, beside those whose name begins with a dot."""
 
-_KNOWN = """ To evaluate a folder that lacks classes or sorts them otherwise, number its folders as the model does:
+_KNOWN = """To evaluate a folder that lacks classes or sorts them otherwise, number its folders as the model does:
 class Known(torchvision.datasets.ImageFolder):
     def find_classes(self, folder):
         return list(model.classes), {name: index for index, name in enumerate(model.classes)}
@@ -138,12 +138,10 @@ def check_classes(data: object, classes: Sequence[str]) -> None:
         differ |= any(index < len(classes) and name != classes[index] for index, name in names.items())
     if differ:
         own = repr([names[index] for index in range(len(names))]) if whole and len(names) <= 12 else "data.classes"
-        first, *lines = _KNOWN.splitlines()
         raise HeadMismatchError(
             f"the data has {_listed(names)}, the model {len(classes)} ({', '.join(classes[:8])}): expected the same "
-            f"classes in the same order. To train on this data, build the head from it: attach_head(backbone, {own})."
-            + (first if {*names.values()} <= {*classes} else ""),
-            *(lines if {*names.values()} <= {*classes} else ()),
+            f"classes in the same order. To train on this data, build the head from it: attach_head(backbone, {own}).",
+            *(_KNOWN.splitlines() if {*names.values()} <= {*classes} else ()),
         )
 
 

@@ -98,6 +98,8 @@ def _describe_missing(paths: dict[int, Path], missing: list[int]) -> str:
     others = "".join(f"; image {other}: {paths[other]}" for other in missing[1:20])
     more = f"{others}{'; ...' if len(missing) > 20 else ''}. {len(missing)} files do not exist" if others else ""
     advice = "Expected the path of an image file."
+    if (there := kind_of(path)) != "nothing":
+        return f"image {index}: at {path} is {there}{more}. {advice}"
     if any(letter in str(path) for letter in "*?["):
         advice = f"It looks like a pattern: pass sorted(glob.glob({str(path)!r}))."
     elif str(path).startswith(("http:", "https:", "s3:", "gs:")):

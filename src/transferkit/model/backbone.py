@@ -70,6 +70,21 @@ class Backbone(nn.Module):
         explain_missing(self, name)
         return super().__getattr__(name)
 
+    def __repr__(self) -> str:
+        """Say in one line what it is, with the names that `freeze_until` takes."""
+        frozen = [
+            block
+            for block in self.blocks
+            if not any(
+                parameter.requires_grad
+                for name, layer in zip(self.layer_names, self.features, strict=True)
+                if name.startswith(f"{block}_")
+                for parameter in layer.parameters()
+            )
+        ]
+        blocks, first = ", ".join(self.blocks), ", ".join(frozen) or "none"
+        return f"Backbone({self.name}, {self.image_size} px, {blocks}; frozen: {first})"
+
     @property
     def blocks(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name.split("_")[0] for name in self.layer_names))

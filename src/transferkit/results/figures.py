@@ -43,7 +43,7 @@ def open_axes(ax: "Axes | None", *, width: float, height: float) -> "tuple[Axes,
 
             self.shown = True
             picture = {"image/png": self._repr_png_(), "text/plain": repr(self)}
-            display(picture, raw=True)  # type: ignore[no-untyped-call]
+            display(picture, raw=True)
 
         @override
         def show(self, warn: bool = True) -> None:

@@ -68,8 +68,8 @@ def model_state(model: TransferModel) -> dict[str, Any]:
         "head": model.head_arguments,
         "threshold": model.threshold,
         "temperature": model.temperature,
-        "structure": _structure_apart(model),
-        "in_eval": [name for name, module in model.named_modules() if stays_in_eval(module)],
+        "structure": _structure(model),
+        "in_eval": [name for name, part in model.named_modules() if stays_in_eval(part) and name != NOVELTY[:-1]],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "weights": dict(model.state_dict()),
         "left_out": [],  # names of weights that the file does not hold
@@ -128,7 +128,7 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
     names = [*dict(model.named_parameters()), *dict(model.named_modules())]
     if unknown := [name for name in (*state["frozen"], *state["in_eval"]) if name not in names]:
         raise CheckpointError(f"the checkpoint freezes {shown(unknown[0])}, which the model does not have.")
-    if changed := unlike(_structure_apart(model), state["structure"]):
+    if changed := unlike(_structure(model), state["structure"]):
         raise CheckpointError(
             f"the checkpoint's layers are not the model's, where {shown('; '.join(changed[:5]))}: expected the same."
         )
@@ -234,14 +234,15 @@ def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
         parameter.grad = None if name in frozen else parameter.grad
 
 
+def _structure(model: TransferModel) -> dict[str, dict[str, Any]]:
+    """Return the structure of backbone and head; a model may have learnt what it knows or not."""
+    return {name: settings for name, settings in structure(model).items() if name != NOVELTY[:-1]}
+
+
 def _apart(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the weights of backbone and head, and the buffers of the model's novelty, which it may not have."""
     novelty = {name.removeprefix(NOVELTY): value for name, value in weights.items() if name.startswith(NOVELTY)}
     return {name: value for name, value in weights.items() if not name.startswith(NOVELTY)}, novelty
-
-
-def _structure_apart(model: TransferModel) -> dict[str, dict[str, Any]]:
-    return {name: part for name, part in structure(model).items() if not f"{name}.".startswith(NOVELTY)}
 
 
 def _build_novelty(buffers: Mapping[str, Tensor]) -> Novelty | None:
@@ -313,6 +314,7 @@ def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bo
 
     Example:
         >>> import tempfile
+        >>> from transferkit import freeze_until
         >>> model = attach_head(load_backbone(weights=None, image_size=32), ["cat", "dog"])
         >>> path = Path(tempfile.mkdtemp()) / "animals.pt"
         >>> save_model(freeze_until(model, "head"), path, frozen=False)

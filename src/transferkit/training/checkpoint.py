@@ -80,10 +80,10 @@ class Checkpoint:
         self._known: set[Path] | None = None  # states that this run wrote or began with
         self._lock: BinaryIO | None = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True, parents=True)
         except (OSError, ValueError) as error:
             raise CheckpointWriteError(
-                f"checkpoints cannot be kept in {folder}: {error}. Expected a folder, or a name for a new one."
+                f"checkpoints cannot be kept in {folder}: {error}. Expected a folder, or a name for one."
             ) from error
 
     def __call__(self, trainer: Resumable, report: EpochReport) -> None:

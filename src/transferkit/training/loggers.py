@@ -23,10 +23,10 @@ COLUMNS = tuple(field.name for field in fields(EpochReport))
 
 @contextmanager
 def going_on(what: str, path: Path) -> Iterator[None]:
-    """Turn an error of the file system inside into a warning: a line of a log that is lost ends no run."""
+    """Turn an error of a log's file inside into a warning: a line of a log that is lost ends no run."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ArgumentError) as error:
         warnings.warn(f"{what} could not write {path}, and the run goes on: {error}", stacklevel=3)
 
 
@@ -34,10 +34,10 @@ def going_on(what: str, path: Path) -> Iterator[None]:
 class CSVLogger:
     """A callback that writes a file with one line for each epoch: `epoch,loss,accuracy,lr,epoch_s,val_loss,...`.
 
-    The file is replaced as a whole after each epoch; where that fails, a warning says so and the run goes on. Lines of
-    earlier epochs of the same trainer stay; the file of a resumed run has every epoch once. The file of another run is
-    renamed first, to `log.1.csv`, `log.2.csv`, ..., with a warning. Metrics and figures that callbacks add have columns
-    at the end.
+    The file is replaced as a whole after each epoch. Lines of earlier epochs of the same trainer stay; the file of a
+    resumed run has every epoch once. The file of another run is renamed first, to `log.1.csv`, `log.2.csv`, ..., with a
+    warning. Metrics and figures that callbacks add have columns at the end. A full disk gives a warning: the run goes
+    on, and the next epoch writes all lines.
 
     Args:
         path: Of the file; missing folders are made.
@@ -94,7 +94,7 @@ class CSVLogger:
             names = (self.path.with_name(f"{self.path.stem}.{number}{self.path.suffix}") for number in count(1))
             free = next(name for name in names if kind_of(name) == "nothing")
             self.path.rename(free)
-            warnings.warn(f"{self.path} was the log of another run: it is now {free}.", stacklevel=4)
+            warnings.warn(f"{self.path} was the log of another run: it is now {free}.", stacklevel=3)
             return []
         return [row for row in rows if int(row["epoch"]) < first.epoch]
 
