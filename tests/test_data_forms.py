@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections import namedtuple
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -496,5 +497,8 @@ def test_a_lambda_under_spawn_is_refused_with_the_way_out(trainer, monkeypatch):
     """A transform that cannot be sent to another process is an error of the library."""
     monkeypatch.setattr("multiprocessing.Process", torch.multiprocessing.get_context("spawn").Process)
     data = FakeData(8, (3, 32, 32), 3, transform=lambda image: image)
-    with pytest.raises(WorkerError, match=r"cannot be sent to worker processes.*lambda.*num_workers=0"):
-        tk.Trainer(trainer.model, cache=False, device="cpu").fit(data, batch_size=4, num_workers=1, verbose=0)
+    try:
+        with pytest.raises(WorkerError, match=r"cannot be sent to worker processes.*lambda.*num_workers=0"):
+            tk.Trainer(trainer.model, cache=False, device="cpu").fit(data, batch_size=4, num_workers=1, verbose=0)
+    finally:
+        resource_tracker._resource_tracker._stop()  # the process that spawn starts beside its own
