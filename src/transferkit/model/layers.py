@@ -141,7 +141,7 @@ _SHAPES = {"training", "in_channels", "out_channels", "in_features", "out_featur
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the type of each module by name, and settings that its weights' shapes do not tell.
 
-    Of a class of the user's own whole numbers do not count: it may count calls with one.
+    Of a class of the user's own whole numbers and lists do not count: it may keep notes in them.
 
     Example:
         >>> structure(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
@@ -155,7 +155,7 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
             key: value
             for key, value in settings.items()
             if not key.startswith("_") and key not in _SHAPES and _is_plain(value)
-            if home == "torch" or type(value) is not int
+            if home == "torch" or type(value) not in (int, list)
         }
     return found
 
