@@ -172,27 +172,3 @@ def test_a_run_of_a_changed_model_is_resumed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"head\.relu1 is a ReLU instead of a Sigmoid"):
         fit(2, change=False)
     assert fit(2, change=True).head.relu1.__class__ is nn.Sigmoid
-
-
-class Own(nn.Module):
-    """A head of the user's own with a setting, and a number of calls."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate, self.calls = rate, 0
-        self.linear = nn.Linear(8, 3)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return self.linear(nn.functional.dropout(features.flatten(1), self.rate, self.training))
-
-
-def test_a_setting_of_a_head_of_the_users_own_is_compared(tmp_path: Path) -> None:
-    """A rate that a class of the user's own keeps is compared; a number of calls, which changes, is not."""
-    trainer = tiny.make_trainer(tiny.make_model(tiny.make_backbone(), "head", head=Own(0.5)))
-    trainer.fit(tiny.make_images(), epochs=1, verbose=0)
-    trainer.save(tmp_path / "run.pt")
-    tiny.make_trainer(tiny.make_model(tiny.make_backbone(), "head", head=Own(0.5))).load(tmp_path / "run.pt")
-
-    with pytest.raises(CheckpointError, match=r"head\.rate is 0\.1 instead of 0\.5"):
-        tiny.make_trainer(tiny.make_model(tiny.make_backbone(), "head", head=Own(0.1))).load(tmp_path / "run.pt")

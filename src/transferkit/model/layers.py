@@ -135,13 +135,11 @@ def _separate(inputs: Tensor, pooled: int) -> tuple[Tensor, list[Tensor]]:
     return inputs[:, :, :-rows].contiguous(memory_format=order), [numbers[:, :, None, None]]
 
 
-_SHAPES = {"training", "in_channels", "out_channels", "in_features", "out_features", "num_features", "inplace"}
+_SHAPES = {"in_channels", "out_channels", "in_features", "out_features", "num_features", "inplace"}
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the type of each module by name, and settings that its weights' shapes do not tell.
-
-    Of a class of the user's own whole numbers and lists do not count: it may keep notes in them.
+    """Return the type of each module by name, and the settings of torch's own that its weights' shapes do not tell.
 
     Example:
         >>> structure(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
@@ -149,13 +147,11 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        home = type(module).__module__.split(".")[0]
-        settings = {} if home == "transferkit" else vars(module)
+        settings = vars(module) if type(module).__module__.startswith("torch.nn.modules.") else {}
         found[name] = {"type": type(module).__name__} | {
             key: value
             for key, value in settings.items()
-            if not key.startswith("_") and key not in _SHAPES and _is_plain(value)
-            if home == "torch" or type(value) not in (int, list)
+            if not key.startswith("_") and key != "training" and key not in _SHAPES and _is_plain(value)
         }
     return found
 
