@@ -46,6 +46,7 @@ copybutton_prompt_is_regexp = True
 nitpick_ignore = [
     ("py:class", "transferkit.training.checkpoint.Resumable"),  # a protocol, described in words
     ("py:class", "transferkit.training.loss.Loss"),  # a protocol, too
+    ("py:class", "transferkit.data.sources.Source"),  # and another
 ]
 nitpick_ignore_regex = [("py:class", r"transferkit\.[\w.]+\._\w+")]  # type variables
 

@@ -498,7 +498,7 @@ class Trainer:
             num_workers: Processes that read a `Dataset`.
 
         Returns:
-            The threshold: a relative Mahalanobis distance.
+            The threshold, a relative Mahalanobis distance.
 
         Raises:
             ArgumentError: When `rejected` is out of range, or an image may have several labels.

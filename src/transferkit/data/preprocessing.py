@@ -139,12 +139,12 @@ class Preprocessing:
 
     @property
     def weight_bits(self) -> int | None:
-        """Bits of resizing's weights: Pillow's, as in torchvision's transforms of PIL images, or None for torch's."""
+        """Bits of resizing's weights, Pillow's as in torchvision's transforms of PIL images, or None for torch's."""
         return PILLOW_BITS if self.geometry == "torchvision" else None
 
     @property
     def bar_colour(self) -> list[int]:
-        """R, G and B of a letterbox's bars: the mean, which normalizing makes 0, as convolutions pad an image."""
+        """R, G and B of a letterbox's bars, the mean, which normalizing makes 0, as convolutions pad an image."""
         colour = dict(zip(self.channels, self.mean, strict=True))
         return [min(max(round(colour[channel]), 0), 255) for channel in range(3)]
 

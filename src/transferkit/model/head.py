@@ -113,7 +113,7 @@ class TransferModel(nn.Module):
 
     @property
     def columns(self) -> list[slice]:
-        """Where in the pooled features each kind of number lies: a layer's means, its maxima, the next one's."""
+        """Where in the pooled features each kind of number lies, such as a layer's means or its maxima."""
         kinds = [pool.channels for pool in self.pools.values() for _ in range(pool.size // pool.channels)]
         return [slice(end - size, end) for size, end in zip(kinds, accumulate(kinds), strict=True)]
 
