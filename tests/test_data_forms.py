@@ -477,7 +477,7 @@ torch.multiprocessing.set_start_method("spawn", force=True)
 images, targets = torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.arange(8) % 3
 trainer = make_trainer(tk.attach_head(make_backbone(), 3))
 """
-TRAIN = "trainer.fit(torch.utils.data.TensorDataset(images, targets), epochs=1, num_workers=1, verbose=0)\n"
+TRAIN = "trainer.fit(torch.utils.data.TensorDataset(images, targets), batch_size=4, num_workers=1, verbose=0)\n"
 CAUGHT = "try:\n    " + TRAIN + "except RuntimeError as error:\n    raise SystemExit(str(error))\n"
 
 

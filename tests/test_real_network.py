@@ -66,6 +66,7 @@ def test_same_seed_gives_the_same_bits(folder: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:pretrained layers train")
 @pytest.mark.parametrize(("boundary", "frozen_convolutions"), [("head", 13), ("block5", 10), ("block3", 4)])
 def test_frozen_convolutions_stay_bit_identical(folder: Path, boundary: str, frozen_convolutions: int) -> None:
     """After training steps with weight decay every frozen convolution has the bits it was loaded with, no other has."""

@@ -357,7 +357,7 @@ ENTRIES = [
     ("images", "step 4", "model/weights/{head}", a_little),
     ("images", "step 4", "model/weights/backbone.features.1.running_mean", a_little),
     ("loader", "step 2", "model/weights/backbone.features.1.num_batches_tracked", one_more),
-    ("images", "step 4", "model/in_eval", lambda _: []),
+    ("images", "step 4", "model/in_eval", lambda _: ["head"]),
     ("images", "step 4", "model/frozen", lambda _: ["backbone.features.0.weight"]),
     ("images", "step 4", "optimizer/state/{head}/exp_avg", a_little),
     ("images", "step 4", "optimizer/state/{head}/exp_avg_sq", a_little),
