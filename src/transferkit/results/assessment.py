@@ -18,6 +18,7 @@ from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError, printable
 from transferkit.results.calibration import expected_calibration_error
 from transferkit.results.figures import open_axes
+from transferkit.results.gallery import WRONG, as_picture, draw_images
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -390,27 +391,19 @@ def plot_predictions(
             "expected the same data, (images, targets) or a Dataset."
         )
     places = assessment.worst(whole_number("num_images", num_images))
-    columns = min(len(places), 6)
-    rows = math.ceil(len(places) / columns)
-    ax, figure = open_axes(ax, width=1.6 * columns, height=1.85 * rows)
-    ax.axis("off")
-    predicted = assessment.predicted
-    for index, (place, pixels) in enumerate(zip(places, _pixels(source, places, assessment), strict=True)):
-        row, column = divmod(index, columns)
-        part = ax.inset_axes((column / columns, 1 - (row + 1) / rows, 0.94 / columns, 0.8 / rows))
-        part.imshow(pixels)
-        part.set_axis_off()
-        true, guessed = (assessment._names(place, values) for values in (assessment.targets, predicted))
-        right, title = true == guessed, guessed
+    predicted, titles, colors = assessment.predicted, [], []
+    for place in places:
+        true, title = (assessment._names(place, values) for values in (assessment.targets, predicted))
+        right = true == title
         if assessment.threshold is None:
             title += f" {assessment.probabilities[place, predicted[place]]:.2f}"
-        title += "" if right else f" ({true})"
-        part.set_title(title, fontsize=7, color="black" if right else "firebrick")
-    return figure
+        titles.append(title if right else f"{title} ({true})")
+        colors.append("black" if right else WRONG)
+    return draw_images(_pixels(source, places, assessment), titles, colors=colors, ax=ax)
 
 
 def _pixels(source: Source, places: Any, assessment: Assessment) -> list[Any]:
-    """Return the images at some places as matplotlib takes them; preprocessed ones are stretched to 0..1."""
+    """Return the images at some places as matplotlib takes them, checking that they are those assessed."""
     shown = []
     for batch, target, (place,) in source.batches(1, seed=0, order=torch.as_tensor(places)):
         true = class_indices(target) if assessment.threshold is None else target >= 0.5
@@ -419,9 +412,5 @@ def _pixels(source: Source, places: Any, assessment: Assessment) -> list[Any]:
                 f"image {place} of the data is not the one that was assessed: its target is another. Expected the same "
                 "data in the same order, and no DataLoader that shuffles in assess."
             )
-        image = batch[0]
-        if image.is_floating_point():
-            low, high = image.aminmax()
-            image = (image - low) / (high - low).clamp_min(1e-6)
-        shown.append(image.permute(1, 2, 0).cpu().numpy())
+        shown.append(as_picture(batch[0]))
     return shown

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from transferkit.data.sources import Source
 from transferkit.results.figures import open_axes
@@ -48,11 +49,12 @@ def read_pixels(source: Source, places: Sequence[int]) -> list[Any]:
     """Return the images at some places, `(H, W, 3)`: uint8, or preprocessed ones stretched to 0..1."""
     if len(places) == 0:
         return []
-    shown = []
-    for batch, _, _ in source.batches(1, seed=0, order=torch.as_tensor(places)):
-        image = batch[0]
-        if image.is_floating_point():
-            low, high = image.aminmax()
-            image = (image - low) / (high - low).clamp_min(1e-6)
-        shown.append(image.permute(1, 2, 0).cpu().numpy())
-    return shown
+    return [as_picture(batch[0]) for batch, _, _ in source.batches(1, seed=0, order=torch.as_tensor(places))]
+
+
+def as_picture(image: Tensor) -> Any:
+    """Return an image `(3, H, W)` as matplotlib takes it, `(H, W, 3)`; a preprocessed one is stretched to 0..1."""
+    if image.is_floating_point():
+        low, high = image.aminmax()
+        image = (image - low) / (high - low).clamp_min(1e-6)
+    return image.permute(1, 2, 0).cpu().numpy()
