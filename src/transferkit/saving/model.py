@@ -55,7 +55,7 @@ PARTS: dict[str, Any] = {
     "sha256": (str,),
 }
 
-_OLDEST = {"geometry": "crop"}  # what a file written before there were others does not say
+_OLDEST = {"geometry": "crop", "scaled_decoding": False}  # what a file written before there were others does not say
 
 
 def model_state(model: TransferModel) -> dict[str, Any]:
@@ -214,10 +214,11 @@ def _check_preprocessing(state: Mapping[str, Any]) -> None:
     means, stds, channels = (state.get(name, ()) for name in ("mean", "std", "channels"))
     usable = all(isinstance(part, tuple) and len(part) == 3 for part in (means, stds, channels))
     usable = usable and all(type(number) is float and math.isfinite(number) for number in (*means, *stds))
+    usable = usable and type(state.get("scaled_decoding", False)) is bool
     if not usable or min(stds) <= 0 or sorted(map(str, channels)) != [*"012"]:
         raise CheckpointError(
             f"the checkpoint has the preprocessing {shown(dict(state))}: expected three finite means, three standard "
-            "deviations above 0 and an order of three channels."
+            "deviations above 0, an order of three channels and, for scaled_decoding, True or False."
         )
 
 
