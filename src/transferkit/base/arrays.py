@@ -24,10 +24,6 @@ def tensor_from_array(array: npt.NDArray[Any]) -> Tensor:
     Raises:
         TypeError: The array holds something other than numbers, or numbers that are masked out.
         ValueError: The elements of an object array differ in shape.
-
-    Example:
-        >>> tensor_from_array(np.array([1, 2], ">i2")[::-1]), tensor_from_array(np.array([3, 4], object))
-        (tensor([2, 1], dtype=torch.int16), tensor([3, 4]))
     """
     if np.ma.is_masked(array):
         raise TypeError("some values are masked; fill them with .filled(value)")
@@ -55,12 +51,7 @@ class _Writeable:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    r"""Return a tensor's elements as bytes, in row-major order.
-
-    Example:
-        >>> bytes(raw_bytes(torch.tensor([1, 2], dtype=torch.uint8)))
-        b'\x01\x02'
-    """
+    """Return a tensor's elements as bytes, in row-major order."""
     dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     flat = dense.as_strided((dense.numel(),), (1,))  # not reshape(-1), which leaves one element a stride of its own
     array: Any = flat.view(torch.uint8).numpy()

@@ -12,17 +12,7 @@ class ProcessSetting:
     """A setting that torch has once in a process, changed for a while by any number of threads.
 
     When the last of them is done, the value of before is back. While two threads want different values, the later one
-    has its own.
-
-    Args:
-        read: Returns the value.
-        write: Sets it.
-
-    Example:
-        >>> precision = ProcessSetting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
-        >>> with precision.at("high"):
-        ...     torch.get_float32_matmul_precision()
-        'high'
+    has its own. `read` returns the value and `write` sets it.
     """
 
     def __init__(self, read: Callable[[], Any], write: Callable[[Any], None]) -> None:
