@@ -128,12 +128,7 @@ def column_names(data: Any) -> list[Any] | None:
 
 
 def listed(values: Any) -> list[Any] | None:
-    """Return a sequence, or an array or column of text and objects, as a list; None for an array of numbers.
-
-    Example:
-        >>> listed(np.array(["1.png", "2.png"])), listed(np.zeros(2))
-        (['1.png', '2.png'], None)
-    """
+    """Return a sequence, or an array or column of text and objects, as a list; None for an array of numbers."""
     if isinstance(values, Sequence) and not isinstance(values, str | bytes | bytearray | memoryview):
         return list(values)
     array = values.to_numpy() if hasattr(values, "to_numpy") else values
@@ -141,11 +136,7 @@ def listed(values: Any) -> list[Any] | None:
 
 
 def names_in(labels: Any) -> list[str] | None:
-    """Return labels as a list if they are names; None if they are numbers.
-
-    Raises:
-        TargetError: Some are names and some are not.
-    """
+    """Return labels as a list if they are names, None if they are numbers; a mixture is a `TargetError`."""
     values = listed(labels)
     if values is None or not any(isinstance(value, str) for value in values):
         return None
@@ -159,11 +150,7 @@ def names_in(labels: Any) -> list[str] | None:
 
 
 def class_indices_of(names: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """Return the place of each name in a list of class names.
-
-    Raises:
-        TargetError: A name is not in the list.
-    """
+    """Return the place of each name in a list of class names; one that is not there is a `TargetError`."""
     places = {name: index for index, name in enumerate(classes)}
     for index, name in enumerate(names):
         if name not in places:

@@ -50,8 +50,8 @@ class Inputs:
             view: Which random changes are drawn: the number of the epoch, as a rule.
 
         Raises:
-            ImageError: When preprocessed images have another size or were normalized in another way than the weights
-                expect, and when they were to be augmented.
+            ImageError: Preprocessed images have another size or normalization than the weights expect, or are to be
+                augmented.
         """
         for images, targets, places in self.device.batches(self._checked(batch_size, order, view)):
             yield self.prepare(self._augment(images, places, view)), targets
@@ -62,10 +62,7 @@ class Inputs:
         """Yield the images that `prepare` makes model input of, and targets, which stay on the host.
 
         The images are those of the source, on the host; with augmentation they are the augmented ones, on the device.
-        The arguments and errors are those of `batches`; with None as view the data may draw no random numbers.
-
-        Raises:
-            CacheError: When it draws some.
+        With None as view, data that draws random numbers raises `CacheError`.
         """
         for images, targets, places in self._checked(batch_size, order, view):
             if self.transform is None or view is None:

@@ -57,11 +57,7 @@ class Novelty(nn.Module):
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor]) -> Self:
-        """Build one with the sizes of saved buffers, and load them.
-
-        Raises:
-            ValueError: When they are not those of a `Novelty`.
-        """
+        """Build one with the sizes of saved buffers, and load them; `ValueError` if they do not fit each other."""
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         if set(shapes) != set(cls(1, 1, 1).state_dict()) or len(shapes["axes"]) != 2 or len(shapes["centres"]) != 2:
             raise ValueError("expected mean, axes, centres, within, overall and threshold")
