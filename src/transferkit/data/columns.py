@@ -1,7 +1,6 @@
 """Images and labels by the names that people give them: rows, tables, dicts, and lists that belong together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from os import PathLike
 from typing import Any
 
@@ -48,7 +47,7 @@ def image_and_target(sample: Any, what: str) -> tuple[Any, Any]:
     """Return the image and the label of a sample, or the images and labels of a batch: a pair, or parts with names.
 
     Args:
-        sample: A pair, or a dict, named tuple or dataclass with one image and one label.
+        sample: A pair, or a dict or named tuple with one image and one label.
         what: The sample, for the message.
 
     Raises:
@@ -118,11 +117,9 @@ def as_columns(data: Any) -> Any:
 
 
 def column_names(data: Any) -> list[Any] | None:
-    """Return the names of the columns of a dict, a structured array, or a table as those of pandas and polars."""
+    """Return the names of the columns of a dict, or of a table as those of pandas and polars."""
     if isinstance(data, Mapping):
         return list(data)
-    if isinstance(data, np.ndarray):
-        return None if data.dtype.names is None else list(data.dtype.names)
     table = hasattr(data, "columns") and hasattr(data, "__getitem__") and not isinstance(data, Dataset)
     return list(data.columns) if table else None
 
@@ -186,13 +183,9 @@ def _are_images(values: Any) -> bool:
 
 def _named(sample: Any) -> Mapping[Any, Any] | None:
     """Return the parts of a sample by name, if it has names."""
-    if isinstance(sample, Mapping):
-        return sample
     if isinstance(sample, tuple) and hasattr(sample, "_fields"):
         return dict(zip(sample._fields, sample, strict=True))
-    if is_dataclass(sample) and not isinstance(sample, type):
-        return {field.name: getattr(sample, field.name) for field in fields(sample)}
-    return None
+    return sample if isinstance(sample, Mapping) else None
 
 
 def _unclear(data: Any, names: list[Any], image: Any, label: Any) -> str:
