@@ -1,7 +1,8 @@
 """numpy arrays as tensors, and tensors as bytes for digests and files, without copies where possible."""
 
+import hashlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,21 +10,11 @@ import torch
 from torch import Tensor
 
 
-class Digest(Protocol):
-    """What `hashlib.sha256()` returns."""
-
-    def update(self, data: bytes | memoryview, /) -> None:
-        """Add bytes."""
-
-
 def tensor_from_array(array: npt.NDArray[Any]) -> Tensor:
     """Return a tensor that shares an array's memory where torch can, else a copy. The library never writes to it.
 
     Torch reads no object arrays, such as a column of a table, no foreign byte order, long doubles or negative strides.
-
-    Raises:
-        TypeError: The array holds something other than numbers, or numbers that are masked out.
-        ValueError: The elements of an object array differ in shape.
+    What is no array of numbers, or masked, is a `TypeError`; elements that differ in shape are a `ValueError`.
     """
     if np.ma.is_masked(array):
         raise TypeError("some values are masked; fill them with .filled(value)")
@@ -58,8 +49,15 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def digest_tensors(digest: Digest, tensors: Mapping[str, Tensor]) -> None:
-    """Add the names, shapes, dtypes and elements of tensors, such as a state dict, to a digest."""
+def sha256_of(tensors: Mapping[str, Tensor], *, begin: str = "") -> str:
+    """Return the SHA-256 of a text and the tensors behind it, such as a state dict, in hexadecimal digits."""
+    digest = hashlib.sha256(begin.encode())
+    digest_tensors(digest, tensors)
+    return digest.hexdigest()
+
+
+def digest_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Add the names, shapes, dtypes and elements of tensors to one of hashlib's digests."""
     for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(raw_bytes(tensor))

@@ -60,15 +60,7 @@ class Bar:
 class Display:
     """Lines of text on standard output, and bars in a terminal or a notebook if `tqdm` is installed.
 
-    Args:
-        verbose: 0 shows nothing, 1 lines and bars, 2 lines only; anything else is an `ArgumentError`.
-
-    Example:
-        >>> display = Display(2)
-        >>> display.say("epoch 1")
-        epoch 1
-        >>> with display.bar("epoch 2", 100) as bar:  # draws nothing
-        ...     bar.advance(32)
+    `verbose` 0 shows nothing, 1 lines and bars, 2 lines only.
     """
 
     def __init__(self, verbose: int) -> None:

@@ -48,11 +48,6 @@ def own_surroundings() -> Iterator[None]:
 
     `no_grad`, `inference_mode` and a foreign `autocast` are off, new tensors are float32 and on the CPU. All but the
     default dtype belong to this thread alone.
-
-    Example:
-        >>> with torch.inference_mode(), torch.autocast("cpu"), own_surroundings():
-        ...     torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
-        (True, False)
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))

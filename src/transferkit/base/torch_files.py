@@ -47,12 +47,9 @@ _SAFETENSORS = "it is a safetensors file: pass the state dict that safetensors.t
 def read_torch_file(path: Path, *, mmap: bool = False, legacy: Callable[[], None] | None = None) -> object:
     """Read a file that `torch.save` wrote, with its tensors on the CPU. No code in the file runs.
 
-    Args:
-        path: Of the file.
-        mmap: Map the tensors into memory instead of copying them. The caller must not keep them: they change with
-            the file.
-        legacy: Called before a file in the format of torch before 1.6 is read, which has no checksums and cannot be
-            mapped. None refuses such a file.
+    With `mmap` the tensors are mapped, not copied: they change with the file, so the caller must not keep them.
+    `legacy` is called before a file in the format of torch before 1.6 is read, which has no checksums and cannot be
+    mapped; None refuses such a file.
 
     Raises:
         ValueError: The file is damaged, malicious, or not a file that `torch.save` writes. The message is one line.

@@ -73,12 +73,8 @@ def find_nonfinite(
 ) -> str:
     """Name the first non-finite tensor of a step, by repeating its forward and backward passes.
 
-    Args:
-        network: The network, with the weights it had in that step.
-        parts: Inputs and targets of each micro-batch of that step.
-        loss_of: Maps logits and targets to the loss.
-        model: The model that contains `network`; its module and parameter names are used.
-        device: Gives the precision.
+    `network` has the weights it had in that step, `parts` are inputs and targets of its micro-batches, `loss_of` maps
+    logits and targets to the loss. `model`, which contains the network, gives the names, `device` the precision.
     """
     rows = torch.cat([~inputs.flatten(1).isfinite().all(dim=1) for inputs, _ in parts])
     if bool(rows.any()):

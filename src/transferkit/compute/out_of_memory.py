@@ -31,15 +31,8 @@ def within_memory(
 ) -> tuple[_Result, int]:
     """Return the result of `run(size)`, halving the size until memory suffices, and the size that did.
 
-    Args:
-        run: Does the work in parts of that many images.
-        size: Size to try first, 1 or more.
-        device: The device whose memory is used.
-        what: Name of the work, for the message.
-        undo: Called before each further try.
-
-    Raises:
-        OutOfMemoryError: Memory does not suffice for one image at a time.
+    `run` does the work, `what`, in parts of that many images; `undo` is called before each further try. Where memory
+    does not suffice for one image at a time, `OutOfMemoryError` is raised.
     """
     while True:
         try:

@@ -46,12 +46,7 @@ def find_column(names: Sequence[Any], kind: str) -> Any:
 def image_and_target(sample: Any, what: str) -> tuple[Any, Any]:
     """Return the image and the label of a sample, or the images and labels of a batch: a pair, or parts with names.
 
-    Args:
-        sample: A pair, or a dict or named tuple with one image and one label.
-        what: The sample, for the message.
-
-    Raises:
-        TargetError: It is neither, or its names do not say which part is the label.
+    `what` is the sample, for the message of the `TargetError` if it is neither, or names do not say which is the label.
     """
     parts = _named(sample)
     names = [] if parts is None else list(parts)
@@ -88,13 +83,7 @@ def image_of(sample: Any) -> Any:
 def as_columns(data: Any) -> Any:
     """Return a table, a dict of columns or a list of rows as a pair (images, labels); anything else unchanged.
 
-    Raises:
-        ArgumentError: The names do not say which columns are meant, or the parts of a data set are passed as one.
-        TargetError: A row is no pair.
-
-    Example:
-        >>> as_columns([("1.png", "cat"), ("2.png", "dog")])
-        (['1.png', '2.png'], ['cat', 'dog'])
+    Names that do not say which columns are meant, and rows that are no pairs, are refused.
     """
     if (names := column_names(data)) is not None:
         image, label = find_column(names, "image"), find_column(names, "label")

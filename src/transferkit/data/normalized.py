@@ -22,12 +22,8 @@ _ALIKE = 0.002  # conventions differ by more in the proportions of their standar
 def check_normalized(images: Tensor, preprocess: Preprocessing) -> None:
     """Refuse float images whose values cannot come from a preprocessing; warn of those that hardly can.
 
-    Args:
-        images: float32 `(N, 3, H, W)`, on the host. Infinite and NaN values are ignored.
-        preprocess: What the images should have gone through.
-
-    Raises:
-        ImageError: They were scaled to 0..1, normalized by other means or standard deviations, or not at all.
+    They are float32 `(N, 3, H, W)`, on the host; infinite and NaN values are ignored. Images that were scaled to 0..1,
+    normalized by other means or standard deviations, or not at all are an `ImageError`.
     """
     pixels = images.flatten(2)
     pixels = pixels[:, :, :: max(1, pixels.shape[2] // _SAMPLED)]

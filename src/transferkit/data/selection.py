@@ -22,11 +22,7 @@ def split_validation(
     """Split data at random, by `seed`, into training and validation images, both in the order of the data.
 
     Each class with two images or more is in both, in the same proportion as far as whole images allow. Where an image
-    may have several labels the split is blind to them.
-
-    Raises:
-        ArgumentError: `validation_split` is not between 0 and 1, or the data is a `DataLoader`.
-        EmptyDataError: One of the two would be empty.
+    may have several labels the split is blind to them. A fraction that leaves one part empty is an error.
     """
     if fraction("validation_split", validation_split) == 0:
         raise ArgumentError("validation_split=0 leaves no validation images: expected a fraction, or None.")
@@ -85,17 +81,11 @@ def without_bad_images(
 ) -> Source:
     """Read every image of a data set once, and return the data set without the images that cannot be used.
 
-    So the images of a run and the number of steps in an epoch are fixed before the first step. The price: the data
-    set is read once more.
-
-    Args:
-        source: Images in memory are returned unchanged.
-        limit: Fraction of the images, 0 to 1, that may be bad; one image always may.
-        display: Shows progress, and a line for each bad image.
-        check: Called after each batch; may raise to stop.
+    So the images of a run and the number of steps in an epoch are fixed before the first step. Images in memory are
+    returned unchanged. `check` is called after each batch and may raise to stop.
 
     Raises:
-        ImageError: More than one image and more than that fraction are bad. The message names the first 100.
+        ImageError: More than one image and more than the fraction `limit` are bad. The message names the first 100.
         ArgumentError: The data is a `DataLoader`.
         EmptyDataError: Every image is bad.
     """

@@ -1,6 +1,5 @@
 """Everything `Trainer` accepts as data, in batches whose order depends only on (seed, epoch)."""
 
-import hashlib
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from transferkit.base.arrays import digest_tensors, tensor_from_array
+from transferkit.base.arrays import sha256_of, tensor_from_array
 from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.data.columns import image_and_target, image_of
 from transferkit.data.images import as_image, as_images
@@ -106,7 +105,8 @@ class ArraySource:
 
     def digest(self, indices: Tensor | None = None) -> str:
         images = torch.stack([self.images[index] for index in evenly_spaced(self.num_images, indices)])
-        return _digest(targets=self.targets, indices=_NO_TARGETS if indices is None else indices, images=images)
+        indices = _NO_TARGETS if indices is None else indices
+        return sha256_of({"targets": self.targets, "indices": indices, "images": images})
 
 
 class DatasetSource:
@@ -169,7 +169,7 @@ class DatasetSource:
             for index in evenly_spaced(self.num_images, indices):
                 image, target, _ = self.samples.read(index, 0)
                 tensors |= {f"image {index}": image, f"target {index}": self.read_targets([target])}
-        return _digest(**tensors)
+        return sha256_of(tensors)
 
     def failures(self) -> Generator[tuple[int, dict[int, str]], None, None]:
         """Read every sample; after each batch, yield the number read so far and the failures in it, by index."""
@@ -234,7 +234,7 @@ class LoaderSource:
         )
 
     def digest(self, indices: Tensor | None = None) -> str:
-        return _digest(length=torch.tensor(-1 if self.length is None else self.length))
+        return sha256_of({"length": torch.tensor(-1 if self.length is None else self.length)})
 
 
 def _made_by(loader: "DataLoader[Any]") -> Iterator[Any]:
@@ -309,12 +309,6 @@ def _stack(targets: Any, num_classes: int, indices: Sequence[int] | None = None)
             f"expected class indices 0 to {num_classes - 1}, or rows of {num_classes}; got {targets[0]!r} for the "
             "first."
         ) from error
-
-
-def _digest(**tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    digest_tensors(digest, tensors)
-    return digest.hexdigest()
 
 
 class SubsetSource:

@@ -19,22 +19,14 @@ _ROW_SUM_TOLERANCE = 1e-2  # accepts rows rounded to bfloat16 or read from a tex
 def as_targets(
     targets: object, num_classes: int, *, multi_label: bool = False, indices: Sequence[int] | None = None
 ) -> Tensor:
-    """Return targets as int64 `(N,)` or float32 `(N, num_classes)`.
+    """Return targets as int64 `(N,)` or float32 `(N, num_classes)`; `TargetError` names the first that is neither.
 
     Args:
         targets: A tensor, an array or a sequence: class indices of any integer dtype, `(N,)` or `(N, 1)`; or one-hot
             or soft rows `(N, num_classes)` of any dtype.
         num_classes: Class indices run from 0 to `num_classes - 1`.
-        multi_label: Whether an image may have several labels, or none. Then only rows of numbers from 0 to 1 are
-            accepted.
+        multi_label: Whether an image may have several labels: only rows of numbers from 0 to 1 are accepted.
         indices: Index of each target in the data set, for the message; None if `targets` is the whole data set.
-
-    Raises:
-        TargetError: They are none of these, out of range, or rows that do not sum to one.
-
-    Example:
-        >>> as_targets([[2], [0]], num_classes=3)
-        tensor([2, 0])
     """
     try:
         values = targets if isinstance(targets, Tensor) else tensor_from_array(np.asanyarray(targets))

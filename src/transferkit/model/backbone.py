@@ -1,6 +1,5 @@
 """VGG's convolutional layers with their names, preprocessing and weights."""
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 
 from transferkit.base.arguments import one_of, square
-from transferkit.base.arrays import digest_tensors
+from transferkit.base.arrays import sha256_of
 from transferkit.base.calls import explain_missing, explained
 from transferkit.base.files import kind_of
 from transferkit.base.surroundings import own_surroundings
@@ -124,9 +123,7 @@ class Backbone(nn.Module):
         Two backbones with the same fingerprint compute the same features. Each access reads all weights: 0.1 s for
         VGG16.
         """
-        digest = hashlib.sha256(f"{self.name} {self.preprocess}".encode())
-        digest_tensors(digest, self.state_dict())
-        return digest.hexdigest()
+        return sha256_of(self.state_dict(), begin=f"{self.name} {self.preprocess}")
 
 
 @explained

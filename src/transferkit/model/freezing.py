@@ -114,11 +114,6 @@ def freeze_statistics(model: nn.Module) -> list[str]:
 
     That is the case where layers were converted after `freeze_until`, or frozen by hand with `requires_grad` alone.
     Batch norm without parameters counts as frozen where it lies in a `Backbone` before the first trainable layer.
-
-    Example:
-        >>> model = nn.Sequential(nn.BatchNorm2d(3).requires_grad_(False), nn.Conv2d(3, 4, 1))
-        >>> freeze_statistics(model), model.train()[0].training
-        (['0'], False)
     """
     modules = dict(model.named_modules())
     early = list(modules.values())[: list(modules).index(first_trainable_module(model) or "")]
@@ -172,12 +167,7 @@ def first_trainable_module(model: nn.Module) -> str | None:
 
 
 def describe_frozen(model: nn.Module) -> str:
-    """Return one line with the numbers of frozen and trainable parameters, and where training begins.
-
-    Example:
-        >>> describe_frozen(freeze_until(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "1"))
-        'frozen: 6 parameters before 1; training: 6 parameters'
-    """
+    """Return one line with the numbers of frozen and trainable parameters, and where training begins."""
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     before = f" before {first_trainable(model)}" if trainable else ""

@@ -30,16 +30,11 @@ _DEPENDS_ON_MODE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutN
 
 
 class Standardize(nn.Module):
-    """Subtracts a mean from each feature and divides by a standard deviation, those of the training images.
+    """Subtracts a mean from each feature and divides by a standard deviation, float32 `(D,)`, of `num_images` images.
 
     Features of one kind are the means, or the maxima, of one layer's channels. What varies less than their median is
     divided by that: it must not drown the others in an image where it does vary. `Trainer` measures both before its
     first step; training does not change them.
-
-    Attributes:
-        mean: float32 `(D,)`; 0 until it is measured.
-        std: float32 `(D,)`; 1 until it is measured.
-        num_images: Images measured, int64 `()`.
     """
 
     mean: Tensor
@@ -295,12 +290,10 @@ def check_float32(model: nn.Module, *, trains: bool) -> None:
 
 
 def check_head(model: TransferModel) -> None:
-    """Run a new head on zeros, in training and in eval mode, and put everything back that this changes.
+    """Run a head, if it or the image size is new, on zeros, in both modes, and put everything back that this changes.
 
-    It is new if it or the image size is another than the last time.
-
-    Raises:
-        HeadMismatchError: It does not take the backbone's features, or does not return logits, one for each class.
+    One that does not take the backbone's features, or does not return logits, one for each class, is a
+    `HeadMismatchError`.
     """
     if model.fits == (model.head, model.backbone.image_size):
         return

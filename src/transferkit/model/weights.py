@@ -30,11 +30,8 @@ _FULL_SHA256 = {
 def download(url: str, folder: Path | None = None) -> Path:
     """Return the local copy of a weight file, after downloading it if the folder does not have it.
 
-    The file is verified at every use and appears in the folder whole or not at all.
-
-    Args:
-        url: Its last part names the file and holds the start of its SHA-256, as in `vgg16-397923af.pth`.
-        folder: Where the copy is kept. `None` is torch.hub's own folder, which torchvision uses too.
+    The file is verified at every use and appears in the folder whole or not at all. Its name, the last part of the URL,
+    holds the start of its SHA-256. The folder is torch.hub's own by default, which torchvision uses too.
 
     Raises:
         WeightsDownloadError: There is no network or no such file, the connection stalls or breaks, or the disk is full
@@ -64,14 +61,11 @@ def is_published(path: Path) -> bool:
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a file of tensors by name, as `torch.save(model.state_dict(), path)` writes it.
+    """Read a file of tensors by name, as `torch.save(model.state_dict(), path)` writes it; else `WeightsError`.
 
     The checksum of every part is verified first, no code in the file runs, and nothing is downloaded. A file in the
     format of torch before 1.6 has no checksums: that gives a warning, unless its name holds its SHA-256. Tensors are
     mapped, not copied: the 500 MB of an unused classifier take no memory.
-
-    Raises:
-        WeightsError: The file is missing, cannot be read, is damaged, or holds something other than tensors by name.
     """
     path = Path(path)
     check_is_file(path)
@@ -145,10 +139,6 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, same_
     """Say in which names, shapes and dtypes `state` differs from `own`, with an empty string if in none.
 
     Two floating-point dtypes count as different only with `same_width`.
-
-    Example:
-        >>> differences({"a": torch.zeros(2)}, {"a": torch.zeros(3), "b": torch.zeros(1)})
-        'unexpected b; other shapes: a (3,) instead of (2,)'
     """
     found: dict[str, list[str]] = {
         "missing": [key for key in own if key not in state],

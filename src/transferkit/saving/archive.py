@@ -24,12 +24,10 @@ _PLAIN_BYTES = 2**20  # room for what is not tensors
 
 
 def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint beside its place, read its checksums back, flush it to the disk and rename it.
+    """Write plain types and tensors beside their place, read the checksums back, flush to the disk and rename.
 
-    Args:
-        path: Of the file, in an existing folder.
-        state: Plain types and tensors, nested. They are not copied. If another thread changes them meanwhile, that is
-            an error, unless it uses `.data` or has not finished when the file has.
+    The tensors are not copied. If another thread changes them meanwhile, that is an error, unless it uses `.data` or
+    has not finished when the file has.
 
     Raises:
         CheckpointTypeError: The state holds something else. Nothing was written.
@@ -56,11 +54,7 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> 
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint after verifying the checksum of each of its parts. No code in the file runs.
-
-    Raises:
-        CheckpointError: The file is missing, cannot be read, is damaged, or is not a checkpoint of this format.
-    """
+    """Read a checkpoint after verifying the checksum of each part; else `CheckpointError`. No code in it runs."""
     path = Path(path)
     if (found := kind_of(path)) != "a file":
         raise CheckpointError(f"no checkpoint at {path}: got {found}, expected a file that Trainer.save wrote.")
@@ -99,9 +93,8 @@ def _other_format(state: object, found: object) -> str:
 def check_plain(state: object, error: type[CheckpointError]) -> list[Tensor]:
     """Return the tensors in a nested state.
 
-    Raises:
-        CheckpointError: A value is not of a plain type or a dense tensor with memory of its own, or a key is not text.
-            The class is `error`, and the message names the place.
+    A value that is not of a plain type or a dense tensor with memory of its own, or a key that is not text, is an
+    `error`, which names the place.
     """
     tensors: list[Tensor] = []
     seen: set[int] = set()  # without it a list that holds one list twice, nested, would take forever
@@ -127,17 +120,10 @@ def check_plain(state: object, error: type[CheckpointError]) -> list[Tensor]:
 
 
 def check_parts(state: object, parts: Any, *, origin: str, place: str = "") -> None:
-    """Compare a nested state with a table of what it must hold.
+    """Compare a nested state with a table of what it must hold; `CheckpointError` names the place of what differs.
 
-    Args:
-        state: As read from a file.
-        parts: A tuple of the types that a value may have; a dict of the keys that a mapping must have, with `str` as
-            key for every key; or a list of one entry, for every item of a list.
-        origin: The file, for the message.
-        place: Of the state within the file.
-
-    Raises:
-        CheckpointError: A part is missing or has another type. The message names its place.
+    A table is a tuple of the types that a value may have; a dict of the keys that a mapping must have, with `str` as
+    key for every key; or a list of one entry, for every item of a list. `origin` is the file.
     """
     kinds = parts if isinstance(parts, tuple) else (type(parts),)
     if not isinstance(state, kinds) or (isinstance(state, bool) and bool not in kinds):
@@ -159,11 +145,7 @@ def check_parts(state: object, parts: Any, *, origin: str, place: str = "") -> N
 
 
 def check_ranges(state: Mapping[str, Any], ranges: Mapping[str, tuple[float, float]], *, origin: str) -> None:
-    """Check that numbers of a state lie in a range, its ends included; None, and what is no number, passes.
-
-    Raises:
-        CheckpointError: One does not, or is not a number (NaN). The message names it.
-    """
+    """Raise `CheckpointError` unless numbers of a state lie in a range; what is no number passes."""
     for name, (least, most) in ranges.items():
         value = state.get(name)
         if isinstance(value, int | float) and not least <= value <= most:

@@ -1,7 +1,6 @@
 """A model as plain types and tensors, and back."""
 
 import copy
-import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vgg import make_layers
 
-from transferkit.base.arrays import digest_tensors
+from transferkit.base.arrays import sha256_of
 from transferkit.base.calls import explained
 from transferkit.base.surroundings import own_surroundings
 from transferkit.data.classes import numbered
@@ -72,9 +71,7 @@ def model_state(model: TransferModel) -> dict[str, Any]:
 def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
     """Compare a saved model, of the form `PARTS`, with a live one, so that nothing is assigned unless all fits.
 
-    Raises:
-        HeadMismatchError: The classes differ.
-        CheckpointError: Something else does. The message names it.
+    Other classes are a `HeadMismatchError`, all else is a `CheckpointError` that names what differs.
     """
     preprocessing = _check_description(state)
     others = len(model.classes) != len(state["classes"])
@@ -232,12 +229,9 @@ def leave_out_frozen(state: Mapping[str, Any], model: TransferModel) -> tuple[di
 
 
 def put_back(state: dict[str, Any], path: Path, *others: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the state of a model with the weights that `leave_out_frozen` left out of its file.
+    """Return the state of a model with the weights that `leave_out_frozen` left out of its file, told by their SHA-256.
 
-    They are those of `others`, weights of live models, or of a file in the folder of `path`.
-
-    Raises:
-        CheckpointError: Neither has weights with the SHA-256 of those left out.
+    They are those of `others`, weights of live models, or of a file in the folder of `path`; else `CheckpointError`.
     """
     _check_description(state)
     if not state["left_out"]:
@@ -372,6 +366,4 @@ def _head_without_weights(
 
 
 def _sha256(weights: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    digest_tensors(digest, dict(sorted(weights.items())))
-    return digest.hexdigest()
+    return sha256_of(dict(sorted(weights.items())))

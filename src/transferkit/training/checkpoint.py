@@ -189,10 +189,8 @@ def steps_in(folder: Path) -> list[Path]:
 def read_newest(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
     """Read a checkpoint, or the newest in a folder; return its path and state, or `None` if the folder has none yet.
 
-    A run may save to the folder meanwhile, and remove what it was about to read: then a newer one is read.
-
-    Raises:
-        CheckpointError: The file is missing or cannot be used. In a folder, the message names the newest good one.
+    A run may save to the folder meanwhile, and remove what it was about to read: then a newer one is read. If the
+    newest in a folder cannot be used, the `CheckpointError` names the newest good one.
     """
     path = Path(path)
     if kind_of(path) != "a folder":

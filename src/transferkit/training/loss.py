@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,29 +22,6 @@ Weights = Sequence[float] | Tensor | str | None
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 _MULTI_LABEL = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
-
-
-class Loss(Protocol):
-    """What training, evaluation and resuming ask of a loss."""
-
-    @property
-    def threshold(self) -> float | None:
-        """Probability from which a label counts as predicted; None where each image has exactly one label."""
-
-    def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:
-        """Return the loss with everything that depends on the training data computed and on the device."""
-
-    def total_weight(self, targets: Tensor) -> Tensor | int:
-        """Return what the sum over a batch is divided by."""
-
-    def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum over part of a batch, float32 `()`."""
-
-    def each(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of each image without smoothing and weights, float32 `(N,)`."""
-
-    def describe(self) -> str:
-        """Return the settings as text: a resumed run must have the same."""
 
 
 @explained
@@ -70,7 +47,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
     class_weights: Weights = None
 
-    threshold = None
+    threshold = None  # each image has exactly one label
 
     def __post_init__(self) -> None:
         fraction("label_smoothing", self.label_smoothing)
@@ -102,7 +79,7 @@ class CrossEntropy:
         return functional.cross_entropy(logits, targets, reduction="none")
 
     def describe(self) -> str:
-        """Return the settings as text."""
+        """Return the settings as text: a resumed run must have the same."""
         return f"CrossEntropy(label_smoothing={self.label_smoothing}, class_weights={_text(self.class_weights)})"
 
 
@@ -217,6 +194,10 @@ class FunctionLoss:
             got += ", detached from the logits" if isinstance(value, Tensor) and not value.requires_grad else ""
             expected = 'the mean over the batch, one number that depends on the logits (reduction="mean" in torch)'
             raise ArgumentError(f"loss={self.describe()} returned {got}: expected {expected}.")
+
+
+Loss = CrossEntropy | BinaryCrossEntropy | FunctionLoss
+"""What training, evaluation and resuming ask of a loss is what these have."""
 
 
 def find_loss(loss: Loss | LossFunction | None, model: TransferModel, device: torch.device) -> Loss:

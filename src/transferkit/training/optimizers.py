@@ -40,20 +40,11 @@ def build_optimizer(
     lr: LearningRate | None,
     weight_decay: float | None,
 ) -> Optimizer:
-    """Return an optimizer over all of a model's parameters, fused into one kernel where it can be.
+    """Return an optimizer over all of a model's parameters, fused into one kernel where it can be; see `Trainer`.
 
-    Args:
-        optimizer: `"adam"`, `"adamw"`, `"sgd"` (momentum 0.9), `"rmsprop"`; a class or `functools.partial` of one;
-            or an optimizer already built over this model's parameters.
-        model: Whose parameters.
-        lr: Learning rate; one number, or a mapping as in `find_lr`. None is `LR` for the named optimizers (`SGD_LR` for
-            SGD), and for a class or a `functools.partial` its own default.
-        weight_decay: 0 or more; None is the optimizer's own default (0.01 for AdamW), or what a `functools.partial`
-            says.
-
-    Raises:
-        ArgumentError: One of these is none of that, or the optimizer takes no groups of parameters, or needs a closure
-            or sparse gradients.
+    `optimizer` is a name, a class, a `functools.partial` of one, or an optimizer already built over these parameters.
+    Without `lr` named optimizers have `LR` (`SGD_LR` for SGD), others their own default. One that takes no groups of
+    parameters, or needs a closure or sparse gradients, is an `ArgumentError`.
     """
     if isinstance(optimizer, Optimizer):
         if lr is not None or weight_decay is not None:
