@@ -65,7 +65,7 @@ class Display:
 
     def __init__(self, verbose: int) -> None:
         if verbose not in (0, 1, 2):
-            raise ArgumentError(f"verbose={verbose!r} is not known: expected 0 (nothing), 1 (lines, bars), 2 (lines).")
+            raise ArgumentError(f"verbose={verbose!r} is not known: expected 0 (nothing), 1 (lines, bars) or 2.")
         self.verbose = int(verbose)
         self._tqdm = _find_tqdm() if verbose == 1 else None
 

@@ -88,7 +88,7 @@ class ArraySource:
             raise EmptyDataError(f"data holds no images: got shape {tuple(self.images.shape)}, expected 1 or more.")
         self.targets = _NO_TARGETS if targets is None else as_targets(targets, len(classes), multi_label=multi_label)
         if targets is not None and len(self.targets) != self.num_images:
-            raise TargetError(f"{self.num_images} images but {len(self.targets)} targets: expected as many.")
+            raise TargetError(f"{self.num_images} images but {len(self.targets)} targets: expected one for each.")
 
     def num_batches(self, batch_size: int) -> int:
         return count_batches(self.num_images, batch_size)
