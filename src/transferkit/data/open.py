@@ -191,5 +191,5 @@ def _labelled(data: Any, classes: Sequence[str], *, check: bool) -> Any:
     if files is None:
         return images, targets
     if len(files) != len(targets):
-        raise TargetError(f"{len(files)} images but {len(targets)} targets: expected one for each image.")
+        raise TargetError(f"{len(files)} images but {len(targets)} targets: expected one target for each image.")
     return _given(files, targets, check=check)
