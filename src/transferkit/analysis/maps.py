@@ -15,10 +15,8 @@ def activation_maps(model: TransferModel, inputs: Tensor, classes: Tensor) -> Te
     head is linear each place has exactly its part (class activation maps). Where it has hidden layers that holds for
     small changes (Grad-CAM, without its mean over places).
 
-    Args:
-        model: In eval mode.
-        inputs: Preprocessed images, float `(N, 3, S, S)`, on the model's device.
-        classes: Class index of each image, int64 `(N,)`.
+    The model is in eval mode. Inputs are preprocessed images, float `(N, 3, S, S)`, and classes int64 `(N,)`, both on
+    its device.
 
     Example:
         >>> from transferkit import attach_head, load_backbone

@@ -1,6 +1,6 @@
 """Standardised features as what maps weights to logits, with an estimate of how its logistic regressions curve."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +13,10 @@ from transferkit.linear.table import Table
 LARGEST_PRODUCTS = 4096
 """Most rows whose inner products are taken in place of the features, where there are more features than rows."""
 
-_AXES = 128
-"""Principal axes that are computed: along these features vary most, and the Hessian is largest."""
-
-_READINGS = 3
-"""Products with the covariance that find them."""
-
-_CONSTANT = 1e-5
-"""A column whose standard deviation is a smaller fraction of its mean is constant but for rounding."""
-
-_JITTER = 1e-9
-"""Added to the inner products, as a fraction of their mean square, so that they have a Cholesky factor."""
+_AXES = 128  # principal axes: along these features vary most, and the Hessian is largest
+_READINGS = 3  # products with the covariance that find them
+_CONSTANT = 1e-5  # a column whose standard deviation is a smaller fraction of its mean is constant but for rounding
+_JITTER = 1e-9  # added to the inner products, as a fraction of their mean square: they have a Cholesky factor then
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +63,12 @@ class Design:
         return torch.cat([_combined(slopes.T, self._blocks()), slopes.sum(dim=0)[:, None]], dim=1)
 
     def precondition(self, gradient: Tensor, curvature: Tensor, penalty: float) -> Tensor:
-        """Return the gradient `(P, K, A + 1)` divided by an estimate of the Hessian.
+        """Return the gradients `(P, K, A + 1)` of problems divided by an estimate of their Hessians.
 
-        Args:
-            gradient: Of each problem.
-            curvature: Of each problem's loss in its logits, `(P,)`.
-            penalty: The L2 penalty.
+        `curvature` is that of each problem's loss in its logits, `(P,)`.
+
+        References:
+            Frangella, Tropp and Udell, 2023, "Randomized Nyström Preconditioning".
         """
         curvature = curvature[:, None, None]
         penalties = torch.full_like(self.variances, penalty)
@@ -136,7 +129,7 @@ def divisors(mean: Tensor, std: Tensor, kinds: list[int] | None) -> Tensor:
 
     Args:
         mean: Of each feature, `(D,)`.
-        std: Standard deviation of each feature, `(D,)`.
+        std: Of each feature, `(D,)`.
         kinds: How many features of one kind lie side by side, such as the means of one layer's channels; None compares
             none with each other. What is constant is then divided by 1.
 
@@ -147,10 +140,10 @@ def divisors(mean: Tensor, std: Tensor, kinds: list[int] | None) -> Tensor:
     varies = std > (_CONSTANT * mean.abs()).clamp_min(1e-30)
     if kinds is None:
         return torch.where(varies, std, 1)
-    floors = []
-    for own, moving in zip(torch.split(std, kinds), torch.split(varies, kinds), strict=True):
-        floor = own[moving].median() if bool(moving.any()) else own.new_ones(())
-        floors.append(floor.expand(len(own)))
+    floors = [
+        (own[moving].median() if bool(moving.any()) else own.new_ones(())).expand(len(own))
+        for own, moving in zip(torch.split(std, kinds), torch.split(varies, kinds), strict=True)
+    ]
     return torch.maximum(std, torch.cat(floors))
 
 
@@ -176,11 +169,14 @@ def design_of(table: Table) -> Design:
             rows[start : start + len(block), :-1] = block
             start += len(block)
 
-    def blocks() -> Iterator[Tensor]:
-        return standardised(table, mean, std) if rows is None else iter([rows[:, :-1]])
+    def blocks() -> Iterable[Tensor]:
+        return standardised(table, mean, std) if rows is None else [rows[:, :-1]]
 
-    axes, variances, rest = _principal_axes(blocks, (count, width if factor is None else count))
-    return Design(table, mean, std, rows, factor, axes, variances, rest)
+    axes, variances = principal_axes(blocks, (count, width if factor is None else count))
+    rest = torch.maximum(variances[0], variances[-1] / 1000)  # a larger quotient would be lost to rounding
+    axes = pad(axes, (0, 1, 0, 1))
+    axes[-1, -1] = 1
+    return Design(table, mean, std, rows, factor, axes, torch.cat([variances, variances.new_ones(1)]), rest)
 
 
 def _combined(by_row: Tensor, blocks: Iterator[Tensor]) -> Tensor:
@@ -210,24 +206,29 @@ def _factor(table: Table, mean: Tensor, std: Tensor) -> Tensor:
     return factor
 
 
-def _principal_axes(blocks: Callable[[], Iterator[Tensor]], shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return principal axes with the column of ones, their variances, and a bound of the variances along all others.
+def principal_axes(
+    blocks: Callable[[], Iterable[Tensor]], shape: tuple[int, int], *, most: int = _AXES
+) -> tuple[Tensor, Tensor]:
+    """Return axes `(D, R)` along which centred rows `(N, D)` vary most, and the variances along them, rising, `(R,)`.
+
+    `blocks` returns the rows from the first to the last each time it is called: three times.
+
+    Example:
+        >>> rows = torch.tensor([[3.0, 0.0], [-3.0, 0.0]])
+        >>> axes, variances = principal_axes(lambda: [rows], (2, 2), most=1)
+        >>> (rows @ axes).abs().T, variances
+        (tensor([[3., 3.]]), tensor([9.]))
 
     References:
         Halko, Martinsson and Tropp, 2011, "Finding structure with randomness": subspace iteration.
-        Frangella, Tropp and Udell, 2023, "Randomized Nyström Preconditioning".
     """
     count, width = shape
-    product = torch.randn(width, min(width, _AXES), generator=torch.Generator().manual_seed(0))
+    product = torch.randn(width, min(most, *shape), generator=torch.Generator().manual_seed(0))
     for _ in range(_READINGS):
         axes = torch.linalg.qr(product)[0]
         product = torch.zeros_like(product)
         for block in blocks():
-            axes, product = axes.to(block.device), product.to(block.device)
+            axes, product = axes.to(block), product.to(block)
             product += block.T @ (block @ axes)
     variances, turns = torch.linalg.eigh((axes.T @ product).double() / count)
-    variances = variances.clamp_min(0).float()
-    rest = torch.maximum(variances[0], variances[-1] / 1000)  # a larger quotient would be lost to rounding
-    axes = pad(axes @ turns.float(), (0, 1, 0, 1))
-    axes[-1, -1] = 1
-    return axes, torch.cat([variances, variances.new_ones(1)]), rest
+    return axes @ turns.to(axes), variances.clamp_min(0).to(axes)

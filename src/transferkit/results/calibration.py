@@ -14,8 +14,7 @@ def expected_calibration_error(
     Args:
         probabilities: Of each class, `(N, K)`.
         targets: True class indices `(N,)`: the confidence of an image is its largest probability. Or true labels
-            `(N, K)`, 0 and 1, where an image may have several: each label is a case of its own, whose probability is
-            compared with how often the label is present.
+            `(N, K)`, 0 and 1: each label is a case of its own, and right where the image has it.
         bins: Number of bins between 0 and 1.
 
     Example:

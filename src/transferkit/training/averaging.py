@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transferkit.base.arguments import fraction
 from transferkit.base.calls import explained
 from transferkit.errors import CheckpointError
-from transferkit.model.freezing import trainable_state
+from transferkit.model.freezing import put_back, trainable_state
 from transferkit.model.weights import differences
 
 
@@ -68,13 +68,13 @@ class WeightAverage:
     @contextmanager
     def validating(self, trainer: Any) -> Iterator[None]:
         """Put the average into the model, and the weights of the last step back afterwards."""
-        state = trainer.model.state_dict()
-        live = {name: state[name].clone() for name in self._average}
-        _assign(state, self._average)
+        live = trainer.model.state_dict()
+        before = {name: live[name].clone() for name in self._average}
+        put_back(self._average, live)
         try:
             yield
         finally:
-            _assign(state, live)
+            put_back(before, live)
 
     def __call__(self, trainer: Any, report: object) -> None:
         """Do nothing after an epoch."""
@@ -82,7 +82,7 @@ class WeightAverage:
     def after_run(self) -> None:
         """Leave the average in the model where no validation chose."""
         if self._model is not None:
-            _assign(self._model.state_dict(), self._average)
+            put_back(self._average, self._model.state_dict())
 
     def state(self) -> dict[str, Tensor]:
         """Return the average and the number of steps in it, not copied."""
@@ -100,9 +100,3 @@ class WeightAverage:
             raise CheckpointError(f"the checkpoint's average of the weights does not fit the model: {faults}.")
         self._steps = int(state["steps"])
         self._average = {name: value.to(live[name].device) for name, value in average.items()}
-
-
-def _assign(state: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in values.items():
-            state[name].copy_(value)
