@@ -35,7 +35,7 @@ def explain(
 
     The numbers of a map sum to the class's logit: positive where the image speaks for it, negative where against. With
     a linear head, as `attach_head` makes it, each place has exactly its part. With hidden layers the parts hold for
-    small changes; see `transferkit.analysis.maps.activation_maps`.
+    small changes.
 
     Args:
         trainer: Whose model is asked.
@@ -96,16 +96,12 @@ def _indices(classes: object, names: tuple[str, ...]) -> Tensor | None:
 def plot_explanations(
     trainer: Trainer, images: object, classes: object = None, *, num_images: int = 6, ax: "Axes | None" = None
 ) -> "Figure":
-    """Show what speaks for a class: the places in red over each image as the model sees it.
+    """Show what speaks for a class in the first images: the places in red over each image as the model sees it.
 
-    Args:
-        trainer: As in `explain`.
-        images: As in `explain`, but no `DataLoader`; the first `num_images` are shown.
-        classes: As in `explain`.
-        num_images: 1 or more.
-        ax: Where to draw; None makes a figure.
+    The arguments are those of `explain`, without a `DataLoader`. They are drawn on `ax`, or on a new figure.
 
     Raises:
+        ArgumentError: As in `explain`, and when `num_images` is below 1.
         MissingPackageError: When matplotlib is not installed.
 
     Example:
@@ -134,11 +130,8 @@ def show_batch(
 ) -> "Figure":
     """Show images drawn from labelled data with the names of their classes, before anything trains.
 
-    Args:
-        data: As in `Trainer.fit`, but no `DataLoader`. Its images are drawn at random, always the same.
-        classes: The class names; None takes them from the data.
-        num_images: 1 or more.
-        ax: Where to draw; None makes a figure.
+    The data is as in `Trainer.fit`, but no `DataLoader`; it is always the same images that are drawn from it, on `ax`,
+    or on a new figure. `classes` are the class names; None takes them from the data.
 
     Raises:
         ArgumentError: When the classes are not known, or `num_images` is below 1.

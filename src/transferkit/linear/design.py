@@ -48,16 +48,13 @@ class Design:
     rest: Tensor
 
     def logits(self, weights: Tensor) -> Tensor:
-        """Return the logits `(N, M)` of weights `(M, A + 1)`. Reads the table once if its rows are not in memory."""
+        """Return the logits `(N, M)` of weights `(M, A + 1)`. Rows that are not in memory are read once."""
         if self.rows is not None:
             return self.rows @ weights.T
         return torch.cat([torch.addmm(weights[:, -1], block, weights[:, :-1].T) for block in self._blocks()])
 
     def gradient(self, slopes: Tensor) -> Tensor:
-        """Return the gradient `(M, A + 1)` that follows from the slopes `(N, M)` of the logits.
-
-        Reads the table once if its rows are not in memory.
-        """
+        """Return the gradient `(M, A + 1)` that follows from the slopes `(N, M)` of the logits, at the same cost."""
         if self.rows is not None:
             return slopes.T @ self.rows
         return torch.cat([_combined(slopes.T, self._blocks()), slopes.sum(dim=0)[:, None]], dim=1)
@@ -79,10 +76,7 @@ class Design:
         return gradient / rest + (along * (1 / variances - 1 / rest)) @ self.axes.T
 
     def on_features(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weights `(M, A + 1)` as weights on the standardised features `(M, D)` and biases `(M,)`.
-
-        Reads the table once where there are more features than rows.
-        """
+        """Return weights `(M, A + 1)` as weights on the standardised features `(M, D)` and biases `(M,)`."""
         own, bias = weights[:, :-1], weights[:, -1]
         if self.factor is not None:
             by_row = torch.linalg.solve_triangular(self.factor.T, own.T.double(), upper=True)
@@ -100,7 +94,7 @@ def standardised(table: Table, mean: Tensor, std: Tensor) -> Iterator[Tensor]:
 
 
 def moments(table: Table) -> tuple[Tensor, Tensor]:
-    """Return the mean of each feature and what it is divided by, float32 `(D,)`. Reads the table once.
+    """Return the mean of each feature and its divisor, float32 `(D,)`. Reads the table once.
 
     Raises:
         NonFiniteError: When a feature is infinite or NaN.
@@ -126,12 +120,8 @@ def divisors(mean: Tensor, std: Tensor, kinds: list[int] | None) -> Tensor:
     """Return what features are divided by: their standard deviation, or the median one of their kind if that is more.
 
     A feature that hardly varies among the training images may vary among others, and must not drown the rest there.
-
-    Args:
-        mean: Of each feature, `(D,)`.
-        std: Of each feature, `(D,)`.
-        kinds: How many features of one kind lie side by side, such as the means of one layer's channels; None compares
-            none with each other. What is constant is then divided by 1.
+    `kinds` tells how many features of one kind lie side by side, such as the means of one layer's channels; None
+    compares none with each other, and divides what is constant by 1.
 
     Example:
         >>> divisors(torch.ones(4), torch.tensor([2.0, 4.0, 0.0, 0.0]), [3, 1])
@@ -148,10 +138,7 @@ def divisors(mean: Tensor, std: Tensor, kinds: list[int] | None) -> Tensor:
 
 
 def design_of(table: Table) -> Design:
-    """Standardise a table.
-
-    Reads it once for mean and standard deviation, then once to take its rows to memory or, if they do not fit there as
-    float32, three times for their principal axes. Where `D > N` it reads it once and then once more for each block.
+    """Standardise a table, and take its rows to memory if they fit there as float32.
 
     Raises:
         NonFiniteError: When a feature is infinite or NaN.
@@ -161,7 +148,7 @@ def design_of(table: Table) -> Design:
     rows = factor = None
     if count < width and count <= LARGEST_PRODUCTS:
         factor = _factor(table, mean, std)
-        rows = torch.cat([factor, factor.new_ones(count, 1)], dim=1).float()
+        rows = pad(factor.float(), (0, 1), value=1)
     elif table.fits_in_memory():
         rows = torch.ones(count, width + 1, device=table.device)
         start = 0

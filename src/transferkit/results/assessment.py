@@ -31,15 +31,9 @@ _COLUMNS = ("class", "precision", "recall", "f1", "images")
 
 
 def confusion_matrix(targets: npt.ArrayLike, predicted: npt.ArrayLike, num_classes: int) -> Integers:
-    """Count how often each class was taken for each other.
+    """Return how often each class was taken for each other, int64 `(K, K)`: rows are true classes, columns predicted.
 
-    Args:
-        targets: True class indices, `(N,)`.
-        predicted: Predicted ones, `(N,)`.
-        num_classes: Indices run from 0 to `num_classes - 1`.
-
-    Returns:
-        int64 `(num_classes, num_classes)`: rows are true classes, columns predicted ones.
+    `targets` and `predicted` are class indices `(N,)`, from 0 to `num_classes - 1`.
 
     Raises:
         ArgumentError: When indices are out of range, or there are not as many of one as of the other.
@@ -150,29 +144,22 @@ class Assessment:
         return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())
 
     def accuracy_interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Return the bounds between which the accuracy on all images of this kind lies, with so much confidence.
-
-        Args:
-            confidence: Above 0 and below 1.
+        """Return the bounds between which the accuracy on all images of this kind lies (Wilson, 1927).
 
         Raises:
-            ArgumentError: When `confidence` is out of range, or an image may have several labels.
-
-        References:
-            Wilson, 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
+            ArgumentError: When `confidence` is not from 0 to below 1, or an image may have several labels.
         """
         self._one_label("accuracy_interval")
         z, count = NormalDist().inv_cdf(0.5 + fraction("confidence", confidence) / 2), len(self.targets)
-        centre = (self.accuracy + z**2 / (2 * count)) / (1 + z**2 / count)
-        spread = self.accuracy * (1 - self.accuracy) / count + z**2 / (4 * count**2)
-        half = z * math.sqrt(spread) / (1 + z**2 / count)
-        return centre - half, centre + half
+        centre = self.accuracy + z**2 / (2 * count)
+        half = z * math.sqrt(self.accuracy * (1 - self.accuracy) / count + z**2 / (4 * count**2))
+        shrunk = 1 + z**2 / count
+        return (centre - half) / shrunk, (centre + half) / shrunk
 
     def calibration_error(self, *, calibrated: bool = True) -> float:
         """Return the expected calibration error: how far confidence is from accuracy, 0 to 1, over 15 bins.
 
-        Args:
-            calibrated: False gives that of the model without its temperature.
+        With `calibrated=False` it is that of the model without its temperature.
         """
         probabilities = self.probabilities.astype(np.float64)
         if not calibrated:  # without a temperature, probabilities are in proportion to these powers
@@ -268,20 +255,15 @@ class Assessment:
         return " + ".join(name for name, has in zip(self.classes, labels, strict=True) if has) or "none"
 
 
-_WRITTEN = 20
-"""Classes up to which a confusion matrix has its counts written into it: more would be too small to read."""
+_WRITTEN = 20  # classes up to which a confusion matrix has its counts written into it: more would be too small
 
 
 def plot_confusion_matrix(assessment: Assessment, *, ax: "Axes | None" = None, normalize: bool = False) -> "Figure":
     """Draw how often each class was taken for each other: rows are true classes, columns predicted ones.
 
     Where an image may have several labels, the columns are instead: labels found, labels missed, and images that got
-    the label without having it.
-
-    Args:
-        assessment: From `Trainer.assess`.
-        ax: Where to draw; None makes a figure.
-        normalize: Write fractions of each true class, 0 to 1, instead of counts. The colors always show fractions.
+    the label without having it. Colors show fractions of each true class; `normalize` writes these instead of counts.
+    It is drawn on `ax`, or on a new figure.
 
     Raises:
         MissingPackageError: When matplotlib is not installed.
@@ -326,16 +308,11 @@ def plot_predictions(
     """Show images with their predicted class and its probability, the worst first.
 
     The worst have the highest loss: the model was sure and wrong. Wrong predictions have a red title, with the true
-    class in parentheses.
-
-    Args:
-        assessment: From `Trainer.assess(data)`.
-        data: The same data, `(images, targets)` or a `Dataset`. Only the images shown are read.
-        num_images: How many, 1 or more.
-        ax: Where to draw; None makes a figure.
+    class in parentheses. Of the data that was assessed, `(images, targets)` or a `Dataset`, only the images shown are
+    read. They are drawn on `ax`, or on a new figure.
 
     Raises:
-        ArgumentError: When the data has another number of images than the assessment, or is a `DataLoader`.
+        ArgumentError: When the data is not what was assessed, or a `DataLoader`, or `num_images` is below 1.
         MissingPackageError: When matplotlib is not installed.
 
     Example:

@@ -132,8 +132,7 @@ class History:
     def plot(self, ax: "Axes | None" = None) -> "Figure":
         """Draw loss, accuracy, metrics and learning rate of each epoch, and mark the best epoch.
 
-        Args:
-            ax: Where to draw; None makes a figure. It is divided into one part for each figure.
+        `ax`, or a new figure, is divided into one part for each of them.
 
         Raises:
             ArgumentError: When no epoch was finished.

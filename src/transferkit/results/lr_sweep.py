@@ -90,7 +90,7 @@ class LearningRateSweep:
         return bool(smoothed) and not smoothed[-1] <= DIVERGED * lowest
 
     def plot(self, ax: "Axes | None" = None) -> "Figure":
-        """Draw the loss over the learning rate; see `plot_lr_find`."""
+        """Draw it; see `plot_lr_find`."""
         return plot_lr_find(self, ax=ax)
 
     def _repr_html_(self) -> str:
@@ -103,17 +103,14 @@ class LearningRateSweep:
 
 
 def plot_lr_find(sweep: LearningRateSweep, *, ax: "Axes | None" = None) -> "Figure":
-    """Draw the loss over the learning rate, and mark the suggestion. `LearningRateSweep.plot` is the same.
+    """Draw the loss over the learning rate on `ax`, or on a new figure, and mark the suggestion.
 
-    Args:
-        sweep: From `Trainer.lr_find`.
-        ax: Where to draw; None makes a figure.
+    `LearningRateSweep.plot` is the same.
 
     Raises:
         MissingPackageError: When matplotlib is not installed.
 
     Example:
-        >>> from transferkit import LearningRateSweep
         >>> figure = plot_lr_find(LearningRateSweep([1e-4, 1e-3, 1e-2], [2.0, 1.0, 3.0]))
         >>> figure.axes[0].get_xlabel()
         'learning rate'

@@ -89,16 +89,14 @@ class Probe:
         return "features: " + ", ".join(f"{spent:.0f} s at {size} px" for size, spent in self.feature_seconds.items())
 
     def plot(self, ax: "Axes | None" = None) -> "Figure":
-        """Draw the accuracy of each set of blocks, with its standard error; see `plot_probe`."""
+        """Draw it; see `plot_probe`."""
         return plot_probe(self, ax=ax)
 
 
 def plot_probe(probe: Probe, *, ax: "Axes | None" = None) -> "Figure":
-    """Draw the accuracy of each set of blocks, with its standard error. `Probe.plot` is the same.
+    """Draw the accuracy of each set of blocks, with its standard error, on `ax`, or on a new figure.
 
-    Args:
-        probe: From `transferkit.probe`.
-        ax: Where to draw; None makes a figure.
+    `Probe.plot` is the same.
 
     Raises:
         MissingPackageError: When matplotlib is not installed.

@@ -104,11 +104,8 @@ def summary(model: Backbone | TransferModel) -> Summary:
     The layers marked "cached" are those whose output `Trainer` caches where the data allows it: the frozen ones from
     the first on, provided they are pure functions. One image of zeros goes through the model, which is left as it was.
 
-    Args:
-        model: From `load_backbone` or `attach_head`.
-
     Raises:
-        ArgumentError: Something else.
+        ArgumentError: When it is neither from `load_backbone` nor from `attach_head`.
 
     Example:
         >>> from transferkit import attach_head, freeze_until, load_backbone

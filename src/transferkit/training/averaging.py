@@ -16,13 +16,11 @@ from transferkit.model.weights import differences
 
 @explained
 class WeightAverage:
-    """A callback that keeps an exponential moving average of all weights that train.
+    """A callback that keeps an exponential moving average of all weights that train: one more copy of them.
 
     Validation sees the average, and so do the best weights that `fit` leaves in the model; training steps do not.
     Without validation data the model has the average at the end of the run. In the first steps the average forgets
     faster: over n steps it covers about the last tenth, until `decay` says more.
-
-    It takes memory for one more copy of the weights that train, and reads and writes them once in each step.
 
     Args:
         decay: How much of the average stays in each step, at least 0 and less than 1; 0.99 averages over about 100
