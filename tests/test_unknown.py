@@ -173,6 +173,7 @@ def test_a_damaged_measure_is_refused(change):
         make_trainer(make_model(make_backbone(), "head")).load_state_dict(state)
 
 
+@pytest.mark.slow
 def test_the_exported_module_returns_it_too():
     """With `unknown` the module returns probabilities and scores of raw images, which torch.export takes."""
     trainer = solved_trainer()

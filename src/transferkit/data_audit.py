@@ -101,10 +101,10 @@ def audit(
     display, place = Display(verbose), find_device(device, precision)
     with seeded(whole_number("seed", seed, at_least=0)):  # the head is never used
         model = attach_head(deepcopy(backbone), find_classes(data, classes), layers=layers)
+    freeze_until(model, "head")
     images = _Images(data, model.classes, num_workers)
-    features = features_of(
-        freeze_until(model, "head"), images.as_source(), device=place, folder=open_folder(cache), display=display
-    )
+    others = None if validation_data is None else _Images(validation_data, model.classes, num_workers)
+    features = features_of(model, cast("Source", images), device=place, folder=open_folder(cache), display=display)
     table = Table.of_features(features, columns=model.columns or None)
     solved, probabilities = held_out(table, images.targets, len(model.classes), seed=seed)
     display.say(f"solved the head in {FOLDS} folds: {solved}")
@@ -116,27 +116,23 @@ def audit(
         looks = f"looks like {model.classes[guess]} ({probabilities[index, guess]:.2f})"
         findings.append(images.finding("label", index, float(own[index]), looks))
     findings += images.copies("duplicate", find_copies(images.small), images)
-    sources = [images.source]
-    if validation_data is not None:
-        others = _Images(validation_data, model.classes, num_workers)
+    if others is not None:
         for _ in others.batches(_READ, seed=0, order=None):
-            pass  # it has seen them then
+            pass  # it has looked at them then
         findings += others.copies("leak", find_copies(others.small, images.small), images)
-        sources.append(others.source)
     far = outlyingness(table, solved)
     findings += images.unlike("outlier", far, lambda i: f"{far[i]:.1f} standard deviations from its neighbours")
     findings += [*_of_other_brightness(images), *_of_other_size(images)]
     losses = -own.clamp_min(1e-30).log()
     assessment = Assessment(probabilities.numpy(), losses.numpy(), images.targets.numpy(), model.classes)
-    return Audit(findings, assessment, precision_found, sources)
+    return Audit(findings, assessment, precision_found, [each.source for each in (images, others) if each])
 
 
 class _Images:
-    """Images of a data set: their source, how a finding names them, and what their pixels tell once they were read.
+    """The images of a data set as findings name them. It is their source, and looks at each image that is read.
 
     Attributes:
-        source: The images.
-        labels: Name of the class of each.
+        source: Their source without that.
         paths: File of each, or None.
         small: Thumbnails, `(N, 3, 8, 8)`.
         sizes: Height and width, `(N, 2)`.
@@ -155,10 +151,6 @@ class _Images:
         self.sizes = torch.zeros(count, 2, dtype=torch.float64)
         self.targets = torch.zeros(count, dtype=torch.int64)
         self.raw = True
-
-    def as_source(self) -> Source:
-        """Return the source of these images, each of which is looked at whenever it is read."""
-        return cast("Source", self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
