@@ -9,11 +9,8 @@ from torch import Tensor
 
 from transferkit.data.inputs import Images
 
-SIDE = 8
-"""Height and width of a thumbnail: small enough that compression does not show, large enough to tell images apart."""
-
-SAME = 0.2
-"""Two images are copies if their thumbnails differ by less than this fraction of their contrast."""
+SIDE = 8  # of a thumbnail: small enough that compression does not show, large enough to tell images apart
+SAME = 0.2  # two images are copies if their thumbnails differ by less than this fraction of their contrast
 
 _LEAST_CONTRAST = 1.0  # grey levels; images with less have no content to compare
 _BLOCK_NUMBERS = 2**24  # of distances that are held at a time
@@ -47,14 +44,10 @@ def thumbnails(images: Images) -> Tensor:
 
 
 def find_copies(small: Tensor, reference: Tensor | None = None) -> list[Copy]:
-    """Find the images that are copies of an earlier one, or of one in `reference`.
+    """Find the images that are copies of an earlier one, or of one in `reference`, by their `thumbnails`.
 
     Compression, resizing and mirroring do not hide a copy; cropping and other colors do. All pairs are compared, in
     about `200 N^2` operations.
-
-    Args:
-        small: Thumbnails of the images, float32 `(N, 3, 8, 8)`.
-        reference: Those of other images, `(M, 3, 8, 8)`; None compares the images with each other.
 
     Example:
         >>> small = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255

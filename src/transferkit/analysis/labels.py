@@ -13,15 +13,7 @@ def find_wrong_labels(probabilities: Tensor, targets: Tensor, limit: float) -> T
     """Return the images whose label is likely wrong, the likeliest first, int64.
 
     A model that did not see these images takes them for another class, and gives their own label a probability of at
-    most `limit`. Probabilities are `(N, K)`, targets int64 `(N,)`.
-
-    Example:
-        >>> probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.95, 0.05]])
-        >>> find_wrong_labels(probabilities, torch.tensor([0, 0, 1]), 0.1)
-        tensor([2])
-
-    References:
-        Northcutt, Jiang and Chuang, 2021, "Confident Learning", arXiv:1911.00068.
+    most `limit` (Northcutt et al., 2021, "Confident Learning"). Probabilities are `(N, K)`, targets int64 `(N,)`.
     """
     own = label_probabilities(probabilities, targets)
     places = ((probabilities.argmax(dim=1) != targets) & (own <= limit)).nonzero().squeeze(1)
@@ -29,12 +21,7 @@ def find_wrong_labels(probabilities: Tensor, targets: Tensor, limit: float) -> T
 
 
 def find_limit(own: Tensor, exchanged: Tensor) -> float:
-    """Return the probability of the own label up to which at least half the labels were exchanged on purpose.
-
-    Example:
-        >>> find_limit(torch.tensor([0.25, 0.5, 0.75, 1.0]), torch.tensor([True, False, False, False]))
-        0.5
-    """
+    """Return the probability of the own label up to which at least half the labels were exchanged on purpose."""
     order = own.argsort(stable=True)
     share = exchanged[order].double().cumsum(0) / torch.arange(1, len(own) + 1)
     enough = (share >= 0.5).nonzero()

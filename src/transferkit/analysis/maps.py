@@ -18,13 +18,6 @@ def activation_maps(model: TransferModel, inputs: Tensor, classes: Tensor) -> Te
     The model is in eval mode. Inputs are preprocessed images, float `(N, 3, S, S)`, and classes int64 `(N,)`, both on
     its device.
 
-    Example:
-        >>> from transferkit import attach_head, load_backbone
-        >>> model = attach_head(load_backbone("vgg11", weights=None, image_size=32), 2).eval()
-        >>> inputs = torch.randn(1, 3, 32, 32)
-        >>> torch.allclose(activation_maps(model, inputs, torch.tensor([1])).sum(), model(inputs)[0, 1], atol=1e-4)
-        True
-
     References:
         Zhou et al., 2016, "Learning Deep Features for Discriminative Localization", arXiv:1512.04150.
         Selvaraju et al., 2017, "Grad-CAM", arXiv:1610.02391.

@@ -48,10 +48,6 @@ def nearest(features: Tensor, queries: Tensor, *, count: int) -> tuple[Tensor, T
     """Return the `count` rows nearest to each query by cosine: their indices, int64 `(Q, count)`, and the cosines.
 
     `features` are centred rows `(N, D)`; from the queries `(Q, D)` the same mean was taken.
-
-    Example:
-        >>> nearest(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.1, 2.0]]), count=1)[0]
-        tensor([[1]])
     """
     cosines, indices = (normalize(queries.float(), dim=1) @ normalize(features.float(), dim=1).T).topk(count, dim=1)
     return indices, cosines

@@ -26,14 +26,6 @@ def learn_known(
     Its threshold is exceeded by a share `rejected`, above 0 and below 1, of features `held_out`, of images that the
     model was not trained on. Without them, each quarter of the training images is measured by the other three. `kinds`
     are those of `divisors`.
-
-    Example:
-        >>> targets = torch.arange(200) % 2
-        >>> features = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> features[:, 0] += 9 * targets
-        >>> known = learn_known(features, targets, rejected=0.05)
-        >>> known(torch.tensor([[0.0, 0.0, 0.0], [4.5, 0.0, 0.0]])) > 0  # of a class, and between both
-        tensor([False,  True])
     """
     known = _fit(features, targets, kinds)
     if held_out is None:

@@ -10,11 +10,8 @@ from typing_extensions import Self
 from transferkit.compute.host_memory import host_bytes
 from transferkit.features.chunks import CachedFeatures
 
-BLOCK_BYTES = 64 * 2**20
-"""Size of a block of rows in float32: what reading a table takes of memory, a few times over."""
-
-MEMORY_FRACTION = 0.25
-"""Fraction of the free memory that a table may take as float32; a larger one is read again in each pass."""
+BLOCK_BYTES = 64 * 2**20  # of a block of rows in float32: reading a table takes a few times this much memory
+MEMORY_FRACTION = 0.25  # of the free memory that a table may take as float32; a larger one is read in each pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +51,7 @@ class Table:
     def of_features(cls, features: CachedFeatures, *, columns: Sequence[slice] | None = None) -> Self:
         """Return the table of cached features, flattened as `nn.Flatten` does with `(N, C, h, w)`.
 
-        All views lie end to end: row `v * N + i` is view `v` of image `i`. Files stay mapped and are read block by
-        block.
+        All views lie end to end: row `v * N + i` is view `v` of image `i`. Files stay mapped.
         """
         rows, example = features.rows.flatten(), features.parts[0]
 
@@ -91,7 +87,7 @@ class Table:
             yield block.to(self.device).float()
 
     def fits_in_memory(self) -> bool:
-        """Return whether the rows as float32 take at most `MEMORY_FRACTION` of the free memory of the device."""
+        """Return whether the device has room for the rows as float32."""
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
         elif (memory := host_bytes()) is not None:

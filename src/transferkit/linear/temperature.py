@@ -14,12 +14,9 @@ LOWEST, HIGHEST = 0.05, 20.0
 def fit_temperature(logits: Tensor, targets: Tensor, loss: Loss) -> float:
     """Return the temperature `T`, 0.05 to 20, at which `logits / T` have the least mean loss.
 
-    Above 1 the model was too sure of itself. Dividing by it changes no prediction of a class.
-
-    Args:
-        logits: `(N, K)`, of images that the model was not trained on.
-        targets: int64 `(N,)` or float32 `(N, K)`.
-        loss: Its `each` is used: neither smoothing nor weights.
+    Above 1 the model was too sure of itself. Dividing by it changes no prediction of a class. Logits `(N, K)` are of
+    images that the model was not trained on, targets int64 `(N,)` or float32 `(N, K)`. The loss is taken without
+    smoothing and weights.
 
     Raises:
         EmptyDataError: When there are no rows.

@@ -10,12 +10,7 @@ from typing_extensions import Self
 class Novelty(nn.Module):
     """The relative Mahalanobis distance: how far features are from the nearest class, less how far they are from all.
 
-    `Trainer.learn_known` fits it to training images.
-
-    Args:
-        num_features: D.
-        num_axes: R.
-        num_classes: K.
+    `Trainer.learn_known` fits it to training images: D features, R axes and K classes.
 
     Attributes:
         mean: Of the training features, float32 `(D,)`.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = {
+KINDS = {  # what an audit looks for
     "label": "labels that are likely wrong",
     "duplicate": "copies of another training image",
     "leak": "validation images that are copies of a training image",
@@ -25,7 +25,6 @@ KINDS = {
     "brightness": "images that are much brighter or darker than the rest",
     "size": "images of another size or shape than the rest",
 }
-"""What an audit looks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +72,7 @@ class Audit:
     sources: Sequence[Source] = field(default=())
 
     def of(self, kind: str) -> list[Finding]:
-        """Return the findings of one kind.
-
-        Raises:
-            ArgumentError: When there is no such kind.
-        """
+        """Return the findings of one kind, such as "label"; an unknown one is an `ArgumentError`."""
         one_of("kind", kind, KINDS)
         return [finding for finding in self.findings if finding.kind == kind]
 

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WRONG = "firebrick"
-"""Color of the title of what is wrong."""
+WRONG = "firebrick"  # color of the title of what is wrong
 
 
 def read_pixels(source: Source, places: Sequence[int]) -> list[Any]:

@@ -24,7 +24,6 @@ class LayerSummary(NamedTuple):
 
     Attributes:
         name: In the backbone as in `Backbone.layer_names`, in the head as its modules are called.
-        kind: The module's class.
         output_shape: For one image, without the batch dimension.
         num_parameters: Its own.
         trains: Whether any of them takes a gradient.
@@ -33,7 +32,6 @@ class LayerSummary(NamedTuple):
     """
 
     name: str
-    kind: str
     output_shape: tuple[int, ...]
     num_parameters: int
     trains: bool
@@ -142,7 +140,6 @@ def summary(model: Backbone | TransferModel) -> Summary:
         layers.append(
             LayerSummary(
                 name=names[module],
-                kind=type(module).__name__,
                 output_shape=tuple(output.shape[1:]) if isinstance(output, Tensor) else (),
                 num_parameters=sum(parameter.numel() for parameter in parameters),
                 trains=any(parameter.requires_grad for parameter in parameters),

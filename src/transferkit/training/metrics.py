@@ -2,7 +2,7 @@
 
 import keyword
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +11,7 @@ from torch import Tensor
 from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError
 
-Metric = Callable[[Tensor, Tensor], float]
-Metrics = Mapping[str, Metric]
-
-RESERVED = ("loss", "accuracy", "epoch", "epoch_s", "lr", "skipped")
-"""Figures that every report has."""
+RESERVED = ("loss", "accuracy", "epoch", "epoch_s", "lr", "skipped")  # figures that every report has
 
 
 class Sums:
@@ -62,12 +58,8 @@ def count_correct(logits: Tensor, targets: Tensor, threshold: float | None = Non
     """Return how many images have their largest logit at their target, `()`, on the device.
 
     With a threshold, the probability from which a label counts as predicted, each image adds its labels that are both
-    true and predicted over those that are either: 0 to 1, or 1 if it has and gets none. Logits are `(N, K)`, targets
-    int64 `(N,)` or float32 `(N, K)`.
-
-    References:
-        Godbole and Sarawagi, 2004, "Discriminative Methods for Multi-labeled Classification": accuracy for several
-        labels an image.
+    true and predicted over those that are either: 0 to 1, or 1 if it has and gets none (Godbole and Sarawagi, 2004).
+    Logits are `(N, K)`, targets int64 `(N,)` or float32 `(N, K)`.
     """
     if threshold is None:
         return (logits.detach().argmax(dim=1) == class_indices(targets)).sum()
@@ -89,10 +81,6 @@ def check_metrics(metrics: object) -> dict[str, Any]:
 
     Raises:
         ArgumentError: When a name is taken or cannot be a Python name, or a metric is neither function nor object.
-
-    Example:
-        >>> sorted(check_metrics({"top3": lambda probabilities, targets: 0.9}))
-        ['top3']
     """
     if metrics is None:
         return {}
