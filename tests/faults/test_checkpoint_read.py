@@ -569,7 +569,7 @@ def crafted(state, part, keep=lambda path: True):
         if kind in seen or not keep(path):
             continue
         seen.add(kind)  # one of many places that are alike
-        for wrong in WRONG:
+        for wrong in WRONG[len(seen) % 3 :: 3]:  # each place gets a third of them, neighbours another third
             yield path, wrong
 
 
