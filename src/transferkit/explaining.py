@@ -63,8 +63,10 @@ def explain(
         for inputs, _ in batches:
             if wanted is None:
                 indices = evaluation_step(model, inputs, device=device).argmax(dim=1)
+            elif wanted.ndim == 0:
+                indices = wanted.expand(len(inputs))
             else:
-                indices = wanted.expand(seen + len(inputs))[seen:] if wanted.ndim == 0 else wanted[seen:][: len(inputs)]
+                indices = wanted[seen : seen + len(inputs)]
             seen += len(inputs)
             if len(indices) != len(inputs):
                 break

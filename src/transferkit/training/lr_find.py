@@ -105,6 +105,7 @@ def unchanged(model: nn.Module, optimizer: Optimizer, device: Device) -> Iterato
     Inside, gradients are clear and the optimizer works on copies of its state.
 
     Example:
+        >>> import torch
         >>> layer = nn.Linear(2, 1)
         >>> optimizer, before = torch.optim.Adam(layer.parameters()), layer.weight.detach().clone()
         >>> with unchanged(layer, optimizer, Device("cpu")):
