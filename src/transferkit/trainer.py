@@ -834,13 +834,9 @@ class Trainer:
         """
         self._features.share(other._features)
 
-    def _features_of(self, data: object, num_workers: int, display: Display) -> tuple[CachedFeatures, Loss]:
-        """Return the features of labelled images, and the loss with what depends on their targets."""
+    def _features_of(self, data: object, num_workers: int, display: Display) -> CachedFeatures:
         with self._alone("features"), self._interrupts:
-            feed = self._feeds(None, None, display)(self._open_source(data, num_workers), "training")
-            features = feed.features()
-        loss = self._training.loss.for_run(feed.inputs.source, len(self.model.classes), self.device.torch_device)
-        return features, loss
+            return self._feeds(None, None, display)(self._open_source(data, num_workers), "training").features()
 
     def _validate(self, source: Source) -> dict[str, float]:
         """Return loss and accuracy of labelled images, over cached features where that is safe."""

@@ -100,17 +100,15 @@ def moments(table: Table) -> tuple[Tensor, Tensor]:
         NonFiniteError: When a feature is infinite or NaN.
     """
     total = square = torch.zeros(table.shape[1], dtype=torch.float64, device=table.device)
-    start = 0
-    for block in table.blocks():
+    for rows, block in _placed(table.blocks()):
         exact = block.double()
         total, square = total + exact.sum(dim=0), square + exact.square().sum(dim=0)
         if not bool(square.isfinite().all()):  # host sync: once a block
-            row = start + int((~block.isfinite().all(dim=1)).nonzero()[0])
+            row = rows.start + int((~block.isfinite().all(dim=1)).nonzero()[0])
             raise NonFiniteError(
                 f"the features of row {row} are not finite: expected numbers. Look at this image, and at the weights "
                 "and the precision of the frozen layers."
             )
-        start += len(block)
     mean = total / table.shape[0]
     std = (square / table.shape[0] - mean.square()).clamp_min(0).sqrt()
     return mean.float(), divisors(mean, std, table.kinds).float()
@@ -151,10 +149,8 @@ def design_of(table: Table) -> Design:
         rows = pad(factor.float(), (0, 1), value=1)
     elif table.fits_in_memory():
         rows = torch.ones(count, width + 1, device=table.device)
-        start = 0
-        for block in standardised(table, mean, std):
-            rows[start : start + len(block), :-1] = block
-            start += len(block)
+        for places, block in _placed(standardised(table, mean, std)):
+            rows[places, :-1] = block
 
     def blocks() -> Iterable[Tensor]:
         return standardised(table, mean, std) if rows is None else [rows[:, :-1]]
@@ -166,12 +162,19 @@ def design_of(table: Table) -> Design:
     return Design(table, mean, std, rows, factor, axes, torch.cat([variances, variances.new_ones(1)]), rest)
 
 
-def _combined(by_row: Tensor, blocks: Iterator[Tensor]) -> Tensor:
-    """Return combinations of all rows, `(M, D)`, from the share of each row `(M, N)`."""
-    total, start = torch.zeros(1, device=by_row.device), 0
+def _placed(blocks: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Yield blocks of rows, each with its place among all rows."""
+    start = 0
     for block in blocks:
-        total = total + by_row[:, start : start + len(block)] @ block
+        yield slice(start, start + len(block)), block
         start += len(block)
+
+
+def _combined(by_row: Tensor, blocks: Iterable[Tensor]) -> Tensor:
+    """Return combinations of all rows, `(M, D)`, from the share of each row `(M, N)`."""
+    total = torch.zeros(1, device=by_row.device)
+    for rows, block in _placed(blocks):
+        total = total + by_row[:, rows] @ block
     return total
 
 
@@ -179,15 +182,12 @@ def _factor(table: Table, mean: Tensor, std: Tensor) -> Tensor:
     """Return the Cholesky factor of the inner products of all standardised rows, float64 `(N, N)`."""
     count = table.shape[0]
     products = torch.zeros(count, count, dtype=torch.float64, device=table.device)
-    start = 0
-    for block in standardised(table, mean, std):
-        exact, other = block.double(), 0
-        for second in standardised(table, mean, std):
-            products[start : start + len(block), other : other + len(second)] = exact @ second.double().T
-            other += len(second)
-            if other >= start + len(block):
+    for rows, block in _placed(standardised(table, mean, std)):
+        exact = block.double()
+        for columns, other in _placed(standardised(table, mean, std)):
+            products[rows, columns] = exact @ other.double().T
+            if columns.stop >= rows.stop:
                 break  # above the diagonal nothing is needed
-        start += len(block)
     products.diagonal().add_((_JITTER * products.diagonal().mean()).clamp_min(1e-12))
     factor: Tensor = torch.linalg.cholesky(products)
     return factor
