@@ -86,14 +86,14 @@ def predict_known(
         ArgumentError: When it has not.
         NonFiniteError: When the network makes infinity or NaN of an image.
     """
-    logits, _, novelty = outputs_of(network, batches, training=training)
-    if novelty is None:
+    if training.model.novelty is None:
         raise ArgumentError(
             "the model has not learnt which images are known: call trainer.learn_known(training_images) first, "
             "after training."
         )
+    logits, _, novelty = outputs_of(network, batches, training=training)
     probabilities = _finite_probabilities(logits / training.model.temperature, training.model.threshold)
-    return probabilities, novelty.cpu().numpy()
+    return probabilities, cast("Tensor", novelty).cpu().numpy()
 
 
 def assess(network: nn.Module, batches: Batches, *, training: Training, loss: Loss) -> Assessment:
