@@ -159,7 +159,7 @@ def test_a_head_that_ends_with_probabilities_is_refused(last):
 def test_cutmix_is_told_where_it_belongs(mix):
     """As `augment` it is refused before the first step; the advice, a collate_fn, trains."""
     data, trainer = make_images(), make_trainer(make_model(make_backbone(), "head"))
-    with pytest.raises(ImageError, match="collate_fn of a DataLoader"):
+    with pytest.raises(ImageError, match="DataLoader's collate_fn"):
         trainer.fit(data, augment=mix, verbose=0)
     assert trainer.global_step == 0
     loader = torch.utils.data.DataLoader(

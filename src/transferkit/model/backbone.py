@@ -175,7 +175,7 @@ def load_backbone(
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < MIN_IMAGE_SIZE:
         raise ArgumentError(
             f"image_size={image_size!r} cannot be used: expected a whole number of {MIN_IMAGE_SIZE} pixels or more, "
-            f"for five pooling layers. Smaller images are enlarged: image_size={MIN_IMAGE_SIZE}."
+            f"since five pooling layers halve the image. Smaller images are enlarged: image_size={MIN_IMAGE_SIZE}."
         )
     weights = _find_weights(weights, name)
     convention = _find_preprocessing(preprocessing, weights, name)
