@@ -44,7 +44,7 @@ def test_a_reader_of_a_live_folder_gets_the_newest_state_there_is(tmp_path: Path
 
     def write() -> None:
         try:
-            fit(tmp_path, epochs=20, every_steps=1, keep_last=1)
+            fit(tmp_path, epochs=5, every_steps=1, keep_last=1)
         finally:
             done.set()
 

@@ -843,7 +843,7 @@ def good(path):
     [
         (
             "missing",
-            r"step-00000003\.pt was saved without its 8 frozen weights .*none with their SHA-256, .*frozen-\w{16}\.pt",
+            r"step-00000003\.pt was saved without its 8 frozen weights .*their SHA-256, .*frozen-\w{16}\.pt",
         ),
         ("damaged", r"frozen-\w{16}\.pt .*damaged"),
         ("of other weights", r"frozen-\w{16}\.pt does not hold the frozen weights that its name says"),
