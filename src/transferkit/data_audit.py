@@ -49,7 +49,7 @@ def audit(
     layers: Sequence[str] | None = None,
     device: str | torch.device | Device = "auto",
     precision: str = "auto",
-    cache: str | PathLike[str] | None = None,
+    cache: str | PathLike[str] | Trainer | None = None,
     seed: int = 0,
     num_workers: int = 0,
     verbose: int = 1,
@@ -68,7 +68,8 @@ def audit(
         layers: As in `attach_head`.
         device: As in `Trainer`.
         precision: As in `Trainer`.
-        cache: A folder for files of features; None keeps them in memory.
+        cache: A folder for files of features, or a trainer on `device` whose cached features are used; None keeps them
+            in memory.
         seed: The folds depend on it.
         num_workers: Processes that read a `Dataset`.
         verbose: As in `Trainer.fit`.
@@ -95,7 +96,10 @@ def audit(
     display = Display(verbose)
     with seeded(seed):  # the head is never used
         model = freeze_until(attach_head(backbone, names, layers=layers), "head")
-    trainer = Trainer(model, device=device, precision=precision, cache="auto" if cache is None else cache, seed=seed)
+    folder = "auto" if cache is None or isinstance(cache, Trainer) else cache
+    trainer = Trainer(model, device=device, precision=precision, cache=folder, seed=seed)
+    if isinstance(cache, Trainer):
+        trainer.share_features(cache)
     source = trainer._open_source(data, num_workers)
     features, _ = trainer._features_of(source, num_workers, display)
     table = Table.of_features(features, columns=model.columns or None)
