@@ -27,15 +27,9 @@ from transferkit.results.assessment import Assessment
 from transferkit.saving.model import load_model
 from transferkit.trainer import Trainer
 
-MODEL = "model.pt"
-SETTINGS = "settings.json"
-ASSESSMENT = "assessment.json"
-
-Options = Mapping[str, Any]
-"""Options that were written, by the names of the library's arguments, and paths by their names in capitals."""
-
-Shown = tuple[str, Any]
-"""What a command shows as text, and as JSON."""
+MODEL, SETTINGS, ASSESSMENT = "model.pt", "settings.json", "assessment.json"
+Options = Mapping[str, Any]  # what was written, by the library's names, and paths by their names in capitals
+Shown = tuple[str, Any]  # as text, and as JSON
 
 
 def given(function: Callable[..., Any], options: Options) -> dict[str, Any]:
@@ -149,8 +143,7 @@ def run_export(options: Options) -> Shown:
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     names = ("transferkit", "torch", "torchvision", "numpy", "pillow")
-    own = {"python": platform.python_version(), "system": platform.platform()}
-    return {name: version(name) for name in names} | own
+    return {**{name: version(name) for name in names}, "python": platform.python_version(), "on": platform.platform()}
 
 
 def run_info(options: Options) -> Shown:

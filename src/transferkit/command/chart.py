@@ -13,12 +13,7 @@ LEGEND = 110  # width of an entry
 
 
 def chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str) -> str:
-    """Return lines through points as an SVG element, in the colours of the classes `s0`, `s1`, ... of a style sheet.
-
-    Args:
-        series: Points of each line, by its name; those that are not finite are left out.
-        x: Name of the horizontal axis.
-        y: Name of the vertical axis.
+    """Return lines through finite points as an SVG element, in the colours of a style sheet's classes `s0`, `s1`, ...
 
     Example:
         >>> chart({"training": [(1, 0.5), (2, 0.25)]}, x="epoch", y="loss").count("<circle")

@@ -18,17 +18,9 @@ PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), 
 
 
 def open_parts(folder: Path) -> dict[str, ImageFolder]:
-    """Return the parts of a folder, `"train"`, `"val"` and `"test"` as far as there are any, else all as `"train"`.
-
-    Raises:
-        ArgumentError: When there is no such folder, two folders are the same part, or parts have other classes.
-        EmptyDataError: When there are no classes, or one has no images.
-    """
+    """Return the parts of a folder, `"train"`, `"val"` and `"test"` as far as there are any, else all as `"train"`."""
     if not folder.is_dir():
-        raise ArgumentError(
-            f"no folder {folder}: expected one with a folder of images for each class, or with train/ and val/ (or "
-            "test/) that have those."
-        )
+        raise ArgumentError(f"no folder {folder}: expected one with a folder of images for each class, or with train/.")
     parents = sorted(path for path in folder.iterdir() if path.is_dir() and any(map(Path.is_dir, path.iterdir())))
     named = [(part, path) for part, names in PARTS.items() for path in parents if path.name.lower() in names]
     if len(named) > len(dict(named)):
@@ -56,9 +48,7 @@ def _open(folder: Path) -> ImageFolder:
 def open_training(options: Mapping[str, Any]) -> dict[str, "Dataset[Any]"]:
     """Return `"train"`, `"val"`, which is held out of the training images if there is none, and perhaps `"test"`.
 
-    Raises:
-        ArgumentError: When there are no training images.
-        ImageError: When an image cannot be read; `fine_tune` itself reads those of `"train"` first.
+    All can be read, or that is an error; `fine_tune` itself reads those of `"train"` first.
     """
     parts: dict[str, Any] = {**open_parts(options["DATA"])}
     if "train" not in parts:
@@ -82,11 +72,7 @@ def open_training(options: Mapping[str, Any]) -> dict[str, "Dataset[Any]"]:
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Return image files as given, and those in and below folders, by name.
-
-    Raises:
-        EmptyDataError: When a folder has no images.
-    """
+    """Return image files as given, and those in and below folders, by name."""
     found: list[Path] = []
     for path in paths:
         below = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in IMG_EXTENSIONS)

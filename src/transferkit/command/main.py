@@ -11,8 +11,7 @@ from typing import Any, NoReturn
 
 from transferkit.errors import TransferKitError
 
-UNUSABLE = 2
-"""Exit status where arguments, images or files cannot be used; a line on standard error says why."""
+UNUSABLE = 2  # exit status where arguments, images or files cannot be used
 
 ABOUT = """\
 Transfer learning for image classification with VGG networks pretrained on ImageNet.
@@ -34,9 +33,7 @@ Train on a folder with a folder of images for each class, or one with train/ and
 
 First, a linear head is solved on the frozen network. Then the last layers are trained from there, if the budget
 allows, and kept if that is better on the held-out images: those of val/, else a tenth of the training images.
-The run folder gets the model, a report for the browser, and the figures of the report as files.
 Ctrl-C ends training early and keeps the best model so far. If a run is killed, the same command continues it.
-
   transferkit train photos --budget 60 --image-size 64    a minute, on a CPU
   transferkit train photos --freeze-until head            only the head: seconds once the images have been read
   transferkit train photos --weights vgg16.pth --preprocessing IMAGENET1K_V1    without a network connection
@@ -44,16 +41,12 @@ Ctrl-C ends training early and keeps the best model so far. If a run is killed, 
 
 AUDIT = """\
 Look for wrong labels, copies, images unlike the rest, and images of train/ that are also in val/ or test/.
-
-Nothing is trained or changed. The text shows the first findings of each kind; --to-csv and --json have all.
+The text shows the first findings of each kind; --to-csv and --json have all.
 """
-
 PREDICT = """\
 Predict the classes of images: a line of path, class and probability for each.
-
 With --json each image has the probabilities of all classes, the most probable first.
 """
-
 EVALUATE = "Compare predictions with labels: those of test/, else of val/, else of all images."
 EXPORT = "Write model and preprocessing as one program, which torch or ONNX runs without transferkit."
 INFO = "Describe a model or, without one, versions and device."
@@ -160,13 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status.
-
-    Args:
-        argv: Arguments after the command's name; None takes the process's own.
-
-    Raises:
-        SystemExit: When arguments cannot be parsed, help was asked for, or SIGTERM ended the work.
+    """Run the command, by default with the arguments of the process, and return its exit status.
 
     Example:
         >>> main(["info", "runs/nothing"])

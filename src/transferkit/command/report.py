@@ -37,25 +37,14 @@ def report(
     assessment: Assessment,
     audit: Audit | None,
 ) -> str:
-    """Return the page of a run folder.
-
-    Args:
-        folder: The run folder, as the page names it.
-        settings: What repeats the run.
-        images: Data sets of files by part: `"train"`, `"val"`, and `"test"` if there is one.
-        trainer: After the run.
-        assessment: Of the images of `"test"`, else of `"val"`.
-        audit: Of the images of `"train"`, if there was one.
-    """
+    """Return the page of a run folder: `images` are data sets of files by part, the rest is what was made of them."""
     seen = "it had not seen" if "test" in images else "it was not trained on, but chosen by, which flatters it a little"
-    backbone, network = trainer.model.backbone, f"weights {settings['options'].get('weights', 'DEFAULT') or 'random'}"
+    backbone, weights = trainer.model.backbone, settings["options"].get("weights", "DEFAULT") or "random"
     facts = {
         **{f"{part} images": f"{len(data):,} of {innermost(data, 0)[0].root}" for part, data in images.items()},
-        "network": f"{backbone.name}, {network}",
-        "preprocessing": f"{backbone.preprocess.name}, {backbone.image_size} x {backbone.image_size} pixels",
+        "network": f"{backbone.name}, weights {weights}, {backbone.preprocess.name}, {backbone.image_size} pixels",
         "the head sees": ", ".join(trainer.model.layers) or "the last block",
-        "at the end": describe_frozen(trainer.model),
-        "computed on": f"{trainer.device.torch_device} in {trainer.device.precision}",
+        "at the end": f"{describe_frozen(trainer.model)}; on {trainer.device}",
     }
     page = Template(resources.files("transferkit.command").joinpath("report.html").read_text(encoding="utf-8"))
     return page.substitute(
@@ -84,9 +73,9 @@ def _curves(trainer: Trainer) -> str:
         keys = {"training": name, "held-out": f"val_{name}"}
         series = {label: list(zip(epochs, history.history[key], strict=True)) for label, key in keys.items()}
         drawn += f"<figure>{chart(series, x='epoch', y=name)}</figure>"
-    solved = (first_trainable(trainer.model) or "").startswith("head")
-    why = "It was no better than the solved head on the held-out images: the solved head stays." if solved else ""
-    return f'<div class="charts">{drawn}</div><p>{why}</p>'
+    if (first_trainable(trainer.model) or "").startswith("head"):
+        drawn += "<p>It was no better than the solved head on the held-out images: the solved head stays.</p>"
+    return f'<div class="charts">{drawn}</div>'
 
 
 def _confusion(assessment: Assessment) -> str:
