@@ -553,17 +553,25 @@ def test_best_weights_that_were_not_saved_are_trained_again(search, data, tmp_pa
     assert other.best_index_ == 0
 
 
-def test_a_folder_of_another_search_is_refused(search, data, tmp_path):
-    """Other values, data or seed, and a damaged table."""
+def test_a_folder_of_another_search_is_refused(search, data, tmp_path, make_backbone):
+    """Other values, images, labels, seed, backbone or head, and a damaged table."""
     space = {"lr": [1e-3], "freeze_until": ["head"], "epochs": [1]}
-    search(space, data, validation_data=data, folder=tmp_path)
-    others = [(data[0], (data[1] + 1) % 3), data]
-    for other, changes in [({"lr": [1e-2]}, {}), ({}, {"seed": 1}), ({}, {"validation_data": others[0]})]:
-        with pytest.raises(ArgumentError, match="holds another search: expected the same space, data, seed and device"):
-            search({**space, **other}, data, **{"validation_data": data, **changes}, folder=tmp_path)
+    given = {"validation_data": data, "folder": tmp_path}
+    search(space, data, **given)
+    message = "holds another search: expected the same models, space, data, seed and device"
+    for train, other, changes in [
+        (data, {"lr": [1e-2]}, {}),
+        (data, {}, {"seed": 1}),
+        ((data[0], (data[1] + 1) % 3), {}, {}),
+        (data, {}, {"validation_data": (255 - data[0], data[1])}),
+        (data, {}, {"build": lambda: tk.attach_head(make_backbone(seed=1), CLASSES)}),
+        (data, {}, {"build": lambda: search.build(hidden=(4,))}),
+    ]:
+        with pytest.raises(ArgumentError, match=message):
+            search({**space, **other}, train, **{**given, **changes})
     (tmp_path / "trials.json").write_text("{")
     with pytest.raises(CheckpointError, match="Delete the folder to begin anew"):
-        search(space, data, validation_data=data, folder=tmp_path)
+        search(space, data, **given)
 
 
 # ---- which is best

@@ -302,9 +302,11 @@ class _Trials:
             trainer = self._trainer(group[0].params)
             for run in group[1:]:
                 self._trainer(run.params, trainer.model)
+            if self.folder is not None:
+                self.facts += [trainer.model.backbone.fingerprint, repr(trainer.model.head)]
         if self.folder is not None:
-            digests = [[source.num_images, source.digest()] for source in self._open(trainer)]
-            self.facts = [*facts, derive_seed(re.sub(" at 0x[0-9a-f]+", "", repr(sets))), digests]
+            self.facts += [*facts, derive_seed(re.sub(" at 0x[0-9a-f]+", "", repr(sets)))]
+            self.facts += [[source.num_images, source.digest()] for source in self._open(trainer)]
             self.folder.mkdir(parents=True, exist_ok=True)
             self.held = _read_trials(self.folder, self.facts)
 
@@ -495,7 +497,7 @@ def _read_trials(folder: Path, facts: list[Any]) -> dict[int, dict[str, Any]]:
         raise CheckpointError(f"cannot read {path}: {error!r}. Delete the folder to begin anew.") from error
     if not same:
         raise ArgumentError(
-            f"folder={str(folder)!r} holds another search: expected the same space, data, seed and device. Name "
+            f"folder={str(folder)!r} holds another search: expected the same models, space, data, seed and device. Name "
             "another folder."
         )
     return found
