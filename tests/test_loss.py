@@ -129,7 +129,7 @@ def test_a_saved_model_knows_its_kind(tmp_path):
     assert np.array_equal(loaded.predict(images), trainer.predict(images))
     other = make_trainer(tk.freeze_until(tk.attach_head(backbone, CLASSES), "head"))
     before = weights_of(other.model)
-    with pytest.raises(CheckpointError, match="several labels an image, this one is for exactly one label"):
+    with pytest.raises(CheckpointError, match="has labels of an image: several, the model one"):
         other.load(tmp_path / "a.pt")
     assert differences(before, weights_of(other.model)) == []
 
