@@ -24,7 +24,7 @@ from transferkit.data.samples import path_of
 from transferkit.data.sources import Batch, Source
 from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError
-from transferkit.features.cache import open_folder
+from transferkit.features.cache import FeatureCache, open_folder
 from transferkit.features.dataset import features_of
 from transferkit.linear.choice import STRENGTHS, LinearHead, solve
 from transferkit.linear.design import principal_axes, standardised
@@ -35,6 +35,7 @@ from transferkit.model.freezing import freeze_until
 from transferkit.model.head import attach_head
 from transferkit.results.assessment import Assessment
 from transferkit.results.auditing import Audit, Finding
+from transferkit.trainer import Trainer
 from transferkit.training.loss import CrossEntropy
 from transferkit.training.run import without_loader
 
@@ -56,7 +57,7 @@ def audit(
     layers: Sequence[str] | None = None,
     device: str | torch.device | Device = "auto",
     precision: str = "auto",
-    cache: str | PathLike[str] | None = None,
+    cache: str | PathLike[str] | Trainer | None = None,
     seed: int = 0,
     num_workers: int = 0,
     verbose: int = 1,
@@ -75,7 +76,8 @@ def audit(
         layers: As in `attach_head`.
         device: As in `Trainer`.
         precision: As in `Trainer`.
-        cache: A folder for files of features; None keeps them in memory.
+        cache: A folder for files of features, or a trainer on `device` whose cached features are used; None keeps them
+            in memory.
         seed: The folds depend on it.
         num_workers: Processes that read a `Dataset`.
         verbose: As in `Trainer.fit`.
@@ -104,7 +106,10 @@ def audit(
     freeze_until(model, "head")
     images = _Images(data, model.classes, num_workers)
     others = None if validation_data is None else _Images(validation_data, model.classes, num_workers)
-    features = features_of(model, cast("Source", images), device=place, folder=open_folder(cache), display=display)
+    store = FeatureCache(place, None if isinstance(cache, Trainer) else open_folder(cache))
+    if isinstance(cache, Trainer):
+        store.share(cache._features)
+    features = features_of(model, cast("Source", images), device=place, cache=store, display=display)
     table = Table.of_features(features, columns=model.columns or None)
     solved, probabilities = held_out(table, images.targets, len(model.classes), seed=seed)
     display.say(f"solved the head in {FOLDS} folds: {solved}")

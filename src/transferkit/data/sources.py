@@ -16,6 +16,7 @@ from transferkit.base.arrays import sha256_of, tensor_from_array
 from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.data.columns import image_and_target, image_of
 from transferkit.data.images import as_image, as_images
+from transferkit.data.preprocessing import Preprocessing
 from transferkit.data.samples import SKIP_HINT, Sample, Samples, evenly_spaced, listed_targets
 from transferkit.data.targets import as_targets
 from transferkit.data.workers import read_in_workers
@@ -35,13 +36,17 @@ class Source(Protocol):
     def num_images(self) -> int | None:
         """None for a `DataLoader`."""
 
-    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
+    ) -> Iterator[Batch]:
         """Yield each image once.
 
         Args:
             batch_size: Images in a batch; a `DataLoader` has its own.
             seed: Seeds the random transforms of a data set; None raises `CacheError` where it draws random numbers.
             order: Indices of the images, int64 `(N,)`; None keeps the order of the data set.
+            preprocess: What will be applied to the images. Those of a data set then come in no more pixels than it
+                needs; None gives them as they are.
         """
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
@@ -76,7 +81,9 @@ class ArraySource:
         if targets is not None and len(self.targets) != self.num_images:
             raise TargetError(f"{self.num_images} images but {len(self.targets)} targets: expected one for each.")
 
-    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
+    ) -> Iterator[Batch]:
         for indices in _in_batches(order, self.num_images, batch_size):
             yield self.images[indices], self.targets[indices] if len(self.targets) else _NO_TARGETS, indices.tolist()
 
@@ -121,7 +128,9 @@ class DatasetSource:
     def _collate(self, samples: Sequence[Sample | TransferKitError]) -> Batch:
         return _collate(samples, self.read_targets if self.samples.with_targets else None, self.num_classes)
 
-    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
+    ) -> Iterator[Batch]:
         batches = _in_batches(order, self.num_images, batch_size)
 
         def key(index: int) -> tuple[int, int | None]:
@@ -129,7 +138,8 @@ class DatasetSource:
 
         keys = [[key(index) for index in batch.tolist()] for batch in batches]
         workers = 0 if order is not None and len(batches) == 1 else self.num_workers  # a few images that are looked at
-        for samples in read_in_workers(self.samples, keys, num_workers=workers, seed=seed or 0):
+        read = self.samples.for_input(preprocess)
+        for samples in read_in_workers(read, keys, num_workers=workers, seed=seed or 0):
             yield self._collate(samples)
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
@@ -183,7 +193,9 @@ class LoaderSource:
                 f"batch_size {loader.batch_size}, drop_last={loader.drop_last}. Expected 1 batch or more."
             )
 
-    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
+    ) -> Iterator[Batch]:
         first = 0
         for number, batch in enumerate(_made_by(self.loader)):
             what = f"batch {number} of the DataLoader"
@@ -296,8 +308,10 @@ class SubsetSource:
         self.indices = indices
         self.num_images = len(indices)
 
-    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
-        return self.source.batches(batch_size, seed=seed, order=self._in_source(order))
+    def batches(
+        self, batch_size: int, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
+    ) -> Iterator[Batch]:
+        return self.source.batches(batch_size, seed=seed, order=self._in_source(order), preprocess=preprocess)
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
         return self.source.why_not_repeatable(self._in_source(indices))
