@@ -1,7 +1,7 @@
 """Linear heads solved to their optimum."""
 
+import dataclasses
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -135,7 +135,7 @@ def test_a_table_in_memory_is_read_twice():
     """A table that fits is read for its moments and to be held, however long the path is."""
     features, targets = problem(60, 6)
     read = []
-    counted = replace(
+    counted = dataclasses.replace(
         Table.of_tensor(features), read=lambda start, stop: read.append((start, stop)) or features[start:stop]
     )
     solve(counted, targets, CrossEntropy(), classes=3)

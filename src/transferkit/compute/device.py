@@ -173,6 +173,11 @@ class Device:
         return float32_products.at("high") if tensor_cores else nullcontext()
 
 
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return the parameters of all groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def find_device(device: str | torch.device | Device, precision: str) -> Device:
     """Return the device that a call was given, or the one that its arguments describe.
 
@@ -185,11 +190,6 @@ def find_device(device: str | torch.device | Device, precision: str) -> Device:
     if precision not in ("auto", device.precision):
         raise ArgumentError(f"precision={precision!r} contradicts {device}: say it in one place.")
     return device
-
-
-def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Return the parameters of all groups."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def step_where(finite: Tensor, optimizer: Any) -> None:

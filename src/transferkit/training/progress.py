@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from transferkit.errors import CheckpointError, DataChangedError
-from transferkit.model.freezing import put_back, trainable_state
+from transferkit.model.freezing import trainable_state, write_values
 from transferkit.model.weights import differences
 from transferkit.results.history import EpochReport, History
 from transferkit.saving.archive import check_no_tensors, check_parts, check_ranges, shown
@@ -76,13 +76,16 @@ class BestWeights:
 
     def restore(self) -> None:
         """Put the remembered weights back, if there are any."""
-        put_back(self._copies or {}, self.model.state_dict())
+        write_values(self._copies or {}, self.model.state_dict())
 
     def average(self) -> None:
         """Put the mean of the remembered weights and of those in the model into the model."""
         live = self.model.state_dict()
-        for name, copy in (self._copies or {}).items():
-            put_back({name: copy.lerp(live[name], 0.5) if copy.is_floating_point() else copy}, live)
+        means = {
+            name: copy.lerp(live[name], 0.5) if copy.is_floating_point() else copy
+            for name, copy in (self._copies or {}).items()
+        }
+        write_values(means, live)
 
 
 @dataclass(slots=True)
