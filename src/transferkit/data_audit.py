@@ -19,12 +19,14 @@ from transferkit.base.randomness import seeded
 from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device, find_device
 from transferkit.data.classes import find_classes
+from transferkit.data.inputs import Images
 from transferkit.data.open import open_data
+from transferkit.data.preprocessing import Preprocessing
 from transferkit.data.samples import path_of
 from transferkit.data.sources import Batch, Source
 from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError
-from transferkit.features.cache import open_folder
+from transferkit.features.cache import FeatureCache, open_folder
 from transferkit.features.dataset import features_of
 from transferkit.linear.choice import STRENGTHS, LinearHead, solve
 from transferkit.linear.design import principal_axes, standardised
@@ -35,6 +37,7 @@ from transferkit.model.freezing import freeze_until
 from transferkit.model.head import attach_head
 from transferkit.results.assessment import Assessment
 from transferkit.results.auditing import Audit, Finding
+from transferkit.trainer import Trainer
 from transferkit.training.loss import CrossEntropy
 from transferkit.training.run import without_loader
 
@@ -56,7 +59,7 @@ def audit(
     layers: Sequence[str] | None = None,
     device: str | torch.device | Device = "auto",
     precision: str = "auto",
-    cache: str | PathLike[str] | None = None,
+    cache: str | PathLike[str] | Trainer | None = None,
     seed: int = 0,
     num_workers: int = 0,
     verbose: int = 1,
@@ -75,7 +78,8 @@ def audit(
         layers: As in `attach_head`.
         device: As in `Trainer`.
         precision: As in `Trainer`.
-        cache: A folder for files of features; None keeps them in memory.
+        cache: A folder for files of features, or a trainer on `device` whose cached features are used; None keeps them
+            in memory.
         seed: The folds depend on it.
         num_workers: Processes that read a `Dataset`.
         verbose: As in `Trainer.fit`.
@@ -104,7 +108,10 @@ def audit(
     freeze_until(model, "head")
     images = _Images(data, model.classes, num_workers)
     others = None if validation_data is None else _Images(validation_data, model.classes, num_workers)
-    features = features_of(model, cast("Source", images), device=place, folder=open_folder(cache), display=display)
+    store = FeatureCache(place, None if isinstance(cache, Trainer) else open_folder(cache))
+    if isinstance(cache, Trainer):
+        store.share(cache._features)
+    features = features_of(model, cast("Source", images), device=place, cache=store, display=display)
     table = Table.of_features(features, columns=model.columns or None)
     solved, probabilities = held_out(table, images.targets, len(model.classes), seed=seed)
     display.say(f"solved the head in {FOLDS} folds: {solved}")
@@ -155,13 +162,13 @@ class _Images:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
 
-    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
-        for images, targets, indices in self.source.batches(batch_size, seed=seed, order=order):
+    def batches(self, batch_size: int, *, preprocess: Preprocessing | None = None, **how: Any) -> Iterator[Batch]:
+        for images, targets, indices in self.source.batches(batch_size, **how):  # every pixel: a crop would hide some
             self.small[indices] = thumbnails(images)
             self.sizes[indices] = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)
             self.targets[indices] = class_indices(targets)
             self.raw = not (isinstance(images, Tensor) and images.is_floating_point())
-            yield images, targets, indices
+            yield _shrunk(images, preprocess), targets, indices
 
     def label(self, index: int) -> str:
         return self.classes[int(self.targets[index])]
@@ -185,6 +192,14 @@ class _Images:
         """Return the images whose score is far from 0, the farthest first."""
         order = scores.abs().argsort(descending=True, stable=True)[: int((scores.abs() > FAR).sum())]
         return [self.finding(kind, index, float(scores[index]), detail(index)) for index in order.tolist()]
+
+
+def _shrunk(images: Images, preprocess: Preprocessing | None) -> Images:
+    """Return images in no more pixels than a preprocessing needs, as a source does."""
+    if preprocess is None:
+        return images
+    shrunk = [preprocess.shrink(image) for image in images]
+    return torch.stack(shrunk) if len({image.shape for image in shrunk}) == 1 else shrunk
 
 
 def held_out(

@@ -150,12 +150,12 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
-def put_back(values: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+def write_values(values: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
     """Copy values over those that a model has, `live`, such as its state dict; others stay.
 
     Example:
         >>> layer = nn.Linear(2, 1)
-        >>> put_back({"bias": torch.ones(1)}, layer.state_dict())
+        >>> write_values({"bias": torch.ones(1)}, layer.state_dict())
         >>> layer.bias.item()
         1.0
     """
@@ -233,6 +233,5 @@ def _names_before(boundary: str | None, names: list[str]) -> set[str]:
 
 def _contains(name: str, boundary: str | None) -> bool:
     """Return whether the module called `name` contains the boundary, and so must follow `model.train()`."""
-    if boundary is None or boundary == _PAST_LAST_LAYER:
-        return False
-    return name == "" or boundary.startswith(f"{name}.")
+    inside = boundary is not None and boundary != _PAST_LAST_LAYER
+    return inside and (name == "" or str(boundary).startswith(f"{name}."))
