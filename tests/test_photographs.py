@@ -160,10 +160,15 @@ def test_a_model_file_keeps_how_files_are_decoded(
 
     monkeypatch.setattr("transferkit.saving.model.asdict", without)
     tk.save_model(model, tmp_path / "old.pt")
+    tk.Trainer(model, device="cpu").save(tmp_path / "old_trainer.pt")
     monkeypatch.setattr("transferkit.saving.model.asdict", lambda kind: asdict(kind) | {"scaled_decoding": 2})
     tk.save_model(model, tmp_path / "odd.pt")
     monkeypatch.undo()
-    assert tk.load_model(tmp_path / "old.pt").backbone.preprocess.scaled_decoding is False
+    old = tk.load_model(tmp_path / "old.pt")
+    assert old.backbone.preprocess == replace(backbone.preprocess, scaled_decoding=False)
+    if scaled:
+        with pytest.raises(CheckpointError, match="preprocessing"):
+            tk.Trainer(model, device="cpu").load(tmp_path / "old_trainer.pt")
     with pytest.raises(CheckpointError, match="for scaled_decoding, True or False"):
         tk.load_model(tmp_path / "odd.pt")
 
