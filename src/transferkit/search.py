@@ -1,7 +1,6 @@
 """`search` trains a model for each set of hyper-parameters over one feature cache, and returns the best."""
 
 import copy
-import html
 import inspect
 import itertools
 import math
@@ -20,7 +19,7 @@ from transferkit.base.calls import explained
 from transferkit.base.display import Display
 from transferkit.base.randomness import derive_seed, seeded
 from transferkit.base.surroundings import own_surroundings
-from transferkit.compute.device import Device
+from transferkit.compute.device import Device, find_device
 from transferkit.data.classes import learn_names
 from transferkit.data.preprocessing import Preprocessing
 from transferkit.data.resized import resized
@@ -28,6 +27,7 @@ from transferkit.errors import ArgumentError, NonFiniteError, OutOfMemoryError, 
 from transferkit.model.freezing import find_boundary, freeze_until
 from transferkit.model.head import TransferModel
 from transferkit.results.history import History
+from transferkit.results.tabular import html_table
 from transferkit.trainer import Trainer
 
 FREEZE = "freeze_until"
@@ -111,14 +111,15 @@ class SearchResult:
     __repr__ = __str__  # what an interpreter shows
 
     def _repr_html_(self) -> str:
-        names = [*self.trials[0].params, "validation accuracy", "seconds"]
-        rows = ""
-        for trial in self._ranked():
-            score = "failed" if math.isnan(trial.score) else f"{trial.score:.4f}"
-            cells = [*map(str, trial.params.values()), score, f"{trial.seconds:.1f}"]
-            rows += f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        rows = [
+            [
+                *map(str, trial.params.values()),
+                "failed" if math.isnan(trial.score) else f"{trial.score:.4f}",
+                f"{trial.seconds:.1f}",
+            ]
+            for trial in self._ranked()
+        ]
+        return html_table([*self.trials[0].params, "validation accuracy", "seconds"], rows)
 
     def _ranked(self) -> list[Trial]:
         return sorted(
@@ -198,7 +199,7 @@ def search(
         )
     display, seed = Display(verbose), whole_number("seed", seed, at_least=0)
     sets = _choose(space, num_trials, seed)
-    place = device if isinstance(device, Device) else Device(device, precision)
+    place = find_device(device, precision)
     first = _build(build, sets[0], seed)
     order = sorted(range(len(sets)), key=lambda number: _depth(first, sets[number]))
     data: dict[Preprocessing, tuple[object, object]] = {}  # training and validation data
