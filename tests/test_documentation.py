@@ -100,7 +100,7 @@ def test_defaults_are_those_of_the_code() -> None:
     rows = re.findall(r"^\| `([\w.]+(?:\(\w+=\)|\.[A-Z_]+))` \| `(.+?)`", text, re.MULTILINE)
     assert len(rows) > 25
     assert {name: ast.literal_eval(value) for name, value in rows} == {name: default_of(name) for name, _ in rows}
-    module = importlib.import_module("transferkit.fine_tune")
-    constants = {f"fine_tune.{name}" for name in vars(module) if re.fullmatch(r"[A-Z][A-Z_]+", name)}
-    listed = {name for name, _ in rows if re.fullmatch(r"fine_tune\.[A-Z_]+", name)}
-    assert constants - {"fine_tune.PLAN", "fine_tune.ALL_IMAGES"} == listed
+    module = importlib.import_module("transferkit.fine_tuning")
+    constants = {f"fine_tuning.{name}" for name in vars(module) if re.fullmatch(r"[A-Z][A-Z_]+", name)}
+    listed = {name for name, _ in rows if re.fullmatch(r"fine_tuning\.[A-Z_]+", name)}
+    assert constants - {"fine_tuning.PLAN", "fine_tuning.ALL_IMAGES"} == listed

@@ -31,7 +31,7 @@ from transferkit.errors import (
 )
 from transferkit.model.freezing import first_trainable
 from transferkit.results.history import EpochReport, History
-from transferkit.search import SearchResult, Trial
+from transferkit.searching import SearchResult, Trial
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_images_resized_in_memory_train_as_files_do(search, folder, monkeypatch)
     space = {"lr": [1e-2], "freeze_until": ["block5"], "epochs": [2], "batch_size": [4], "augment": [["flip", "crop"]]}
     dataset = ImageFolder(folder)
     in_memory = search(space, dataset, validation_split=0.4)
-    monkeypatch.setattr(sys.modules["transferkit.search"], "resized", lambda *_, **__: None)
+    monkeypatch.setattr(sys.modules["transferkit.searching"], "resized", lambda *_, **__: None)
     from_files = search(space, dataset, validation_split=0.4)
     assert figures(in_memory.trials[0].history) == figures(from_files.trials[0].history)
     assert differences(in_memory.best_model_.state_dict(), from_files.best_model_.state_dict()) == []
