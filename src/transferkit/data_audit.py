@@ -24,7 +24,7 @@ from transferkit.data.samples import path_of
 from transferkit.data.sources import Batch, Source
 from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError
-from transferkit.features.cache import open_folder
+from transferkit.features.cache import FeatureCache, open_folder
 from transferkit.features.dataset import features_of
 from transferkit.linear.choice import STRENGTHS, LinearHead, solve
 from transferkit.linear.design import principal_axes, standardised
@@ -106,8 +106,10 @@ def audit(
     freeze_until(model, "head")
     images = _Images(data, model.classes, num_workers)
     others = None if validation_data is None else _Images(validation_data, model.classes, num_workers)
-    folder = cache._features if isinstance(cache, Trainer) else open_folder(cache)
-    features = features_of(model, cast("Source", images), device=place, folder=folder, display=display)
+    store = FeatureCache(place, None if isinstance(cache, Trainer) else open_folder(cache))
+    if isinstance(cache, Trainer):
+        store.share(cache._features)
+    features = features_of(model, cast("Source", images), device=place, cache=store, display=display)
     table = Table.of_features(features, columns=model.columns or None)
     solved, probabilities = held_out(table, images.targets, len(model.classes), seed=seed)
     display.say(f"solved the head in {FOLDS} folds: {solved}")

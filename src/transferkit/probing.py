@@ -16,7 +16,7 @@ from transferkit.compute.device import Device, find_device
 from transferkit.data.classes import find_classes
 from transferkit.data.open import open_data
 from transferkit.errors import ArgumentError
-from transferkit.features.cache import open_folder
+from transferkit.features.cache import FeatureCache, open_folder
 from transferkit.features.dataset import features_of
 from transferkit.linear.choice import solve
 from transferkit.linear.table import Table
@@ -87,6 +87,7 @@ def probe(
     scores: list[ProbeScore] = []
     seconds: dict[int, float] = {}
     blocks = backbone.blocks
+    folder = open_folder(cache)
     for size in [backbone.image_size] if image_sizes is None else image_sizes:
         resized = copy.deepcopy(backbone)
         resized.preprocess = backbone.preprocess.with_image_size(whole_number("each of image_sizes", size, at_least=32))
@@ -96,7 +97,7 @@ def probe(
         model.threshold = measure.threshold
         source = open_data(data, model.classes, num_workers=num_workers, multi_label=model.threshold is not None)
         started = time.perf_counter()
-        features = features_of(model, source, device=place, folder=open_folder(cache), display=display)
+        features = features_of(model, source, device=place, cache=FeatureCache(place, folder), display=display)
         measure = measure.for_run(source, len(model.classes), place.torch_device)
         seconds[size] = time.perf_counter() - started
         kinds = len(model.columns) // len(blocks)  # of each block: its means, its maxima

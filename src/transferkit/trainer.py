@@ -54,6 +54,7 @@ from transferkit.training.evaluation import (
     opened,
     predict_known,
     predict_proba,
+    ready,
 )
 from transferkit.training.loop import CACHED_BATCH_SIZE, Callback, Epochs, train_epochs
 from transferkit.training.loss import Loss, LossFunction, find_loss
@@ -906,8 +907,7 @@ class Trainer:
             with opened(self._training, data, batch_size, num_workers, with_targets=with_targets) as batches:
                 yield self.model, batches
             return
-        with evaluating(self.model), own_surroundings():
-            self._training.let_optimizer("eval")
+        with ready(self._training):
             size = choose_batch_size(run.validation.inputs.source, batch_size)
             network, batches = run.validation.open(size, cached_batch_size=max(size, CACHED_BATCH_SIZE))
             with closing(batches):

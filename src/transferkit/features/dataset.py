@@ -2,7 +2,6 @@
 
 from functools import cached_property
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -111,12 +110,13 @@ def cache_features(
     """
     if not isinstance(model, TransferModel):
         raise ArgumentError(f"model is a {type(model).__name__}: expected a TransferModel from attach_head.")
+    place = find_device(device, precision)
     return FeatureDataset(
         features_of(
             model,
             open_data(data, model.classes, num_workers=num_workers, multi_label=model.threshold is not None),
-            device=find_device(device, precision),
-            folder=open_folder(cache),
+            device=place,
+            cache=FeatureCache(place, open_folder(cache)),
             transform=None if augment is None else build_augmentation(augment, model.backbone.image_size),
             num_views=None if n_views is None else whole_number("n_views", n_views),
             seed=whole_number("seed", seed, at_least=0),
@@ -130,7 +130,7 @@ def features_of(
     source: Source,
     *,
     device: Device,
-    folder: Path | FeatureCache | None = None,
+    cache: FeatureCache,
     transform: Transform | None = None,
     num_views: int | None = None,
     seed: int = 0,
@@ -140,5 +140,4 @@ def features_of(
     check_float32(model, trains=False)
     inputs = Inputs(source, model.backbone.preprocess, device, transform, seed)
     frozen = Frozen(device.prepare(model), device)
-    cache = folder if isinstance(folder, FeatureCache) else FeatureCache(device, folder)
     return Feed(inputs, frozen, cache, mode=True, num_views=num_views, what="given", display=display).features()

@@ -257,7 +257,7 @@ def _layer_names(features: nn.Sequential) -> tuple[str, ...]:
         kind = next((kinds[known] for known in kinds if isinstance(module, known)), None)
         if kind is None:
             raise ArgumentError(
-                f"features[{index}] is a {type(module).__name__}: expected VGG's layers, which are Conv2d, BatchNorm2d, "
+                f"features[{index}] is a {type(module).__name__}: expected VGG's layers: Conv2d, BatchNorm2d, "
                 "ReLU and MaxPool2d."
             )
         convolution += isinstance(module, nn.Conv2d)

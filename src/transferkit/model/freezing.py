@@ -150,12 +150,12 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
-def put_back(values: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+def write_values(values: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
     """Copy values over those that a model has, `live`, such as its state dict; others stay.
 
     Example:
         >>> layer = nn.Linear(2, 1)
-        >>> put_back({"bias": torch.ones(1)}, layer.state_dict())
+        >>> write_values({"bias": torch.ones(1)}, layer.state_dict())
         >>> layer.bias.item()
         1.0
     """

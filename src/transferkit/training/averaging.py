@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transferkit.base.arguments import fraction
 from transferkit.base.calls import explained
 from transferkit.errors import CheckpointError
-from transferkit.model.freezing import put_back, trainable_state
+from transferkit.model.freezing import trainable_state, write_values
 from transferkit.model.weights import differences
 
 
@@ -68,11 +68,11 @@ class WeightAverage:
         """Put the average into the model, and the weights of the last step back afterwards."""
         live = trainer.model.state_dict()
         before = {name: live[name].clone() for name in self._average}
-        put_back(self._average, live)
+        write_values(self._average, live)
         try:
             yield
         finally:
-            put_back(before, live)
+            write_values(before, live)
 
     def __call__(self, trainer: Any, report: object) -> None:
         """Do nothing after an epoch."""
@@ -80,7 +80,7 @@ class WeightAverage:
     def after_run(self) -> None:
         """Leave the average in the model where no validation chose."""
         if self._model is not None:
-            put_back(self._average, self._model.state_dict())
+            write_values(self._average, self._model.state_dict())
 
     def state(self) -> dict[str, Tensor]:
         """Return the average and the number of steps in it, not copied."""

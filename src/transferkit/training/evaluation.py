@@ -30,15 +30,22 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @contextmanager
+def ready(training: Training) -> Iterator[None]:
+    """Put a model that is fit for use into eval mode, as if no mode of torch had been set outside."""
+    with evaluating(training.model), own_surroundings():
+        check_float32(training.model, trains=False)
+        check_head(training.model)
+        training.let_optimizer("eval")
+        yield
+
+
+@contextmanager
 def opened(
     training: Training, data: object, batch_size: int | None, num_workers: int, *, with_targets: bool = True
 ) -> Iterator[Batches]:
     """Put a model into eval mode and yield what it takes of a user's data, and targets, batch by batch."""
     model = training.model
-    with evaluating(model), own_surroundings():
-        check_float32(model, trains=False)
-        check_head(model)
-        training.let_optimizer("eval")
+    with ready(training):
         labels = {"with_targets": with_targets, "multi_label": model.threshold is not None}
         source = open_data(data, model.classes, num_workers=num_workers, **labels)
         inputs = Inputs(source, model.backbone.preprocess, training.device)

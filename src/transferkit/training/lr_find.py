@@ -17,7 +17,7 @@ from transferkit.base.randomness import derive_seed, seeded
 from transferkit.compute.device import Device
 from transferkit.data.sources import epoch_order
 from transferkit.errors import ArgumentError
-from transferkit.model.freezing import put_back, trainable_state
+from transferkit.model.freezing import trainable_state, write_values
 from transferkit.model.modes import begin_training, modes_kept
 from transferkit.results.lr_sweep import LearningRateSweep
 from transferkit.training.run import Run
@@ -134,7 +134,7 @@ def unchanged(model: nn.Module, optimizer: Optimizer, device: Device) -> Iterato
         device.scaler = scaler
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
-        put_back(weights, _changing(model))
+        write_values(weights, _changing(model))
 
 
 def _changing(model: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from transferkit.errors import CheckpointError, DataChangedError
-from transferkit.model.freezing import put_back, trainable_state
+from transferkit.model.freezing import trainable_state, write_values
 from transferkit.model.weights import differences
 from transferkit.results.history import EpochReport, History
 from transferkit.saving.archive import check_no_tensors, check_parts, check_ranges, shown
@@ -76,7 +76,7 @@ class BestWeights:
 
     def restore(self) -> None:
         """Put the remembered weights back, if there are any."""
-        put_back(self._copies or {}, self.model.state_dict())
+        write_values(self._copies or {}, self.model.state_dict())
 
     def average(self) -> None:
         """Put the mean of the remembered weights and of those in the model into the model."""
@@ -85,7 +85,7 @@ class BestWeights:
             name: copy.lerp(live[name], 0.5) if copy.is_floating_point() else copy
             for name, copy in (self._copies or {}).items()
         }
-        put_back(means, live)
+        write_values(means, live)
 
 
 @dataclass(slots=True)
