@@ -104,3 +104,23 @@ def test_defaults_are_those_of_the_code() -> None:
     constants = {f"fine_tuning.{name}" for name in vars(module) if re.fullmatch(r"[A-Z][A-Z_]+", name)}
     listed = {name for name, _ in rows if re.fullmatch(r"fine_tuning\.[A-Z_]+", name)}
     assert constants - {"fine_tuning.PLAN", "fine_tuning.ALL_IMAGES"} == listed
+
+
+def messages_of_the_library() -> list[str]:
+    """Every text in the library's code, with `...` for each value in it."""
+    texts = []
+    for path in Path(transferkit.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in parts))
+    return texts
+
+
+def test_messages_that_troubleshooting_quotes_are_raised() -> None:
+    """Each message in the table of docs/how-to/troubleshooting.md is one that the library has."""
+    page = (ROOT / "docs" / "how-to" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    texts = messages_of_the_library()
+    assert len(quoted) > 20
+    patterns = {message: re.compile(".*".join(map(re.escape, message.split("..."))), re.DOTALL) for message in quoted}
+    assert [message for message, pattern in patterns.items() if not any(map(pattern.search, texts))] == []
