@@ -234,6 +234,17 @@ def test_each_image_is_read_once(monkeypatch):
     assert sorted(read) == sorted([0, *range(30)])  # the first one once more, to see that the data can be used
 
 
+def test_a_loader_that_shuffles_is_refused_before_any_work():
+    """A `DataLoader` in order is its data set; one in another order is refused, as training or validation images."""
+    data = make_images(24)
+    plain = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=8)
+    assert len(audited(plain, plain).of("leak")) == 24
+    shuffled = torch.utils.data.DataLoader(plain.dataset, shuffle=True)
+    for given in [(shuffled, None), (data, shuffled)]:
+        with pytest.raises(ArgumentError, match=r"DataLoader .* cannot be audited: pass its Dataset"):
+            audited(*given)
+
+
 def test_the_model_and_the_generators_stay():
     """Nothing of the backbone changes, and no global random number is drawn."""
     backbone = make_backbone()
