@@ -730,6 +730,7 @@ class Trainer:
 
         Raises:
             ArgumentError: When `learn_known` was not called since the model was trained.
+            NonFiniteError: When the model makes infinity or NaN of an image.
         """
         with self._passing(images, batch_size, num_workers, with_targets=False) as (network, batches):
             return predict_known(network, batches, training=self._training)[1]
