@@ -497,8 +497,8 @@ def _read_trials(folder: Path, facts: list[Any]) -> dict[int, dict[str, Any]]:
         raise CheckpointError(f"cannot read {path}: {error!r}. Delete the folder to begin anew.") from error
     if not same:
         raise ArgumentError(
-            f"folder={str(folder)!r} holds another search: expected the same models, space, data, seed and device. Name "
-            "another folder."
+            f"folder={str(folder)!r} holds another search: expected the same models, space, data, seed and device. "
+            "Name another folder."
         )
     return found
 
