@@ -1,7 +1,6 @@
 """`search` trains a model for each set of hyper-parameters over one feature cache, and returns the best."""
 
 import copy
-import html
 import inspect
 import itertools
 import math
@@ -23,7 +22,7 @@ from transferkit.base.calls import explained
 from transferkit.base.display import QUIET, Display
 from transferkit.base.randomness import derive_seed, seeded
 from transferkit.base.surroundings import own_surroundings
-from transferkit.compute.device import Device
+from transferkit.compute.device import Device, find_device
 from transferkit.compute.out_of_memory import is_out_of_memory
 from transferkit.data.classes import learn_names
 from transferkit.data.resized import resized
@@ -39,6 +38,7 @@ from transferkit.errors import (
 from transferkit.model.freezing import find_boundary, freeze_until, trainable_state
 from transferkit.model.head import TransferModel
 from transferkit.results.history import EpochReport, History
+from transferkit.results.tabular import html_table
 from transferkit.saving.archive import read_checkpoint, write_checkpoint
 from transferkit.trainer import Trainer
 from transferkit.training.heads import HeadRun, how_many_together, train_heads
@@ -134,14 +134,15 @@ class SearchResult:
     __repr__ = __str__  # what an interpreter shows
 
     def _repr_html_(self) -> str:
-        names = [*self._names, "validation accuracy", "seconds"]
-        rows = ""
-        for trial in self._ranked():
-            score = "failed" if math.isnan(trial.score) else f"{trial.score:.4f}"
-            cells = [*map(str, trial.params.values()), score, f"{trial.seconds:.1f}"]
-            rows += f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        rows = [
+            [
+                *map(str, trial.params.values()),
+                "failed" if math.isnan(trial.score) else f"{trial.score:.4f}",
+                f"{trial.seconds:.1f}",
+            ]
+            for trial in self._ranked()
+        ]
+        return html_table([*self._names, "validation accuracy", "seconds"], rows)
 
     @property
     def _names(self) -> list[str]:
@@ -246,7 +247,7 @@ def search(
     end = math.inf if budget is None else time.perf_counter() + positive("budget", budget)
     sets = _choose(space, num_trials, seed)
     rounds = [(len(sets), {})] if reduction_factor is None else _rounds(sets, reduction_factor)
-    place = device if isinstance(device, Device) else Device(device, precision)
+    place = find_device(device, precision)
     settings = {"device": place, "cache": cache, "seed": seed}
     given = (train, validation_data, validation_split, num_workers)
     trials = _Trials(build, given, settings, display, end, None if folder is None else Path(folder))
@@ -325,7 +326,7 @@ class _Trials:
         with self.display.bar("search", len(sets), unit="trials") as bar:
             for group in groups:
                 trainer = self._trainer(group[0].params) if len(group) > 1 else None
-                size = 1 if trainer is None else how_many_together(trainer._training)
+                size = 1 if trainer is None else how_many_together(trainer.training)
                 for part in (group[start : start + size] for start in range(0, len(group), size)):
                     if time.perf_counter() > self.end:
                         return
@@ -402,7 +403,7 @@ class _Trials:
             with trainer._alone("fit"), trainer._interrupts:
                 heads: dict[HeadRun, _Run] = {}
                 for run in runs:
-                    training, size = self._trainer(run.params, trainer.model)._training, params.get("batch_size")
+                    training, size = self._trainer(run.params, trainer.model).training, params.get("batch_size")
                     opened = open_run(training, *feeds, epochs=max(run.numbers), batch_size=size)
                     check_schedule(opened.schedule, opened.num_steps)
                     opened.check_feeds()

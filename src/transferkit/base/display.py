@@ -4,7 +4,6 @@ import importlib.util
 import re
 import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,19 +14,12 @@ from torch import Tensor
 
 from transferkit.errors import ArgumentError, printable
 
-COLUMNS = 80
-"""Width of lines where there is no terminal."""
-
-REDRAW_S = 0.5
-"""Seconds between redraws of a bar: reading loss and accuracy waits for the device, and drawing takes 1 ms."""
+COLUMNS = 80  # where there is no terminal
+REDRAW_S = 0.5  # between redraws of a bar: reading loss and accuracy waits for the device, and drawing takes 1 ms
 
 
 class Bar:
-    """The progress of one task, in images.
-
-    Args:
-        draw: Makes a `tqdm` bar at the first image; None draws nothing.
-    """
+    """The progress of one task, in images; `draw` makes a `tqdm` bar at the first one, None draws nothing."""
 
     def __init__(self, draw: Callable[[], Any] | None = None) -> None:
         self._draw = draw
@@ -37,9 +29,7 @@ class Bar:
     def advance(self, count: int, figures: Callable[[], str] = str) -> None:
         """Add to the count of images, and redraw the bar if `REDRAW_S` has passed.
 
-        Args:
-            count: Images done since the last call.
-            figures: Returns text to show beside the bar. Called only for a redraw, since it may wait for the device.
+        `figures` returns text to show beside the bar. It may wait for the device, so it is called only for a redraw.
         """
         if self._draw is None:
             return
@@ -66,26 +56,12 @@ class Bar:
 class Display:
     """Lines of text on standard output, and bars in a terminal or a notebook if `tqdm` is installed.
 
-    Args:
-        verbose: 0 shows nothing, 1 lines and bars, 2 lines only.
-
-    Raises:
-        ArgumentError: `verbose` is not 0, 1 or 2.
-
-    Example:
-        >>> display = Display(2)
-        >>> display.say("epoch 1")
-        epoch 1
-        >>> with display.bar("epoch 2", 100) as bar:  # draws nothing
-        ...     bar.advance(32)
+    `verbose` 0 shows nothing, 1 lines and bars, 2 lines only.
     """
 
     def __init__(self, verbose: int) -> None:
         if verbose not in (0, 1, 2):
-            raise ArgumentError(
-                f"verbose={verbose!r} is not known: expected 0 (nothing), 1 (a line for each epoch, and progress bars) "
-                "or 2 (lines only)."
-            )
+            raise ArgumentError(f"verbose={verbose!r} is not known: expected 0 (nothing), 1 (lines, bars) or 2.")
         self.verbose = int(verbose)
         self._tqdm = _find_tqdm() if verbose == 1 else None
 
@@ -104,13 +80,7 @@ class Display:
 
     @contextmanager
     def bar(self, what: str, total: int | None, *, unit: str = "images") -> Iterator[Bar]:
-        """Show a bar for as long as the `with` block runs.
-
-        Args:
-            what: The task, in a few words.
-            total: Number of images; None if unknown.
-            unit: What is counted instead of images.
-        """
+        """Show a bar of `total` images, or other units, while the block runs; None if their number is unknown."""
         options = {"desc": what, "total": total, "unit": f" {unit}", "leave": False, "dynamic_ncols": True}
         bar = Bar(None if self._tqdm is None else partial(self._tqdm, **options))
         try:
@@ -123,21 +93,13 @@ QUIET = Display(0)
 
 
 def _fitted(line: str) -> list[str]:
-    """Break a line that is wider than the terminal between words, elsewhere one wider than 80 columns between figures.
-
-    Figures are two spaces apart. Sentences and paths stay whole where a program may read them.
-    """
-    rows = [""]
-    terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if terminal else COLUMNS
+    """Break a line that is wider than the terminal, or 80 columns elsewhere, between figures, two spaces apart."""
+    rows, width = [""], shutil.get_terminal_size().columns if sys.stdout.isatty() else COLUMNS
     for part in re.split("(?=  )", line):
         if rows[-1] and len(rows[-1] + part) > width:
             rows.append("")
         rows[-1] += part
-    if not terminal:
-        return rows
-    wrap = partial(textwrap.wrap, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    return [piece for row in rows for piece in wrap(row, width)]
+    return rows
 
 
 def in_notebook() -> bool:

@@ -27,12 +27,6 @@ class Interrupts:
     Attributes:
         received: The delayed signal, or None.
         twice: Whether a second signal came.
-
-    Example:
-        >>> interrupts = Interrupts()
-        >>> with interrupts:
-        ...     list(interrupts.watched([1, 2]))
-        [1, 2]
     """
 
     def __init__(self) -> None:
@@ -64,11 +58,7 @@ class Interrupts:
             _reraise(received, str(error or ""))
 
     def check(self) -> None:
-        """Raise if a signal was received.
-
-        Raises:
-            Interruption: A signal was received inside the `with` block.
-        """
+        """Raise `Interruption` if a signal was received inside the `with` block."""
         if self.received is not None:
             raise Interruption
 

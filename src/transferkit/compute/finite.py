@@ -1,18 +1,16 @@
 """Keep infinite and NaN values out of the weights and the optimizer's state."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transferkit.compute.device import Device
+from transferkit.compute.device import Device, parameters_of
 from transferkit.errors import NonFiniteError
 
 MIN_SCALE = 1.0
 """Below this the fp16 gradient scale, which starts at 65,536, has collapsed: gradients overflow in every step."""
-
 
 MAX_GRADIENT = 1e15
 """Optimizers and clipping add up the squares of gradients: those of 100 million parameters of this size still fit."""
@@ -23,16 +21,14 @@ def gradients_are_finite(loss: Tensor, optimizer: Optimizer) -> Tensor:
 
     Reads every gradient once, at memory bandwidth.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None and p.numel()]
+    gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None and p.numel()]
     bounds = [loss.detach() * 0.0]  # NaN unless it is finite
     if loss.device.type == "cpu":  # aminmax reads 50 GB/s there, torch's norms 3
         bounds += [bound for gradient in gradients for bound in torch.aminmax(_in_memory_order(gradient))]
     elif gradients:
         bounds += torch._foreach_norm(gradients, float("inf"))  # the largest absolute values, in one kernel
-    return (
-        torch.stack([bound.float() for bound in bounds]).abs() < MAX_GRADIENT
-    ).all()  # a bound is NaN if an entry is
+    largest = torch.stack([bound.float() for bound in bounds]).abs()  # NaN if an entry is
+    return (largest < MAX_GRADIENT).all()
 
 
 def _in_memory_order(gradient: Tensor) -> Tensor:
@@ -42,11 +38,7 @@ def _in_memory_order(gradient: Tensor) -> Tensor:
 
 
 class BufferCopies:
-    """Copies of the buffers that a forward pass in training mode changes, such as batch norm's statistics.
-
-    Args:
-        network: Its modules in training mode are copied.
-    """
+    """Copies of the buffers that a forward pass in training mode changes, such as batch norm's statistics."""
 
     def __init__(self, network: nn.Module) -> None:
         self._copies = [
@@ -80,29 +72,21 @@ def find_nonfinite(
 ) -> str:
     """Name the first non-finite tensor of a step, by repeating its forward and backward passes.
 
-    Args:
-        network: The network, with the weights it had in that step.
-        parts: Inputs and targets of each micro-batch of that step.
-        loss_of: Maps logits and targets to the loss.
-        model: The model that contains `network`; its module and parameter names are used.
-        device: Gives the precision.
+    `network` has the weights it had in that step, `parts` are inputs and targets of its micro-batches, `loss_of` maps
+    logits and targets to the loss. `model`, which contains the network, gives the names, `device` the precision.
     """
     rows = torch.cat([~inputs.flatten(1).isfinite().all(dim=1) for inputs, _ in parts])
     if bool(rows.any()):
         return f"the network's input for image {int(rows.nonzero()[0])} of the batch"
     found: list[str] = []
+    used = set(network.modules())
+    names = {module: name for name, module in model.named_modules() if module in used and not list(module.children())}
 
-    def make_hook(name: str) -> Any:
-        def hook(module: nn.Module, _inputs: object, output: object) -> None:
-            if isinstance(output, Tensor) and not found and not bool(output.isfinite().all()):
-                found.append(f"the output of {name} ({type(module).__name__})")
+    def note(module: nn.Module, _inputs: object, output: object) -> None:
+        if isinstance(output, Tensor) and not found and not bool(output.isfinite().all()):
+            found.append(f"the output of {names[module]} ({type(module).__name__})")
 
-        return hook
-
-    modules = set(network.modules())
-    leaves = [(n, m) for n, m in model.named_modules() if m in modules and not list(m.children())]
-    buffers = BufferCopies(network)
-    hooks = [module.register_forward_hook(make_hook(name)) for name, module in leaves]
+    buffers, hooks = BufferCopies(network), [module.register_forward_hook(note) for module in names]
     try:
         for inputs, targets in parts:
             with device.autocast():
@@ -128,12 +112,9 @@ def _first_gradient(loss: Tensor, model: nn.Module) -> str | None:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Check that an epoch left no infinite number and no NaN in what trains. Reads it once; a host sync.
+    """Raise `NonFiniteError` if an epoch left an infinite number or NaN in what trains. Reads it once; a host sync.
 
     A step is checked before its update, so what an update itself makes too large shows here.
-
-    Raises:
-        NonFiniteError: A parameter that trains, or a buffer of a module in training mode, is not finite.
     """
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad and value.numel()}
     for path, module in model.named_modules():
@@ -145,21 +126,15 @@ def check_weights(model: nn.Module) -> None:
         return
     bad = next(name for name, value in trained.items() if not bool(value.isfinite().all()))
     raise NonFiniteError(
-        f"{bad} became infinite or NaN in an update whose gradients were finite: expected finite weights. Lower the "
-        "learning rate or weight_decay, or give the optimizer a larger eps. The best epoch's weights, if there are "
-        "any, are restored."
+        f"{bad} became infinite or NaN in an update whose gradients were finite. Lower the learning rate or "
+        "weight_decay, or give the optimizer a larger eps. The best epoch's weights, if there are any, are restored."
     )
 
 
 def check_scale(device: Device) -> None:
-    """Check that the gradient scale has not collapsed. In fp16 this is a host sync; otherwise it does nothing.
-
-    Raises:
-        NonFiniteError: The scale is below `MIN_SCALE`.
-    """
+    """Raise `NonFiniteError` if the gradient scale has collapsed: in fp16 a host sync, otherwise nothing."""
     if device.scaler.is_enabled() and device.scaler.get_scale() < MIN_SCALE:
         raise NonFiniteError(
             f"the fp16 gradient scale fell to {device.scaler.get_scale():.3g}, expected {MIN_SCALE:g} or more: "
-            'gradients overflow in every step, and nothing is learned. Use precision="bf16" or "fp32", or a lower '
-            "learning rate."
+            'gradients overflow in every step. Use precision="bf16" or "fp32", or a lower learning rate.'
         )

@@ -31,10 +31,8 @@ def class_names(data: object) -> dict[int, str] | None:
     """Return the class name of each index that the targets of a data set may have; None if it has no names.
 
     Names are found inside `Subset`, `ConcatDataset` and `DataLoader`. A wrapper of the user's own has the names of the
-    data set inside only if its targets are those of that data set.
-
-    Raises:
-        HeadMismatchError: The parts of a `ConcatDataset` have different class names.
+    data set inside only if its targets are those of that data set. Parts of a `ConcatDataset` with different names are
+    a `HeadMismatchError`.
 
     Example:
         >>> class_names((["1.png", "2.png"], ["dog", "cat"]))
@@ -47,13 +45,13 @@ def class_names(data: object) -> dict[int, str] | None:
 def _names(data: object) -> dict[int, str] | None:
     found = _names_of(data)
     if found is not None:
-        return _renumbered(found, getattr(data, "target_transform", None))
+        transform = getattr(data, "target_transform", None)
+        return found if transform is None else _renumbered(found, transform)
     if isinstance(data, ConcatDataset):
         parts = [names for part in data.datasets if (names := _names(part)) is not None]
         if different := [names for names in parts if names != parts[0]]:
             raise HeadMismatchError(
-                f"the parts of a ConcatDataset have {_listed(parts[0])} and {_listed(different[0])}: class indices "
-                "would not match. Expected the same classes in all parts."
+                f"the parts of a ConcatDataset have {_listed(parts[0])} and {_listed(different[0])}: expected the same."
             )
         return parts[0] if parts else None
     parts = _wrapped(data)
@@ -65,12 +63,7 @@ def _names(data: object) -> dict[int, str] | None:
 def find_classes(data: object, classes: Sequence[str] | int | None) -> Sequence[str] | int:
     """Return the classes given or, if there are none, those that data names, or their number by its targets.
 
-    Raises:
-        ArgumentError: The data does not tell.
-
-    Example:
-        >>> find_classes((np.zeros((3, 8, 8, 3), np.uint8), [0, 2, 1]), None)
-        3
+    Where the data does not tell, `ArgumentError`.
     """
     if classes is not None and not isinstance(classes, Integral):
         return classes
@@ -88,29 +81,16 @@ def find_classes(data: object, classes: Sequence[str] | int | None) -> Sequence[
     found = np.asarray(() if targets is None else listed(targets) or targets)
     if found.size and found.dtype.kind in "iufb":
         return found.shape[1] if found.ndim == 2 else int(found.max()) + 1
-    raise ArgumentError(
-        f"the classes of a {type(data).__name__} are not known, because it has no list of them: pass classes=, their "
-        "names or number."
-    )
+    raise ArgumentError(f"the classes of a {type(data).__name__} are not known: pass classes=, their names or number.")
 
 
 def numbered(classes: Sequence[str]) -> bool:
-    """Return whether class names are the numbers that a head has that was given no names.
-
-    Example:
-        >>> numbered(["0", "1"]), numbered(["1", "0"])
-        (True, False)
-    """
+    """Return whether class names are the numbers that a head has that was given no names."""
     return list(classes) == [str(index) for index in range(len(classes))]
 
 
 def learn_names(data: object, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the class names of training data for a head that has only numbers, else the head's own.
-
-    Example:
-        >>> learn_names((["1.png", "2.png"], ["dog", "cat"]), ("0", "1"))
-        ('cat', 'dog')
-    """
+    """Return the class names of training data for a head that has only numbers, else the head's own."""
     names = class_names(data) if numbered(classes) else None
     if names is None or sorted(names) != list(range(len(classes))) or len(set(names.values())) < len(names):
         return classes
@@ -157,8 +137,7 @@ def _check_folders(data: DatasetFolder) -> None:
     if len(parts) > 1 or holds:
         raise HeadMismatchError(
             f"the data has the classes {', '.join(data.classes[:8])}: {' and '.join(parts)} look like parts of a data "
-            f"set, not like classes. Pass the folder that holds the class folders: ImageFolder("
-            f"{str(Path(data.root) / parts[0])!r})."
+            f"set. Pass the folder that holds the class folders: ImageFolder({str(Path(data.root) / parts[0])!r})."
         )
 
 
@@ -192,8 +171,6 @@ def _names_of(data: Any) -> dict[int, str] | None:
 
 def _renumbered(names: dict[int, str], transform: Any) -> dict[int, str] | None:
     """Return the names by the indices that a `target_transform` makes; None if it merges classes or makes rows."""
-    if transform is None:
-        return names
     try:
         found = {int(transform(index)): name for index, name in names.items()}
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError):  # it takes or makes no class indices

@@ -4,14 +4,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from transferkit.errors import CheckpointError, DataChangedError
-from transferkit.model.freezing import trainable_state
+from transferkit.model.freezing import trainable_state, write_values
 from transferkit.model.weights import differences
 from transferkit.results.history import EpochReport, History
-from transferkit.saving.archive import check_items, check_no_tensors, check_parts, check_ranges, shown
+from transferkit.saving.archive import check_no_tensors, check_parts, check_ranges, shown
 from transferkit.training.callback_list import CallbackList
 from transferkit.training.metrics import Sums
 from transferkit.training.step import Step
@@ -77,20 +76,16 @@ class BestWeights:
 
     def restore(self) -> None:
         """Put the remembered weights back, if there are any."""
-        self._mix(1.0)
+        write_values(self._copies or {}, self.model.state_dict())
 
     def average(self) -> None:
         """Put the mean of the remembered weights and of those in the model into the model."""
-        self._mix(0.5)
-
-    def _mix(self, share: float) -> None:
         live = self.model.state_dict()
-        with torch.no_grad():
-            for name, copy in (self._copies or {}).items():
-                if share == 1 or not copy.is_floating_point():
-                    live[name].copy_(copy)
-                else:
-                    live[name].lerp_(copy, share)
+        means = {
+            name: copy.lerp(live[name], 0.5) if copy.is_floating_point() else copy
+            for name, copy in (self._copies or {}).items()
+        }
+        write_values(means, live)
 
 
 @dataclass(slots=True)
@@ -226,13 +221,13 @@ def check_progress(
             f"begin a new run with its weights: trainer.load({origin!r}), then fit without resume_from."
         )
     best = run["best"] or {}
-    check_items(best.values(), Tensor, "run/best")
+    check_parts(list(best.values()), [(Tensor,)], origin=origin, place="run/best")
     if faults := differences({name: live[name] for name in best if name in live}, best, same_width=True):
         raise CheckpointError(f"{origin} holds best weights that do not fit the model: {faults}.")
     sums = {"loss": (Tensor,), "correct": (Tensor,), "count": (int,), "outputs": (list,)}
-    check_parts(run, {"sums": sums}, origin=f"run of {origin}")
+    check_parts(run, {"sums": sums, "reports": [(dict,)]}, origin=origin, place="run")
     check_ranges(run["sums"], {"count": (0, 2**63 - 1)}, origin=f"the run of {origin}")
-    check_items(run["reports"], dict, "run/reports")
+
     usable = all(set(EpochReport.__dataclass_fields__) <= set(report) for report in run["reports"])
     usable &= all(isinstance(value, _FIGURE) for report in run["reports"] for value in report.values())
     usable &= not any(run["sums"][name].ndim for name in ("loss", "correct"))

@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, defaul
 
 from transferkit.base.arguments import whole_number
 from transferkit.base.display import Display
-from transferkit.data.sources import Source
+from transferkit.data.sources import Source, count_batches
 from transferkit.errors import ArgumentError, DeviceError, NothingToTrainError
 from transferkit.features.feed import Feed
 from transferkit.model.freezing import freeze_statistics
@@ -89,7 +89,7 @@ def open_run(training: Training, train: Feed, validation: Feed | None, *, epochs
     take_rates(training.optimizer)
     source = train.inputs.source
     size = choose_batch_size(source, batch_size)
-    num_batches = source.num_batches(size)
+    num_batches = count_batches(source, size)
     num_steps = None if num_batches is None else epochs * num_batches
     if validation is not None:
         next(validation.inputs.batches(1))

@@ -24,23 +24,16 @@ from transferkit.training.run import Run
 from transferkit.training.schedules import SCHEDULES, describe_schedule
 from transferkit.training.training import Training
 
-PARTS: dict[str, dict[str, tuple[type, ...]]] = {
+COUNTERS: dict[str, tuple[type, ...]] = dict.fromkeys(("epoch", "global_step", "seed"), (int,))
+PLACE: dict[str, tuple[type, ...]] = dict.fromkeys(("precision", "device"), (str,))
+PARTS = {
     "model": model_state.PARTS,
-    "optimizer": {"class": (str,), "groups": (list,), "state": (dict,)},
+    "optimizer": optimizer_state.PARTS,
     "scaler": {},
-    "progress": {
-        "epoch": (int,),
-        "global_step": (int,),
-        "seed": (int,),
-        "micro_batch_size": (int, type(None)),
-        "precision": (str,),
-        "device": (str,),
-    },
+    "progress": {**COUNTERS, **PLACE, "micro_batch_size": (int, type(None))},
 }
-
-
 COUNTS = (0, 2**63 - 1)
-RANGES = {"epoch": COUNTS, "global_step": COUNTS, "seed": COUNTS, "micro_batch_size": (1, 2**63 - 1)}
+RANGES = {**dict.fromkeys(COUNTERS, COUNTS), "micro_batch_size": (1, 2**63 - 1)}
 FREEZING = ("freeze_until", "frozen parameters")
 
 
@@ -56,8 +49,7 @@ def training_state(training: Training, progress: Progress | None) -> dict[str, A
             "global_step": training.global_step,
             "seed": training.seed,
             "micro_batch_size": training.micro_batch_size,
-            "precision": training.device.precision,
-            "device": training.device.torch_device.type,
+            **_place(training),
         },
         "run": None if progress is None else progress.state(),
     }
@@ -72,12 +64,7 @@ def complete_training_state(training: Training, state: dict[str, Any], path: Pat
 
 
 def check_training_state(training: Training, state: Mapping[str, Any], *, origin: str) -> None:
-    """Compare a state with a live trainer before anything is assigned.
-
-    Raises:
-        HeadMismatchError: When the classes differ.
-        CheckpointError: When backbone, head, preprocessing or optimizer differ.
-    """
+    """Compare a state with a live trainer before anything is assigned; what differs is an error that names it."""
     archive.check_parts(state, PARTS, origin=origin)
     archive.check_ranges(state["progress"], RANGES, origin=origin)
     hold_parameters(training.optimizer, training.model)
@@ -85,9 +72,8 @@ def check_training_state(training: Training, state: Mapping[str, Any], *, origin
     optimizer_state.check_optimizer_state(training.optimizer, training.model, state["optimizer"])
     live, saved = training.device.scaler.state_dict(), state["scaler"]
     if live and saved and (set(live) != set(saved) or any(type(saved[name]) is not type(live[name]) for name in live)):
-        raise CheckpointError(
-            f"{origin} has a gradient scaler of {archive.shown(saved)}: expected numbers for {', '.join(live)}."
-        )
+        expected = f"numbers for {', '.join(live)}"
+        raise CheckpointError(f"{origin} has a gradient scaler of {archive.shown(saved)}: expected {expected}.")
     scale, factor = (sys.float_info.min, 2.0**64), (1.0, 2.0**16)
     ranges = {"scale": scale, "growth_factor": factor, "backoff_factor": (2.0**-16, 1.0), "growth_interval": (1, 2**31)}
     archive.check_ranges(saved, {**ranges, "_growth_tracker": (0, 2**31)}, origin=f"the gradient scaler of {origin}")
@@ -95,23 +81,25 @@ def check_training_state(training: Training, state: Mapping[str, Any], *, origin
 
 def assign_training_state(training: Training, state: Mapping[str, Any]) -> None:
     """Assign a state that was checked."""
-    position = state["progress"]
-    here = {"precision": training.device.precision, "device": training.device.torch_device.type}
-    there = {name: archive.shown(position[name]) for name in here}
+    here = _place(training)
+    there = {name: archive.shown(state["progress"][name]) for name in here}
     if here != there:
+        dropped = ", and its gradient scale is dropped" if state["scaler"] and here["precision"] != "fp16" else ""
         warnings.warn(
             f"the checkpoint is from {there['device']} in {there['precision']} and continues on {here['device']} in "
-            f"{here['precision']}: numbers will differ from those of a run that stayed there"
-            + (", and its gradient scale is dropped." if state["scaler"] and here["precision"] != "fp16" else "."),
+            f"{here['precision']}: numbers will differ{dropped}.",
             stacklevel=3,
         )
     model_state.load_model_state(training.model, state["model"])
     optimizer_state.load_optimizer_state(training.optimizer, training.model, state["optimizer"])
     if state["scaler"] and training.device.scaler.is_enabled():  # empty unless it was saved from fp16
         training.device.scaler.load_state_dict(state["scaler"])
-    training.epoch = position["epoch"]
-    training.global_step = position["global_step"]
-    training.seed = position["seed"]
+    progress = state["progress"]
+    training.epoch, training.global_step, training.seed = progress["epoch"], progress["global_step"], progress["seed"]
+
+
+def _place(training: Training) -> dict[str, str]:
+    return {"precision": training.device.precision, "device": training.device.torch_device.type}
 
 
 def read_run(
@@ -121,12 +109,7 @@ def read_run(
     callbacks: CallbackList,
     display: Display,
 ) -> dict[str, Any] | None:
-    """Return the state to resume from, checked; None if the folder has none yet.
-
-    Raises:
-        CheckpointError: When it cannot be used.
-        DataChangedError: When the run began with other data.
-    """
+    """Return the state to resume from, checked against the facts of this call; None if the folder has none yet."""
     found = read_newest(path)
     if found is None:
         display.say(f"{path} has no checkpoint yet: a new run starts")
