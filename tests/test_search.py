@@ -385,19 +385,21 @@ def test_what_cannot_be_trained_together_is_trained_alone(search, data, alone, p
 
 
 def test_a_head_of_ones_own_is_trained_alone(search, data, alone):
-    """A head that may do anything, and one with hooks."""
+    """A head that may do anything, one with hooks, and one behind a frozen layer with hooks, which is not cached."""
 
     class Own(torch.nn.Sequential):
         pass
 
-    def hooked():
-        model = search.build()
-        model.head.logits.register_forward_hook(lambda *_: None)
+    def hooked(name):
+        model = copy.deepcopy(search.build())
+        model.get_submodule(name).register_forward_hook(lambda *_: None)
         return model
 
-    for build in (lambda: search.build(head=Own(torch.nn.Flatten(), torch.nn.LazyLinear(3))), hooked):
+    own = Own(torch.nn.Flatten(), torch.nn.LazyLinear(3))
+    builds = [partial(search.build, head=own), partial(hooked, "head.logits"), partial(hooked, "backbone.features.0")]
+    for build in builds:
         search({"lr": [1e-3, 1e-2], "freeze_until": ["head"], "epochs": [1]}, data, build=build, validation_data=data)
-    assert len(alone) == 4
+    assert len(alone) == 6
 
 
 def test_a_head_that_diverges_does_not_touch_the_others(search, data, alone):

@@ -16,7 +16,7 @@ from transferkit.base.randomness import derive_seed, seeded
 from transferkit.compute.finite import MAX_GRADIENT
 from transferkit.data.sources import epoch_order
 from transferkit.features.feed import Feed
-from transferkit.features.prefix import is_intercepted
+from transferkit.features.prefix import is_intercepted, pure_prefix
 from transferkit.model.head import Standardize
 from transferkit.model.modes import begin_training, evaluating
 from transferkit.results.history import EpochReport, History
@@ -65,6 +65,7 @@ def how_many_together(training: Training) -> int:
     layers = [head, *head.children()]
     usable = (
         len(suffix) == 1
+        and not pure_prefix(training.model)[1]
         and type(head) is nn.Sequential
         and len(head) > 1
         and isinstance(head[0], nn.Flatten)
