@@ -107,16 +107,18 @@ def train_heads(runs: Sequence[HeadRun], *, interrupts: Interrupts) -> Iterator[
                 correct += torch.stack([count_correct(own, targets, model.threshold) for own in logits])
                 finite &= batch_finite
                 count, step = count + len(targets), step + 1
+        for weight in stack.weights.values():
+            finite &= weight.detach().flatten(1).isfinite().all(dim=1)
         val_losses, val_accuracies = stack.validate(cast("Feed", run.validation), interrupts)
         seconds = (time.perf_counter() - started) / len(running)
-        for index, (head, ok) in enumerate(zip(running, (finite & stack.finite()).tolist(), strict=True)):  # host sync
-            lr = stack.optimizer.param_groups[index]["lr"]
-            loss, accuracy = losses[index].item() / count, correct[index].item() / count
+        for index, (head, ok) in enumerate(zip(running, finite.tolist(), strict=True)):  # host sync
             if ok:
+                lr = stack.optimizer.param_groups[index]["lr"]
+                loss, accuracy = losses[index].item() / count, correct[index].item() / count
                 report = EpochReport(epoch, loss, accuracy, lr, seconds, val_losses[index], val_accuracies[index])
                 head.history.reports.append(report)
                 if head.history.best_epoch == epoch:
-                    head.best = stack.weights_of(index)
+                    head.best = {name: own.detach()[index].clone() for name, own in stack.weights.items()}
             head.failed = not ok
             yield head
         keep = [index for index, head in enumerate(running) if not head.failed and epoch + 1 < head.run.num_epochs]
@@ -196,15 +198,6 @@ class _Stack:
         every = torch.cat(losses, dim=1).cpu().double()  # host sync: once an epoch
         right = torch.stack(correct).sum(dim=0).cpu().double() / every.shape[1]
         return every.mean(dim=1).tolist(), right.tolist()
-
-    def finite(self) -> Tensor:
-        """Return whether all weights of each head are finite, bool `(H,)`."""
-        parts = [weight.detach().flatten(1).isfinite().all(dim=1) for weight in self.weights.values()]
-        return torch.stack(parts).all(dim=0)
-
-    def weights_of(self, index: int) -> dict[str, Tensor]:
-        """Return a copy of one head's weights."""
-        return {name: weight.detach()[index].clone() for name, weight in self.weights.items()}
 
     def keep(self, heads: list[int]) -> None:
         """Drop all heads but some."""
