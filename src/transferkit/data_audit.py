@@ -12,6 +12,7 @@ from transferkit.analysis.duplicates import Copy, find_copies, thumbnails
 from transferkit.analysis.labels import exchange_labels, find_limit, find_wrong_labels, label_probabilities
 from transferkit.analysis.outliers import FAR, distances, principal, unlike
 from transferkit.base.display import Display
+from transferkit.base.processes import broadcast, together
 from transferkit.base.randomness import seeded
 from transferkit.compute.device import Device
 from transferkit.data.classes import find_classes
@@ -40,6 +41,7 @@ AXES = 128
 _READ = 64  # images read at a time
 
 
+@together("audit")
 def audit(
     backbone: Backbone,
     data: object,
@@ -114,12 +116,8 @@ def audit(
         others = _Listed(validation_data, [model.classes[target] for target in shown.targets])
         findings += [others.copy("leak", copy, listed) for copy in _closest(find_copies(shown.small, look.small))]
     findings += _find_unlike(table, solved, look, listed)
-    return Audit(
-        findings,
-        _assessment(probabilities, targets, model.classes),
-        precision_found,
-        sources,
-    )
+    found = findings, _assessment(probabilities, targets, model.classes), precision_found
+    return Audit(*broadcast(found, "the audit"), sources)
 
 
 class _Listed:

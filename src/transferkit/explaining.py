@@ -11,6 +11,7 @@ from torch import Tensor
 from transferkit.analysis.maps import activation_maps
 from transferkit.analysis.outliers import nearest
 from transferkit.base.arguments import whole_number
+from transferkit.base.processes import alone
 from transferkit.base.randomness import shuffled
 from transferkit.data.classes import find_classes
 from transferkit.data.open import open_data
@@ -55,7 +56,7 @@ def explain(
     wanted = _indices(classes, trainer.model.classes)
     maps: list[Tensor] = []
     model, seen = trainer.model, 0
-    with trainer._passing(images, batch_size, num_workers, with_targets=False) as (_, batches):
+    with alone(), trainer._passing(images, batch_size, num_workers, with_targets=False) as (_, batches):
         for inputs, _ in batches:
             with torch.no_grad(), trainer.device.autocast():
                 indices = model(inputs).argmax(dim=1)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from transferkit.base.processes import rank
 from transferkit.errors import ArgumentError, printable
 
 COLUMNS = 80
@@ -91,7 +92,7 @@ class Display:
 
     def say(self, line: str) -> None:
         """Print a line of text above any bar, in several rows if it is wide, whatever the encoding of the output."""
-        if self.verbose == 0 or sys.stdout is None:
+        if self.verbose == 0 or sys.stdout is None or rank():  # of several processes the first prints
             return
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         text = "\n".join(_fitted(printable(line))).encode(encoding, "backslashreplace").decode(encoding)
@@ -112,7 +113,7 @@ class Display:
             unit: What is counted instead of images.
         """
         options = {"desc": what, "total": total, "unit": f" {unit}", "leave": False, "dynamic_ncols": True}
-        bar = Bar(None if self._tqdm is None else partial(self._tqdm, **options))
+        bar = Bar(None if self._tqdm is None or rank() else partial(self._tqdm, **options))
         try:
             yield bar
         finally:

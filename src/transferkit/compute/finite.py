@@ -14,6 +14,8 @@ MIN_SCALE = 1.0
 """Below this the fp16 gradient scale, which starts at 65,536, has collapsed: gradients overflow in every step."""
 
 
+SUM = "the sum of a gradient over the batch"
+
 MAX_GRADIENT = 1e15
 """Optimizers and clipping add up the squares of gradients: those of 100 million parameters of this size still fit."""
 
@@ -87,8 +89,8 @@ def find_nonfinite(
         model: The model that contains `network`; its module and parameter names are used.
         device: Gives the precision.
     """
-    rows = torch.cat([~inputs.flatten(1).isfinite().all(dim=1) for inputs, _ in parts])
-    if bool(rows.any()):
+    bad = [~inputs.flatten(1).isfinite().all(dim=1) for inputs, _ in parts]  # none if other processes have all images
+    if bad and bool((rows := torch.cat(bad)).any()):
         return f"the network's input for image {int(rows.nonzero()[0])} of the batch"
     found: list[str] = []
 
@@ -115,7 +117,7 @@ def find_nonfinite(
         for hook in hooks:
             hook.remove()
         buffers.restore()
-    return "the sum of a gradient over the batch"
+    return SUM
 
 
 def _first_gradient(loss: Tensor, model: nn.Module) -> str | None:

@@ -51,11 +51,11 @@ class Source(Protocol):
     def num_batches(self, batch_size: int) -> int | None:
         """Number of batches in an epoch; None if a `DataLoader` has no length."""
 
-    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
+    def batches(self, batch_size: int | list[int], *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
         """Yield each image once.
 
         Args:
-            batch_size: Images in a batch; a `DataLoader` has its own.
+            batch_size: Images in a batch, or in each batch; a `DataLoader` has its own.
             seed: Seeds the random transforms of a data set; None raises `CacheError` where it draws random numbers.
             order: Indices of the images, int64 `(N,)`; None keeps the order of the data set.
         """
@@ -90,7 +90,7 @@ def count_batches(num_images: int, batch_size: int) -> int:
     return -(-num_images // batch_size)
 
 
-def _in_batches(order: Tensor | None, num_images: int, batch_size: int) -> Sequence[Tensor]:
+def _in_batches(order: Tensor | None, num_images: int, batch_size: int | list[int]) -> Sequence[Tensor]:
     batches: Sequence[Tensor] = torch.split(torch.arange(num_images) if order is None else order, batch_size)
     return batches
 
@@ -112,7 +112,7 @@ class ArraySource:
     def num_batches(self, batch_size: int) -> int:
         return count_batches(self.num_images, batch_size)
 
-    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
+    def batches(self, batch_size: int | list[int], *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
         for indices in _in_batches(order, self.num_images, batch_size):
             yield self.images[indices], self.targets[indices] if len(self.targets) else _NO_TARGETS, indices.tolist()
 
@@ -161,7 +161,7 @@ class DatasetSource:
     def num_batches(self, batch_size: int) -> int:
         return count_batches(self.num_images, batch_size)
 
-    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
+    def batches(self, batch_size: int | list[int], *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
         batches = _in_batches(order, self.num_images, batch_size)
         keys = [
             [(index, None if seed is None else derive_seed(seed, index)) for index in batch.tolist()]
@@ -230,7 +230,7 @@ class LoaderSource:
     def num_batches(self, batch_size: int) -> int | None:
         return self.length
 
-    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
+    def batches(self, batch_size: int | list[int], *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
         first = 0
         for number, batch in enumerate(_made_by(self.loader)):
             what = f"batch {number} of the DataLoader"
@@ -365,7 +365,7 @@ class SubsetSource:
     def num_batches(self, batch_size: int) -> int:
         return count_batches(self.num_images, batch_size)
 
-    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
+    def batches(self, batch_size: int | list[int], *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
         return self.source.batches(batch_size, seed=seed, order=self._in_source(order))
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:

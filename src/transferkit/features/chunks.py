@@ -114,18 +114,20 @@ class CachedFeatures:
         return self.targets.repeat(len(self.rows), *(1 for _ in self.targets.shape[1:]))
 
     def batches(
-        self, batch_size: int, *, order: Tensor | None = None, view: int = 0
+        self, batch_size: int | list[int], *, order: Tensor | None = None, view: int = 0
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield features `(N, C, h, w)`, channels-last, and targets of each batch, on the device.
 
         Each batch is a copy: a head that works in place cannot change what is cached.
 
         Args:
-            batch_size: Images in a batch.
+            batch_size: Images in a batch, or in each batch.
             order: Places of the images, int64; None takes them as they lie.
             view: Which of the views.
         """
         order = torch.arange(self.rows.shape[1]) if order is None else order
+        if not len(order):
+            return
         rows = self.rows[view][order].to(self.parts[0].device)
         gathered = map(self.gather, torch.split(rows, batch_size))
         targets = (self.targets[places] for places in torch.split(order.to(self.targets.device), batch_size))

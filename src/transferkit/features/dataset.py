@@ -1,5 +1,6 @@
 """`cache_features`: the features of images as an ordinary `Dataset`, for a training loop of your own."""
 
+import zlib
 from functools import cached_property
 from os import PathLike
 
@@ -10,8 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from transferkit.base.arguments import whole_number
+from transferkit.base.arrays import raw_bytes
 from transferkit.base.calls import explained
 from transferkit.base.display import Display
+from transferkit.base.processes import check_same, together, world_size
 from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device
 from transferkit.data.augmentation import Augment, build_augmentation
@@ -65,6 +68,7 @@ class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 @explained
+@together("cache_features")
 @own_surroundings()
 def cache_features(
     model: TransferModel,
@@ -114,6 +118,9 @@ def cache_features(
     transform = None if augment is None else build_augmentation(augment, preprocess.image_size)
     source = open_data(data, model.classes, num_workers=num_workers, multi_label=model.threshold is not None)
     frozen = Frozen(place.prepare(model), place)
+    if world_size() > 1:
+        digests = zlib.crc32(b"".join(raw_bytes(value) for value in model.backbone.state_dict().values()))
+        check_same({"images": source.num_images, "data": source.digest(), "backbone": digests}, "cache_features")
     feed = Feed(
         Inputs(source, preprocess, place, transform, whole_number("seed", seed, at_least=0)),
         frozen,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from transferkit.base.display import Display
+from transferkit.base.processes import part_of, together, total, world_size
 from transferkit.base.randomness import derive_seed
 from transferkit.compute.device import Device
 from transferkit.data.inputs import Inputs
@@ -88,13 +89,26 @@ class Feed:
         self._features: CachedFeatures | None = None
         self._said: set[str] = set()
 
+    def open_part(self, batch_size: int, *, cached_batch_size: int) -> tuple[nn.Module, Batches]:
+        """Return what `open` does, for this process's part of the images as they lie."""
+        count = self.inputs.source.num_images
+        if count is None or world_size() == 1:
+            return self.open(batch_size, cached_batch_size=cached_batch_size)
+        order = torch.arange(count)[part_of(count)]
+        return self.open(batch_size, order=order, cached_batch_size=cached_batch_size)
+
     def open(
-        self, batch_size: int, *, order: Tensor | None = None, epoch: int = 0, cached_batch_size: int | None = None
+        self,
+        batch_size: int | list[int],
+        *,
+        order: Tensor | None = None,
+        epoch: int = 0,
+        cached_batch_size: int | None = None,
     ) -> tuple[nn.Module, Batches]:
         """Return the network and, for one epoch, the batches of its input and of targets, on the device.
 
         Args:
-            batch_size: Images in a batch.
+            batch_size: Images in a batch, or in each batch.
             order: Their places in the source, int64; None takes them as they lie.
             epoch: Number of the epoch, which random changes depend on.
             cached_batch_size: Another batch size where features are cached.
@@ -108,7 +122,8 @@ class Feed:
         if prefix is None:
             self._refuse(reason)
             return network, self.inputs.batches(batch_size, order=order, view=view)
-        if self._prefix is not prefix or self._has_changed(epoch):  # or the boundary, a weight, a file, the data did
+        stale = self._prefix is not prefix or self._has_changed(epoch)  # the boundary, a weight, a file or the data
+        if total(stale, "features that changed"):
             self._prefix, self._features = prefix, None
             started = time.perf_counter()
             try:
@@ -179,9 +194,10 @@ class Feed:
         return not features.is_of(image_digests(images), targets, places, view or 0)
 
     def _fill(self, prefix: Prefix) -> CachedFeatures:
-        if self._unrepeatable:
-            raise CacheError(self._unrepeatable)
-        return self.cache.fill(self.inputs, prefix, num_views=self.num_views, display=self.display)
+        with together("features"):  # without them on one process, all train without
+            if self._unrepeatable:
+                raise CacheError(self._unrepeatable)
+            return self.cache.fill(self.inputs, prefix, num_views=self.num_views, display=self.display)
 
     @cached_property
     def _unrepeatable(self) -> str | None:

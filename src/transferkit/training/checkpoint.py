@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, Protocol
 from transferkit.base.arguments import whole_number
 from transferkit.base.calls import explained
 from transferkit.base.files import kind_of, lock_folder
+from transferkit.base.processes import rank
 from transferkit.errors import (
     ArgumentError,
     CheckpointError,
@@ -98,6 +99,8 @@ class Checkpoint:
 
     def try_to_save(self, trainer: Resumable) -> Path | None:
         """Save, and return the path, or `None` if that failed: then warn and keep the error in `failure`."""
+        if rank():  # the first of several processes saves; they have the same state
+            return None
         try:
             path = self.save(trainer)
         except (CheckpointTypeError, CheckpointWriteError) as error:
@@ -164,6 +167,8 @@ class Checkpoint:
         Raises:
             ArgumentError: When another run's states are in the folder, or another process saves to it.
         """
+        if rank():
+            return
         self.release()
         try:
             self._lock = lock_folder(self.folder)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from transferkit.base.processes import gather, total, world_size
 from transferkit.data.targets import class_indices
 from transferkit.errors import NonFiniteError
 from transferkit.model.head import TransferModel
@@ -39,8 +40,10 @@ def evaluate(network: nn.Module, batches: Batches, *, training: Training, loss: 
         correct = correct.to(logits.device) + count_correct(logits, targets, training.model.threshold)
         if training.metrics:
             outputs.append((logits, targets))
-    every = torch.cat(losses).cpu().double()  # host sync: once an epoch
-    figures = {"loss": every.mean().item(), "accuracy": correct.item() / len(every)}
+    every = _whole(losses, "losses").cpu().double()  # host sync: once an epoch
+    figures = {"loss": every.mean().item(), "accuracy": total(correct.item(), "right answers") / len(every)}
+    if training.metrics and world_size() > 1:
+        outputs = [(_whole([one for one, _ in outputs], "logits"), _whole([one for _, one in outputs], "targets"))]
     return figures | measure(training.metrics, outputs, training.model.threshold)
 
 
@@ -82,8 +85,12 @@ def logits_of(network: nn.Module, batches: Batches, *, training: Training) -> tu
     Both are on the device; the arguments are those of `evaluate`.
     """
     outputs = [(evaluation_step(network, inputs, device=training.device), targets) for inputs, targets in batches]
-    logits, targets = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-    return logits, targets
+    return _whole([logits for logits, _ in outputs], "logits"), _whole([known for _, known in outputs], "targets")
+
+
+def _whole(parts: list[Tensor], what: str) -> Tensor:
+    """Return the rows of all batches, those of other processes included, in the order of the images."""
+    return gather(torch.cat(parts) if parts else None, what)
 
 
 def outputs_of(network: nn.Module, batches: Batches, *, training: Training) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -99,7 +106,7 @@ def outputs_of(network: nn.Module, batches: Batches, *, training: Training) -> t
         known.append(targets)
         with torch.inference_mode():
             scores.append(model.novelty(features))
-    return torch.cat(logits), torch.cat(known), torch.cat(scores)
+    return _whole(logits, "logits"), _whole(known, "targets"), _whole(scores, "novelty")
 
 
 def head_inputs(network: nn.Module, batches: Batches, *, training: Training) -> tuple[Tensor, Tensor]:
@@ -112,8 +119,7 @@ def head_inputs(network: nn.Module, batches: Batches, *, training: Training) -> 
         (evaluation_step(before, inputs, device=training.device).flatten(1).cpu(), targets.cpu())
         for inputs, targets in batches
     ]
-    features, targets = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-    return features, targets
+    return _whole([features for features, _ in outputs], "features"), _whole([known for _, known in outputs], "targets")
 
 
 def without_head(network: nn.Module) -> Callable[[Tensor], Tensor]:

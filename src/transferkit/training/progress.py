@@ -132,7 +132,7 @@ class Progress:
 
     def add(self, step: Step) -> None:
         """Count a step that was made."""
-        self.sums.add(step.loss, step.correct, step.logits, step.targets)
+        self.sums.add(step.loss, step.correct, step.count, logits=step.logits, targets=step.targets)
         self.batches = step.index + 1
         self.between_steps = True
 

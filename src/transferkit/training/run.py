@@ -2,23 +2,30 @@
 
 import math
 import warnings
+import zlib
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, default_collate
 
 from transferkit.base.arguments import whole_number
+from transferkit.base.arrays import raw_bytes
 from transferkit.base.display import Display
+from transferkit.base.processes import check_same, part_of, world_size
 from transferkit.data.sources import Source
-from transferkit.errors import ArgumentError, DeviceError, NothingToTrainError
-from transferkit.features.feed import Feed
-from transferkit.model.freezing import freeze_statistics
+from transferkit.errors import ArgumentError, NothingToTrainError, ProcessError
+from transferkit.features.feed import Batches, Feed
+from transferkit.model.freezing import freeze_statistics, stays_in_eval, trainable_state
 from transferkit.training.loss import Loss
 from transferkit.training.optimizers import has_scheduler, hold_parameters, take_rates
 from transferkit.training.schedules import SCHEDULES, Schedule
 from transferkit.training.training import Training
+
+Parts = Generator[tuple[Tensor, Tensor, int], None, None]
 
 BATCH_SIZE = 32
 
@@ -36,7 +43,8 @@ class Run:
         train: The training images, as epochs read them.
         validation: The validation images, or None.
         loss: The loss, with everything computed that depends on the training data.
-        batch_size: Images in a batch.
+        num_classes: Of the model.
+        batch_size: Images in a batch, over all processes.
         num_epochs: Epochs in all.
         num_steps: Steps in all; None where a `DataLoader` does not tell.
         schedule: The trainer's; for `"auto"` what that stands for in this run.
@@ -45,6 +53,7 @@ class Run:
     train: Feed
     validation: Feed | None
     loss: Loss
+    num_classes: int
     batch_size: int
     num_epochs: int
     num_steps: int | None
@@ -59,6 +68,30 @@ class Run:
     def fill_s(self) -> float:
         """Seconds spent on features so far."""
         return self.train.fill_s + (0.0 if self.validation is None else self.validation.fill_s)
+
+    def open_parts(self, *, order: Tensor | None, epoch: int) -> tuple[nn.Module, Parts]:
+        """Return the network and, for one epoch, this process's part of each batch.
+
+        Args:
+            order: As in `Feed.open`.
+            epoch: As in `Feed.open`.
+
+        Returns:
+            The network, and its input, targets and the number of images in the whole batch, batch by batch. Where all
+            of them belong to other processes, input and targets are empty.
+        """
+        if order is None or world_size() == 1:
+            network, batches = self.train.open(self.batch_size, order=order, epoch=epoch)
+            return network, _whole(batches)
+        whole = torch.split(order, self.batch_size)
+        own = [batch[part_of(len(batch))] for batch in whole]
+        sizes = [len(part) for part in own if len(part)]
+        network, batches = self.train.open(sizes, order=torch.cat(own), epoch=epoch)
+        device = self.train.inputs.device.torch_device
+        inputs, targets = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
+        if self.loss.threshold is not None:
+            targets = torch.empty(0, self.num_classes, device=device)
+        return network, _cut(batches, own, whole, (inputs, targets))
 
     def check_feeds(self) -> None:
         """Refuse what can be seen before anything is computed.
@@ -97,7 +130,20 @@ def open_run(training: Training, train: Feed, validation: Feed | None, *, epochs
     schedule = training.schedule
     if schedule is SCHEDULES["auto"] and (num_steps is None or has_scheduler(training.optimizer)):
         schedule = SCHEDULES["constant"]
-    return Run(train, validation, loss, size, epochs, num_steps, schedule)
+    return Run(train, validation, loss, len(training.model.classes), size, epochs, num_steps, schedule)
+
+
+def _whole(batches: Batches) -> Parts:
+    with closing(batches):
+        for inputs, targets in batches:
+            yield inputs, targets, len(targets)
+
+
+def _cut(batches: Batches, own: Sequence[Tensor], whole: Sequence[Tensor], nothing: tuple[Tensor, Tensor]) -> Parts:
+    with closing(batches):
+        for part, batch in zip(own, whole, strict=True):
+            inputs, targets = next(batches) if len(part) else nothing
+            yield inputs, targets, len(batch)
 
 
 def follow_model(training: Training, display: Display) -> None:
@@ -110,6 +156,13 @@ def follow_model(training: Training, display: Display) -> None:
     hold_parameters(training.optimizer, training.model)
     if names := freeze_statistics(training.model):
         display.say(f"batch norm whose parameters are frozen keeps its statistics, too: {', '.join(names)}")
+    for name, module in training.model.named_modules() if world_size() > 1 else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not stays_in_eval(module):
+            raise ProcessError(
+                f"{name} ({type(module).__name__}) trains, and would normalise by the part of a batch that each of "
+                f"{world_size()} processes has: the result would depend on their number. Freeze it, or start one "
+                "process."
+            )
 
 
 def warn_of_high_lr(training: Training) -> None:
@@ -156,14 +209,40 @@ def choose_batch_size(source: Source, batch_size: int | None) -> int:
     return BATCH_SIZE if batch_size is None else whole_number("batch_size", batch_size)
 
 
-def check_alone() -> None:
-    """Refuse several ranks: each would train a model of its own on all of the data."""
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise DeviceError(
-            f"this process is rank {distributed.get_rank()} of {distributed.get_world_size()}, and Trainer trains in "
-            "one process: each rank would train a model of its own. Use the model with DistributedDataParallel in your "
-            "own loop, with transferkit.Device, or start one process."
+def check_same_weights(model: nn.Module, what: str) -> None:
+    """Refuse to go on with processes whose weights differ; costs a checksum of what trains.
+
+    Raises:
+        ProcessError: When they do.
+    """
+    if world_size() > 1:
+        trainable = trainable_state(model).items()
+        check_same({name: zlib.crc32(raw_bytes(value.detach())) for name, value in trainable}, f"the weights in {what}")
+
+
+def check_same_data(source: Source, model: nn.Module, what: str, **facts: object) -> None:
+    """Refuse processes that were given other data, weights or arguments than the first.
+
+    Raises:
+        ProcessError: When something differs, or the data is a `DataLoader`.
+    """
+    if world_size() > 1:
+        check_same({"images": check_shared(source, what), "data": source.digest(), **facts}, what)
+        check_same_weights(model, what)
+
+
+def check_shared(source: Source, what: str) -> int:
+    """Return how many images several processes share.
+
+    Raises:
+        ProcessError: When the data is a `DataLoader`.
+    """
+    if source.num_images is None:
+        raise ProcessError(
+            f"{what}: a DataLoader makes its own batches, which {world_size()} processes cannot share. Pass its data "
+            "set itself, loader.dataset."
         )
+    return source.num_images
 
 
 def without_loader(data: object, num_workers: int) -> tuple[object, int]:

@@ -1,11 +1,13 @@
 """The linear head of a model, solved to its optimum on cached features."""
 
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from transferkit.base.processes import broadcast, world_size
 from transferkit.errors import CacheError, HeadMismatchError
 from transferkit.features.feed import Feed
 from transferkit.linear.choice import STRENGTHS, LinearHead, solve
@@ -49,6 +51,7 @@ def solve_head(training: Training, train: Feed, validation: Feed | None, *, l2: 
         seed=training.seed,
         count_correct=partial(count_correct, threshold=model.threshold),
     )
+    solved = _agreed(solved)
     with torch.no_grad():
         weight, bias = (solved.weight, solved.bias) if standardize else solved.folded()
         if standardize is not None:
@@ -64,6 +67,17 @@ def solve_head(training: Training, train: Feed, validation: Feed | None, *, l2: 
         known = targets if held_out is None else held_out.targets_of_rows
         model.temperature = fit_temperature(solved.logits, known[solved.held_out], training.loss)
     return solved
+
+
+def _agreed(solved: LinearHead) -> LinearHead:
+    """Return the head that the first of several processes solved; all solve it, which takes no longer."""
+    if world_size() == 1:
+        return solved
+    device = solved.weight.device
+    own = {part.name: getattr(solved, part.name) for part in fields(LinearHead)}
+    tensors = {name: value.cpu() for name, value in own.items() if isinstance(value, Tensor)}
+    first: dict[str, Any] = broadcast({**own, **tensors}, "the solved head")
+    return LinearHead(**{**first, **{name: first[name].to(device) for name in tensors}})
 
 
 def _parts(model: TransferModel) -> tuple[Standardize | None, nn.Linear]:

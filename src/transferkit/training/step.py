@@ -1,6 +1,7 @@
 """The hot path: one training step, one evaluation step. No I/O, no logging, no host sync."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from transferkit.base.processes import sum_gradients, total, world_size
 from transferkit.base.randomness import seeded
 from transferkit.compute.device import Device
 from transferkit.compute.finite import BufferCopies, gradients_are_finite
 from transferkit.compute.out_of_memory import is_out_of_memory, reserve_state, within_memory
 from transferkit.errors import OutOfMemoryError
 from transferkit.training.loss import Loss
+from transferkit.training.metrics import count_correct
 from transferkit.training.training import Training
 
 
@@ -29,8 +32,8 @@ class Step:
         correct: Number of images that were right, `()`, on the device; see `count_correct`.
         count: Number of images.
         lr: Learning rate of the last parameter group, the head's.
-        logits: `(N, K)`, on the device, before the update.
-        targets: int64 `(N,)` or float32 `(N, K)`, on the device.
+        logits: `(N, K)`, on the device, before the update. Of several processes, each has those of its own part.
+        targets: int64 `(N,)` or float32 `(N, K)`, on the device, of the same images.
     """
 
     epoch: int
@@ -48,52 +51,91 @@ class Update(NamedTuple):
 
     Attributes:
         loss: Mean loss, float32 `()`, on the device.
+        correct: Number of images that were right, `()`, on the device; see `count_correct`.
         logits: `(N, K)`, on the device, before the update.
         finite: Whether loss and gradients were finite, bool `()`, on the device; if not, nothing was changed.
         micro_batch_size: Images that passed through at once.
     """
 
     loss: Tensor
+    correct: Tensor
     logits: Tensor
     finite: Tensor
     micro_batch_size: int
 
 
 def training_step(
-    network: nn.Module, inputs: Tensor, targets: Tensor, *, training: Training, loss: Loss, micro_batch_size: int
+    network: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    training: Training,
+    loss: Loss,
+    total_weight: Tensor | float,
+    micro_batch_size: int,
 ) -> Update:
     """Make one update of the weights from one batch, unless a number in it is not finite.
 
-    Gradients of the micro-batches add up to those of the whole batch (batch norm's statistics aside); the memory needed
-    is that of one micro-batch.
+    Gradients of the micro-batches, and of several processes, add up to those of the whole batch (batch norm's
+    statistics aside); the memory needed is that of one micro-batch.
 
     Args:
         network: In training mode, on the device: a model, or what follows its frozen layers.
-        inputs: Preprocessed images, float `(N, 3, H, W)`, or features, on the device.
+        inputs: Preprocessed images, float `(N, 3, H, W)`, or features, on the device; `(0,)` if another process has all
+            images of the batch.
         targets: int64 `(N,)` or float32 `(N, K)`, on the device.
         training: The gradients that its optimizer holds are cleared first; those of this step stay until the next.
         loss: From `Loss.for_run`.
+        total_weight: From `whole_weight`.
         micro_batch_size: 1 or more.
     """
     device, optimizer = training.device, training.optimizer
     optimizer.zero_grad(set_to_none=True)
-    total_weight = loss.total_weight(targets)
     batch_loss = torch.zeros((), device=inputs.device)
-    outputs, size = [], micro_batch_size
-    for part, part_targets in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):
+    outputs = [torch.empty(0, len(training.model.classes), device=inputs.device)]
+    size = micro_batch_size if len(targets) else 0
+    for part, part_targets in zip(split(inputs, size), split(targets, size), strict=True):
         with device.autocast():
             logits = network(part)
         part_loss = loss.sum(logits, part_targets) / total_weight
         device.backward(part_loss)
         batch_loss += part_loss.detach()
         outputs.append(logits.detach())
+    logits = torch.cat(outputs)
+    correct = count_correct(logits, targets, training.model.threshold)
+    batch_loss, correct = sum_gradients(_trainable(optimizer), batch_loss, correct)
     finite = batch_loss.isfinite() if device.scaler.is_enabled() else gradients_are_finite(batch_loss, optimizer)
     device.apply(optimizer, clip_grad_norm=training.clip_grad_norm, finite=finite)
-    return Update(batch_loss, torch.cat(outputs), finite, micro_batch_size)
+    return Update(batch_loss, correct, logits, finite, micro_batch_size)
+
+
+def whole_weight(loss: Loss, targets: Tensor) -> Tensor | float:
+    """Return what the loss of a batch is divided by, over the parts that all processes have of it."""
+    weight = loss.total_weight(targets)
+    if world_size() == 1:
+        return weight
+    whole = total(float(weight) if math.isfinite(weight) else 0.0, "the weight of a batch")  # host sync: of the classes
+    return whole or math.inf
+
+
+def split(rows: Tensor, size: int) -> Sequence[Tensor]:
+    """Return rows in parts of a size; none for 0."""
+    return torch.split(rows, size) if size else ()
+
+
+def _trainable(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
 def guarded_step(
-    network: nn.Module, inputs: Tensor, targets: Tensor, *, training: Training, loss: Loss, seed: int
+    network: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    training: Training,
+    loss: Loss,
+    total_weight: Tensor | float,
+    seed: int,
 ) -> Update:
     """Make a training step that leaves nothing half done.
 
@@ -107,6 +149,7 @@ def guarded_step(
         targets: As in `training_step`.
         training: As in `training_step`.
         loss: As in `training_step`.
+        total_weight: As in `training_step`.
         seed: Dropout depends on it.
 
     Raises:
@@ -117,13 +160,21 @@ def guarded_step(
 
     def attempt(size: int) -> Update:
         with seeded(seed, training.device.torch_device), update_not_repeated(training.optimizer, training.device):
-            return training_step(network, inputs, targets, training=training, loss=loss, micro_batch_size=size)
+            return training_step(
+                network,
+                inputs,
+                targets,
+                training=training,
+                loss=loss,
+                total_weight=total_weight,
+                micro_batch_size=size,
+            )
 
     def undo() -> None:
         training.optimizer.zero_grad(set_to_none=True)
         buffers.restore()
 
-    size = min(training.micro_batch_size or len(targets), len(targets))
+    size = max(1, min(training.micro_batch_size or len(targets), len(targets)))
     try:
         update, _ = within_memory(attempt, size, device=training.device, what="a training step", undo=undo)
     except BaseException:
