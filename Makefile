@@ -1,7 +1,7 @@
 # Developer commands. PYTHON is the interpreter of the environment with `pip install -e ".[dev]"`.
 PYTHON ?= .venv/bin/python
 
-.PHONY: help check test test-all test-gpu examples docs bench mutations fuzz build clean
+.PHONY: help check test test-all test-gpu examples docs gpu bench mutations fuzz build clean
 
 help:            ## list these commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/:/'
@@ -25,6 +25,9 @@ examples:        ## run the quickstart
 
 docs:            ## build the documentation into build/docs (needs `pip install -e ".[docs]"`)
 	$(PYTHON) -m sphinx -W --keep-going -n -b html docs build/docs
+
+gpu:             ## measure everything that needs CUDA, in at most nine minutes; writes gpu/gpu.md and gpu/gpu.json
+	$(PYTHON) benchmarks/gpu.py
 
 bench:           ## install the other libraries and run all benchmarks (an hour; two idle cores)
 	$(PYTHON) -m pip install -e ".[bench]"

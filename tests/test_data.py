@@ -330,7 +330,7 @@ def test_reading_a_data_set_leaves_the_global_generators_alone():
         (
             (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), [0, 1]),
             TargetError,
-            r"4 images but 2 targets: expected one target for each",
+            r"4 images but 2 targets: expected one for each",
         ),
         (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), TargetError, r"images but no targets: expected a pair"),
         (TensorDataset(torch.zeros(4, 3, 32, 32)), TargetError, r"sample 0 has 1 parts: expected a pair"),
@@ -408,7 +408,7 @@ def test_samples_whose_targets_differ_in_form_are_refused():
 def test_string_targets_of_a_loader_are_refused():
     """A loader that gives class names is refused with the way to make indices."""
     samples = [(torch.zeros(3, 4, 4, dtype=torch.uint8), "cat")] * 3
-    with pytest.raises(TargetError, match=r"targets are not numbers.*Turn names into indices"):
+    with pytest.raises(TargetError, match=r"targets are not numbers.*for name in names"):
         all_batches(open_data(DataLoader(samples), CLASSES))
 
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import tempfile
 from collections import namedtuple
-from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -32,12 +31,6 @@ from transferkit.errors import ArgumentError, ImageError, TargetError, WorkerErr
 
 Sample = namedtuple("Sample", ["image", "label", "path"])
 Swapped = namedtuple("Swapped", ["label", "image"])
-
-
-@dataclass
-class Photo:
-    label: int
-    image: Image.Image
 
 
 @pytest.fixture
@@ -135,7 +128,6 @@ def labelled(paths, data):
         "hub": Hub([{"image": p, "label": n} for p, n in zip(pictures, numbers, strict=True)]),
         "named tuples": Rows([Sample(*row, "a.png") for row in zip(pictures, numbers, strict=True)]),
         "swapped": Rows([Swapped(n, p) for p, n in zip(pictures, numbers, strict=True)]),
-        "dataclass": Rows([Photo(n, p) for p, n in zip(pictures, numbers, strict=True)]),
         "data set of paths": Rows(list(zip(paths, numbers, strict=True))),
         "loader of dicts": DataLoader(
             Rows([{"image": i, "label": n} for i, n in zip(images, numbers, strict=True)]), 32

@@ -170,14 +170,10 @@ def test_a_single_image_on_other_levels_is_warned_of(kind):
         check_normalized(WRONG[kind](UNIT[:1]), V1)
 
 
-@pytest.mark.parametrize(("images", "match"), [
-    (0.3 + 0.2 * LARGER, "no negative value"),
-    (0.5 * LARGER - 0.25, "values from -1 to 1"),
-    (V1.normalize(LARGER), "hardly any contrast"),
-])  # fmt: skip
-def test_what_may_be_right_is_warned_of(images, match):
+@pytest.mark.parametrize("images", [0.3 + 0.2 * LARGER, 0.5 * LARGER - 0.25, V1.normalize(LARGER)])
+def test_what_may_be_right_is_warned_of(images):
     """Where values are unusual, but possible, a warning says what to look at, and the images are used."""
-    with pytest.warns(UserWarning, match=match):
+    with pytest.warns(UserWarning, match=r"values from .* unusual after IMAGENET1K_V1"):
         check_normalized(images, V1)
 
 

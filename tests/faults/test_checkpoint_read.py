@@ -200,7 +200,7 @@ def test_a_file_of_something_else_is_refused(trainer, tmp_path, content):
     """Nothing, zeros, a web page, an empty archive and an image are refused by name, size and remedy."""
     (tmp_path / "x.pt").write_bytes(content)
 
-    message = rf"x\.pt \({len(content)} bytes\) as a checkpoint: .+ Expected a file that Trainer\.save wrote"
+    message = rf"x\.pt \({len(content)} bytes\) as a checkpoint: .+ Expected a whole file of Trainer\.save"
     refused(trainer, lambda: trainer.load(tmp_path / "x.pt"), CheckpointError, message)
 
 
@@ -348,7 +348,7 @@ def adam(state):
         (lambda s: s["optimizer"]["groups"][0].update(lr="fast"), r"has a str as lr of group 0: expected a number"),
         (lambda s: s["optimizer"]["groups"][0].update(betas=None), r"as betas of group 0: expected \[a number, a num"),
         (lambda s: s["optimizer"]["groups"][0].pop("eps"), r"for group 0, the live one .*eps.*: expected the same"),
-        (lambda s: s["optimizer"]["state"].update(other={}), r"state for 'other', which the model does not have"),
+        (lambda s: s["optimizer"]["state"].update(other={}), r"state for 'other', not in the model"),
         (lambda s: s["optimizer"].update(state=[]), r"has a list as optimizer/state: expected dict"),
         (lambda s: s["optimizer"].update(groups=[5] * 6), r"has a int as optimizer/groups/0: expected dict"),
     ],
@@ -434,7 +434,7 @@ FORM = "holds reports or sums of another form"
             lambda run: run["sums"].update(outputs=[[torch.zeros(2, 3), [0, 1]]]),
             FORM,
         ),
-        (lambda run: run["sums"].update(count="many"), r"run of .* has a str as sums/count: expected int"),
+        (lambda run: run["sums"].update(count="many"), r"has a str as run/sums/count: expected int"),
     ],
     ids=["best extra", "best float64", "text", "no loss", "two losses", "5", "no targets", "list", "count"],
 )
@@ -569,7 +569,7 @@ def crafted(state, part, keep=lambda path: True):
         if kind in seen or not keep(path):
             continue
         seen.add(kind)  # one of many places that are alike
-        for wrong in WRONG:
+        for wrong in WRONG[len(seen) % 3 :: 3]:  # each place gets a third of them, neighbours another third
             yield path, wrong
 
 
@@ -712,7 +712,7 @@ def test_a_trainer_saves_without_what_is_frozen(make_backbone, tmp_path, data):
     assert same(dict(same_weights.model.state_dict()), dict(trainer.model.state_dict()))
 
     other = make_trainer(make_backbone(seed=9))
-    message = r"part\.pt was saved without its 8 frozen weights .*were found\. Expected them in the model"
+    message = r"part\.pt was saved without its 8 frozen weights .*none with their SHA-256, .* are in the model"
     refused(other, lambda: other.load(tmp_path / "part.pt"), CheckpointError, message)
 
 

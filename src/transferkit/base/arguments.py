@@ -1,4 +1,4 @@
-"""Checks of single arguments, used by every other folder."""
+"""Checks of single arguments, used by every other folder. What does not fit raises `ArgumentError`."""
 
 import math
 from collections.abc import Collection
@@ -9,76 +9,35 @@ from transferkit.errors import ArgumentError, close_matches
 
 
 def whole_number(name: str, value: int, *, at_least: int = 1) -> int:
-    """Return `value` as an int.
-
-    Raises:
-        ArgumentError: `value` is not a whole number, or is less than `at_least`.
-
-    Example:
-        >>> whole_number("epochs", 10)
-        10
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:  # numpy's integers are Integral
+    """Return `value` as an int, if it is a whole number of `at_least` or more; numpy's integers will do."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
         raise ArgumentError(f"{name}={value!r} cannot be used: expected a whole number of {at_least} or more.")
     return int(value)
 
 
 def fraction(name: str, value: float) -> float:
-    """Return `value` as a float.
-
-    Raises:
-        ArgumentError: `value` is not a number from 0 up to but not including 1.
-
-    Example:
-        >>> fraction("dropout", 0.5)
-        0.5
-    """
+    """Return `value` as a float, if it is a number from 0 up to but not including 1."""
     if not _is_number(value) or not 0 <= value < 1:
         raise ArgumentError(f"{name}={value!r} is out of range: expected a fraction from 0 up to but not including 1.")
     return float(value)
 
 
 def positive(name: str, value: float) -> float:
-    """Return `value` as a float.
-
-    Raises:
-        ArgumentError: `value` is not a finite number above 0.
-
-    Example:
-        >>> positive("lr", 1e-3)
-        0.001
-    """
+    """Return `value` as a float, if it is a finite number above 0."""
     if not _is_number(value) or value <= 0:
         raise ArgumentError(f"{name}={value!r} cannot be used: expected a finite number above 0, such as 1e-3.")
     return float(value)
 
 
 def not_negative(name: str, value: float) -> float:
-    """Return `value` as a float.
-
-    Raises:
-        ArgumentError: `value` is not a finite number of 0 or more.
-
-    Example:
-        >>> not_negative("weight_decay", 0)
-        0.0
-    """
+    """Return `value` as a float, if it is a finite number of 0 or more."""
     if not _is_number(value) or value < 0:
         raise ArgumentError(f"{name}={value!r} cannot be used: expected a finite number of 0 or more, such as 1e-3.")
     return float(value)
 
 
 def one_of(name: str, value: object, known: Collection[str], *, hint: str = "") -> str:
-    """Return the one of `known` that `value` is, in upper or lower case.
-
-    Args:
-        name: Of the argument.
-        value: What was passed.
-        known: The strings that are allowed.
-        hint: Ends the message: what else the argument may be.
-
-    Raises:
-        ArgumentError: `value` is not in `known`. The message names the closest ones.
+    """Return the one of `known` that `value` is, in upper or lower case; `hint` ends the message.
 
     Example:
         >>> one_of("optimizer", "Adam", ["adam", "sgd"])

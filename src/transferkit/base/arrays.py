@@ -1,7 +1,8 @@
 """numpy arrays as tensors, and tensors as bytes for digests and files, without copies where possible."""
 
+import hashlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,25 +10,11 @@ import torch
 from torch import Tensor
 
 
-class Digest(Protocol):
-    """What `hashlib.sha256()` returns."""
-
-    def update(self, data: bytes | memoryview, /) -> None:
-        """Add bytes."""
-
-
 def tensor_from_array(array: npt.NDArray[Any]) -> Tensor:
     """Return a tensor that shares an array's memory where torch can, else a copy. The library never writes to it.
 
     Torch reads no object arrays, such as a column of a table, no foreign byte order, long doubles or negative strides.
-
-    Raises:
-        TypeError: The array holds something other than numbers, or numbers that are masked out.
-        ValueError: The elements of an object array differ in shape.
-
-    Example:
-        >>> tensor_from_array(np.array([1, 2], ">i2")[::-1]), tensor_from_array(np.array([3, 4], object))
-        (tensor([2, 1], dtype=torch.int16), tensor([3, 4]))
+    What is no array of numbers, or masked, is a `TypeError`; elements that differ in shape are a `ValueError`.
     """
     if np.ma.is_masked(array):
         raise TypeError("some values are masked; fill them with .filled(value)")
@@ -55,20 +42,22 @@ class _Writeable:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    r"""Return a tensor's elements as bytes, in row-major order.
-
-    Example:
-        >>> bytes(raw_bytes(torch.tensor([1, 2], dtype=torch.uint8)))
-        b'\x01\x02'
-    """
+    """Return a tensor's elements as bytes, in row-major order."""
     dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     flat = dense.as_strided((dense.numel(),), (1,))  # not reshape(-1), which leaves one element a stride of its own
     array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)
 
 
-def digest_tensors(digest: Digest, tensors: Mapping[str, Tensor]) -> None:
-    """Add the names, shapes, dtypes and elements of tensors, such as a state dict, to a digest."""
+def sha256_of(tensors: Mapping[str, Tensor], *, begin: str = "") -> str:
+    """Return the SHA-256 of a text and the tensors behind it, such as a state dict, in hexadecimal digits."""
+    digest = hashlib.sha256(begin.encode())
+    digest_tensors(digest, tensors)
+    return digest.hexdigest()
+
+
+def digest_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Add the names, shapes, dtypes and elements of tensors to one of hashlib's digests."""
     for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(raw_bytes(tensor))

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from transferkit.errors import CallError, MissingMethodError, close_matches
 
@@ -33,18 +33,19 @@ _OTHER_NAMES = {
     "freeze_until": "trainable freeze freeze_layers unfreeze",
 }
 _ADVICE = {
-    "x y X images targets labels": "images and targets are one argument: fit((images, targets)).",
-    "shuffle": "training images are shuffled in each epoch, and others never: leave it out.",
-    "class_weight class_weights": 'write Trainer(model, loss=CrossEntropy(class_weights="balanced")), or a list.',
-    "sample_weight": "write Trainer(model, loss=...) with a loss of your own.",
-    "momentum": "write optimizer=functools.partial(torch.optim.SGD, momentum=...).",
-    "steps_per_epoch validation_steps validation_freq drop_last": "an epoch is all images once: leave it out.",
-    "initial_epoch": "resume_from= continues a run: leave it out.",
-    "include_top input_tensor top": "the classifier is never loaded, and attach_head adds a head: leave it out.",
-    "save_best_only save_weights_only save_top_k monitor": "fit puts the best weights back by itself: leave it out.",
-    "restore_best_weights": "fit always puts the best weights back: leave it out.",
-    "mode": "lower is better for names that end in loss or error: leave it out.",
-    "verbose": "it shows nothing: leave it out.",
+    "images and targets are one argument: fit((images, targets)).": "x y X images targets labels",
+    "training images are shuffled in each epoch, and others never: leave it out.": "shuffle",
+    'write Trainer(model, loss=CrossEntropy(class_weights="balanced")), or a list.': "class_weight class_weights",
+    "write Trainer(model, loss=...) with a loss of your own.": "sample_weight",
+    "write optimizer=functools.partial(torch.optim.SGD, momentum=...).": "momentum",
+    "an epoch is all images once: leave it out.": "steps_per_epoch validation_steps validation_freq drop_last",
+    "resume_from= continues a run: leave it out.": "initial_epoch",
+    "the classifier is never loaded, and attach_head adds a head: leave it out.": "include_top input_tensor top",
+    "fit always puts the best weights back: leave it out.": (
+        "restore_best_weights save_best_only save_weights_only save_top_k monitor"
+    ),
+    "lower is better for names that end in loss or error: leave it out.": "mode",
+    "it shows nothing: leave it out.": "verbose",
 }
 _ELSEWHERE = {
     "Trainer(model).{}(data)": "fit evaluate predict predict_proba predict_classes solve lr_find",
@@ -52,7 +53,7 @@ _ELSEWHERE = {
     "transferkit.{}_model(model, path)": "save",
     "{}_until(model, 'head')": "freeze",
 }
-"""Methods that others look for in a model, by what to write."""
+"""What to write, and for which methods that others look for in a model."""
 
 
 def explained(called: _Called) -> _Called:
@@ -80,14 +81,9 @@ def explained(called: _Called) -> _Called:
 
 
 def explain_missing(model: object, name: str) -> None:
-    """Raise an error that says who has a method, if it is one that others look for in a model.
-
-    Raises:
-        MissingMethodError: It is.
-    """
-    for remedy, names in _ELSEWHERE.items():
-        if name in names.split():
-            raise MissingMethodError(f"a {type(model).__name__} has no {name}: write {remedy.format(name)}.")
+    """Raise `MissingMethodError`, which says who has a method, if it is one that others look for in a model."""
+    if remedy := _find(name, _ELSEWHERE):
+        raise MissingMethodError(f"a {type(model).__name__} has no {name}: write {remedy.format(name)}.")
 
 
 def _explained(function: Callable[..., Any], shown: str) -> Callable[..., Any]:
@@ -102,38 +98,40 @@ def _explained(function: Callable[..., Any], shown: str) -> Callable[..., Any]:
             try:
                 signature.bind(*args, **kwargs)
             except TypeError as misfit:
-                _explain(shown, signature, args, kwargs, misfit)
+                raise CallError(_explanation(shown, signature, len(args), list(kwargs), misfit)) from None
             raise  # something inside failed
 
     return call
 
 
-def _explain(
-    shown: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], misfit: TypeError
-) -> NoReturn:
+def _explanation(shown: str, signature: inspect.Signature, given: int, named: list[str], misfit: TypeError) -> str:
     own = {name: parameter for name, parameter in signature.parameters.items() if name != "self"}
-    if unknown := [name for name in kwargs if name not in own]:
-        raise CallError(f"{shown} has no argument {unknown[0]}: {_advice(unknown[0], list(own))}") from None
+    if unknown := [name for name in named if name not in own]:
+        return f"{shown} has no argument {unknown[0]}: {_advice(unknown[0], list(own))}"
     unnamed = [name for name, parameter in own.items() if parameter.kind is not parameter.KEYWORD_ONLY]
-    given = len(args) - ("self" in signature.parameters)
+    given -= "self" in signature.parameters
     if given <= len(unnamed):
-        raise CallError(f"{shown}: {misfit}. Its arguments are {', '.join(own)}.") from None
-    named = [name for name in own if name not in unnamed][: given - len(unnamed)]
-    pair = " Images and targets are one argument: fit((images, targets))." if "data" in unnamed else ""
-    raise CallError(
-        f"{shown} takes without a name only {' and '.join(unnamed)}, and got {given} arguments. Name the "
-        f"others: {shown}({', '.join([*unnamed, *(f'{name}=...' for name in named)])}).{pair}"
-    ) from None
+        return f"{shown}: {misfit}. Its arguments are {', '.join(own)}."
+    others = [f"{name}=..." for name in own if name not in unnamed][: given - len(unnamed)]
+    return (
+        f"{shown} takes without a name only {' and '.join(unnamed)}, and got {given} arguments. Name the others: "
+        f"{shown}({', '.join([*unnamed, *others])})."
+        + (" Images and targets are one argument: fit((images, targets))." if "data" in unnamed else "")
+    )
 
 
 def _advice(word: str, own: list[str]) -> str:
     """Return what to write instead of an unknown argument."""
-    ours = next((name for name, others in _OTHER_NAMES.items() if word in others.split()), word)
+    ours = _find(word, _OTHER_NAMES) or word
     if ours in own:
         return f"write {ours}=."
-    if advice := next((advice for words, advice in _ADVICE.items() if word in words.split()), ""):
+    if advice := _find(word, _ADVICE):
         return advice
     having = [name for name, function in _FUNCTIONS.items() if ours in inspect.signature(function).parameters]
     if having:
         return f"{' and '.join(having[:3])} {'have' if having[1:] else 'has'} {ours}=."
     return close_matches(word, own)
+
+
+def _find(word: str, table: dict[str, str]) -> str:
+    return next((found for found, words in table.items() if word in words.split()), "")

@@ -24,11 +24,7 @@ REDRAW_S = 0.5
 
 
 class Bar:
-    """The progress of one task, in images.
-
-    Args:
-        draw: Makes a `tqdm` bar at the first image; None draws nothing.
-    """
+    """The progress of one task, in images; `draw` makes a `tqdm` bar at the first one, None draws nothing."""
 
     def __init__(self, draw: Callable[[], Any] | None = None) -> None:
         self._draw = draw
@@ -38,9 +34,7 @@ class Bar:
     def advance(self, count: int, figures: Callable[[], str] = str) -> None:
         """Add to the count of images, and redraw the bar if `REDRAW_S` has passed.
 
-        Args:
-            count: Images done since the last call.
-            figures: Returns text to show beside the bar. Called only for a redraw, since it may wait for the device.
+        `figures` returns text to show beside the bar. It may wait for the device, so it is called only for a redraw.
         """
         if self._draw is None:
             return
@@ -67,26 +61,12 @@ class Bar:
 class Display:
     """Lines of text on standard output, and bars in a terminal or a notebook if `tqdm` is installed.
 
-    Args:
-        verbose: 0 shows nothing, 1 lines and bars, 2 lines only.
-
-    Raises:
-        ArgumentError: `verbose` is not 0, 1 or 2.
-
-    Example:
-        >>> display = Display(2)
-        >>> display.say("epoch 1")
-        epoch 1
-        >>> with display.bar("epoch 2", 100) as bar:  # draws nothing
-        ...     bar.advance(32)
+    `verbose` 0 shows nothing, 1 lines and bars, 2 lines only.
     """
 
     def __init__(self, verbose: int) -> None:
         if verbose not in (0, 1, 2):
-            raise ArgumentError(
-                f"verbose={verbose!r} is not known: expected 0 (nothing), 1 (a line for each epoch, and progress bars) "
-                "or 2 (lines only)."
-            )
+            raise ArgumentError(f"verbose={verbose!r} is not known: expected 0 (nothing), 1 (lines, bars) or 2.")
         self.verbose = int(verbose)
         self._tqdm = _find_tqdm() if verbose == 1 else None
 
@@ -105,13 +85,7 @@ class Display:
 
     @contextmanager
     def bar(self, what: str, total: int | None, *, unit: str = "images") -> Iterator[Bar]:
-        """Show a bar for as long as the `with` block runs.
-
-        Args:
-            what: The task, in a few words.
-            total: Number of images; None if unknown.
-            unit: What is counted instead of images.
-        """
+        """Show a bar of `total` images, or other units, while the block runs; None if their number is unknown."""
         options = {"desc": what, "total": total, "unit": f" {unit}", "leave": False, "dynamic_ncols": True}
         bar = Bar(None if self._tqdm is None or rank() else partial(self._tqdm, **options))
         try:

@@ -19,11 +19,7 @@ _NO_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of 
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file for reading.
-
-    Raises:
-        OSError: It is missing, cannot be read, or is a folder, pipe or device, which nobody waits for.
-    """
+    """Open a file for reading; a folder, pipe or device, which nobody waits for, is an `OSError`."""
     if (found := kind_of(path)) not in ("a file", "nothing"):
         raise OSError(f"it is {found}, expected a file")
     return path.open("rb")
@@ -56,14 +52,6 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: The folder is missing, read-only or full, or what is at `path` is read-only or no file. `path` is
             unchanged.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "note.txt"
-        >>> with atomic_write(path) as file:
-        ...     _ = file.write(b"whole")
-        >>> path.read_bytes()
-        b'whole'
     """
     found = kind_of(path)
     if found == "a file":
@@ -99,8 +87,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 def lock_folder(folder: Path) -> BinaryIO | None:
     """Return an open file that keeps other processes from locking a folder until it is closed; None without locks.
 
-    Raises:
-        BlockingIOError: Another process holds it.
+    Where another process holds it, `BlockingIOError` is raised.
     """
     path = folder / ".lock"
     if fcntl is None or kind_of(path) not in ("nothing", "a file"):

@@ -7,14 +7,7 @@ from transferkit.errors import TorchvisionMismatchError
 
 
 def check_torchvision() -> None:
-    """Import torchvision, and explain the failure if it does not load.
-
-    Raises:
-        TorchvisionMismatchError: torchvision is not installed, or its compiled operators do not load into this torch.
-
-    Example:
-        >>> check_torchvision()
-    """
+    """Import torchvision; if it does not load into this torch, `TorchvisionMismatchError` says what to install."""
     try:
         import torchvision  # noqa: F401 - only to see whether it loads
     except (ImportError, RuntimeError, OSError) as error:

@@ -39,12 +39,6 @@ class Interrupts:
     Attributes:
         received: The delayed signal, or None.
         twice: Whether a second signal came.
-
-    Example:
-        >>> interrupts = Interrupts()
-        >>> with interrupts:
-        ...     list(interrupts.watched([1, 2]))
-        [1, 2]
     """
 
     def __init__(self) -> None:
@@ -78,11 +72,7 @@ class Interrupts:
             raise_again(received, str(error or ""))
 
     def check(self) -> None:
-        """Raise if a signal was received.
-
-        Raises:
-            Interruption: A signal was received inside the `with` block.
-        """
+        """Raise `Interruption` if a signal was received inside the `with` block."""
         if self.received is not None:
             interruption = Interruption()
             interruption.number = self.received

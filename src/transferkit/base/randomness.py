@@ -24,25 +24,13 @@ if hasattr(os, "register_at_fork"):  # in a forked process no thread is left tha
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Return a 63-bit seed that depends on every part and on their order.
-
-    Example:
-        >>> derive_seed(0, "order", 1) == derive_seed(0, "order", 1)
-        True
-        >>> derive_seed(0, "order", 1) == derive_seed(0, "order", 2)
-        False
-    """
+    """Return a 63-bit seed that depends on every part and on their order."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def shuffled(count: int, seed: int) -> torch.Tensor:
-    """Return a random permutation of 0 to `count - 1`, int64 `(count,)`, determined by `seed`.
-
-    Example:
-        >>> sorted(shuffled(3, seed=0).tolist())
-        [0, 1, 2]
-    """
+    """Return a random permutation of 0 to `count - 1`, int64 `(count,)`, determined by `seed`."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
@@ -50,11 +38,8 @@ def shuffled(count: int, seed: int) -> torch.Tensor:
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed the global generators of torch, numpy and Python inside the block, and restore them afterwards.
 
-    The process has one of each: a thread waits until no other one is inside, so that both draw their own numbers.
-
-    Args:
-        seed: 0 to 2**63 - 1.
-        device: A CUDA device whose generator is seeded too; other devices and None are ignored.
+    The process has one of each: a thread waits until no other one is inside, so that both draw their own numbers. The
+    generator of a CUDA `device` is seeded too.
 
     Example:
         >>> with seeded(1):
@@ -86,27 +71,17 @@ def next_numbers() -> tuple[float, ...]:
     """Draw a number from each of the global generators of torch, Python and numpy.
 
     After `seeded` they tell whether anything was drawn before, in microseconds; reading whole states takes 100.
-
-    Example:
-        >>> with seeded(0):
-        ...     first = next_numbers()
-        >>> with seeded(0):
-        ...     _ = random.random()
-        ...     first == next_numbers()
-        False
     """
     drawn = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
     return drawn, random.random(), np.random.random_sample()  # noqa: NPY002, S311
 
 
-def find_generators(root: object) -> list[Any]:
-    """Return generators of random numbers that an object holds, or that functions it holds refer to, a few steps deep.
+_GENERATORS = random.Random | np.random.Generator | np.random.RandomState | torch.Generator
+_LEAVES = (str, bytes, int, float, type(None), torch.Tensor, np.ndarray, types.ModuleType, type)
 
-    Example:
-        >>> rng = random.Random(0)
-        >>> find_generators({"transforms": [lambda image: image * rng.random()]}) == [rng]
-        True
-    """
+
+def find_generators(root: object) -> list[Any]:
+    """Return generators of random numbers that an object, or a function it holds, refers to, a few steps deep."""
     found: list[Any] = []
     seen: dict[int, object] = {}
     waiting: list[tuple[object, int]] = [(root, 0)]
@@ -115,14 +90,11 @@ def find_generators(root: object) -> list[Any]:
         if id(value) in seen or isinstance(value, _LEAVES):
             continue
         seen[id(value)] = value
-        if isinstance(value, random.Random | np.random.Generator | np.random.RandomState | torch.Generator):
+        if isinstance(value, _GENERATORS):
             found.append(value)
         elif depth < 6:
             waiting += [(part, depth + 1) for part in islice(_parts(value), 100)]
     return found
-
-
-_LEAVES = (str, bytes, int, float, type(None), torch.Tensor, np.ndarray, types.ModuleType, type)
 
 
 def _parts(value: Any) -> Iterable[object]:

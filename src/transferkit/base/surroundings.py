@@ -12,17 +12,7 @@ class ProcessSetting:
     """A setting that torch has once in a process, changed for a while by any number of threads.
 
     When the last of them is done, the value of before is back. While two threads want different values, the later one
-    has its own.
-
-    Args:
-        read: Returns the value.
-        write: Sets it.
-
-    Example:
-        >>> precision = ProcessSetting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
-        >>> with precision.at("high"):
-        ...     torch.get_float32_matmul_precision()
-        'high'
+    has its own. `read` returns the value and `write` sets it.
     """
 
     def __init__(self, read: Callable[[], Any], write: Callable[[Any], None]) -> None:
@@ -58,11 +48,6 @@ def own_surroundings() -> Iterator[None]:
 
     `no_grad`, `inference_mode` and a foreign `autocast` are off, new tensors are float32 and on the CPU. All but the
     default dtype belong to this thread alone.
-
-    Example:
-        >>> with torch.inference_mode(), torch.autocast("cpu"), own_surroundings():
-        ...     torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
-        (True, False)
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))

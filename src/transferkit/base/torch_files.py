@@ -17,29 +17,21 @@ from torch import Tensor, nn
 
 from transferkit.base.files import open_file
 
-MAX_MEMBERS = 20_000
-"""Parts of an archive. VGG19 with batch norm and Adam has some 500."""
-
-
-MAX_PICKLE_BYTES = 4 * 2**20
-"""Size of the part that describes the tensors. VGG16 with Adam has 20 kB."""
-
-
-FOLDER = 0x10
-"""External attribute of a folder. torch reads no bytes of such a part: its tensor is whatever lay in memory."""
+MAX_MEMBERS = 20_000  # parts of an archive; VGG19 with batch norm and Adam has some 500
+MAX_PICKLE_BYTES = 4 * 2**20  # of the part that describes the tensors; VGG16 with Adam has 20 kB
+FOLDER = 0x10  # attribute of a folder; torch reads no bytes of such a part: its tensor is whatever lay in memory
 
 _MEMBER = re.compile(
     r"([^/]+)/(data\.pkl|data/[0-9]+|byteorder|version|\.data/serialization_id|\.format_version|\.storage_alignment)"
 )
 """What torch.save calls a part, in one folder. torch would find other names, too: without regard to case."""
 
-_REBUILD = ("_rebuild_tensor_v2", "_rebuild_parameter")
-_NUMBERS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-_COMPLEX = ("ComplexDouble", "ComplexFloat")
+_KINDS = "Double Float Half BFloat16 Long Int Short Char Byte Bool ComplexDouble ComplexFloat"
 _GLOBALS = {
     "collections OrderedDict",
-    *(f"torch._utils {name}" for name in _REBUILD),
-    *(f"torch {kind}Storage" for kind in (*_NUMBERS, *_COMPLEX)),
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    *(f"torch {kind}Storage" for kind in _KINDS.split()),
 }
 """What a pickle may name: enough for dense tensors whose numbers are in the file, and nothing that allocates memory."""
 
@@ -55,24 +47,14 @@ _SAFETENSORS = "it is a safetensors file: pass the state dict that safetensors.t
 def read_torch_file(path: Path, *, mmap: bool = False, legacy: Callable[[], None] | None = None) -> object:
     """Read a file that `torch.save` wrote, with its tensors on the CPU. No code in the file runs.
 
-    Args:
-        path: Of the file.
-        mmap: Map the tensors into memory instead of copying them. The caller must not keep them: they change with
-            the file.
-        legacy: Called before a file in the format of torch before 1.6 is read, which has no checksums and cannot be
-            mapped. None refuses such a file.
+    With `mmap` the tensors are mapped, not copied: they change with the file, so the caller must not keep them.
+    `legacy` is called before a file in the format of torch before 1.6 is read, which has no checksums and cannot be
+    mapped; None refuses such a file.
 
     Raises:
         ValueError: The file is damaged, malicious, or not a file that `torch.save` writes. The message is one line.
         OSError: The file is missing, cannot be read, or is a folder, pipe or device.
         MemoryError: There is not enough memory for its tensors.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "numbers.pt"
-        >>> torch.save({"a": torch.arange(3)}, path)
-        >>> read_torch_file(path)
-        {'a': tensor([0, 1, 2])}
     """
     with _one_line_errors(), open_file(path) as file:
         begin = file.read(9)
@@ -100,12 +82,8 @@ def _one_line_errors() -> Iterator[None]:
             raise
         if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # torch has no class for it on the CPU
             raise MemoryError("there is not enough memory for its tensors") from error
-        raise ValueError(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    text = str(error)
-    return text.splitlines()[0][:200] if text else type(error).__name__
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(reason[0][:200]) from error
 
 
 @_one_line_errors()
@@ -117,9 +95,7 @@ def check_archive(file: BinaryIO) -> None:
     must be one archive from its first byte to its last.
 
     Raises:
-        ValueError: The file is no archive, a checksum is wrong, or it has what `torch.save` does not write: bytes
-            before or behind the archive, parts of other names, compressed parts, too many parts, parts larger than the
-            file, or a pickle that names anything but tensors and plain types.
+        ValueError: The file is no archive, a checksum is wrong, or it has what `torch.save` does not write.
         OSError: The file cannot be read.
     """
     size = file.seek(0, 2)
@@ -185,9 +161,7 @@ def _check_pickle(pickled: bytes | BinaryIO, largest: float = math.inf) -> None:
             raise ValueError(f"over {MAX_PICKLE_BYTES:,} bytes of it are not tensors")
         if opcode.name == "STACK_GLOBAL" or (opcode.name == "GLOBAL" and argument not in _GLOBALS):
             name = str(argument or "a name put together").replace(" ", ".")[:100]
-            raise ValueError(
-                f"it holds {name}, expected tensors and plain types only. Of a whole model, save the state_dict()"
-            )
+            raise ValueError(f"it holds {name}, expected tensors and plain types. Of a model, save the state_dict()")
         if isinstance(argument, int) and argument > largest:
             raise ValueError("its tensors are larger than the file")
 
@@ -204,12 +178,7 @@ def _check_old_format(file: BinaryIO, begin: bytes) -> None:
 
 
 def is_ordinary(tensor: Tensor) -> bool:
-    """Return whether a tensor is dense and has memory for all its elements.
-
-    Example:
-        >>> is_ordinary(torch.zeros(3)), is_ordinary(torch.zeros(1).expand(10**12))
-        (True, False)
-    """
+    """Return whether a tensor is dense and has memory for all its elements."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
         return False
     return not tensor.is_quantized and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transferkit.compute.device import Device
+from transferkit.compute.device import Device, parameters_of
 from transferkit.errors import NonFiniteError
 
 MIN_SCALE = 1.0
@@ -25,16 +25,14 @@ def gradients_are_finite(loss: Tensor, optimizer: Optimizer) -> Tensor:
 
     Reads every gradient once, at memory bandwidth.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None and p.numel()]
+    gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None and p.numel()]
     bounds = [loss.detach() * 0.0]  # NaN unless it is finite
     if loss.device.type == "cpu":  # aminmax reads 50 GB/s there, torch's norms 3
         bounds += [bound for gradient in gradients for bound in torch.aminmax(_in_memory_order(gradient))]
     elif gradients:
         bounds += torch._foreach_norm(gradients, float("inf"))  # the largest absolute values, in one kernel
-    return (
-        torch.stack([bound.float() for bound in bounds]).abs() < MAX_GRADIENT
-    ).all()  # a bound is NaN if an entry is
+    largest = torch.stack([bound.float() for bound in bounds]).abs()  # NaN if an entry is
+    return (largest < MAX_GRADIENT).all()
 
 
 def _in_memory_order(gradient: Tensor) -> Tensor:
@@ -44,11 +42,7 @@ def _in_memory_order(gradient: Tensor) -> Tensor:
 
 
 class BufferCopies:
-    """Copies of the buffers that a forward pass in training mode changes, such as batch norm's statistics.
-
-    Args:
-        network: Its modules in training mode are copied.
-    """
+    """Copies of the buffers that a forward pass in training mode changes, such as batch norm's statistics."""
 
     def __init__(self, network: nn.Module) -> None:
         self._copies = [
@@ -82,12 +76,8 @@ def find_nonfinite(
 ) -> str:
     """Name the first non-finite tensor of a step, by repeating its forward and backward passes.
 
-    Args:
-        network: The network, with the weights it had in that step.
-        parts: Inputs and targets of each micro-batch of that step.
-        loss_of: Maps logits and targets to the loss.
-        model: The model that contains `network`; its module and parameter names are used.
-        device: Gives the precision.
+    `network` has the weights it had in that step, `parts` are inputs and targets of its micro-batches, `loss_of` maps
+    logits and targets to the loss. `model`, which contains the network, gives the names, `device` the precision.
     """
     bad = [~inputs.flatten(1).isfinite().all(dim=1) for inputs, _ in parts]  # none if other processes have all images
     if bad and bool((rows := torch.cat(bad)).any()):
@@ -130,12 +120,9 @@ def _first_gradient(loss: Tensor, model: nn.Module) -> str | None:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Check that an epoch left no infinite number and no NaN in what trains. Reads it once; a host sync.
+    """Raise `NonFiniteError` if an epoch left an infinite number or NaN in what trains. Reads it once; a host sync.
 
     A step is checked before its update, so what an update itself makes too large shows here.
-
-    Raises:
-        NonFiniteError: A parameter that trains, or a buffer of a module in training mode, is not finite.
     """
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad and value.numel()}
     for path, module in model.named_modules():
@@ -147,21 +134,15 @@ def check_weights(model: nn.Module) -> None:
         return
     bad = next(name for name, value in trained.items() if not bool(value.isfinite().all()))
     raise NonFiniteError(
-        f"{bad} became infinite or NaN in an update whose gradients were finite: expected finite weights. Lower the "
-        "learning rate or weight_decay, or give the optimizer a larger eps. The best epoch's weights, if there are "
-        "any, are restored."
+        f"{bad} became infinite or NaN in an update whose gradients were finite. Lower the learning rate or "
+        "weight_decay, or give the optimizer a larger eps. The best epoch's weights, if there are any, are restored."
     )
 
 
 def check_scale(device: Device) -> None:
-    """Check that the gradient scale has not collapsed. In fp16 this is a host sync; otherwise it does nothing.
-
-    Raises:
-        NonFiniteError: The scale is below `MIN_SCALE`.
-    """
+    """Raise `NonFiniteError` if the gradient scale has collapsed: in fp16 a host sync, otherwise nothing."""
     if device.scaler.is_enabled() and device.scaler.get_scale() < MIN_SCALE:
         raise NonFiniteError(
             f"the fp16 gradient scale fell to {device.scaler.get_scale():.3g}, expected {MIN_SCALE:g} or more: "
-            'gradients overflow in every step, and nothing is learned. Use precision="bf16" or "fp32", or a lower '
-            "learning rate."
+            'gradients overflow in every step. Use precision="bf16" or "fp32", or a lower learning rate.'
         )

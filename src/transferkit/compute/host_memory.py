@@ -4,38 +4,24 @@ import ctypes
 import sys
 from pathlib import Path
 
-_M_TRIM_THRESHOLD = -1
-_M_TOP_PAD = -2
-_M_MMAP_THRESHOLD = -3
-_LARGEST_BLOCK_BYTES = 2**31 - 1  # mallopt takes an int
-_TOP_PAD_BYTES = 64 * 2**20
+_SETTINGS = {
+    -3: 2**31 - 1,  # M_MMAP_THRESHOLD, in bytes: mallopt takes an int
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD
+    -2: 64 * 2**20,  # M_TOP_PAD
+}
 
 
 def keep_freed_blocks() -> bool:
-    """Stop glibc, in this process, from returning freed blocks over 128 KiB to the system at once.
+    """Stop glibc from returning freed blocks over 128 KiB to the system at once, and return whether that worked.
 
     Otherwise every step maps memory for its gradients and activations again and the kernel clears it page by page:
     half the time of a step that trains a 4096-4096 head on a CPU (`benchmarks/host_memory.py`). The price: the process
     keeps its peak memory until it ends.
-
-    Returns:
-        Whether it was done; false where the C library is not glibc.
-
-    Example:
-        >>> keep_freed_blocks() in (True, False)
-        True
     """
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is None:
-        return False
-    settings = {
-        _M_MMAP_THRESHOLD: _LARGEST_BLOCK_BYTES,
-        _M_TRIM_THRESHOLD: _LARGEST_BLOCK_BYTES,
-        _M_TOP_PAD: _TOP_PAD_BYTES,
-    }
-    return all(mallopt(name, value) == 1 for name, value in settings.items())
+    return mallopt is not None and all(mallopt(name, value) == 1 for name, value in _SETTINGS.items())
 
 
 def host_bytes() -> dict[str, int] | None:

@@ -1,40 +1,29 @@
 """When memory runs out: do the same work in smaller parts."""
 
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch.optim import Optimizer
 
-from transferkit.compute.device import Device
+from transferkit.compute.device import Device, parameters_of
 from transferkit.errors import DeviceError, OutOfMemoryError
 
 _Result = TypeVar("_Result")
 
-_PHRASES = (
-    "out of memory",
-    "not enough memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "failed to allocate",
-    "bad alloc",
-    "bad_alloc",
-    "status_alloc_failed",  # cuBLAS's and cuDNN's
+_PHRASES = re.compile(
+    "out of memory|not enough memory|can't allocate memory|cannot allocate memory|failed to allocate|bad.alloc"
+    "|status_alloc_failed",  # the last one is cuBLAS's and cuDNN's
+    re.IGNORECASE,
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out, in any of the wordings of torch and its libraries.
-
-    Example:
-        >>> is_out_of_memory(RuntimeError("CUDA error: out of memory"))
-        True
-        >>> is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
-        False
-    """
+    """Return whether an error means that memory ran out, in any of the wordings of torch and its libraries."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _PHRASES)
+    return isinstance(error, RuntimeError) and _PHRASES.search(str(error)) is not None
 
 
 def within_memory(
@@ -42,15 +31,8 @@ def within_memory(
 ) -> tuple[_Result, int]:
     """Return the result of `run(size)`, halving the size until memory suffices, and the size that did.
 
-    Args:
-        run: Does the work in parts of that many images.
-        size: Size to try first, 1 or more.
-        device: The device whose memory is used.
-        what: Name of the work, for the message.
-        undo: Called before each further try.
-
-    Raises:
-        OutOfMemoryError: Memory does not suffice for one image at a time.
+    `run` does the work, `what`, in parts of that many images; `undo` is called before each further try. Where memory
+    does not suffice for one image at a time, `OutOfMemoryError` is raised.
     """
     while True:
         try:
@@ -76,13 +58,8 @@ def within_memory(
 
 
 def reserve_state(optimizer: Optimizer, device: Device) -> None:
-    """Check that memory suffices for the state that an optimizer's first step creates, before that changes a weight.
-
-    Raises:
-        OutOfMemoryError: Memory does not suffice. No weight was changed.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    fresh = [p for p in parameters if p.grad is not None and p not in optimizer.state]
+    """Raise `OutOfMemoryError` if there is no room for the state that an optimizer's first step creates."""
+    fresh = [p for p in parameters_of(optimizer) if p.grad is not None and p not in optimizer.state]
     copies = _count_copies(optimizer)
     try:
         [torch.empty_like(p) for p in fresh for _ in range(copies)]  # all at once, then freed

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,20 +21,9 @@ def build_augmentation(augment: Augment, image_size: int) -> Transform:
     Args:
         augment: One or several of `"flip"` (left-right, with probability 0.5), `"crop"` (pads each side by an eighth
             of the size with its reflection, then crops at random), `"color"` (changes brightness, contrast and
-            saturation by up to 20 %), `"trivial"` (TrivialAugment), or callables such as torchvision's
-            `transforms.v2`.
+            saturation by up to 20 %), `"trivial"` (TrivialAugment: Müller and Hutter, 2021, arXiv:2103.10158), or
+            callables such as torchvision's `transforms.v2`. Anything else is an `ArgumentError`.
         image_size: S, in pixels.
-
-    Raises:
-        ArgumentError: A name is unknown, or an augmentation is neither a name nor callable.
-
-    Example:
-        >>> flip_and_crop = build_augmentation(["flip", "crop"], image_size=32)
-        >>> flip_and_crop(torch.zeros(3, 32, 32, dtype=torch.uint8)).shape
-        torch.Size([3, 32, 32])
-
-    References:
-        Müller and Hutter, 2021, "TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation", arXiv:2103.10158.
     """
     from torchvision.transforms import v2  # takes 0.2 s: not at import
 
@@ -46,34 +34,27 @@ def build_augmentation(augment: Augment, image_size: int) -> Transform:
         "trivial": v2.TrivialAugmentWide(),
     }
     parts = augment if isinstance(augment, list | tuple) else [augment]
-    return partial(_apply, [part if callable(part) else known[one_of("augment", part, known)] for part in parts])
+    chain = [part if callable(part) else known[one_of("augment", part, known)] for part in parts]
+
+    def transform(image: Tensor) -> Tensor:
+        for part in chain:
+            image = part(image)
+        return image
+
+    return transform
 
 
 def describe_augmentation(augment: Augment) -> list[str]:
-    """Return augmentations as text: names, and of callables all that can be told of their parameters.
-
-    Example:
-        >>> describe_augmentation(["flip", torch.nn.Dropout(0.2)])
-        ['flip', 'Dropout(p=0.2, inplace=False)']
-    """
+    """Return augmentations as text: names, and of callables all that can be told of their parameters."""
     parts = augment if isinstance(augment, list | tuple) else [augment]
     return [part if isinstance(part, str) else _describe(part) for part in parts]
 
 
 def augment_batch(transform: Transform, images: Tensor, indices: Sequence[int], *, seed: int, epoch: int) -> Tensor:
-    """Return a batch in which each image is transformed under its own seed.
+    """Return a batch, uint8 `(N, 3, S, S)`, in which each image is transformed under its own seed.
 
-    torchvision's transforms draw once per call: on a whole batch they would flip all images or none.
-
-    Args:
-        transform: Maps one uint8 image `(3, S, S)` to another.
-        images: uint8 `(N, 3, S, S)`, on any device.
-        indices: Index of each image in the data set.
-        seed: The run's seed.
-        epoch: Number of epochs trained before this one.
-
-    Raises:
-        ImageError: The transform failed, or changed an image's shape or dtype.
+    torchvision's transforms draw once per call: on a whole batch they would flip all images or none. `indices` are the
+    places of the images in the data set. A transform that fails, or changes shape or dtype, is an `ImageError`.
     """
     augmented = []
     for image, index in zip(images, indices, strict=True):
@@ -83,8 +64,7 @@ def augment_batch(transform: Transform, images: Tensor, indices: Sequence[int], 
             except Exception as error:
                 raise ImageError(
                     f"augment failed on image {index}: {type(error).__name__}: {error}. It gets one raw image, uint8 "
-                    f"{tuple(image.shape)}, without its target. CutMix and MixUp mix images and targets of a batch: "
-                    "put them into the collate_fn of a DataLoader."
+                    f"{tuple(image.shape)}, without its target. CutMix and MixUp go into a DataLoader's collate_fn."
                 ) from error
         result = augmented[-1]
         if not isinstance(result, Tensor) or result.shape != image.shape or result.dtype != image.dtype:
@@ -92,16 +72,10 @@ def augment_batch(transform: Transform, images: Tensor, indices: Sequence[int], 
                 f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
             )
             raise ImageError(
-                f"augment changed image {index} from {tuple(image.shape)} {image.dtype} to {got}: expected a transform "
-                "of raw images that keeps shape and dtype. Images are normalized afterwards."
+                f"augment changed image {index} from {tuple(image.shape)} {image.dtype} to {got}: expected the same "
+                "shape and dtype. Images are normalized afterwards."
             )
     return torch.stack(augmented)
-
-
-def _apply(chain: Sequence[Transform], image: Tensor) -> Tensor:
-    for transform in chain:
-        image = transform(image)
-    return image
 
 
 def _describe(part: Any) -> str:

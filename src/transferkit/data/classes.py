@@ -31,10 +31,8 @@ def class_names(data: object) -> dict[int, str] | None:
     """Return the class name of each index that the targets of a data set may have; None if it has no names.
 
     Names are found inside `Subset`, `ConcatDataset` and `DataLoader`. A wrapper of the user's own has the names of the
-    data set inside only if its targets are those of that data set.
-
-    Raises:
-        HeadMismatchError: The parts of a `ConcatDataset` have different class names.
+    data set inside only if its targets are those of that data set. Parts of a `ConcatDataset` with different names are
+    a `HeadMismatchError`.
 
     Example:
         >>> class_names((["1.png", "2.png"], ["dog", "cat"]))
@@ -65,12 +63,7 @@ def _names(data: object) -> dict[int, str] | None:
 def find_classes(data: object, classes: Sequence[str] | int | None) -> Sequence[str] | int:
     """Return the classes given or, if there are none, those that data names, or their number by its targets.
 
-    Raises:
-        ArgumentError: The data does not tell.
-
-    Example:
-        >>> find_classes((np.zeros((3, 8, 8, 3), np.uint8), [0, 2, 1]), None)
-        3
+    Where the data does not tell, `ArgumentError`.
     """
     if classes is not None and not isinstance(classes, Integral):
         return classes
@@ -95,22 +88,12 @@ def find_classes(data: object, classes: Sequence[str] | int | None) -> Sequence[
 
 
 def numbered(classes: Sequence[str]) -> bool:
-    """Return whether class names are the numbers that a head has that was given no names.
-
-    Example:
-        >>> numbered(["0", "1"]), numbered(["1", "0"])
-        (True, False)
-    """
+    """Return whether class names are the numbers that a head has that was given no names."""
     return list(classes) == [str(index) for index in range(len(classes))]
 
 
 def learn_names(data: object, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the class names of training data for a head that has only numbers, else the head's own.
-
-    Example:
-        >>> learn_names((["1.png", "2.png"], ["dog", "cat"]), ("0", "1"))
-        ('cat', 'dog')
-    """
+    """Return the class names of training data for a head that has only numbers, else the head's own."""
     names = class_names(data) if numbered(classes) else None
     if names is None or sorted(names) != list(range(len(classes))) or len(set(names.values())) < len(names):
         return classes

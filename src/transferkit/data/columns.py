@@ -1,7 +1,6 @@
 """Images and labels by the names that people give them: rows, tables, dicts, and lists that belong together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from os import PathLike
 from typing import Any
 
@@ -47,12 +46,7 @@ def find_column(names: Sequence[Any], kind: str) -> Any:
 def image_and_target(sample: Any, what: str) -> tuple[Any, Any]:
     """Return the image and the label of a sample, or the images and labels of a batch: a pair, or parts with names.
 
-    Args:
-        sample: A pair, or a dict, named tuple or dataclass with one image and one label.
-        what: The sample, for the message.
-
-    Raises:
-        TargetError: It is neither, or its names do not say which part is the label.
+    `what` is the sample, for the message of the `TargetError` if it is neither, or names do not say which is the label.
     """
     parts = _named(sample)
     names = [] if parts is None else list(parts)
@@ -89,13 +83,7 @@ def image_of(sample: Any) -> Any:
 def as_columns(data: Any) -> Any:
     """Return a table, a dict of columns or a list of rows as a pair (images, labels); anything else unchanged.
 
-    Raises:
-        ArgumentError: The names do not say which columns are meant, or the parts of a data set are passed as one.
-        TargetError: A row is no pair.
-
-    Example:
-        >>> as_columns([("1.png", "cat"), ("2.png", "dog")])
-        (['1.png', '2.png'], ['cat', 'dog'])
+    Names that do not say which columns are meant, and rows that are no pairs, are refused.
     """
     if (names := column_names(data)) is not None:
         image, label = find_column(names, "image"), find_column(names, "label")
@@ -118,22 +106,15 @@ def as_columns(data: Any) -> Any:
 
 
 def column_names(data: Any) -> list[Any] | None:
-    """Return the names of the columns of a dict, a structured array, or a table as those of pandas and polars."""
+    """Return the names of the columns of a dict, or of a table as those of pandas and polars."""
     if isinstance(data, Mapping):
         return list(data)
-    if isinstance(data, np.ndarray):
-        return None if data.dtype.names is None else list(data.dtype.names)
     table = hasattr(data, "columns") and hasattr(data, "__getitem__") and not isinstance(data, Dataset)
     return list(data.columns) if table else None
 
 
 def listed(values: Any) -> list[Any] | None:
-    """Return a sequence, or an array or column of text and objects, as a list; None for an array of numbers.
-
-    Example:
-        >>> listed(np.array(["1.png", "2.png"])), listed(np.zeros(2))
-        (['1.png', '2.png'], None)
-    """
+    """Return a sequence, or an array or column of text and objects, as a list; None for an array of numbers."""
     if isinstance(values, Sequence) and not isinstance(values, str | bytes | bytearray | memoryview):
         return list(values)
     array = values.to_numpy() if hasattr(values, "to_numpy") else values
@@ -141,11 +122,7 @@ def listed(values: Any) -> list[Any] | None:
 
 
 def names_in(labels: Any) -> list[str] | None:
-    """Return labels as a list if they are names; None if they are numbers.
-
-    Raises:
-        TargetError: Some are names and some are not.
-    """
+    """Return labels as a list if they are names, None if they are numbers; a mixture is a `TargetError`."""
     values = listed(labels)
     if values is None or not any(isinstance(value, str) for value in values):
         return None
@@ -159,11 +136,7 @@ def names_in(labels: Any) -> list[str] | None:
 
 
 def class_indices_of(names: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """Return the place of each name in a list of class names.
-
-    Raises:
-        TargetError: A name is not in the list.
-    """
+    """Return the place of each name in a list of class names; one that is not there is a `TargetError`."""
     places = {name: index for index, name in enumerate(classes)}
     for index, name in enumerate(names):
         if name not in places:
@@ -199,13 +172,9 @@ def _are_images(values: Any) -> bool:
 
 def _named(sample: Any) -> Mapping[Any, Any] | None:
     """Return the parts of a sample by name, if it has names."""
-    if isinstance(sample, Mapping):
-        return sample
     if isinstance(sample, tuple) and hasattr(sample, "_fields"):
         return dict(zip(sample._fields, sample, strict=True))
-    if is_dataclass(sample) and not isinstance(sample, type):
-        return {field.name: getattr(sample, field.name) for field in fields(sample)}
-    return None
+    return sample if isinstance(sample, Mapping) else None
 
 
 def _unclear(data: Any, names: list[Any], image: Any, label: Any) -> str:

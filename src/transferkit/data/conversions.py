@@ -12,10 +12,7 @@ _WHITE = (255, 1023, 4095, 16383, 65535)
 def conversion(images: Any, name: str, *, ndim: int) -> str:
     """Return statements that make raw images, uint8 with three channels, of an array or tensor; "" if none do.
 
-    Args:
-        images: A tensor, or what numpy makes an array of.
-        name: The variable of the statements.
-        ndim: 4 for a batch, 3 for one image.
+    `name` is the variable of the statements; `ndim` is 4 for a batch and 3 for one image.
 
     Example:
         >>> conversion(np.zeros((9, 8, 8), np.float32), "images", ndim=4)

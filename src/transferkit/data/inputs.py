@@ -22,15 +22,8 @@ Images = Tensor | list[Tensor]
 class Inputs:
     """A source of images as the model sees it.
 
-    Raw images cross to the device as uint8 and are resized, augmented and normalised there. Preprocessed images, float,
-    pass unchanged.
-
-    Attributes:
-        source: The images.
-        preprocess: The backbone's preprocessing.
-        device: Where the model input goes.
-        transform: Random change of one raw image, or None.
-        seed: Augmentation and the data's own randomness depend on it and on the view.
+    Raw images cross to the device as uint8 and are resized, augmented by `transform` and normalised there. Preprocessed
+    images, float, pass unchanged. Augmentation and the data's own randomness depend on `seed` and on the view.
     """
 
     source: Source
@@ -44,14 +37,9 @@ class Inputs:
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield model input, float `(N, 3, S, S)`, and targets of each batch, on the device, read one batch ahead.
 
-        Args:
-            batch_size: Images in a batch, or in each batch.
-            order: Places of the images in the source, int64; None reads them as they lie.
-            view: Which random changes are drawn: the number of the epoch, as a rule.
-
-        Raises:
-            ImageError: When preprocessed images have another size or were normalized in another way than the weights
-                expect, and when they were to be augmented.
+        `order` are places of the images in the source, int64; None reads them as they lie. `view` says which random
+        changes are drawn: the number of the epoch, as a rule. Preprocessed images of another size or normalization than
+        the weights expect, or that are to be augmented, are an `ImageError`.
         """
         for images, targets, places in self.device.batches(self._checked(batch_size, order, view)):
             yield self.prepare(self._augment(images, places, view)), targets
@@ -62,10 +50,7 @@ class Inputs:
         """Yield the images that `prepare` makes model input of, and targets, which stay on the host.
 
         The images are those of the source, on the host; with augmentation they are the augmented ones, on the device.
-        The arguments and errors are those of `batches`; with None as view the data may draw no random numbers.
-
-        Raises:
-            CacheError: When it draws some.
+        With None as view, data that draws random numbers raises `CacheError`.
         """
         for images, targets, places in self._checked(batch_size, order, view):
             if self.transform is None or view is None:

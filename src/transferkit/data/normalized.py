@@ -22,12 +22,8 @@ _ALIKE = 0.002  # conventions differ by more in the proportions of their standar
 def check_normalized(images: Tensor, preprocess: Preprocessing) -> None:
     """Refuse float images whose values cannot come from a preprocessing; warn of those that hardly can.
 
-    Args:
-        images: float32 `(N, 3, H, W)`, on the host. Infinite and NaN values are ignored.
-        preprocess: What the images should have gone through.
-
-    Raises:
-        ImageError: They were scaled to 0..1, normalized by other means or standard deviations, or not at all.
+    They are float32 `(N, 3, H, W)`, on the host; infinite and NaN values are ignored. Images that were scaled to 0..1,
+    normalized by other means or standard deviations, or not at all are an `ImageError`.
     """
     pixels = images.flatten(2)
     pixels = pixels[:, :, :: max(1, pixels.shape[2] // _SAMPLED)]
@@ -45,8 +41,11 @@ def check_normalized(images: Tensor, preprocess: Preprocessing) -> None:
             f"float images with values from {low:.4g} to {high:.4g} are not preprocessed for the weights: {found}, "
             f"which {preprocess.name} does not give. {_ADVICE}"
         )
-    if (found := _why_unusual(odd, odd_levels, std)) is not None:
-        warnings.warn(f"float images {found}, which is unusual after {preprocess.name}. {_ADVICE}", stacklevel=2)
+    if _is_unusual(odd, odd_levels, std):
+        warnings.warn(
+            f"float images with values from {low:.4g} to {high:.4g} are unusual after {preprocess.name}. {_ADVICE}",
+            stacklevel=2,
+        )
 
 
 _ADVICE = (
@@ -96,30 +95,19 @@ def _why_other_levels(pixels: Tensor, levels: Tensor, std: Tensor) -> str | None
     return None
 
 
-def _why_unusual(pixels: Tensor, levels: Tensor, std: Tensor) -> str | None:
+def _is_unusual(pixels: Tensor, levels: Tensor, std: Tensor) -> bool:
     low, high = (float(value) for value in torch.aminmax(pixels))
-    if low >= 0:
-        return "have no negative value"
-    if low >= -1 and high <= 1:
-        return "have values from -1 to 1"
-    if float(levels.amax() - levels.amin()) < 2:
-        return "have hardly any contrast"
+    if low >= 0 or (low >= -1 and high <= 1) or float(levels.amax() - levels.amin()) < 2:  # or hardly any contrast
+        return True
     outside = ((levels < -12) | (levels > 267)).float().mean(dim=(0, 2))
     if float(outside.max()) > (0.01 if float(std.max()) < 5 else 0.06):  # V1: random erasing draws noise
-        return "stand for pixels outside 0 to 255"
+        return True
     steps = torch.tensor([_spacing(channel) for channel in pixels[0]])
-    if len(pixels) == 1 and bool(steps.all()) and not _alike(steps * std.flatten()):
-        return "were divided by other standard deviations"
-    return None
+    return len(pixels) == 1 and bool(steps.all()) and not _alike(steps * std.flatten())  # other standard deviations
 
 
 def _spacing(values: Tensor) -> float:
-    """Return the distance of evenly spaced values, 8 to 256 different ones; 0 if they are not.
-
-    Example:
-        >>> _spacing(torch.arange(20) * 0.5 - 3)
-        0.5
-    """
+    """Return the distance of evenly spaced values, 8 to 256 different ones; 0 if they are not."""
     levels = torch.unique(values[values.isfinite()].double())
     if not 8 <= len(levels) <= 256:
         return 0.0

@@ -20,22 +20,12 @@ def resized(
     """Return raw images, uint8 `(N, 3, S, S)`, and targets, on which training gives the same weights as on the data.
 
     Resizing handles each image alone and leaves images of the right size unchanged, so every pixel is the same. (With
-    the geometry `"torchvision"` it would change them, so the answer is None.) It runs on the device, as in training,
-    because another device may round some pixels differently.
-
-    Args:
-        data: As in `Trainer.fit`.
-        classes: The model's class names.
-        preprocess: Gives the size S.
-        device: The device to resize on.
-        num_workers: Number of processes that read a `Dataset`.
+    the geometry `"torchvision"` it would change them.) It runs on the device, as in training: another device may
+    round some pixels differently.
 
     Returns:
         None if the data should be used directly: reading it again may give other images, it is in memory already, its
         images are preprocessed, resizing them again would change them, or they would not fit in memory.
-
-    Raises:
-        TransferKitError: The data cannot be used, as in `open_data`.
     """
     source = open_data(data, classes, num_workers=num_workers)
     if preprocess.geometry == "torchvision" or isinstance(source, ArraySource):

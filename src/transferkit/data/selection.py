@@ -22,21 +22,12 @@ def split_validation(
     """Split data at random, by `seed`, into training and validation images, both in the order of the data.
 
     Each class with two images or more is in both, in the same proportion as far as whole images allow. Where an image
-    may have several labels the split is blind to them.
-
-    Raises:
-        ArgumentError: `validation_split` is not between 0 and 1, or the data is a `DataLoader`.
-        EmptyDataError: One of the two would be empty.
+    may have several labels the split is blind to them. A fraction that leaves one part empty is an error.
     """
     if fraction("validation_split", validation_split) == 0:
-        raise ArgumentError(
-            "validation_split=0 leaves no validation images: expected a number above 0, such as 0.2, or None."
-        )
+        raise ArgumentError("validation_split=0 leaves no validation images: expected a fraction, or None.")
     if source.num_images is None:
-        raise ArgumentError(
-            "validation_split cannot split a DataLoader, which makes its own batches: pass (images, targets), a "
-            "Dataset, or validation_data= instead."
-        )
+        raise ArgumentError("validation_split cannot split a DataLoader: pass its Dataset, or validation_data=.")
     count = round(source.num_images * validation_split)
     if count in (0, source.num_images):
         raise EmptyDataError(
@@ -44,13 +35,16 @@ def split_validation(
             f"training and {count} validation images: expected at least 1 of each."
         )
     order = shuffled(source.num_images, derive_seed(seed, "validation"))
-    if multi_label:
-        held_out = order[:count]
-    else:
+    held_out = order[:count]
+    if not multi_label:
         held_out = _of_each_class(class_indices(source.all_targets()), order, validation_split)
-    kept = torch.ones(source.num_images, dtype=torch.bool)
-    kept[held_out] = False
-    return SubsetSource(source, kept.nonzero().flatten()), SubsetSource(source, (~kept).nonzero().flatten())
+    return _without(source, held_out), SubsetSource(source, held_out.sort().values)
+
+
+def _without(source: Source, left_out: Tensor) -> SubsetSource:
+    kept = torch.ones(source.num_images or 0, dtype=torch.bool)
+    kept[left_out] = False
+    return SubsetSource(source, kept.nonzero().flatten())
 
 
 def _of_each_class(classes: Tensor, order: Tensor, share: float) -> Tensor:
@@ -65,18 +59,12 @@ def _of_each_class(classes: Tensor, order: Tensor, share: float) -> Tensor:
 
 
 POLICIES = ("raise", "skip")
-
-MAX_BAD_FRACTION = 0.01
-"""Fraction of the images that `"skip"` may leave out; it may always leave out one."""
-
+MAX_BAD_FRACTION = 0.01  # of the images that "skip" may leave out; it may always leave out one
 _MOST_NAMED = 100  # bad images after which the search for more ends
 
 
 def bad_image_limit(on_bad_image: str | float) -> float | None:
-    """Return the fraction of images that may be left out; None if none may.
-
-    Raises:
-        ArgumentError: `on_bad_image` is neither a policy nor a number from 0 to 1.
+    """Return the fraction of images that may be left out, None if none may; anything else is an `ArgumentError`.
 
     Example:
         >>> bad_image_limit("skip"), bad_image_limit(0.05), bad_image_limit("raise")
@@ -93,32 +81,24 @@ def without_bad_images(
 ) -> Source:
     """Read every image of a data set once, and return the data set without the images that cannot be used.
 
-    So the images of a run and the number of steps in an epoch are fixed before the first step. The price: the data
-    set is read once more.
-
-    Args:
-        source: Images in memory are returned unchanged.
-        limit: Fraction of the images, 0 to 1, that may be bad; one image always may.
-        display: Shows progress, and a line for each bad image.
-        check: Called after each batch; may raise to stop.
+    So the images of a run and the number of steps in an epoch are fixed before the first step. Images in memory are
+    returned unchanged. `check` is called after each batch and may raise to stop.
 
     Raises:
-        ImageError: More than one image and more than that fraction are bad. The message names the first 100.
+        ImageError: More than one image and more than the fraction `limit` are bad. The message names the first 100.
         ArgumentError: The data is a `DataLoader`.
         EmptyDataError: Every image is bad.
     """
     if not isinstance(source, DatasetSource):
         if source.num_images is None:
-            raise ArgumentError(
-                'on_bad_image="skip" does not work with a DataLoader, which reads images itself: pass its Dataset.'
-            )
+            raise ArgumentError('on_bad_image="skip" does not work with a DataLoader: pass its Dataset.')
         return source
     bad: dict[int, str] = {}
+    read = 0
     with closing(source.failures()) as found, display.bar("looking for bad images", source.num_images) as bar:
-        before = 0
-        for read, failures in found:
-            bar.advance(read - before)
-            before = read
+        for number, failures in found:
+            bar.advance(number - read)
+            read = number
             bad.update(failures)
             check()
             if len(bad) > max(_MOST_NAMED, limit * source.num_images):
@@ -134,8 +114,4 @@ def without_bad_images(
         )
     for reason in bad.values():
         display.say(f"left out: {reason}")
-    if not bad:
-        return source
-    good = torch.ones(source.num_images, dtype=torch.bool)
-    good[list(bad)] = False
-    return SubsetSource(source, good.nonzero().flatten())
+    return _without(source, torch.tensor(list(bad))) if bad else source

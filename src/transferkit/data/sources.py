@@ -1,6 +1,5 @@
 """Everything `Trainer` accepts as data, in batches whose order depends only on (seed, epoch)."""
 
-import hashlib
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
@@ -19,20 +18,14 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from transferkit.base.arrays import digest_tensors, tensor_from_array
+from transferkit.base.arrays import sha256_of, tensor_from_array
 from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.data.columns import image_and_target, image_of
 from transferkit.data.images import as_image, as_images
 from transferkit.data.samples import SKIP_HINT, Sample, Samples, evenly_spaced, listed_targets
 from transferkit.data.targets import as_targets
 from transferkit.data.workers import read_in_workers
-from transferkit.errors import (
-    ArgumentError,
-    EmptyDataError,
-    ImageError,
-    TargetError,
-    TransferKitError,
-)
+from transferkit.errors import ArgumentError, EmptyDataError, ImageError, TargetError, TransferKitError
 
 Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]
 """Images, targets (empty, `(0,)`, if not requested) and the images' indices in the data set."""
@@ -71,22 +64,12 @@ class Source(Protocol):
 
 
 def epoch_order(num_images: int | None, seed: int, epoch: int) -> Tensor | None:
-    """Return the order of the images in an epoch, int64 `(num_images,)`; None if their number is unknown.
-
-    Example:
-        >>> sorted(epoch_order(4, seed=0, epoch=2).tolist())
-        [0, 1, 2, 3]
-    """
+    """Return the order of the images in an epoch, int64 `(num_images,)`; None if their number is unknown."""
     return None if num_images is None else shuffled(num_images, derive_seed(seed, "order", epoch))
 
 
 def count_batches(num_images: int, batch_size: int) -> int:
-    """Return the number of batches; the last may be smaller.
-
-    Example:
-        >>> count_batches(5, batch_size=2)
-        3
-    """
+    """Return the number of batches; the last may be smaller."""
     return -(-num_images // batch_size)
 
 
@@ -105,9 +88,7 @@ class ArraySource:
             raise EmptyDataError(f"data holds no images: got shape {tuple(self.images.shape)}, expected 1 or more.")
         self.targets = _NO_TARGETS if targets is None else as_targets(targets, len(classes), multi_label=multi_label)
         if targets is not None and len(self.targets) != self.num_images:
-            raise TargetError(
-                f"{self.num_images} images but {len(self.targets)} targets: expected one target for each image."
-            )
+            raise TargetError(f"{self.num_images} images but {len(self.targets)} targets: expected one for each.")
 
     def num_batches(self, batch_size: int) -> int:
         return count_batches(self.num_images, batch_size)
@@ -124,7 +105,8 @@ class ArraySource:
 
     def digest(self, indices: Tensor | None = None) -> str:
         images = torch.stack([self.images[index] for index in evenly_spaced(self.num_images, indices)])
-        return _digest(targets=self.targets, indices=_NO_TARGETS if indices is None else indices, images=images)
+        indices = _NO_TARGETS if indices is None else indices
+        return sha256_of({"targets": self.targets, "indices": indices, "images": images})
 
 
 class DatasetSource:
@@ -148,10 +130,8 @@ class DatasetSource:
         listed = getattr(self.samples.dataset, "targets", None) if self.samples.with_targets else None
         suspects = [0]
         if self.targets is None and isinstance(listed, list) and len(listed) == self.num_images:
-            wrong = (
-                row for row, label in enumerate(listed) if type(label) is int and not 0 <= label < self.num_classes
-            )
-            suspects += [row for row in [next(wrong, 0)] if row]
+            labels = enumerate(listed)
+            suspects += [row for row, label in labels if type(label) is int and not 0 <= label < self.num_classes][:1]
         for index in suspects:
             self._collate([self.samples.read(index, 0)])
 
@@ -163,10 +143,11 @@ class DatasetSource:
 
     def batches(self, batch_size: int | list[int], *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
         batches = _in_batches(order, self.num_images, batch_size)
-        keys = [
-            [(index, None if seed is None else derive_seed(seed, index)) for index in batch.tolist()]
-            for batch in batches
-        ]
+
+        def key(index: int) -> tuple[int, int | None]:
+            return index, None if seed is None else derive_seed(seed, index)
+
+        keys = [[key(index) for index in batch.tolist()] for batch in batches]
         workers = 0 if order is not None and len(batches) == 1 else self.num_workers  # a few images that are looked at
         for samples in read_in_workers(self.samples, keys, num_workers=workers, seed=seed or 0):
             yield self._collate(samples)
@@ -188,22 +169,17 @@ class DatasetSource:
             for index in evenly_spaced(self.num_images, indices):
                 image, target, _ = self.samples.read(index, 0)
                 tensors |= {f"image {index}": image, f"target {index}": self.read_targets([target])}
-        return _digest(**tensors)
+        return sha256_of(tensors)
 
     def failures(self) -> Generator[tuple[int, dict[int, str]], None, None]:
         """Read every sample; after each batch, yield the number read so far and the failures in it, by index."""
         read = 0
-        keys: list[list[tuple[int, int | None]]] = [
-            [(index, 0) for index in batch.tolist()] for batch in _in_batches(None, self.num_images, _SCANNED)
-        ]
+        indices = [batch.tolist() for batch in _in_batches(None, self.num_images, _SCANNED)]
+        keys: list[list[tuple[int, int | None]]] = [[(index, 0) for index in batch] for batch in indices]
         for batch in read_in_workers(self.samples, keys, num_workers=self.num_workers, seed=0):
-            bad = {
-                read + row: str(sample).removesuffix(SKIP_HINT)
-                for row, sample in enumerate(batch)
-                if isinstance(sample, TransferKitError)
-            }
+            failed = {read + row: sample for row, sample in enumerate(batch) if isinstance(sample, TransferKitError)}
             read += len(batch)
-            yield read, bad
+            yield read, {index: str(error).removesuffix(SKIP_HINT) for index, error in failed.items()}
 
 
 class LoaderSource:
@@ -258,7 +234,7 @@ class LoaderSource:
         )
 
     def digest(self, indices: Tensor | None = None) -> str:
-        return _digest(length=torch.tensor(-1 if self.length is None else self.length))
+        return sha256_of({"length": torch.tensor(-1 if self.length is None else self.length)})
 
 
 def _made_by(loader: "DataLoader[Any]") -> Iterator[Any]:
@@ -272,18 +248,13 @@ def _made_by(loader: "DataLoader[Any]") -> Iterator[Any]:
         cause = lines[-1] if "Original Traceback" in str(error) else f"{type(error).__name__}: {lines[0]}"
         size = "" if loader.batch_size is None else f" and batch_size={loader.batch_size}"
         raise ImageError(
-            f"the DataLoader cannot make a batch ({cause}). Pass the data set itself, loader.dataset{size}: PIL images "
-            "and images that differ in size, which torch cannot put into one batch, are resized then, and an image "
-            "that cannot be read is named."
+            f"the DataLoader cannot make a batch ({cause}). Pass the data set itself, loader.dataset{size}: "
+            "its images may be PIL images and differ in size, and one that cannot be read is named."
         ) from error
 
 
 def check_order(loader: "DataLoader[Any]") -> None:
-    """Refuse a loader whose images come in an order that nobody knows; warn of one that is not the data's.
-
-    Raises:
-        ArgumentError: It shuffles, or leaves images out.
-    """
+    """Refuse a loader that shuffles or leaves images out; warn of one whose order may not be that of the data."""
     if isinstance(loader.dataset, IterableDataset):
         return
     sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
@@ -293,28 +264,25 @@ def check_order(loader: "DataLoader[Any]") -> None:
     random = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
     if isinstance(sampler, random) or getattr(sampler, "shuffle", False) is True:
         raise ArgumentError(
-            f"the DataLoader draws its images at random ({type(sampler).__name__}): nobody could tell which prediction "
-            f"belongs to which image. {itself}, or a DataLoader with shuffle=False."
+            f"the DataLoader draws its images at random ({type(sampler).__name__}), so predictions would belong to "
+            f"unknown images. {itself}, or a DataLoader with shuffle=False."
         )
-    if loader.drop_last and loader.batch_size and len(loader.dataset) % loader.batch_size:  # type: ignore[arg-type]
+    size: Any = loader.dataset
+    if loader.drop_last and loader.batch_size and (left := len(size) % loader.batch_size):
         raise ArgumentError(
-            f"the DataLoader has drop_last=True, so the last {len(loader.dataset) % loader.batch_size} "  # type: ignore[arg-type]
-            f"images would have no prediction. {itself}, or a DataLoader without drop_last."
+            f"the DataLoader has drop_last=True, so the last {left} images would have no prediction. {itself}, or a "
+            "DataLoader without drop_last."
         )
     if type(sampler) is not SequentialSampler:
-        warnings.warn(
-            f"the DataLoader has a sampler of its own ({type(sampler).__name__}): predictions come in its order, which "
-            "may not be that of the data set.",
-            stacklevel=2,
-        )
+        own = f"the DataLoader has a sampler of its own ({type(sampler).__name__})"
+        warnings.warn(f"{own}: predictions come in its order, which may not be that of the data set.", stacklevel=2)
 
 
 def _collate(
     samples: Sequence[Sample | TransferKitError], read_targets: Callable[..., Tensor] | None, num_classes: int
 ) -> Batch:
-    for sample in samples:
-        if isinstance(sample, TransferKitError):
-            raise sample
+    if failed := [sample for sample in samples if isinstance(sample, TransferKitError)]:
+        raise failed[0]
     images, targets, indices = map(list, zip(*samples, strict=True))
     if len({image.dtype for image in images}) > 1:
         raise ImageError(f"images {indices} are partly raw (uint8) and partly preprocessed (float): expected one kind.")
@@ -343,19 +311,8 @@ def _stack(targets: Any, num_classes: int, indices: Sequence[int] | None = None)
         ) from error
 
 
-def _digest(**tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    digest_tensors(digest, tensors)
-    return digest.hexdigest()
-
-
 class SubsetSource:
-    """Some images of a source. The data is not copied.
-
-    Attributes:
-        source: The source.
-        indices: Indices of the images in the source, int64 `(num_images,)`.
-    """
+    """Some images of a source, by their `indices` in it, int64 `(num_images,)`. The data is not copied."""
 
     def __init__(self, source: Source, indices: Tensor) -> None:
         self.source = source

@@ -19,31 +19,20 @@ _ROW_SUM_TOLERANCE = 1e-2  # accepts rows rounded to bfloat16 or read from a tex
 def as_targets(
     targets: object, num_classes: int, *, multi_label: bool = False, indices: Sequence[int] | None = None
 ) -> Tensor:
-    """Return targets as int64 `(N,)` or float32 `(N, num_classes)`.
+    """Return targets as int64 `(N,)` or float32 `(N, num_classes)`; `TargetError` names the first that is neither.
 
     Args:
         targets: A tensor, an array or a sequence: class indices of any integer dtype, `(N,)` or `(N, 1)`; or one-hot
             or soft rows `(N, num_classes)` of any dtype.
         num_classes: Class indices run from 0 to `num_classes - 1`.
-        multi_label: Whether an image may have several labels, or none. Then only rows of numbers from 0 to 1 are
-            accepted.
+        multi_label: Whether an image may have several labels: only rows of numbers from 0 to 1 are accepted.
         indices: Index of each target in the data set, for the message; None if `targets` is the whole data set.
-
-    Raises:
-        TargetError: The shape or dtype is not one of these, a class index is out of range, a row has a negative entry
-            or does not sum to one, or, with `multi_label`, an entry is not from 0 to 1.
-
-    Example:
-        >>> as_targets([[2], [0]], num_classes=3)
-        tensor([2, 0])
     """
     try:
         values = targets if isinstance(targets, Tensor) else tensor_from_array(np.asanyarray(targets))
     except (TypeError, ValueError) as error:
-        raise TargetError(
-            f"targets are not numbers ({error}): expected class indices 0 to {num_classes - 1}. Turn names into "
-            "indices: [classes.index(name) for name in names]."
-        ) from error
+        expected = f"class indices 0 to {num_classes - 1}, such as [classes.index(name) for name in names]"
+        raise TargetError(f"targets are not numbers ({error}): expected {expected}.") from error
     if multi_label:
         return _check_labels(values, num_classes, indices)
     if values.ndim == 2 and values.shape[1] == 1 and not values.is_floating_point():
@@ -59,8 +48,7 @@ def as_targets(
             advice = "NaN stands for an unlabelled image: leave such images out."
     if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
         raise TargetError(
-            f"{got}: expected class indices, integers (N,), or rows (N, {num_classes}) that sum to one. {advice} If "
-            "the number of classes is wrong, set it in attach_head."
+            f"{got}: expected class indices, integers (N,), or rows (N, {num_classes}) that sum to one. {advice}"
         )
     classes = values.long()
     wrong = (classes < 0) | (classes >= num_classes)
@@ -69,10 +57,9 @@ def as_targets(
         advice = "If labels start at 1, subtract 1; for more classes, use attach_head."
         if classes[row] < 0:
             advice = (
-                "A negative label stands for an unlabelled image in many data sets: leave such images out. For arrays "
-                "and lists: keep = numpy.asarray(targets) >= 0, and (numpy.asarray(images)[keep], "
-                "numpy.asarray(targets)[keep]). For a Dataset: torch.utils.data.Subset(data, [index for index in "
-                "range(len(data)) if data[index][1] >= 0])."
+                "A negative label often stands for an unlabelled image: leave such images out. For arrays and lists: "
+                "keep = numpy.asarray(targets) >= 0, and (numpy.asarray(images)[keep], numpy.asarray(targets)[keep]). "
+                "For a Dataset: Subset(data, [index for index in range(len(data)) if data[index][1] >= 0])."
             )
         raise TargetError(
             f"target {int(classes[row])} at index {indices[row] if indices else row} is out of range: expected 0 to "
@@ -92,8 +79,8 @@ def _check_probabilities(rows: Tensor, indices: Sequence[int] | None) -> Tensor:
         row = int(wrong.nonzero()[0])
         raise TargetError(
             f"target row {indices[row] if indices else row} sums to {float(rows[row].sum()):.4g}, and its smallest "
-            f"entry is {float(rows[row].min()):.4g}: expected numbers from 0 to 1 that sum to 1 (one-hot or soft). If "
-            "an image may have several labels, pass Trainer(loss=transferkit.BinaryCrossEntropy())."
+            f"entry is {float(rows[row].min()):.4g}: expected numbers from 0 to 1 that sum to 1. For several labels an "
+            "image pass Trainer(loss=transferkit.BinaryCrossEntropy())."
         )
     return rows
 
@@ -101,10 +88,10 @@ def _check_probabilities(rows: Tensor, indices: Sequence[int] | None) -> Tensor:
 def _check_labels(values: Tensor, num_classes: int, indices: Sequence[int] | None) -> Tensor:
     if values.ndim != 2 or values.shape[1] != num_classes:
         raise TargetError(
-            f"targets have shape {tuple(values.shape)} and dtype {values.dtype}: the loss is for images with several "
-            f"labels, so expected rows (N, {num_classes}) of 0 and 1. Turn class indices into rows with "
-            f"torch.nn.functional.one_hot(torch.as_tensor(targets), {num_classes}); if each image has exactly one "
-            "label, pass Trainer(loss=transferkit.CrossEntropy())."
+            f"targets have shape {tuple(values.shape)} and dtype {values.dtype}: for several labels an image expected "
+            f"rows (N, {num_classes}) of 0 and 1. If these are class indices, take "
+            f"torch.nn.functional.one_hot(torch.as_tensor(targets), {num_classes}), or for one label an image "
+            "Trainer(loss=transferkit.CrossEntropy())."
         )
     rows = values.float()
     if bool((wrong := ~((rows >= 0) & (rows <= 1)).all(dim=1)).any()):

@@ -1,6 +1,5 @@
 """VGG's convolutional layers with their names, preprocessing and weights."""
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 
 from transferkit.base.arguments import one_of, square
-from transferkit.base.arrays import digest_tensors
+from transferkit.base.arrays import sha256_of
 from transferkit.base.calls import explain_missing, explained
 from transferkit.base.files import kind_of
 from transferkit.base.surroundings import own_surroundings
@@ -28,11 +27,9 @@ from transferkit.model.weights import (
     read_state_dict,
 )
 
-MODELS = ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
-IMAGENET = "IMAGENET"
-"""What Keras calls the weights that torchvision has by default."""
-
 MIN_IMAGE_SIZE = 32  # five pooling layers halve it to one pixel
+IMAGENET = "IMAGENET"  # what Keras calls the weights that torchvision has by default
+MODELS = ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
 
 
 class Backbone(nn.Module):
@@ -40,23 +37,16 @@ class Backbone(nn.Module):
 
     State-dict keys are torchvision's (`features.N.weight`).
 
-    Args:
-        name: Name of the network, such as `"vgg16"`.
-        features: torchvision's `features`: convolutions, batch norms, ReLUs and max-pooling layers.
-        preprocess: Maps raw uint8 images of any size to model input; see `Preprocessing`.
-
     Attributes:
-        name: As above.
-        features: As above. Module N is also called `layer_names[N]`.
+        name: Name of the network, such as `"vgg16"`.
+        features: torchvision's convolutions, batch norms, ReLUs and max-pooling layers; another layer is an
+            `ArgumentError`. Module N is also called `layer_names[N]`.
         layer_names: One name for each module of `features`, in forward order: `block1_conv1`, `block1_relu1`, ...,
             `block5_pool`, and `block1_bn1`, ... in the `_bn` variants.
         blocks: Names of the blocks, in forward order: `block1`, ..., `block5`.
-        preprocess: As above.
+        preprocess: Maps raw uint8 images of any size to model input; see `Preprocessing`.
         image_size: Height and width of the input, in pixels.
         feature_shape: Shape of one image's output, `(512, image_size // 32, image_size // 32)` behind all five blocks.
-
-    Raises:
-        ArgumentError: `features` has a layer of another type.
     """
 
     def __init__(self, name: str, features: nn.Sequential, preprocess: Preprocessing) -> None:
@@ -72,18 +62,10 @@ class Backbone(nn.Module):
 
     def __repr__(self) -> str:
         """Say in one line what it is, with the names that `freeze_until` takes."""
-        frozen = [
-            block
-            for block in self.blocks
-            if not any(
-                parameter.requires_grad
-                for name, layer in zip(self.layer_names, self.features, strict=True)
-                if name.startswith(f"{block}_")
-                for parameter in layer.parameters()
-            )
-        ]
-        blocks, first = ", ".join(self.blocks), ", ".join(frozen) or "none"
-        return f"Backbone({self.name}, {self.image_size} px, {blocks}; frozen: {first})"
+        layers = zip(self.layer_names, self.features, strict=True)
+        trains = {name.split("_")[0] for name, layer in layers if any(p.requires_grad for p in layer.parameters())}
+        frozen = ", ".join(block for block in self.blocks if block not in trains) or "none"
+        return f"Backbone({self.name}, {self.image_size} px, {', '.join(self.blocks)}; frozen: {frozen})"
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -125,13 +107,12 @@ class Backbone(nn.Module):
         if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
             raise ImageError(
                 f"cannot compute features of images of shape {tuple(images.shape)} and dtype {images.dtype}: expected "
-                "preprocessed images, float (N, 3, H, W). Apply backbone.preprocess to raw uint8 images first."
+                "float (N, 3, H, W). Apply backbone.preprocess to raw uint8 images first."
             )
         if min(images.shape[2:]) < MIN_IMAGE_SIZE:
             raise ImageError(
                 f"cannot compute features of images of {images.shape[2]}x{images.shape[3]} pixels: expected "
-                f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} or more, since five pooling layers halve them. Resize them first; "
-                "backbone.preprocess does that for raw uint8 images."
+                f"{MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} or more. backbone.preprocess resizes raw uint8 images."
             )
         return run_layers(list(self.features), images, pools) if pools else cast("Tensor", self.features(images))
 
@@ -142,9 +123,7 @@ class Backbone(nn.Module):
         Two backbones with the same fingerprint compute the same features. Each access reads all weights: 0.1 s for
         VGG16.
         """
-        digest = hashlib.sha256(f"{self.name} {self.preprocess}".encode())
-        digest_tensors(digest, self.state_dict())
-        return digest.hexdigest()
+        return sha256_of(self.state_dict(), begin=f"{self.name} {self.preprocess}")
 
 
 @explained
@@ -196,12 +175,13 @@ def load_backbone(
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < MIN_IMAGE_SIZE:
         raise ArgumentError(
             f"image_size={image_size!r} cannot be used: expected a whole number of {MIN_IMAGE_SIZE} pixels or more, "
-            f"since five pooling layers halve the image. Smaller images are enlarged: image_size={MIN_IMAGE_SIZE}."
+            f"for five pooling layers. Smaller images are enlarged: image_size={MIN_IMAGE_SIZE}."
         )
     weights = _find_weights(weights, name)
     convention = _find_preprocessing(preprocessing, weights, name)
-    geometry = convention.geometry if geometry is None else geometry
-    convention = replace(convention, image_size=image_size, geometry=geometry)
+    convention = replace(
+        convention, image_size=image_size, geometry=convention.geometry if geometry is None else geometry
+    )
     state = _read_weights(weights)
 
     with torch.device("meta"):  # takes no memory for the classifier's 124 million parameters
@@ -242,14 +222,12 @@ def _find_weights(weights: object, name: str) -> object:
         return known["DEFAULT" if weights.upper() == IMAGENET else weights.upper()]
     if isinstance(weights, WeightsEnum) and not isinstance(weights, known):
         raise ArgumentError(
-            f"weights={weights} are for another network: expected one of {', '.join(map(str, known))} for "
-            f"name={name!r}."
+            f"weights={weights} are for another network: expected {', '.join(map(str, known))} for name={name!r}."
         )
     if isinstance(weights, str) and kind_of(weights) == "nothing" and not Path(weights).suffix:
         raise ArgumentError(
             f"weights={weights!r} is neither a file nor a name of weights for {name}. "
-            f"{close_matches(weights, known.__members__)} Or pass the path of a state dict, a state dict, or None "
-            "(random weights)."
+            f"{close_matches(weights, known.__members__)} Or pass a state dict, its path, or None (random weights)."
         )
     if isinstance(weights, str | os.PathLike):
         check_is_file(Path(weights))

@@ -46,18 +46,13 @@ class WithPreprocessing(nn.Module):
     def __init__(self, model: TransferModel, *, unknown: bool = False) -> None:
         super().__init__()
         if not isinstance(model, TransferModel):
-            raise ArgumentError(
-                f"model is a {type(model).__name__}: expected a TransferModel from attach_head or load_model. "
-                "A Trainer has it as trainer.model."
-            )
+            expected = "expected a TransferModel from attach_head or load_model; a Trainer has it as trainer.model."
+            raise ArgumentError(f"model is a {type(model).__name__}: {expected}")
         # plain strides: torch.export.save warns of channels-last weights as if they were parts of others
         self.model: TransferModel = copy.deepcopy(model)
         self.model.to("cpu", torch.float32, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         if unknown and model.novelty is None:
-            raise ArgumentError(
-                "the model has not learnt which images are known: call trainer.learn_known(training_images) first, or "
-                "leave unknown out."
-            )
+            raise ArgumentError("the model has not learnt which images are known: call trainer.learn_known first.")
         self.novelty = self.model.novelty if unknown else None
         self.classes = model.classes
         self.threshold = model.threshold

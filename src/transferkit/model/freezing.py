@@ -18,10 +18,8 @@ _PAST_LAST_LAYER = "(past the last layer)"  # the boundary that freezes everythi
 class _StayInEval:
     """Replaces a frozen module's `train` method, so that `model.train()` leaves the module in eval mode.
 
-    `requires_grad=False` alone stops neither the update of batch norm's running statistics nor dropout.
-
-    Attributes:
-        mode: The requested mode, which the module gets when it is unfrozen.
+    `requires_grad=False` alone stops neither the update of batch norm's running statistics nor dropout. `mode` is the
+    requested mode, which the module gets when it is unfrozen.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -79,20 +77,14 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
         Yosinski et al., 2014, "How transferable are features in deep neural networks?", arXiv:1411.1792.
     """
     if not isinstance(model, nn.Module):
-        raise ArgumentError(
-            f"model is a {type(model).__name__}: expected the model first, freeze_until(model, 'head')."
-        )
-    boundary = find_boundary(model, layer)
-    modules = dict(model.named_modules())
-    frozen_names = _names_before(boundary, list(modules))
-    trainable = parameters_from(model, layer)
+        raise ArgumentError(f"model is a {type(model).__name__}: write freeze_until(model, 'head').")
+    boundary, trainable = find_boundary(model, layer), parameters_from(model, layer)
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            continue
-        parameter.requires_grad_(name in trainable)
-        if not parameter.requires_grad:
-            parameter.grad = None  # or an optimizer would still apply an old gradient
-    freeze_modules(model, {name for name in frozen_names if not _contains(name, boundary)})
+        if parameter.is_floating_point():
+            parameter.requires_grad_(name in trainable)
+            parameter.grad = parameter.grad if name in trainable else None  # or an optimizer would still apply it
+    before = _names_before(boundary, [name for name, _ in model.named_modules()])
+    freeze_modules(model, {name for name in before if not _contains(name, boundary)})
     return model
 
 
@@ -109,15 +101,11 @@ def freeze_modules(model: nn.Module, names: Collection[str]) -> None:
 
 
 def parameters_from(model: nn.Module, layer: str | None) -> dict[str, nn.Parameter]:
-    """Return the parameters that train after `freeze_until(model, layer)`, by name.
-
-    Raises:
-        UnknownLayerError: `model` has no such layer.
-    """
+    """Return the parameters that train after `freeze_until(model, layer)`, by name."""
     modules = dict(model.named_modules())
-    frozen_names = _names_before(find_boundary(model, layer), list(modules))
+    before = _names_before(find_boundary(model, layer), list(modules))
     # A parameter shared by a frozen and a trainable module is frozen: the frozen part must not change.
-    frozen = {id(p) for name in frozen_names for p in modules[name].parameters(recurse=False)}
+    frozen = {id(p) for name in before for p in modules[name].parameters(recurse=False)}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in frozen}
 
 
@@ -126,11 +114,6 @@ def freeze_statistics(model: nn.Module) -> list[str]:
 
     That is the case where layers were converted after `freeze_until`, or frozen by hand with `requires_grad` alone.
     Batch norm without parameters counts as frozen where it lies in a `Backbone` before the first trainable layer.
-
-    Example:
-        >>> model = nn.Sequential(nn.BatchNorm2d(3).requires_grad_(False), nn.Conv2d(3, 4, 1))
-        >>> freeze_statistics(model), model.train()[0].training
-        (['0'], False)
     """
     modules = dict(model.named_modules())
     early = list(modules.values())[: list(modules).index(first_trainable_module(model) or "")]
@@ -158,12 +141,7 @@ def stand_ins(model: nn.Module) -> list[_StayInEval]:
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights and buffers that training changes, by name, not copied.
-
-    Example:
-        >>> list(trainable_state(freeze_until(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "1")))
-        ['1.weight', '1.bias']
-    """
+    """Return the weights and buffers that training changes, by name, not copied."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, module in model.named_modules():
         if stays_in_eval(module):
@@ -176,10 +154,6 @@ def first_trainable(model: nn.Module) -> str | None:
 
     Layers of a `Backbone` have their block names. If something trains, `freeze_until(model, first_trainable(model))`
     changes nothing.
-
-    Example:
-        >>> first_trainable(freeze_until(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "1"))
-        '1'
     """
     names = {qualified: alias for alias, qualified in reversed(_aliases(model).items()) if "_" in alias}
     first = first_trainable_module(model)
@@ -193,12 +167,7 @@ def first_trainable_module(model: nn.Module) -> str | None:
 
 
 def describe_frozen(model: nn.Module) -> str:
-    """Return one line with the numbers of frozen and trainable parameters, and where training begins.
-
-    Example:
-        >>> describe_frozen(freeze_until(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "1"))
-        'frozen: 6 parameters before 1; training: 6 parameters'
-    """
+    """Return one line with the numbers of frozen and trainable parameters, and where training begins."""
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     before = f" before {first_trainable(model)}" if trainable else ""
@@ -207,11 +176,7 @@ def describe_frozen(model: nn.Module) -> str:
 
 
 def find_boundary(model: nn.Module, layer: str | None) -> str | None:
-    """Return the name of the module at which `freeze_until(model, layer)` cuts; None for None.
-
-    Raises:
-        UnknownLayerError: `model` has no such layer. The message lists close matches.
-    """
+    """Return the name of the module at which `freeze_until(model, layer)` cuts; None for None."""
     if layer is None:
         return None
     aliases = _aliases(model)
@@ -220,9 +185,10 @@ def find_boundary(model: nn.Module, layer: str | None) -> str | None:
     names = [name for name, _ in model.named_modules() if name]
     if layer in names:
         return layer
+    blocks_first = sorted([*aliases, *names], key=lambda name: "_" in name or "." in name)  # most users mean these
     raise UnknownLayerError(
         f"cannot freeze until layer {layer!r}: {type(model).__name__} has no such layer. "
-        f"{close_matches(layer, sorted([*aliases, *names], key=_is_inner))} None freezes nothing."
+        f"{close_matches(layer, blocks_first)} None freezes nothing."
     )
 
 
@@ -241,11 +207,6 @@ def _aliases(model: nn.Module) -> dict[str, str]:
         else:
             aliases["head"] = _PAST_LAST_LAYER
     return aliases
-
-
-def _is_inner(name: str) -> bool:
-    """Return whether a name is that of a layer inside a block; blocks, which most users mean, are listed first."""
-    return "_" in name or "." in name
 
 
 def _names_before(boundary: str | None, names: list[str]) -> set[str]:

@@ -24,27 +24,17 @@ from transferkit.model.novelty import Novelty
 
 FLATTEN = "flatten"
 POOLING = "avgmax"
-NUM_POOLED = 3
-"""Blocks that a head pools if it is not told: the last ones."""
+NUM_POOLED = 3  # the last blocks, which a head pools if it is not told
 
 _DEPENDS_ON_MODE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
 
 class Standardize(nn.Module):
-    """Subtracts a mean from each feature and divides by a standard deviation, those of the training images.
+    """Subtracts a mean from each feature and divides by a standard deviation, float32 `(D,)`, of `num_images` images.
 
     Features of one kind are the means, or the maxima, of one layer's channels. What varies less than their median is
-    divided by that: it must not drown the others in an image where it does vary.
-
-    `Trainer` measures both before its first step; training does not change them.
-
-    Args:
-        num_features: D.
-
-    Attributes:
-        mean: float32 `(D,)`; 0 until it is measured.
-        std: float32 `(D,)`; 1 until it is measured.
-        num_images: Images measured, int64 `()`.
+    divided by that: it must not drown the others in an image where it does vary. `Trainer` measures both before its
+    first step; training does not change them.
     """
 
     mean: Tensor
@@ -128,11 +118,8 @@ class TransferModel(nn.Module):
 
         The prefix is the longest sequence of first layers without trainable parameters whose batch norm and dropout
         layers are in eval mode: a pure function of the images that training does not change. Both parts share this
-        model's modules. In VGG the prefix ends with a ReLU or a pooling layer, which have no parameters; a ReLU at the
-        start of the suffix would overwrite the prefix's output, because it works in place.
-
-        Where the head takes pooled features of several layers, those of the prefix are part of its output; see
-        `Layers`.
+        model's modules. Pooled features of the prefix's layers are part of its output; see `Layers`. In VGG the prefix
+        ends with a ReLU or a pooling layer: a ReLU at the start of the suffix, in place, would overwrite its output.
 
         Example:
             >>> from transferkit import attach_head, freeze_until, load_backbone
@@ -201,8 +188,8 @@ def attach_head(
     pooling = one_of("pooling", pooling, (*POOLINGS, FLATTEN))
     if head is not None and (hidden or dropout or pooling != POOLING):
         raise ArgumentError(
-            f"hidden={hidden!r}, dropout={dropout!r} and pooling={pooling!r} describe the built-in head, but head= is "
-            "also given. Pass one or the other."
+            f"hidden={hidden!r}, dropout={dropout!r} and pooling={pooling!r} describe the built-in head: pass these or "
+            "head=, not both."
         )
     flat = pooling == FLATTEN if head is None else layers is None
     pools = find_pools(backbone, layers, FLATTEN if flat else pooling)
@@ -224,11 +211,7 @@ def attach_head(
 def build_head(
     backbone: Backbone, pools: Mapping[int, Pool], num_classes: int, hidden: Sequence[int], dropout: float
 ) -> nn.Sequential:
-    """Build the head that `attach_head` describes.
-
-    Raises:
-        ArgumentError: A value is out of range.
-    """
+    """Build the head that `attach_head` describes, or raise `ArgumentError` for a value out of range."""
     fraction("dropout", dropout)
     if not isinstance(hidden, Iterable):
         raise ArgumentError(f"hidden={hidden!r} cannot be used: expected a list of widths, such as ({hidden!r},).")
@@ -255,32 +238,21 @@ def _feature_shape(backbone: Backbone, pools: Mapping[int, Pool]) -> tuple[int, 
 
 
 def find_pools(backbone: Backbone, layers: Sequence[str] | None, pooling: str) -> dict[int, Pool]:
-    """Return the layers whose outputs a head pools, by index, in forward order; the arguments are `attach_head`'s.
-
-    Raises:
-        ArgumentError: `layers` is empty, no list, or names a layer twice, or layers are to be flattened.
-        UnknownLayerError: The backbone has no such layer.
-    """
+    """Return the layers whose outputs a head pools, by index, in forward order; see `attach_head`."""
     if pooling == FLATTEN:
         if layers is not None:
-            raise ArgumentError(
-                f'layers={layers!r} cannot be flattened: pooling="flatten" takes the last block alone. Leave layers '
-                'out, or pool them: pooling="avgmax".'
-            )
+            advice = 'pooling="flatten" takes the last block alone. Leave layers out, or pool them: pooling="avgmax".'
+            raise ArgumentError(f"layers={layers!r} cannot be flattened: {advice}")
         return {}
     layers = backbone.blocks[-NUM_POOLED:] if layers is None else layers
     if isinstance(layers, str) or not isinstance(layers, Collection) or len(layers) == 0:
-        raise ArgumentError(
-            f'layers={layers!r} cannot be used: expected a list of names, such as ["block4", "block5"].'
-        )
+        raise ArgumentError(f'layers={layers!r} cannot be used: expected a list of names, such as ["block4"].')
     pools: dict[int, Pool] = {}
     for layer in layers:
         matching = [i for i, name in enumerate(backbone.layer_names) if layer in (name, name.split("_")[0])]
         if not matching:
-            raise UnknownLayerError(
-                f"cannot take the output of layer {layer!r}: {backbone.name} has no such layer. "
-                f"{close_matches(layer, [*backbone.blocks, *backbone.layer_names])}"
-            )
+            known = close_matches(layer, [*backbone.blocks, *backbone.layer_names])
+            raise UnknownLayerError(f"no output of layer {layer!r}: {backbone.name} has no such layer. {known}")
         if matching[-1] in pools:
             raise ArgumentError(f"layers={layers!r} name {backbone.layer_names[matching[-1]]} twice.")
         pools[matching[-1]] = Pool(pooling, backbone.num_channels(matching[-1]))
@@ -288,60 +260,40 @@ def find_pools(backbone: Backbone, layers: Sequence[str] | None, pooling: str) -
 
 
 def _class_names(classes: int | Sequence[str]) -> tuple[str, ...]:
-    if isinstance(classes, str):
-        raise ArgumentError(f"classes={classes!r} is one string: expected a list of class names, or their number.")
     if isinstance(classes, Integral):  # numpy's integers too, such as targets.max() + 1
         classes = [str(index) for index in range(int(classes))]
-    if not isinstance(classes, Iterable):
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
         raise ArgumentError(f"classes={classes!r} cannot be used: expected a list of class names, or their number.")
     names = tuple(str(name) for name in classes)
     if len(names) < 2:
-        raise ArgumentError(
-            f"classes={classes!r} gives {len(names)} classes: expected 2 or more. For a yes-or-no question pass two, "
-            'such as ["no", "yes"].'
-        )
+        expected = 'expected 2 or more. For a yes-or-no question pass two, such as ["no", "yes"].'
+        raise ArgumentError(f"classes={classes!r} gives {len(names)} classes: {expected}")
     if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ArgumentError(f"class names repeat: {', '.join(repeated)}. Expected {len(names)} different names.")
     return names
 
 
 def check_float32(model: nn.Module, *, trains: bool) -> None:
-    """Refuse a model that somebody made of other numbers, and settings that torch does not know.
-
-    Args:
-        model: A whole model.
-        trains: Whether its weights must take a gradient.
-
-    Raises:
-        ArgumentError: A weight is not float32 or was made under inference mode, or a layer has an attribute
-            `trainable`.
-    """
+    """Raise `ArgumentError` for a model of other numbers, weights that cannot train, and an attribute `trainable`."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.float32:
-            raise ArgumentError(
-                f"{name} is {tensor.dtype}: expected a float32 model, model.float(). Its arithmetic may be shorter, "
-                "Trainer(model, precision='bf16')."
-            )
+            advice = "model.float(). Its arithmetic may be shorter, Trainer(model, precision='bf16')."
+            raise ArgumentError(f"{name} is {tensor.dtype}: expected a float32 model, {advice}")
         if trains and tensor.is_inference():
-            raise ArgumentError(
-                f"{name} was made under torch.inference_mode(), and torch cannot train it: expected a model that was "
-                "built outside that block."
-            )
+            raise ArgumentError(f"{name} was made under torch.inference_mode(), which torch cannot train.")
     for name, module in model.named_modules():
         if "trainable" in vars(module):
             raise ArgumentError(
-                f"{name or 'the model'} has an attribute trainable, which freezes nothing in torch: expected "
-                "freeze_until(model, 'head'), or requires_grad_(False) on the layer. Delete the attribute."
+                f"{name or 'the model'} has an attribute trainable, which freezes nothing in torch: delete it, and use "
+                "freeze_until(model, 'head'), or requires_grad_(False) on the layer."
             )
 
 
 def check_head(model: TransferModel) -> None:
-    """Run a new head on zeros, in training and in eval mode, and put everything back that this changes.
+    """Run a head, if it or the image size is new, on zeros, in both modes, and put everything back that this changes.
 
-    It is new if it or the image size is another than the last time.
-
-    Raises:
-        HeadMismatchError: It does not take the backbone's features, or does not return logits, one for each class.
+    One that does not take the backbone's features, or does not return logits, one for each class, is a
+    `HeadMismatchError`.
     """
     if model.fits == (model.head, model.backbone.image_size):
         return
@@ -356,8 +308,7 @@ def check_head(model: TransferModel) -> None:
             return  # the first step makes smaller parts, or says so
         raise HeadMismatchError(
             f"head does not accept the backbone's features: {str(error).splitlines()[0]}. Expected a module for inputs "
-            f"(N, {', '.join(map(str, shape))}); start it with nn.Flatten() or a pooling layer. A head that flattens "
-            'takes images of one size alone: attach_head(..., pooling="avg") takes any.'
+            f"(N, {', '.join(map(str, shape))}); start it with nn.Flatten(), for images of one size, or pool."
         ) from error
     finally:
         live = dict(head.named_buffers())
@@ -367,20 +318,20 @@ def check_head(model: TransferModel) -> None:
         if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise HeadMismatchError(
-                f"head returns {got} for 2 images: expected logits of shape (2, {num_classes}), one for each class, in "
-                "training and in eval mode. Change its last layer, or classes."
+                f"head returns {got} for 2 images: expected logits of shape (2, {num_classes}), one for each class. "
+                "Change its last layer, or classes."
             )
         if not logits.is_floating_point() or logits.requires_grad < any(p.requires_grad for p in head.parameters()):
             raise HeadMismatchError(
-                f"head returns {logits.dtype} numbers through which no gradient goes back to its weights: expected "
-                "logits straight from its last layer. Leave out detach(), no_grad() and argmax()."
+                f"head returns {logits.dtype} numbers through which no gradient goes back to its weights: leave out "
+                "detach(), no_grad() and argmax()."
             )
     with torch.no_grad():
         certain = bool((logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < 1e-5).all())
     if certain or isinstance(list(head.modules())[-1], nn.Softmax | nn.Sigmoid):
         raise HeadMismatchError(
-            "head returns probabilities: expected logits, because the loss makes probabilities of them itself. Leave "
-            "out the softmax or sigmoid at its end."
+            "head returns probabilities: expected logits, of which the loss makes probabilities. Leave out the softmax "
+            "or sigmoid at its end."
         )
     model.fits = (head, model.backbone.image_size)
 

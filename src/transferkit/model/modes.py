@@ -14,18 +14,12 @@ from transferkit.model.freezing import stand_ins, stays_in_eval
 
 @dataclass(slots=True)
 class _Use:
-    """The threads that use a module now.
+    """The threads that use a module now."""
 
-    Attributes:
-        evaluated_by: Threads that need it in eval mode, one more than once where blocks are nested.
-        mode: Whether it was in training mode before the first of them.
-        changed_by: The thread that trains it, and how many blocks deep.
-    """
-
-    evaluated_by: list[int] = field(default_factory=list)
-    mode: bool = False
-    changed_by: int | None = None
-    depth: int = 0
+    evaluated_by: list[int] = field(default_factory=list)  # one more than once where blocks are nested
+    mode: bool = False  # whether it was in training mode before the first of them
+    changed_by: int | None = None  # the thread that trains it
+    depth: int = 0  # in nested blocks of that thread
 
 
 _CONDITION = threading.Condition()  # one for all models, because models share modules
@@ -37,18 +31,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Have a model in eval mode while any number of threads evaluate it; then each module has its mode back.
 
     `model.train(was_training)` would not do: it puts a layer that the user set to eval mode back into training mode,
-    and it would do so while another thread still evaluates.
-
-    Raises:
-        ModelInUseError: When another thread trains the model.
-
-    Example:
-        >>> model = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
-        >>> with evaluating(model):
-        ...     print(model[1].training)
-        False
-        >>> [module.training for module in model]
-        [False, True]
+    and it would do so while another thread still evaluates. If another thread trains the model, `ModelInUseError`.
     """
     me, modules = threading.get_ident(), list(model.modules())
     with _CONDITION:
@@ -73,8 +56,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def changing(model: nn.Module) -> Iterator[None]:
     """Let this thread alone use a model, once others that evaluate it are done; what is frozen may be shared.
 
-    Raises:
-        ModelInUseError: When another thread trains the model.
+    If another thread trains the model, `ModelInUseError`.
     """
     me = threading.get_ident()
     modules = [module for module in model.modules() if module is model or not stays_in_eval(module)]
@@ -99,8 +81,8 @@ def _uses(modules: list[nn.Module], me: int) -> list[_Use]:
     """Return the uses of modules, unless another thread changes one."""
     if any(_USES[module].changed_by not in (None, me) for module in modules if module in _USES):
         raise ModelInUseError(
-            "another thread trains this model or loads weights into it: using it now would disturb both. Wait until "
-            "that is done, or use a copy made before, Trainer(copy.deepcopy(model))."
+            "another thread trains this model or loads weights into it. Wait until that is done, or use a copy made "
+            "before, Trainer(copy.deepcopy(model))."
         )
     return [_USES.setdefault(module, _Use()) for module in modules]
 
@@ -117,14 +99,6 @@ def begin_training(model: Any) -> None:
     """Put a model into training mode, except the layers that its user put into eval mode while the rest trained.
 
     Their names are remembered in the model, because a run ends with everything in eval mode.
-
-    Example:
-        >>> model = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
-        >>> begin_training(model)
-        >>> _ = model.eval()
-        >>> begin_training(model)
-        >>> [module.training for module in model]
-        [False, True]
     """
     modules = dict(model.named_modules())
     if model.training:  # or they are all in eval mode, and nobody chose
@@ -142,15 +116,7 @@ def begin_training(model: Any) -> None:
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Let modes be changed inside, and give each module back the mode it had.
-
-    Example:
-        >>> model = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
-        >>> with modes_kept(model):
-        ...     _ = model.train()
-        >>> [module.training for module in model]
-        [False, True]
-    """
+    """Let modes be changed inside, and give each module back the mode it had."""
     modes = [(module, module.training) for module in model.modules()]
     asked = [(stand_in, stand_in.mode) for stand_in in stand_ins(model)]
     try:

@@ -10,12 +10,8 @@ from typing_extensions import Self
 class Novelty(nn.Module):
     """The relative Mahalanobis distance: how far features are from the nearest class, less how far they are from all.
 
-    `Trainer.learn_known` fits it to training images.
-
-    Args:
-        num_features: D.
-        num_axes: R.
-        num_classes: K.
+    Ren et al., 2021, arXiv:2106.09022. `Trainer.learn_known` fits it to training images. D features are projected on R
+    axes, for K classes.
 
     Attributes:
         mean: Of the training features, float32 `(D,)`.
@@ -24,9 +20,6 @@ class Novelty(nn.Module):
         within: What whitens differences from a class's centre, `(R, R)`.
         overall: What whitens differences from the mean of all, `(R, R)`.
         threshold: Distance above which an image is unknown, `()`.
-
-    References:
-        Ren et al., 2021, "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection", arXiv:2106.09022.
     """
 
     mean: Tensor
@@ -57,11 +50,7 @@ class Novelty(nn.Module):
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor]) -> Self:
-        """Build one with the sizes of saved buffers, and load them.
-
-        Raises:
-            ValueError: When they are not those of a `Novelty`.
-        """
+        """Build one with the sizes of saved buffers, and load them; `ValueError` if they do not fit each other."""
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         if set(shapes) != set(cls(1, 1, 1).state_dict()) or len(shapes["axes"]) != 2 or len(shapes["centres"]) != 2:
             raise ValueError("expected mean, axes, centres, within, overall and threshold")

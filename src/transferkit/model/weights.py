@@ -30,11 +30,8 @@ _FULL_SHA256 = {
 def download(url: str, folder: Path | None = None) -> Path:
     """Return the local copy of a weight file, after downloading it if the folder does not have it.
 
-    The file is verified at every use and appears in the folder whole or not at all.
-
-    Args:
-        url: Its last part names the file and holds the start of its SHA-256, as in `vgg16-397923af.pth`.
-        folder: Where the copy is kept. `None` is torch.hub's own folder, which torchvision uses too.
+    The file is verified at every use and appears in the folder whole or not at all. Its name, the last part of the URL,
+    holds the start of its SHA-256. The folder is torch.hub's own by default, which torchvision uses too.
 
     Raises:
         WeightsDownloadError: There is no network or no such file, the connection stalls or breaks, or the disk is full
@@ -51,31 +48,24 @@ def download(url: str, folder: Path | None = None) -> Path:
     got = _read_sha256(path)
     if not got.startswith(expected):
         raise WeightsError(
-            f"{path} is not the file published at {url}: got SHA-256 {got}, expected {expected}. It is damaged or was "
-            "replaced, and has not been opened. Delete it and run again."
+            f"{path} is not the file published at {url}: got SHA-256 {got}, expected {expected}. It has not been "
+            "opened. Delete it and run again."
         )
     return path
 
 
 def is_published(path: Path) -> bool:
-    """Return whether the name of a file holds a SHA-256 and its content has it.
-
-    Raises:
-        WeightsError: The file exists and cannot be read.
-    """
+    """Return whether the name of a file holds a SHA-256 and its content has it."""
     expected = _expected_sha256(path.name)
     return expected is not None and kind_of(path) == "a file" and _read_sha256(path).startswith(expected)
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a file of tensors by name, as `torch.save(model.state_dict(), path)` writes it.
+    """Read a file of tensors by name, as `torch.save(model.state_dict(), path)` writes it; else `WeightsError`.
 
     The checksum of every part is verified first, no code in the file runs, and nothing is downloaded. A file in the
     format of torch before 1.6 has no checksums: that gives a warning, unless its name holds its SHA-256. Tensors are
     mapped, not copied: the 500 MB of an unused classifier take no memory.
-
-    Raises:
-        WeightsError: The file is missing, cannot be read, is damaged, or holds something other than tensors by name.
     """
     path = Path(path)
     check_is_file(path)
@@ -84,8 +74,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except ValueError as error:
         raise WeightsError(
             f"cannot read weights from {path} ({path.stat().st_size} bytes): {error}. Expected a file written by "
-            "torch.save(model.state_dict(), path), holding tensors only. If it is a damaged download, delete it and "
-            "download it again."
+            "torch.save(model.state_dict(), path). If it is a damaged download, delete it and download it again."
         ) from error
     except (OSError, MemoryError) as error:
         raise WeightsError(f"cannot read weights from {path}: {error}. The file may be good.") from error
@@ -102,55 +91,38 @@ def _warn_of_old_format(path: Path) -> None:
 
 
 def check_is_file(path: Path) -> None:
-    """Check that a path is that of a file.
-
-    Raises:
-        WeightsError: It is a folder, or nothing is there.
-    """
+    """Raise `WeightsError` if a path is a folder, or nothing is there."""
     if (found := kind_of(path)) != "a file":
         raise WeightsError(
             f"no weight file at {path}: got {found}, expected a file written by "
-            "torch.save(model.state_dict(), path). Weights by name are e.g. weights='IMAGENET1K_V1'."
+            "torch.save(model.state_dict(), path), or a name such as weights='IMAGENET1K_V1'."
         )
 
 
 def checked_state_dict(content: object, origin: str) -> dict[str, Tensor]:
-    """Return `content` as a dict of tensors by name.
-
-    Raises:
-        WeightsError: It is anything else, or a tensor is not an ordinary dense one. The message names `origin`.
-    """
+    """Return `content` as a dict of tensors by name, or raise `WeightsError`, which names `origin`."""
     if isinstance(content, nn.Module):
         raise WeightsError(f"weights from {origin} are a whole module: pass its state_dict() instead.")
     if not isinstance(content, Mapping):
-        raise WeightsError(
-            f"weights from {origin} are a {type(content).__name__}: expected a mapping of names to tensors (a state "
-            "dict)."
-        )
-    wrong = [key for key, value in content.items() if not isinstance(value, Tensor)]
-    if wrong:
+        raise WeightsError(f"weights from {origin} are a {type(content).__name__}: expected a state dict.")
+    if wrong := [key for key, value in content.items() if not isinstance(value, Tensor)]:
         raise WeightsError(
             f"weights from {origin} hold {type(content[wrong[0]]).__name__} under {wrong[0]!r}: expected tensors only. "
-            "If the state dict lies deeper in the file, pass that part (keys here: "
-            f"{', '.join(map(str, list(content)[:5]))})."
+            f"If the state dict lies deeper, pass that part (keys here: {', '.join(map(str, list(content)[:5]))})."
         )
     if strange := [key for key, value in content.items() if not is_ordinary(value)]:
         raise WeightsError(
             f"weights from {origin} hold something other than an ordinary dense tensor under {strange[0]!r}: expected "
-            "what model.state_dict() gives, on the CPU or a GPU."
+            "what model.state_dict() gives."
         )
     return dict(content)
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Copy `state` into `module`, once every name and shape is known to match.
+    """Copy `state` into `module`, if every name and shape fits; else raise `WeightsError`.
 
     Floating-point weights of another dtype, as in a bfloat16 file, are converted to the module's. Batch norm's
     `num_batches_tracked` may be missing, as in files from before torch 0.4.1, and is then 0.
-
-    Raises:
-        WeightsError: A name is missing or unexpected, or a shape differs. Nothing was copied. The message lists at most
-            five of each.
     """
     own = module.state_dict()
     counts = {key: torch.zeros_like(own[key]) for key in own if key.endswith(".num_batches_tracked")}
@@ -167,38 +139,24 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, same_
     """Say in which names, shapes and dtypes `state` differs from `own`, with an empty string if in none.
 
     Two floating-point dtypes count as different only with `same_width`.
-
-    Example:
-        >>> differences({"a": torch.zeros(2)}, {"a": torch.zeros(3), "b": torch.zeros(1)})
-        'unexpected b; other shapes: a (3,) instead of (2,)'
     """
-    faults = []
-    if missing := [key for key in own if key not in state]:
-        faults.append(f"missing {_some(missing)}")
-    if unexpected := [key for key in state if key not in own]:
-        faults.append(f"unexpected {_some(unexpected)}")
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if shapes:
-        faults.append(f"other shapes: {_some(shapes)}")
-    kinds = [
-        f"{key} {state[key].dtype} instead of {own[key].dtype}"
-        for key in own
-        if key in state
-        and state[key].dtype != own[key].dtype
-        and (same_width or not (state[key].is_floating_point() and own[key].is_floating_point()))
-    ]
-    if kinds:
-        faults.append(f"other dtypes: {_some(kinds)}")
-    return "; ".join(faults)
-
-
-def _some(items: list[str]) -> str:
-    rest = f" and {len(items) - 5} more" if len(items) > 5 else ""
-    return ", ".join(items[:5]) + rest
+    found: dict[str, list[str]] = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "other shapes:": [],
+        "other dtypes:": [],
+    }
+    for key, live, value in ((key, own[key], state[key]) for key in own if key in state):
+        both_float = live.is_floating_point() and value.is_floating_point()
+        if live.shape != value.shape:
+            found["other shapes:"].append(f"{key} {tuple(value.shape)} instead of {tuple(live.shape)}")
+        if live.dtype != value.dtype and (same_width or not both_float):
+            found["other dtypes:"].append(f"{key} {value.dtype} instead of {live.dtype}")
+    return "; ".join(
+        f"{what} {', '.join(items[:5])}" + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+        for what, items in found.items()
+        if items
+    )
 
 
 def _likely_cause(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
@@ -215,19 +173,13 @@ def _expected_sha256(name: str) -> str | None:
 
 
 def _read_sha256(path: Path) -> str:
-    try:
-        return _sha256(path)
-    except OSError as error:
-        raise WeightsError(
-            f"{path} exists and cannot be read: {error}. The file may be good: correct its permissions."
-        ) from error
-
-
-def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open_file(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
+    try:
+        with open_file(path) as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error}. The file may be good: correct its permissions.") from error
     return digest.hexdigest()
 
 
@@ -243,8 +195,8 @@ def _fetch(url: str, path: Path, expected: str) -> None:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection
         raise WeightsDownloadError(
-            f"could not download {url} to {path}: {error}. Nothing was kept. Without a network, download the file "
-            "elsewhere and put it there, or pass its path as weights=."
+            f"could not download {url} to {path}: {error}. Nothing was kept. Without a network, put the file there, or "
+            "pass its path as weights=."
         ) from error
 
 
@@ -260,6 +212,6 @@ def _copy_verified(response: http.client.HTTPResponse, file: BinaryIO, url: str,
         raise ConnectionError(f"the connection ended after {received} of {announced} bytes")
     if not digest.hexdigest().startswith(expected):
         raise WeightsError(
-            f"what {url} sent ({received} bytes) does not have the SHA-256 in its name. Nothing was kept. A proxy or "
-            "login page may have answered instead: try another network, or pass a path as weights=."
+            f"what {url} sent ({received} bytes) does not have the SHA-256 in its name, and was not kept. A login page "
+            "may have answered: try another network, or pass a path as weights=."
         )

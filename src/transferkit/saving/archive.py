@@ -3,7 +3,7 @@
 import os
 import reprlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,10 @@ _PLAIN_BYTES = 2**20  # room for what is not tensors
 
 
 def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint beside its place, read its checksums back, flush it to the disk and rename it.
+    """Write plain types and tensors beside their place, read the checksums back, flush to the disk and rename.
 
-    Args:
-        path: Of the file, in an existing folder.
-        state: Plain types and tensors, nested. They are not copied. If another thread changes them meanwhile, that is
-            an error, unless it uses `.data` or has not finished when the file has.
+    The tensors are not copied. If another thread changes them meanwhile, that is an error, unless it uses `.data` or
+    has not finished when the file has.
 
     Raises:
         CheckpointTypeError: The state holds something else. Nothing was written.
@@ -39,11 +37,14 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> 
     path = Path(path)
     tensors = check_plain(state, CheckpointTypeError)
     versions = [tensor._version for tensor in tensors]
+    needed = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     try:
-        _check_room(path.parent, sum(tensor.untyped_storage().nbytes() for tensor in tensors))
+        if (free := shutil.disk_usage(path.parent).free) < needed + _PLAIN_BYTES:
+            raise OSError(f"it needs {needed / 1e6:,.0f} MB and {path.parent} has {free / 1e6:,.0f} MB free")  # noqa: TRY301
         with atomic_write(path) as file:
             torch.save({"format": FORMAT, "versions": VERSIONS, **state}, file)
-            _check_unchanged(tensors, versions)
+            if versions != [tensor._version for tensor in tensors]:
+                raise OSError("another thread changed its tensors meanwhile, save between two steps")  # noqa: TRY301
             check_archive(file)
     except (OSError, RuntimeError, ValueError) as error:  # torch raises RuntimeError where the disk is full
         raise CheckpointWriteError(
@@ -53,11 +54,7 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> 
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint after verifying the checksum of each of its parts. No code in the file runs.
-
-    Raises:
-        CheckpointError: The file is missing, cannot be read, is damaged, or is not a checkpoint of this format.
-    """
+    """Read a checkpoint after verifying the checksum of each part; else `CheckpointError`. No code in it runs."""
     path = Path(path)
     if (found := kind_of(path)) != "a file":
         raise CheckpointError(f"no checkpoint at {path}: got {found}, expected a file that Trainer.save wrote.")
@@ -65,9 +62,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         state = read_torch_file(path)
     except ValueError as error:
         raise CheckpointError(
-            f"cannot read {path} ({path.stat().st_size} bytes) as a checkpoint: {error}. Expected a file that "
-            "Trainer.save wrote, whole: delete it and use an earlier one. For a file of weights alone use "
-            "load_backbone(weights=path)."
+            f"cannot read {path} ({path.stat().st_size} bytes) as a checkpoint: {error}. Expected a whole file of "
+            "Trainer.save: delete it and use an earlier one. Weights alone are for load_backbone(weights=path)."
         ) from error
     except (OSError, MemoryError) as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error}. The file may be good.") from error
@@ -79,12 +75,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """Return a value from a file as text for a message, never long.
-
-    Example:
-        >>> shown("vgg16"), shown([[0] * 100] * 100)[:30]
-        ('vgg16', '[[0, 0, 0, 0, 0, 0, ...], [0, ')
-    """
+    """Return a value from a file as text for a message, never long."""
     return printable(value) if isinstance(value, str) and len(value) < 80 else reprlib.repr(value)
 
 
@@ -102,9 +93,8 @@ def _other_format(state: object, found: object) -> str:
 def check_plain(state: object, error: type[CheckpointError]) -> list[Tensor]:
     """Return the tensors in a nested state.
 
-    Raises:
-        CheckpointError: A value is not of a plain type or a dense tensor with memory of its own, or a key is not text.
-            The class is `error`, and the message names the place.
+    A value that is not of a plain type or a dense tensor with memory of its own, or a key that is not text, is an
+    `error`, which names the place.
     """
     tensors: list[Tensor] = []
     seen: set[int] = set()  # without it a list that holds one list twice, nested, would take forever
@@ -130,21 +120,10 @@ def check_plain(state: object, error: type[CheckpointError]) -> list[Tensor]:
 
 
 def check_parts(state: object, parts: Any, *, origin: str, place: str = "") -> None:
-    """Compare a nested state with a table of what it must hold.
+    """Compare a nested state with a table of what it must hold; `CheckpointError` names the place of what differs.
 
-    Args:
-        state: As read from a file.
-        parts: A tuple of the types that a value may have; a dict of the keys that a mapping must have, with `str` as
-            key for every key; or a list of one entry, for every item of a list.
-        origin: The file, for the message.
-        place: Of the state within the file.
-
-    Raises:
-        CheckpointError: A part is missing or has another type. The message names its place.
-
-    Example:
-        >>> table = {"epoch": (int,), "losses": [(float,)], "weights": {str: (Tensor,)}}
-        >>> check_parts({"epoch": 3, "losses": [0.5, 0.25], "weights": {}}, table, origin="run.pt")
+    A table is a tuple of the types that a value may have; a dict of the keys that a mapping must have, with `str` as
+    key for every key; or a list of one entry, for every item of a list. `origin` is the file.
     """
     kinds = parts if isinstance(parts, tuple) else (type(parts),)
     if not isinstance(state, kinds) or (isinstance(state, bool) and bool not in kinds):
@@ -155,10 +134,8 @@ def check_parts(state: object, parts: Any, *, origin: str, place: str = "") -> N
     prefix = f"{place}/" if place else ""
     if isinstance(parts, dict):
         if lacking := [prefix + key for key in parts if key is not str and key not in state]:
-            raise CheckpointError(
-                f"{origin} lacks {', '.join(lacking)}: expected a file that Trainer.save wrote, or what "
-                "Trainer.state_dict returned."
-            )
+            expected = "expected a file that Trainer.save wrote, or what Trainer.state_dict returned."
+            raise CheckpointError(f"{origin} lacks {', '.join(lacking)}: {expected}")
         for key, part in parts.items():
             for name in state if key is str else [key]:
                 check_parts(state[name], part, origin=origin, place=f"{prefix}{name}")
@@ -168,45 +145,14 @@ def check_parts(state: object, parts: Any, *, origin: str, place: str = "") -> N
 
 
 def check_ranges(state: Mapping[str, Any], ranges: Mapping[str, tuple[float, float]], *, origin: str) -> None:
-    """Check that numbers of a state lie in a range, its ends included; None, and what is no number, passes.
-
-    Raises:
-        CheckpointError: One does not, or is not a number (NaN). The message names it.
-
-    Example:
-        >>> check_ranges({"epoch": 3, "size": None}, {"epoch": (0, 10), "size": (1, 10)}, origin="run.pt")
-    """
+    """Raise `CheckpointError` unless numbers of a state lie in a range; what is no number passes."""
     for name, (least, most) in ranges.items():
         value = state.get(name)
         if isinstance(value, int | float) and not least <= value <= most:
             raise CheckpointError(f"{origin} has {name} {shown(value)}: expected {least:g} to {most:g}.")
 
 
-def check_items(values: Iterable[object], kind: type, place: str) -> None:
-    """Check that all values are of one type; a table of `check_parts` says the same.
-
-    Raises:
-        CheckpointError: One is not.
-    """
-    check_parts(list(values), [(kind,)], origin="the checkpoint", place=place)
-
-
 def check_no_tensors(value: object, place: str) -> None:
-    """Check that a value holds no tensor, because `==` on a tensor does not return a bool.
-
-    Raises:
-        CheckpointError: It holds one, or something else that a checkpoint cannot hold.
-    """
+    """Raise `CheckpointError` if a value holds a tensor, because `==` on a tensor does not return a bool."""
     if check_plain(value, CheckpointError):
         raise CheckpointError(f"{place} of the checkpoint holds a tensor: expected numbers and text.")
-
-
-def _check_unchanged(tensors: list[Tensor], versions: list[int]) -> None:
-    if versions != [tensor._version for tensor in tensors]:
-        raise OSError("another thread changed its tensors meanwhile, save between two steps")
-
-
-def _check_room(folder: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes + _PLAIN_BYTES:
-        raise OSError(f"it needs {num_bytes / 1e6:,.0f} MB and {folder} has {free / 1e6:,.0f} MB free")

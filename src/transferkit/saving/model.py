@@ -1,10 +1,9 @@
 """A model as plain types and tensors, and back."""
 
 import copy
-import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,16 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vgg import make_layers
 
-from transferkit.base.arrays import digest_tensors
+from transferkit.base.arrays import sha256_of
 from transferkit.base.calls import explained
 from transferkit.base.surroundings import own_surroundings
 from transferkit.data.classes import numbered
-from transferkit.data.preprocessing import GEOMETRIES, Preprocessing
-from transferkit.errors import (
-    ArgumentError,
-    CheckpointError,
-    CheckpointTypeError,
-    HeadMismatchError,
-    TransferKitError,
-)
+from transferkit.data.preprocessing import Preprocessing
+from transferkit.errors import ArgumentError, CheckpointError, CheckpointTypeError, HeadMismatchError, TransferKitError
 from transferkit.model.backbone import MIN_IMAGE_SIZE, Backbone, load_backbone
 from transferkit.model.freezing import freeze_modules, stays_in_eval, trainable_state
 from transferkit.model.head import FLATTEN, POOLING, TransferModel, attach_head, build_head, find_pools
-from transferkit.model.layers import structure, unlike
+from transferkit.model.layers import Pool, structure, unlike
 from transferkit.model.novelty import Novelty
 from transferkit.model.weights import differences
 from transferkit.saving.archive import check_no_tensors, check_parts, read_checkpoint, shown, write_checkpoint
@@ -55,8 +48,6 @@ PARTS: dict[str, Any] = {
     "sha256": (str,),
 }
 
-_OLDEST = {"geometry": "crop"}  # what a file written before there were others does not say
-
 
 def model_state(model: TransferModel) -> dict[str, Any]:
     """Return all that is needed to rebuild a model, as plain types and tensors that are not copies."""
@@ -78,30 +69,23 @@ def model_state(model: TransferModel) -> dict[str, Any]:
 
 
 def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
-    """Compare a saved model with a live one, so that nothing is assigned unless everything fits.
+    """Compare a saved model, of the form `PARTS`, with a live one, so that nothing is assigned unless all fits.
 
-    Args:
-        model: The live one.
-        state: Of the form `PARTS`.
-
-    Raises:
-        HeadMismatchError: The classes differ.
-        CheckpointError: The backbone, the preprocessing, the layers or their pooling, or a name, shape or dtype of the
-            weights differs.
+    Other classes are a `HeadMismatchError`, all else is a `CheckpointError` that names what differs.
     """
-    _check_description(state)
+    preprocessing = _check_description(state)
     others = len(model.classes) != len(state["classes"])
     if list(model.classes) != state["classes"] and (others or not numbered(model.classes)):
         raise HeadMismatchError(
             f"the checkpoint has {len(state['classes'])} classes ({', '.join(state['classes'][:5])}...), the model "
-            f"{len(model.classes)} ({', '.join(model.classes[:5])}...): expected the same. transferkit.load_model "
-            "builds the model that the checkpoint was made of."
+            f"{len(model.classes)} ({', '.join(model.classes[:5])}...): expected the same. load_model builds its model."
         )
     if (model.threshold is None) != (state["threshold"] is None):
-        labels = {True: "exactly one label an image", False: "several labels an image"}
+        thresholds = (state["threshold"], model.threshold)
+        kinds = ["exactly one label" if threshold is None else "several labels" for threshold in thresholds]
         raise CheckpointError(
-            f"the checkpoint is of a model for {labels[state['threshold'] is None]}, this one is for "
-            f"{labels[model.threshold is None]}: expected the same kind of loss in Trainer."
+            f"the checkpoint is of a model for {kinds[0]} an image, this one is for {kinds[1]} an image: expected the "
+            "same kind of loss in Trainer."
         )
     live = {
         "backbone": model.backbone.name,
@@ -109,11 +93,8 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
         "layers": list(model.layers),
         "pooling": _pooling(list(model.layers), model.head_arguments),
     }
-    saved = {
-        **state,
-        "preprocessing": _OLDEST | state["preprocessing"],
-        "pooling": _pooling(state["layers"], state["head"]),
-    }
+    pooling = _pooling(state["layers"], state["head"])
+    saved = {**state, "preprocessing": asdict(preprocessing), "pooling": pooling}
     for name, value in live.items():
         if type(value) is not type(saved[name]) or value != saved[name]:
             raise CheckpointError(
@@ -135,12 +116,10 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
 
 
 def check_loadable(model: object) -> None:
-    """Refuse a model that `load_model` could not build again from its file, before it is written.
+    """Raise `CheckpointTypeError` for a model that `load_model` could not build again from its file.
 
-    Raises:
-        CheckpointTypeError: The model is a wrapper or a subclass; a layer of its backbone or of the head that
-            `attach_head` built was replaced, changed, compiled, pruned or parametrized, or has a `forward` of its own;
-            or weights are not float32.
+    It is a wrapper or a subclass; a layer of its backbone or of the head that `attach_head` built was replaced,
+    changed, compiled, pruned or parametrized, or has a `forward` of its own; or weights are not float32.
     """
     if not isinstance(model, TransferModel) or type(model) is not TransferModel:
         inside = [name for name in ("module", "_orig_mod") if isinstance(getattr(model, name, None), TransferModel)]
@@ -149,18 +128,16 @@ def check_loadable(model: object) -> None:
     with torch.device("meta"):
         known = {type(layer): layer for layer in make_layers([1, "M"], batch_norm=True)}
         layers = [copy.deepcopy(known.get(type(layer), nn.Identity())) for layer in model.backbone.features]
-        expected: list[tuple[str, nn.Module, nn.Module]] = [
-            ("backbone.features.", model.backbone.features, nn.Sequential(*layers))
-        ]
-        pools = model.pools
-        if model.head_arguments is not None:
-            arguments = dict(model.head_arguments)
-            pools = find_pools(model.backbone, model.layers or None, arguments.pop("pooling"))
-            head = build_head(model.backbone, pools, len(model.classes), **arguments)
-            expected.append(("head.", model.head, head))
+    expected: dict[str, tuple[nn.Module, nn.Module]] = {
+        "backbone.features.": (model.backbone.features, nn.Sequential(*layers))
+    }
+    pools = model.pools
+    if model.head_arguments is not None:
+        pools, head = _head_without_weights(model.backbone, model.layers, model.head_arguments, len(model.classes))
+        expected["head."] = (model.head, head)
     faults = [] if pools == model.pools else [f"it pools {model.pools} instead of {pools}"]
     faults += [f"{name} has a forward of its own" for name, part in model.named_modules() if "forward" in vars(part)]
-    for place, live, reference in expected:
+    for place, (live, reference) in expected.items():
         names = live.state_dict().keys() ^ reference.state_dict().keys()
         faults += [f"{place}{name} is in one of them alone" for name in sorted(names)]
         faults += [f"{place}{fault}" for fault in unlike(structure(live), structure(reference))]
@@ -186,39 +163,30 @@ def _pooling(layers: list[str], head: Mapping[str, Any] | None) -> Any:
     return head.get("pooling") if head else POOLING if layers else FLATTEN
 
 
-def _check_description(state: Mapping[str, Any]) -> None:
+def _check_description(state: Mapping[str, Any]) -> Preprocessing:
+    """Refuse a saved model that no model can be like; return its preprocessing."""
     described = [state["preprocessing"], state["head"], state["structure"]]
     check_no_tensors(described, "model/preprocessing, model/head or model/structure")
-    _check_preprocessing(state["preprocessing"])
-    if state["threshold"] is not None and not 0 < state["threshold"] < 1:
-        raise CheckpointError(
-            f"the checkpoint has the threshold {state['threshold']}: expected one above 0 and below 1."
-        )
-    if not 0 < state["temperature"] < math.inf:
-        raise CheckpointError(f"the checkpoint has the temperature {state['temperature']}: expected one above 0.")
-    size = state["preprocessing"].get("image_size")
-    if type(size) is not int or not MIN_IMAGE_SIZE <= size <= MAX_IMAGE_SIZE:
-        raise CheckpointError(
-            f"the checkpoint is of a model for images of {shown(size)} pixels: expected {MIN_IMAGE_SIZE} to "
-            f"{MAX_IMAGE_SIZE:,}."
-        )
-    if (geometry := (_OLDEST | state["preprocessing"])["geometry"]) not in GEOMETRIES:
-        raise CheckpointError(
-            f"the checkpoint is of a model with geometry {shown(geometry)}: expected one of {', '.join(GEOMETRIES)}."
-        )
+    for name, end in (("threshold", 1.0), ("temperature", math.inf)):
+        if state[name] is not None and not 0 < state[name] < end:
+            raise CheckpointError(f"the checkpoint has the {name} {state[name]}: expected one above 0 and below {end}.")
     if len(state["classes"]) < 2:
         raise CheckpointError(f"the checkpoint has {len(state['classes'])} classes: expected 2 or more.")
-
-
-def _check_preprocessing(state: Mapping[str, Any]) -> None:
-    means, stds, channels = (state.get(name, ()) for name in ("mean", "std", "channels"))
-    usable = all(isinstance(part, tuple) and len(part) == 3 for part in (means, stds, channels))
-    usable = usable and all(type(number) is float and math.isfinite(number) for number in (*means, *stds))
-    if not usable or min(stds) <= 0 or sorted(map(str, channels)) != [*"012"]:
+    try:
+        found = Preprocessing(**state["preprocessing"])
+        usable = all(isinstance(part, tuple) and len(part) == 3 for part in (found.mean, found.std, found.channels))
+        usable = usable and all(type(number) is float and math.isfinite(number) for number in (*found.mean, *found.std))
+        usable = usable and min(found.std) > 0 and sorted(map(str, found.channels)) == [*"012"]
+        usable = usable and type(found.image_size) is int and MIN_IMAGE_SIZE <= found.image_size <= MAX_IMAGE_SIZE
+    except (TypeError, ArgumentError) as error:
+        raise CheckpointError(f"the checkpoint has a preprocessing that cannot be used: {error}") from error
+    if not usable:
         raise CheckpointError(
-            f"the checkpoint has the preprocessing {shown(dict(state))}: expected three finite means, three standard "
-            "deviations above 0 and an order of three channels."
+            f"the checkpoint has the preprocessing {shown(dict(state['preprocessing']))}: expected three finite means, "
+            "three standard deviations above 0, an order of three channels and an image_size of "
+            f"{MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE:,} pixels."
         )
+    return found
 
 
 def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
@@ -261,15 +229,9 @@ def leave_out_frozen(state: Mapping[str, Any], model: TransferModel) -> tuple[di
 
 
 def put_back(state: dict[str, Any], path: Path, *others: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the state of a model with the weights that were left out of its file.
+    """Return the state of a model with the weights that `leave_out_frozen` left out of its file, told by their SHA-256.
 
-    Args:
-        state: As `leave_out_frozen` made it, of the form `PARTS`.
-        path: Of its file. A file of the frozen weights may lie in the same folder.
-        others: Weights of live models that may include those left out.
-
-    Raises:
-        CheckpointError: Neither `others` nor the folder has weights with the SHA-256 of those left out.
+    They are those of `others`, weights of live models, or of a file in the folder of `path`; else `CheckpointError`.
     """
     _check_description(state)
     if not state["left_out"]:
@@ -286,9 +248,8 @@ def put_back(state: dict[str, Any], path: Path, *others: Mapping[str, Tensor]) -
             return {**state, "weights": {**state["weights"], **content["frozen"]}}
         raise CheckpointError(f"{beside} does not hold the frozen weights that its name says: delete it.")
     raise CheckpointError(
-        f"{path} was saved without its {len(state['left_out'])} frozen weights "
-        f"({', '.join(state['left_out'][:3])}, ...), and no weights with their SHA-256, {state['sha256'][:8]}..., were "
-        f"found. Expected them in the model, in backbone=, or in {beside}."
+        f"{path} was saved without its {len(state['left_out'])} frozen weights ({state['left_out'][0]}, ...), and "
+        f"none with their SHA-256, {state['sha256'][:8]}..., are in the model, in backbone=, or in {beside}."
     )
 
 
@@ -360,9 +321,7 @@ def load_model(
     given = {} if backbone is None else {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
     state = put_back(state, Path(path), given)
     if head is None and state["head"] is None:
-        raise CheckpointError(
-            f"{path} has a head of the user's own, whose code is not in the file: pass one built the same way as head=."
-        )
+        raise CheckpointError(f"{path} has a head of the user's own: pass one built the same way as head=.")
     try:
         model = _build(state, head, backbone)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
@@ -377,34 +336,34 @@ def load_model(
 
 def _build(state: Mapping[str, Any], head: nn.Module | None, backbone: Backbone | None) -> TransferModel:
     if backbone is None:
-        backbone = load_backbone(
-            state["backbone"],
-            weights=None,
-            image_size=state["preprocessing"]["image_size"],
-            preprocessing=Preprocessing(**(_OLDEST | state["preprocessing"])),
-        )
-    arguments = state["head"] if head is None else {"head": head}
+        preprocessing = _check_description(state)
+        size = preprocessing.image_size
+        backbone = load_backbone(state["backbone"], weights=None, image_size=size, preprocessing=preprocessing)
     if head is None:
         _check_head_size(backbone, state)
+    arguments = state["head"] if head is None else {"head": head}
     return attach_head(backbone, state["classes"], layers=state["layers"] or None, **arguments)
 
 
 def _check_head_size(backbone: Backbone, state: Mapping[str, Any]) -> None:
     """Refuse a head that is larger than its weights in the file, before any memory is allocated for it."""
     if len(state["head"].get("hidden", ())) > len(state["weights"]):
-        raise CheckpointError(
-            f"the checkpoint describes a head of more layers than its {len(state['weights'])} weights."
-        )
-    arguments = dict(state["head"])
-    pools = find_pools(backbone, state["layers"] or None, arguments.pop("pooling"))
-    with torch.device("meta"):
-        head = build_head(backbone, pools, len(state["classes"]), **arguments)
+        raise CheckpointError(f"the checkpoint describes a head of more layers than {len(state['weights'])} weights.")
+    head = _head_without_weights(backbone, state["layers"], state["head"], len(state["classes"]))[1]
     weights = {name.removeprefix("head."): w for name, w in state["weights"].items() if name.startswith("head.")}
     if faults := differences(head.state_dict(), weights):
         raise CheckpointError(f"the checkpoint's weights do not fit the head that it describes: {faults}.")
 
 
+def _head_without_weights(
+    backbone: Backbone, layers: Sequence[str], head: Mapping[str, Any], num_classes: int
+) -> tuple[dict[int, Pool], nn.Module]:
+    """Build the head that arguments of `attach_head` describe, on the meta device; return also what it pools."""
+    arguments = dict(head)
+    pools = find_pools(backbone, layers or None, arguments.pop("pooling"))
+    with torch.device("meta"):
+        return pools, build_head(backbone, pools, num_classes, **arguments)
+
+
 def _sha256(weights: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    digest_tensors(digest, dict(sorted(weights.items())))
-    return digest.hexdigest()
+    return sha256_of(dict(sorted(weights.items())))

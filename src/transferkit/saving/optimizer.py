@@ -26,16 +26,12 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
 
 
 def check_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Compare a saved optimizer with a live one, so that nothing is assigned unless everything fits.
-
-    Raises:
-        CheckpointError: The class, the groups, or what the optimizer stores of a parameter differs.
-    """
+    """Raise `CheckpointError` unless class, groups and what is stored of each parameter fit a live optimizer."""
     check_parts(state, PARTS, origin="the checkpoint", place="optimizer")
     if (name := type(optimizer).__name__) != state["class"] or len(optimizer.param_groups) != len(state["groups"]):
         raise CheckpointError(
             f"the checkpoint's optimizer is {state['class']} with {len(state['groups'])} groups, the live one {name} "
-            f"with {len(optimizer.param_groups)}: expected the same. Build the Trainer with that optimizer."
+            f"with {len(optimizer.param_groups)}. Build the Trainer with that optimizer."
         )
     from_torch = f"{type(optimizer).__module__}.".startswith("torch.optim.")  # the step of another may do anything
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -52,9 +48,7 @@ def check_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping
                 _check_values(names[id(parameter)], _state_after_a_step(optimizer, group, parameter), values)
                 _check_numbers(names[id(parameter)], values)
     if unknown:
-        raise CheckpointError(
-            f"the checkpoint's optimizer has state for {next(iter(unknown))!r}, which the model does not have."
-        )
+        raise CheckpointError(f"the checkpoint's optimizer has state for {next(iter(unknown))!r}, not in the model.")
 
 
 def _check_settings(kind: type[Optimizer], place: str, saved: Mapping[str, Any]) -> None:
@@ -67,23 +61,12 @@ def _check_settings(kind: type[Optimizer], place: str, saved: Mapping[str, Any])
         settings = {key: value for key, value in saved.items() if key in known}
         kind([nn.Parameter(torch.zeros(2, 3))], **settings)
     except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the checkpoint's optimizer has settings for {place} that it cannot work with: {error}. Got "
-            f"{shown(dict(saved))}."
-        ) from error
+        wrong = f"the checkpoint's optimizer has settings for {place} that it cannot work with: {error}."
+        raise CheckpointError(f"{wrong} Got {shown(dict(saved))}.") from error
 
 
-_NOT_NEGATIVE = {
-    "step",
-    "exp_avg_sq",
-    "max_exp_avg_sq",
-    "exp_inf",
-    "square_avg",
-    "acc_delta",
-    "sum",
-    "step_size",
-    "eta",
-}
+_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum")
+_NOT_NEGATIVE = (*_SQUARES, "step", "step_size", "eta")
 
 
 def _check_numbers(name: str, values: Mapping[str, Any]) -> None:
@@ -92,10 +75,9 @@ def _check_numbers(name: str, values: Mapping[str, Any]) -> None:
         if isinstance(value, Tensor) and value.numel() and value.is_floating_point():
             least, most = (float(end) for end in value.detach().aminmax())
             if not (-math.inf < least and most < math.inf and (least >= 0 or key not in _NOT_NEGATIVE)):
-                raise CheckpointError(
-                    f"the checkpoint's optimizer has numbers from {least:g} to {most:g} as {key} of {name}: expected "
-                    f"finite ones{' of 0 or more' if key in _NOT_NEGATIVE else ''}."
-                )
+                got = f"numbers from {least:g} to {most:g} as {key} of {name}"
+                expected = f"finite ones{' of 0 or more' if key in _NOT_NEGATIVE else ''}"
+                raise CheckpointError(f"the checkpoint's optimizer has {got}: expected {expected}.")
 
 
 def _state_after_a_step(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
@@ -108,12 +90,12 @@ def _state_after_a_step(optimizer: Optimizer, group: Mapping[str, Any], paramete
     tiny.grad = torch.zeros_like(tiny)
     twin = type(optimizer)([{**group, "params": [tiny]}])  # type: ignore[call-arg] # torch's have defaults
     twin.step()
-    return {
-        key: torch.empty([sizes.get(size, size) for size in value.shape], dtype=value.dtype, device="meta")
-        if isinstance(value, Tensor)
-        else value
-        for key, value in twin.state[tiny].items()
-    }
+    state = dict(twin.state[tiny])
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            shape = [sizes.get(size, size) for size in value.shape]
+            state[key] = torch.empty(shape, dtype=value.dtype, device="meta")
+    return state
 
 
 def _check_values(place: str, live: Mapping[str, object], saved: Mapping[str, object]) -> None:

@@ -11,13 +11,7 @@ from transferkit.base.arguments import whole_number
 from transferkit.base.calls import explained
 from transferkit.base.files import kind_of, lock_folder
 from transferkit.base.processes import rank
-from transferkit.errors import (
-    ArgumentError,
-    CheckpointError,
-    CheckpointTypeError,
-    CheckpointWriteError,
-    TransferKitError,
-)
+from transferkit.errors import ArgumentError, CheckpointError, CheckpointTypeError, CheckpointWriteError
 from transferkit.model.head import TransferModel
 from transferkit.results.history import EpochReport
 from transferkit.saving.archive import check_plain, read_checkpoint, write_checkpoint
@@ -76,7 +70,7 @@ class Checkpoint:
         self.every_epochs = whole_number("every_epochs", every_epochs)
         self.every_steps = None if every_steps is None else whole_number("every_steps", every_steps)
         self.keep_last = whole_number("keep_last", keep_last)
-        self.failure: TransferKitError | None = None
+        self.failure: CheckpointTypeError | CheckpointWriteError | None = None
         self._frozen_written: set[Path] = set()
         self._known: set[Path] | None = None  # states that this run wrote or began with
         self._lock: BinaryIO | None = None
@@ -84,7 +78,7 @@ class Checkpoint:
             self.folder.mkdir(exist_ok=True, parents=True)
         except (OSError, ValueError) as error:
             raise CheckpointWriteError(
-                f"checkpoints cannot be kept in {folder}: {error}. Expected a folder, or a name for one."
+                f"checkpoints cannot be kept in {folder}: {error}. Expected a folder."
             ) from error
 
     def __call__(self, trainer: Resumable, report: EpochReport) -> None:
@@ -121,8 +115,7 @@ class Checkpoint:
         self._known = set(states) if self._known is None else self._known
         if foreign := [state for state in states if state not in self._known]:
             raise CheckpointWriteError(
-                f"{self.folder} holds {foreign[-1].name}, which another run wrote meanwhile. Nothing was written: give "
-                "each run a folder of its own."
+                f"{self.folder} holds {foreign[-1].name}, which another run wrote: give each run a folder of its own."
             )
         state = trainer.state_dict()
         check_plain(state, CheckpointTypeError)
@@ -158,14 +151,10 @@ class Checkpoint:
             raise self.failure
 
     def before_first_step(self, global_step: int, *, resumed_from: Path | None) -> None:
-        """Refuse a folder with states of a longer run, which would be taken for this one's.
+        """Refuse, with `ArgumentError`, a folder that another process saves to, or with states of a longer run.
 
-        Args:
-            global_step: Steps already made.
-            resumed_from: The checkpoint that the run resumes, whose folder may hold later states of the same run.
-
-        Raises:
-            ArgumentError: When another run's states are in the folder, or another process saves to it.
+        Those would be taken for this run's. `resumed_from` is the checkpoint that the run resumes after `global_step`
+        steps: its folder may hold later states of the same run.
         """
         if rank():
             return
@@ -173,9 +162,7 @@ class Checkpoint:
         try:
             self._lock = lock_folder(self.folder)
         except BlockingIOError as error:
-            raise ArgumentError(
-                f"another process saves its run to {self.folder}: wait until it ends, or name another folder."
-            ) from error
+            raise ArgumentError(f"another process saves its run to {self.folder}: name another folder.") from error
         states = self._states()
         self._known = set(states)
         if resumed_from is not None and self.folder.resolve() == resumed_from.parent.resolve():
@@ -196,11 +183,7 @@ class Checkpoint:
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """Return the paths of the checkpoints in a folder, the newest last.
-
-    Raises:
-        CheckpointError: The folder is gone or cannot be read.
-    """
+    """Return the paths of the checkpoints in a folder, the newest last."""
     try:
         paths = list(folder.iterdir())
     except OSError as error:
@@ -211,10 +194,8 @@ def steps_in(folder: Path) -> list[Path]:
 def read_newest(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
     """Read a checkpoint, or the newest in a folder; return its path and state, or `None` if the folder has none yet.
 
-    A run may save to the folder meanwhile, and remove what it was about to read: then a newer one is read.
-
-    Raises:
-        CheckpointError: The file is missing or cannot be used. In a folder, the message names the newest good one.
+    A run may save to the folder meanwhile, and remove what it was about to read: then a newer one is read. If the
+    newest in a folder cannot be used, the `CheckpointError` names the newest good one.
     """
     path = Path(path)
     if kind_of(path) != "a folder":
@@ -233,13 +214,10 @@ def read_newest(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | N
 
 
 def _is_good(path: Path) -> bool:
-    try:
-        read_checkpoint(path)
-    except CheckpointError:
-        return False
-    return True
+    with suppress(CheckpointError):
+        return bool(read_checkpoint(path))
+    return False
 
 
 def _step(path: Path) -> int:
-    found = _NAME.fullmatch(path.name)
-    return int(found[1]) if found else -1
+    return int(path.stem.removeprefix("step-"))

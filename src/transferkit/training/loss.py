@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,29 +24,6 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 _MULTI_LABEL = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
 
 
-class Loss(Protocol):
-    """What training, evaluation and resuming ask of a loss."""
-
-    @property
-    def threshold(self) -> float | None:
-        """Probability from which a label counts as predicted; None where each image has exactly one label."""
-
-    def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:
-        """Return the loss with everything that depends on the training data computed and on the device."""
-
-    def total_weight(self, targets: Tensor) -> Tensor | int:
-        """Return what the sum over a batch is divided by."""
-
-    def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum over part of a batch, float32 `()`."""
-
-    def each(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of each image without smoothing and weights, float32 `(N,)`."""
-
-    def describe(self) -> str:
-        """Return the settings as text: a resumed run must have the same."""
-
-
 @explained
 @dataclass(frozen=True)
 class CrossEntropy:
@@ -58,7 +35,7 @@ class CrossEntropy:
             which lets every class count the same however many training images it has. None counts all images the same.
 
     Raises:
-        ArgumentError: When `label_smoothing` is out of range. When a run starts, if there is not one weight for each
+        ArgumentError: `label_smoothing` is out of range. When a run starts, if there is not one weight for each
             class, a weight is negative or not finite, or `"balanced"` meets a `DataLoader`.
 
     Example:
@@ -70,7 +47,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
     class_weights: Weights = None
 
-    threshold = None
+    threshold = None  # each image has exactly one label
 
     def __post_init__(self) -> None:
         fraction("label_smoothing", self.label_smoothing)
@@ -102,7 +79,7 @@ class CrossEntropy:
         return functional.cross_entropy(logits, targets, reduction="none")
 
     def describe(self) -> str:
-        """Return the settings as text."""
+        """Return the settings as text: a resumed run must have the same."""
         return f"CrossEntropy(label_smoothing={self.label_smoothing}, class_weights={_text(self.class_weights)})"
 
 
@@ -143,9 +120,10 @@ class BinaryCrossEntropy:
         """Return the loss with its weights computed from the training data, on the device."""
         weights = _check_weights("positive_weights", self.positive_weights, num_classes)
         if isinstance(weights, str):
-            positives = source.all_targets().sum(dim=0)
-            weights = torch.where(positives > 0, (_count(source) - positives) / positives.clamp_min(1), 1.0)
-            weights = weights.clamp_min(1 / _count(source))  # a label on every image still counts
+            targets = source.all_targets()
+            positives = targets.sum(dim=0)
+            weights = torch.where(positives > 0, (len(targets) - positives) / positives.clamp_min(1), 1.0)
+            weights = weights.clamp_min(1 / len(targets))  # a label on every image still counts
         if weights is not None and not bool((weights > 0).all()):
             raise ArgumentError(f"positive_weights={weights.tolist()} cannot be used: expected numbers above 0.")
         return dataclasses.replace(self, positive_weights=None if weights is None else weights.to(device))
@@ -177,9 +155,7 @@ class BinaryCrossEntropy:
 class FunctionLoss:
     """A user's function or module of (logits, targets) that returns the mean over a batch.
 
-    Args:
-        function: Takes float32 logits `(N, K)` and targets, int64 `(N,)` or float32 `(N, K)`.
-        threshold: As the model's: None where each image has exactly one label.
+    It takes float32 logits `(N, K)` and targets, int64 `(N,)` or float32 `(N, K)`; `threshold` is the model's.
     """
 
     function: LossFunction
@@ -216,31 +192,26 @@ class FunctionLoss:
         if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
             got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             got += ", detached from the logits" if isinstance(value, Tensor) and not value.requires_grad else ""
-            raise ArgumentError(
-                f"loss={self.describe()} returned {got}: expected the mean over the batch, one number that depends on "
-                'the logits (reduction="mean" in torch).'
-            )
+            expected = 'the mean over the batch, one number that depends on the logits (reduction="mean" in torch)'
+            raise ArgumentError(f"loss={self.describe()} returned {got}: expected {expected}.")
+
+
+Loss = CrossEntropy | BinaryCrossEntropy | FunctionLoss
+"""What training, evaluation and resuming ask of a loss is what these have."""
 
 
 def find_loss(loss: Loss | LossFunction | None, model: TransferModel, device: torch.device) -> Loss:
     """Return the loss a trainer was given, or the one that suits its model.
 
-    Args:
-        loss: `CrossEntropy`, `BinaryCrossEntropy`, a function or module of (logits, targets), or None.
-        model: Its `threshold` is a number where it gives several labels to an image.
-        device: Where a module is moved to.
-
-    Raises:
-        ArgumentError: When `loss` cannot be called, has parameters to train, or has not one weight for each class.
+    `loss` is `CrossEntropy`, `BinaryCrossEntropy`, a function or module of (logits, targets), or None. One that cannot
+    be called, has parameters to train, or has not one weight for each class is an `ArgumentError`.
     """
     threshold = model.threshold
     if loss is None:
         return CrossEntropy() if threshold is None else BinaryCrossEntropy(threshold)
-    if isinstance(loss, CrossEntropy):
-        _check_weights("class_weights", loss.class_weights, len(model.classes))
-        return loss
-    if isinstance(loss, BinaryCrossEntropy):
-        _check_weights("positive_weights", loss.positive_weights, len(model.classes))
+    if isinstance(loss, CrossEntropy | BinaryCrossEntropy):
+        name = "class_weights" if isinstance(loss, CrossEntropy) else "positive_weights"
+        _check_weights(name, getattr(loss, name), len(model.classes))
         return loss
     if isinstance(loss, type) or not callable(loss):
         raise ArgumentError(
@@ -250,8 +221,7 @@ def find_loss(loss: Loss | LossFunction | None, model: TransferModel, device: to
     if isinstance(loss, nn.Module):
         if any(parameter.requires_grad for parameter in loss.parameters()):
             raise ArgumentError(
-                f"loss={loss!r} has parameters of its own, which no optimizer here would train: put them into the "
-                "head, or train in a loop of your own with transferkit.Device."
+                f"loss={loss!r} has parameters of its own, which no optimizer here would train: put them into the head."
             )
         loss.to(device)
     if threshold is None and isinstance(loss, _MULTI_LABEL):
@@ -260,11 +230,7 @@ def find_loss(loss: Loss | LossFunction | None, model: TransferModel, device: to
 
 
 def check_threshold(threshold: float) -> float:
-    """Return `threshold` if it is above 0 and below 1.
-
-    Raises:
-        ArgumentError: When it is not.
-    """
+    """Return `threshold` if it is above 0 and below 1; else raise `ArgumentError`."""
     if positive("threshold", threshold) >= 1:
         raise ArgumentError(f"threshold={threshold!r} is out of range: expected a probability above 0 and below 1.")
     return float(threshold)
@@ -290,17 +256,12 @@ def _check_weights(name: str, values: Weights, num_classes: int) -> Tensor | str
 def _balanced_class_weights(source: Source, num_classes: int) -> Tensor:
     """Return (number of images) / (classes that occur * images of the class), as scikit-learn does.
 
-    The weights of all images then add up to their number. A class without images has weight 0. Where a `Dataset` does
-    not list its targets, all of it is read.
+    The weights of all images then add up to their number. A class without images has weight 0.
     """
     targets = source.all_targets()
     counts = targets.sum(dim=0) if targets.ndim == 2 else functional.one_hot(targets, num_classes).sum(dim=0)
     occurring = counts > 0
     return torch.where(occurring, len(targets) / (occurring.sum() * counts.clamp_min(1e-12)), 0.0).float()
-
-
-def _count(source: Source) -> int:
-    return source.num_images or 0
 
 
 def _text(weights: Weights) -> str:

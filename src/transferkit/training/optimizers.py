@@ -7,7 +7,7 @@ no gradient, and optimizers skip parameters without one.
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,9 +30,7 @@ LearningRate = float | Mapping[str, float]
 
 HEAD, BACKBONE = "head", "backbone"
 
-LR = {HEAD: 3e-4, BACKBONE: 1e-4}
-"""Learning rates of the named optimizers; pretrained layers keep what they know at rates that suit Adam's step size."""
-
+LR = {HEAD: 3e-4, BACKBONE: 1e-4}  # of the named optimizers; pretrained layers keep what they know at these
 SGD_LR = {HEAD: 1e-2, BACKBONE: 1e-3}
 
 
@@ -42,28 +40,16 @@ def build_optimizer(
     lr: LearningRate | None,
     weight_decay: float | None,
 ) -> Optimizer:
-    """Return an optimizer over all of a model's parameters, fused into one kernel where it can be.
+    """Return an optimizer over all of a model's parameters, fused into one kernel where it can be; see `Trainer`.
 
-    Args:
-        optimizer: `"adam"`, `"adamw"`, `"sgd"` (momentum 0.9), `"rmsprop"`; a class or `functools.partial` of one;
-            or an optimizer already built over this model's parameters.
-        model: Whose parameters.
-        lr: Learning rate; one number, or a mapping as in `find_lr`. None is `LR` for the named optimizers (`SGD_LR` for
-            SGD), and for a class or a `functools.partial` its own default.
-        weight_decay: 0 or more; None is the optimizer's own default (0.01 for AdamW), or what a `functools.partial`
-            says.
-
-    Raises:
-        ArgumentError: When a name is unknown, a number is out of range, the optimizer takes no groups of parameters,
-            needs a closure or sparse gradients, an instance holds other parameters, or `lr` or `weight_decay` comes
-            with an instance.
+    `optimizer` is a name, a class, a `functools.partial` of one, or an optimizer already built over these parameters.
+    Without `lr` named optimizers have `LR` (`SGD_LR` for SGD), others their own default. One that takes no groups of
+    parameters, or needs a closure or sparse gradients, is an `ArgumentError`.
     """
     if isinstance(optimizer, Optimizer):
         if lr is not None or weight_decay is not None:
-            raise ArgumentError(
-                f"lr={lr} and weight_decay={weight_decay} have no effect on an optimizer that is already built: set "
-                "them there, or pass its class."
-            )
+            given = f"lr={lr} and weight_decay={weight_decay}"
+            raise ArgumentError(f"{given} have no effect on an optimizer that is already built: set them there.")
         _check_step(optimizer)
         hold_parameters(optimizer, model)
         take_rates(optimizer)
@@ -73,10 +59,8 @@ def build_optimizer(
             lr = SGD_LR if optimizer == "sgd" else LR
         optimizer = OPTIMIZERS[one_of("optimizer", optimizer, OPTIMIZERS)]
     if not callable(optimizer):
-        raise ArgumentError(
-            f"optimizer={optimizer!r} cannot be used: expected a name ({', '.join(OPTIMIZERS)}), an optimizer class "
-            "or an optimizer."
-        )
+        expected = f"a name ({', '.join(OPTIMIZERS)}), an optimizer class or an optimizer"
+        raise ArgumentError(f"optimizer={optimizer!r} cannot be used: expected {expected}.")
     groups = [{"params": parameters, "name": name} for name, parameters in parameter_groups(model).items()]
     accepted = inspect.signature(optimizer).parameters
     fixed = getattr(optimizer, "keywords", {})  # what a functools.partial already says
@@ -87,13 +71,14 @@ def build_optimizer(
         built = optimizer(groups, **options)
         _check_step(built)
         if Optimizer in type(built).__bases__ and not hasattr(built, "train"):  # schedule-free ones need no closure
-            _make_step(optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], **options))
+            tiny = nn.Parameter(torch.zeros(2, 2))
+            tiny.grad = torch.zeros(2, 2)
+            cast("Any", optimizer([{"params": [tiny]}], **options)).step()  # some say only then that they need one
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # LBFGS takes no groups, Muon matrices alone
         if isinstance(error, ArgumentError):
             raise
         raise ArgumentError(
-            f"optimizer={optimizer!r} cannot be built over the model: {error}. Expected one that takes groups of "
-            "parameters of any shape, such as torch.optim.AdamW."
+            f"optimizer={optimizer!r} cannot be built over the model: {error}. Expected one such as torch.optim.AdamW."
         ) from error
     set_lr(built, float(built.param_groups[0]["lr"]) if lr is None else lr)
     return built
@@ -103,11 +88,6 @@ def parameter_groups(model: TransferModel) -> dict[str, list[nn.Parameter]]:
     """Return the parameters of each block and of the head, by name, in the model's order.
 
     What was added to the model elsewhere belongs to the head.
-
-    Example:
-        >>> from transferkit import attach_head, load_backbone
-        >>> list(parameter_groups(attach_head(load_backbone(weights=None, image_size=32), 10)))
-        ['block1', 'block2', 'block3', 'block4', 'block5', 'head']
     """
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in model.backbone.blocks}
     for name, layer in zip(model.backbone.layer_names, model.backbone.features, strict=False):
@@ -119,7 +99,8 @@ def parameter_groups(model: TransferModel) -> dict[str, list[nn.Parameter]]:
 def discriminative_lr(model: TransferModel, lr: float, *, factor: float = 0.3) -> dict[str, float]:
     """Return a learning rate for each block, each smaller by a factor than that of the block after it.
 
-    Early layers detect what all images have in common and need to change less than late ones.
+    Early layers detect what all images have in common and need to change less than late ones (Howard and Ruder, 2018,
+    arXiv:1801.06146).
 
     Args:
         model: From `attach_head`.
@@ -130,7 +111,7 @@ def discriminative_lr(model: TransferModel, lr: float, *, factor: float = 0.3) -
         A mapping that `Trainer(lr=...)` and `fit(lr=...)` take.
 
     Raises:
-        ArgumentError: When a value is out of range.
+        ArgumentError: A value is out of range.
 
     Example:
         >>> from transferkit import attach_head, load_backbone
@@ -138,9 +119,6 @@ def discriminative_lr(model: TransferModel, lr: float, *, factor: float = 0.3) -
         >>> rates = discriminative_lr(model, 1e-3, factor=0.1)
         >>> [f"{name} {rate:.0e}" for name, rate in rates.items()][-3:]
         ['block4 1e-05', 'block5 1e-04', 'head 1e-03']
-
-    References:
-        Howard and Ruder, 2018, "Universal Language Model Fine-tuning for Text Classification", arXiv:1801.06146.
     """
     rate, step = positive("lr", lr), positive("factor", factor)
     names = list(parameter_groups(model))
@@ -150,13 +128,8 @@ def discriminative_lr(model: TransferModel, lr: float, *, factor: float = 0.3) -
 def find_lr(optimizer: Optimizer, lr: LearningRate | None) -> dict[str, float]:
     """Return the base learning rate of each group: that of `lr` or, if it is None, the present one.
 
-    Args:
-        optimizer: Of a `Trainer`.
-        lr: One number for all groups, or a mapping from their names. `"backbone"` stands for every block without an
-            entry of its own: `{"backbone": 1e-5, "block5": 1e-4, "head": 1e-3}`.
-
-    Raises:
-        ArgumentError: When a rate is not positive and finite, a name is that of no group, or a group has no rate.
+    `lr` is one number for all groups, or a mapping from their names. `"backbone"` stands for every block without an
+    entry of its own: `{"backbone": 1e-5, "block5": 1e-4, "head": 1e-3}`. Anything else is an `ArgumentError`.
     """
     names = [group.get("name", str(index)) for index, group in enumerate(optimizer.param_groups)]
     if lr is None:
@@ -175,11 +148,7 @@ def find_lr(optimizer: Optimizer, lr: LearningRate | None) -> dict[str, float]:
 
 
 def set_lr(optimizer: Optimizer, lr: LearningRate) -> None:
-    """Give every group its base learning rate, from which schedules start.
-
-    Raises:
-        ArgumentError: As `find_lr`.
-    """
+    """Give every group its base learning rate, from which schedules start."""
     for rate, group in zip(find_lr(optimizer, lr).values(), optimizer.param_groups, strict=True):
         group["base_lr"] = group["scheduled_lr"] = group["lr"] = rate
 
@@ -192,11 +161,7 @@ def scale_lr(optimizer: Optimizer, factor: float) -> None:
 
 
 def take_rates(optimizer: Optimizer) -> None:
-    """Make learning rates that somebody wrote into the groups between two runs the base of the next.
-
-    Raises:
-        ArgumentError: When a rate is negative, infinite or NaN.
-    """
+    """Make learning rates that somebody wrote into the groups between two runs the base of the next."""
     for group in optimizer.param_groups:
         group["lr"] = not_negative("lr of the optimizer", float(group["lr"]))  # it may be a tensor
         if group["lr"] != group.get("scheduled_lr"):
@@ -211,10 +176,7 @@ def has_scheduler(optimizer: Optimizer) -> bool:
 def hold_parameters(optimizer: Optimizer, model: TransferModel) -> None:
     """Let the groups that `build_optimizer` made follow a model whose layers were replaced or added.
 
-    What the optimizer remembers of parameters that are gone is dropped.
-
-    Raises:
-        ArgumentError: When parameters train that the optimizer does not hold, or it holds those of another model.
+    What the optimizer remembers of parameters that are gone is dropped. See `check_held` for what is refused.
     """
     blocks, groups = parameter_groups(model), optimizer.param_groups
     named = [group.get("name") for group in groups[: len(blocks)]] == list(blocks)
@@ -244,27 +206,12 @@ def _check_step(optimizer: Optimizer) -> None:
     elif isinstance(optimizer, torch.optim.SparseAdam):
         needs = "sparse gradients"
     if needs:
-        raise ArgumentError(
-            f"optimizer {type(optimizer).__name__} needs {needs}, which Trainer does not give it: expected one that "
-            "steps on dense gradients, such as torch.optim.AdamW. In a loop of your own, with transferkit.Device, any "
-            "optimizer works."
-        )
-
-
-def _make_step(optimizer: Any) -> None:
-    """Make a step that changes nothing: some optimizers say only then that they need a closure."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+        expected = "expected one that steps on dense gradients, such as torch.optim.AdamW"
+        raise ArgumentError(f"optimizer {type(optimizer).__name__} needs {needs}: {expected}.")
 
 
 def check_held(optimizer: Optimizer, model: TransferModel, trainable: Mapping[str, nn.Parameter]) -> None:
-    """Refuse an optimizer that holds parameters of another model, or lacks one that trains.
-
-    Raises:
-        ArgumentError: When it does.
-    """
+    """Raise `ArgumentError` for an optimizer that holds parameters of another model, or lacks one that trains."""
     own = {id(parameter) for parameter in model.parameters()}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     strangers = len(held - own)
@@ -273,6 +220,6 @@ def check_held(optimizer: Optimizer, model: TransferModel, trainable: Mapping[st
         names = f" ({', '.join(missing[:5])})" if missing else ""
         raise ArgumentError(
             f"the optimizer does not belong to the model: it holds {strangers} parameters of another model and lacks "
-            f"{len(missing)} that train{names}. Build it over model.parameters() when the model is "
-            "complete and assign it, trainer.optimizer = ..., or make a new Trainer with the optimizer's class."
+            f"{len(missing)} that train{names}. Build it over model.parameters() and assign it, "
+            "trainer.optimizer = ..., or make a new Trainer with its class."
         )

@@ -11,7 +11,7 @@ from transferkit.errors import CheckpointError, DataChangedError
 from transferkit.model.freezing import trainable_state
 from transferkit.model.weights import differences
 from transferkit.results.history import EpochReport, History
-from transferkit.saving.archive import check_items, check_no_tensors, check_parts, check_ranges, shown
+from transferkit.saving.archive import check_no_tensors, check_parts, check_ranges, shown
 from transferkit.training.callback_list import CallbackList
 from transferkit.training.metrics import Sums
 from transferkit.training.step import Step
@@ -226,13 +226,13 @@ def check_progress(
             f"begin a new run with its weights: trainer.load({origin!r}), then fit without resume_from."
         )
     best = run["best"] or {}
-    check_items(best.values(), Tensor, "run/best")
+    check_parts(list(best.values()), [(Tensor,)], origin=origin, place="run/best")
     if faults := differences({name: live[name] for name in best if name in live}, best, same_width=True):
         raise CheckpointError(f"{origin} holds best weights that do not fit the model: {faults}.")
     sums = {"loss": (Tensor,), "correct": (Tensor,), "count": (int,), "outputs": (list,)}
-    check_parts(run, {"sums": sums}, origin=f"run of {origin}")
+    check_parts(run, {"sums": sums, "reports": [(dict,)]}, origin=origin, place="run")
     check_ranges(run["sums"], {"count": (0, 2**63 - 1)}, origin=f"the run of {origin}")
-    check_items(run["reports"], dict, "run/reports")
+
     usable = all(set(EpochReport.__dataclass_fields__) <= set(report) for report in run["reports"])
     usable &= all(isinstance(value, _FIGURE) for report in run["reports"] for value in report.values())
     usable &= not any(run["sums"][name].ndim for name in ("loss", "correct"))

@@ -25,21 +25,17 @@ from transferkit.training.run import Run
 from transferkit.training.schedules import SCHEDULES, describe_schedule
 from transferkit.training.training import Training
 
+_NUMBER, _TEXT = (int,), (str,)
 PARTS: dict[str, dict[str, tuple[type, ...]]] = {
     "model": model_state.PARTS,
-    "optimizer": {"class": (str,), "groups": (list,), "state": (dict,)},
+    "optimizer": {"class": _TEXT, "groups": (list,), "state": (dict,)},
     "scaler": {},
     "progress": {
-        "epoch": (int,),
-        "global_step": (int,),
-        "seed": (int,),
+        **dict.fromkeys(("epoch", "global_step", "seed"), _NUMBER),
         "micro_batch_size": (int, type(None)),
-        "precision": (str,),
-        "device": (str,),
+        **dict.fromkeys(("precision", "device"), _TEXT),
     },
 }
-
-
 COUNTS = (0, 2**63 - 1)
 RANGES = {"epoch": COUNTS, "global_step": COUNTS, "seed": COUNTS, "micro_batch_size": (1, 2**63 - 1)}
 FREEZING = ("freeze_until", "frozen parameters")
@@ -73,12 +69,7 @@ def complete_training_state(training: Training, state: dict[str, Any], path: Pat
 
 
 def check_training_state(training: Training, state: Mapping[str, Any], *, origin: str) -> None:
-    """Compare a state with a live trainer before anything is assigned.
-
-    Raises:
-        HeadMismatchError: When the classes differ.
-        CheckpointError: When backbone, head, preprocessing or optimizer differ.
-    """
+    """Compare a state with a live trainer before anything is assigned; what differs is an error that names it."""
     archive.check_parts(state, PARTS, origin=origin)
     archive.check_ranges(state["progress"], RANGES, origin=origin)
     hold_parameters(training.optimizer, training.model)
@@ -86,9 +77,8 @@ def check_training_state(training: Training, state: Mapping[str, Any], *, origin
     optimizer_state.check_optimizer_state(training.optimizer, training.model, state["optimizer"])
     live, saved = training.device.scaler.state_dict(), state["scaler"]
     if live and saved and (set(live) != set(saved) or any(type(saved[name]) is not type(live[name]) for name in live)):
-        raise CheckpointError(
-            f"{origin} has a gradient scaler of {archive.shown(saved)}: expected numbers for {', '.join(live)}."
-        )
+        expected = f"numbers for {', '.join(live)}"
+        raise CheckpointError(f"{origin} has a gradient scaler of {archive.shown(saved)}: expected {expected}.")
     scale, factor = (sys.float_info.min, 2.0**64), (1.0, 2.0**16)
     ranges = {"scale": scale, "growth_factor": factor, "backoff_factor": (2.0**-16, 1.0), "growth_interval": (1, 2**31)}
     archive.check_ranges(saved, {**ranges, "_growth_tracker": (0, 2**31)}, origin=f"the gradient scaler of {origin}")
@@ -100,10 +90,10 @@ def assign_training_state(training: Training, state: Mapping[str, Any]) -> None:
     here = {"precision": training.device.precision, "device": training.device.torch_device.type}
     there = {name: archive.shown(position[name]) for name in here}
     if here != there:
+        dropped = ", and its gradient scale is dropped" if state["scaler"] and here["precision"] != "fp16" else ""
         warnings.warn(
             f"the checkpoint is from {there['device']} in {there['precision']} and continues on {here['device']} in "
-            f"{here['precision']}: numbers will differ from those of a run that stayed there"
-            + (", and its gradient scale is dropped." if state["scaler"] and here["precision"] != "fp16" else "."),
+            f"{here['precision']}: numbers will differ{dropped}.",
             stacklevel=3,
         )
     model_state.load_model_state(training.model, state["model"])
@@ -122,12 +112,7 @@ def read_run(
     callbacks: CallbackList,
     display: Display,
 ) -> dict[str, Any] | None:
-    """Return the state to resume from, checked; None if the folder has none yet.
-
-    Raises:
-        CheckpointError: When it cannot be used.
-        DataChangedError: When the run began with other data.
-    """
+    """Return the state to resume from, checked against the facts of this call; None if the folder has none yet."""
     found = read_newest(path) if rank() == 0 else None  # other processes may not see the folder
     if found is not None:
         found = found[0], complete_training_state(training, found[1], found[0])
