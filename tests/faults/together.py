@@ -90,7 +90,7 @@ def right_cases(folder: Path) -> dict[str, Callable[[], Any]]:
                 trained("block5", batch_size=5, callbacks=[tk.Checkpoint(own), Fails(7)])
             shutil.copytree(own, folder / "begun")
         elif RANK == 0:
-            shutil.copytree(folder / "begun", own)
+            shutil.copytree(folder / "begun", own, dirs_exist_ok=True)
         return trained("block5", batch_size=5, callbacks=[tk.Checkpoint(own)], resume_from=own)[1]
 
     def predicted() -> Any:
