@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-import transferkit as tk
 from tiny import CLASSES, make_backbone, make_images
 from transferkit import audit
 from transferkit.analysis.duplicates import find_copies, thumbnails
@@ -58,10 +57,11 @@ def test_exchanged_labels_are_found():
 
 
 def test_a_head_that_saw_the_image_would_not_tell():
-    """The probabilities are out of fold: on labels that are pure chance the head is no better than chance."""
+    """The probabilities are out of fold: on labels of pure chance the head is no better, and the check says so."""
     images, _ = make_images(120)
-    targets = torch.randint(0, 3, (120,), generator=torch.Generator().manual_seed(0))
-    assert audited((images, targets)).assessment.accuracy < 0.5
+    found = audited((images, torch.randint(0, 3, (120,), generator=torch.Generator().manual_seed(0))))
+    assert found.assessment.accuracy < 0.5
+    assert found.precision < 0.5
 
 
 def test_an_image_that_is_hard_is_not_called_wrong():
@@ -78,17 +78,10 @@ def test_all_images_are_held_out_once_however_many(monkeypatch):
     """Where the penalty is chosen by one fold only, every image still gets a probability of a head without it."""
     monkeypatch.setattr("transferkit.linear.choice.ONE_FOLD_ROWS", 10)
     images, targets = make_images(60)
-    probabilities = audited((images, targets)).assessment.probabilities
-    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
-    assert (probabilities.argmax(axis=1) == targets.numpy()).mean() > 0.9
-
-
-def test_the_check_tells_how_many_are_found():
-    """The precision is that of labels exchanged on purpose: all where classes are plain, few where there are none."""
-    images, targets = make_images(120)
-    assert audited((images, targets)).precision == 1.0
-    chance = torch.randint(0, 3, (120,), generator=torch.Generator().manual_seed(0))
-    assert audited((images, chance)).precision < 0.5
+    found = audited((images, targets))
+    np.testing.assert_allclose(found.assessment.probabilities.sum(axis=1), 1, rtol=1e-5)
+    assert (found.assessment.predicted == targets.numpy()).mean() > 0.9
+    assert found.precision == 1.0  # all labels exchanged on purpose are found
 
 
 # ---- copies
@@ -200,40 +193,45 @@ def test_a_row_far_from_all_others_is_the_farthest():
 # ---- what it returns
 
 
-def test_the_table_is_written_with_every_finding(tmp_path):
-    """The file has a header and a line for each finding, and reads back."""
-    images, targets = make_images(60)
-    images[50] = images[2]
-    targets[5] = (targets[5] + 1) % 3
-    found = audited((images, targets))
-    found.to_csv(tmp_path / "audit.csv")
-    with (tmp_path / "audit.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(found.findings) >= 2
-    assert {"kind", "index", "path", "label", "score", "detail", "other", "other_path"} == set(rows[0])
-    assert [row["other"] for row in rows if row["kind"] == "duplicate"] == ["2"]
-
-
-def test_it_prints_what_was_found_and_what_it_costs_to_be_wrong():
-    """The summary has a line for each kind, the first of each, the check and the classes mixed up."""
-    images, targets = make_images(60)
-    images[50] = images[2]
-    text = str(audited((images, targets)))
-    assert "     1  copies of another training image\n        image 50: same pixels as image 2" in text
-    assert "     0  labels that are likely wrong" in text
-    assert "Look before you delete: when 5 % of the labels were exchanged on purpose" in text
-
-
-def test_pictures_are_of_the_findings():
-    """The picture of a kind shows its images with class and finding; another kind is refused by name."""
+def test_findings_are_printed_written_and_drawn(tmp_path):
+    """The summary has a line for each kind and the check; the file a line for each finding; the picture its titles."""
     pytest.importorskip("matplotlib")
     images, targets = make_images(60)
     images[50] = images[2]
     found = audited((images, targets))
+    text = str(found)
+    assert "     1  copies of another training image\n        image 50: same pixels as image 2" in text
+    assert "     0  labels that are likely wrong" in text
+    assert "Look before you delete: when 5 % of the labels were exchanged on purpose" in text
+    found.to_csv(tmp_path / "audit.csv")
+    with (tmp_path / "audit.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(found.findings) >= 1
+    assert {"kind", "index", "path", "label", "score", "detail", "other", "other_path"} == set(rows[0])
+    assert [row["other"] for row in rows if row["kind"] == "duplicate"] == ["2"]
     titles = [part.get_title() for part in found.plot("duplicate").axes[0].child_axes]
     assert titles == [f"50: {CLASSES[2]}\nsame pixels as image 2"]
+    assert found.plot("leak").axes[0].child_axes == []  # there are no validation images
     with pytest.raises(ArgumentError, match="kind"):
         found.plot("blurred")
+
+
+def test_each_image_is_read_once(monkeypatch):
+    """Features, thumbnails and sizes come from one pass over the images, however many workers read them."""
+    images, targets = make_images(30)
+    read = []
+
+    class Counted(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 30
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            read.append(index)
+            return images[index], int(targets[index])
+
+    monkeypatch.setattr("transferkit.data.samples.Samples.why_not_repeatable", lambda *_: None)  # reads some twice
+    audited(Counted())
+    assert sorted(read) == sorted([0, *range(30)])  # the first one once more, to see that the data can be used
 
 
 def test_the_model_and_the_generators_stay():
@@ -244,9 +242,3 @@ def test_the_model_and_the_generators_stay():
     audit(backbone, make_images(30), classes=CLASSES, **PLAIN)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
-
-
-def test_what_is_no_backbone_is_refused():
-    """A model or a trainer is refused with the type that is expected."""
-    with pytest.raises(ArgumentError, match="backbone is a TransferModel: expected a Backbone"):
-        audit(tk.attach_head(make_backbone(), CLASSES), make_images(12), **PLAIN)

@@ -40,7 +40,14 @@ def peer(name: str) -> Any:
 def _peers() -> Iterator[None]:
     """Import the others before a test begins: some set variables of the environment then."""
     before = dict(os.environ)
-    for name in ("lightning", "accelerate", "skorch", "sklearn.model_selection", "torchmetrics.classification"):
+    for name in (
+        "lightning",
+        "accelerate",
+        "skorch",
+        "sklearn.model_selection",
+        "torchmetrics.classification",
+        "optuna",
+    ):
         with suppress(pytest.skip.Exception):
             peer(name)
     yield
@@ -58,6 +65,10 @@ PRINTED = {
     "skorch_grid_search": (
         "skorch",
         r"^best of 6: \{'lr': [\d.]+, 'module__dropout': 0\.[05]\}, 0\.[3-7]\d* in 3 folds$",
+    ),
+    "optuna_search": (
+        "optuna",
+        r"^best of 12, [1-9]\d* of them pruned: \{'hidden': \d+, 'lr': [\d.e-]+\}, 0\.[4-8]\d*$",
     ),
     "torchmetrics_loop": ("torchmetrics", r"^epoch 8  accuracy (0\.\d{3})  .*\naccuracy \1$"),
 }

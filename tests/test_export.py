@@ -30,7 +30,12 @@ import sys
 import numpy, torch
 program = torch.export.load(sys.argv[1]).module()
 images = numpy.load(sys.argv[2])
-numpy.savez(sys.argv[3], **{name: program(torch.from_numpy(images[name])).numpy() for name in images})
+made = {name: program(torch.from_numpy(images[name])) for name in images}
+numpy.savez(sys.argv[3], **{
+    f"{name}{place or ''}": part.numpy()
+    for name, parts in made.items()
+    for place, part in enumerate(parts if isinstance(parts, tuple) else [parts])
+})
 assert "transferkit" not in sys.modules
 """
 
@@ -39,7 +44,8 @@ import sys
 import numpy, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 images = numpy.load(sys.argv[2])
-numpy.savez(sys.argv[3], **{name: session.run(None, {"images": images[name]})[0] for name in images})
+made = {name: session.run(None, {"images": images[name]}) for name in images}
+numpy.savez(sys.argv[3], **{f"{name}{place or ''}": part for name in made for place, part in enumerate(made[name])})
 assert "torch" not in sys.modules
 print(session.get_modelmeta().custom_metadata_map["classes"])
 """
@@ -59,7 +65,10 @@ def vgg16(image_size: int) -> tk.TransferModel:
 def real() -> Iterator[tuple[tk.Trainer, dict[str, Tensor]]]:
     """A trainer of the real network, and raw images that need resizing and some that do not."""
     images = {"as they are": raw(2, 64, 64), "large": raw(3, 375, 500), "small": raw(1, 32, 32), "high": raw(5, 90, 65)}
-    return tk.Trainer(tk.freeze_until(vgg16(64), "head"), device="cpu", precision="fp32"), images
+    trainer = tk.Trainer(tk.freeze_until(vgg16(64), "head"), device="cpu", precision="fp32")
+    trainer.learn_known((raw(12, 64, 64), torch.arange(12) % 3))
+    trainer.model.temperature = 0.3
+    return trainer, images
 
 
 def run_elsewhere(program: str, exported: Path, images: dict[str, Tensor]) -> tuple[dict[str, Any], str]:
@@ -71,6 +80,13 @@ def run_elsewhere(program: str, exported: Path, images: dict[str, Tensor]) -> tu
     assert result.returncode == 0, result.stderr
     with np.load(outputs) as probabilities:
         return dict(probabilities), result.stdout
+
+
+def compare_novelty(novelty: Any, trainer: tk.Trainer, images: Tensor) -> None:
+    """Check scores of a program against the trainer's: distances of thousands, to a part in a thousand."""
+    ours = trainer.novelty(images)
+    assert np.abs(ours).max() > 0
+    np.testing.assert_allclose(novelty, ours, rtol=1e-3 if INTEGERS else 1e-1, atol=1e-3 * np.abs(ours).max())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -284,7 +300,7 @@ def test_saved_program_gives_the_same_in_another_process(
 ) -> None:
     """VGG16 through torch.export, in a fresh process without transferkit: the trainer's probabilities, bit for bit."""
     trainer, images = real
-    exportable = tk.WithPreprocessing(trainer.model)
+    exportable = tk.WithPreprocessing(trainer.model, unknown=True)
     program = torch.export.export(exportable, (raw(2, 48, 60),), dynamic_shapes=DYNAMIC)
     extra = {"classes.json": json.dumps(trainer.model.classes)}
     torch.export.save(program, tmp_path / "model.pt2", extra_files=extra)
@@ -295,10 +311,11 @@ def test_saved_program_gives_the_same_in_another_process(
         ours = trainer.predict_proba(given)
         logits = trainer.model.eval()(trainer.model.backbone.preprocess(given))
         if INTEGERS:
-            assert torch.equal(exportable(given), torch.from_numpy(ours))
+            assert torch.equal(exportable(given)[0], torch.from_numpy(ours))
         # the other process may take another number of threads, and sums then come in another order
         np.testing.assert_allclose(probabilities[name], ours, rtol=0, atol=1e-5 if INTEGERS else 1e-2)
-        np.testing.assert_allclose(probabilities[name], logits.softmax(1).detach(), rtol=0, atol=1e-2)
+        np.testing.assert_allclose(probabilities[name], (logits / 0.3).softmax(1).detach(), rtol=0, atol=1e-2)
+        compare_novelty(probabilities[f"{name}1"], trainer, given)
     read = {"classes.json": ""}
     torch.export.load(tmp_path / "model.pt2", extra_files=read)
     assert json.loads(read["classes.json"]) == ["cat", "dog", "owl"]
@@ -315,10 +332,10 @@ def test_onnx_gives_the_same_in_another_process(
     trainer, images = real
     shapes = {"images": {0: "batch", 2: "height", 3: "width"}}
     program = torch.onnx.export(
-        tk.WithPreprocessing(trainer.model),
+        tk.WithPreprocessing(trainer.model, unknown=True),
         (raw(2, 48, 60),),
         input_names=["images"],
-        output_names=["probabilities"],
+        output_names=["probabilities", "novelty"],
         dynamic_shapes=shapes,
         dynamo=True,
         verbose=False,
@@ -332,4 +349,5 @@ def test_onnx_gives_the_same_in_another_process(
     for name, given in images.items():
         ours = trainer.predict_proba(given)
         np.testing.assert_allclose(probabilities[name], ours, rtol=0, atol=1e-5 if INTEGERS else 1e-2)
+        compare_novelty(probabilities[f"{name}1"], trainer, given)
     assert json.loads(printed) == ["cat", "dog", "owl"]

@@ -549,8 +549,10 @@ def without_parameters(model: tk.TransferModel) -> None:
 
 
 @pytest.mark.parametrize("change", [convert, to_sync, set_training, without_parameters])
-@pytest.mark.parametrize("when", ["before", "after", "callback", "steps", "lr_find"])
-@pytest.mark.parametrize("boundary", ["block5", "head"])
+@pytest.mark.parametrize(
+    ("when", "boundary"),
+    [("before", "block5"), ("after", "head"), ("callback", "block5"), ("steps", "head"), ("lr_find", "block5")],
+)
 def test_frozen_batch_norm_does_not_move(
     make_backbone: Maker,
     data: tuple[Tensor, Tensor],

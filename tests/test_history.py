@@ -13,19 +13,17 @@ def history_of(*validation: tuple[float, float]) -> History:
     return History([report(epoch, *figures) for epoch, figures in enumerate(validation)])
 
 
-def test_best_epoch_has_the_highest_validation_accuracy():
-    """Accuracy decides, not loss."""
-    assert history_of((1.0, 0.5), (2.0, 0.7), (0.5, 0.6)).best_epoch == 1
-
-
-def test_lower_loss_decides_between_equal_accuracies():
-    """Of epochs with the same accuracy the one with the lowest loss is best."""
-    assert history_of((1.0, 0.7), (0.8, 0.7), (0.9, 0.7)).best_epoch == 1
-
-
-def test_the_earliest_of_equals_is_best():
-    """Of epochs with the same figures the first is best."""
-    assert history_of((1.0, 0.6), (0.8, 0.7), (0.8, 0.7)).best_epoch == 1
+@pytest.mark.parametrize(
+    "validation",
+    [
+        [(1.0, 0.5), (2.0, 0.7), (0.5, 0.6)],  # accuracy decides, not loss
+        [(1.0, 0.7), (0.8, 0.7), (0.9, 0.7)],  # of equal accuracies the lowest loss
+        [(1.0, 0.6), (0.8, 0.7), (0.8, 0.7)],  # of equal figures the first
+    ],
+)
+def test_best_epoch_has_the_highest_accuracy_then_the_lowest_loss_then_comes_first(validation):
+    """Accuracy decides, then loss, then the order."""
+    assert history_of(*validation).best_epoch == 1
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -36,15 +34,18 @@ def test_an_epoch_without_a_finite_loss_is_not_best(place):
     assert history_of(*figures).best_epoch == (1 if place == 0 else 0)
 
 
-def test_best_epoch_is_a_place_in_this_history():
-    """The second call of `fit` counts its own epochs from 0."""
-    assert History([report(5, 1.0, 0.5), report(6, 1.0, 0.9)]).best_epoch == 1
+def test_a_second_call_of_fit_has_a_history_of_its_own():
+    """The best epoch is a place in this history, and `epoch` counts on in the life of the trainer."""
+    second = History([report(5, 1.0, 0.5), report(6, 1.0, 0.9)])
+    assert (second.best_epoch, second.epoch) == (1, [5, 6])
 
 
 @pytest.mark.parametrize("reports", [[], [report(0), report(1)]])
 def test_without_validation_there_is_no_best_epoch(reports):
-    """No validation data, no best epoch."""
-    assert History(reports).best_epoch is None
+    """No validation data, no best epoch, and no figure of it."""
+    history = History(reports)
+    assert history.best_epoch is None
+    assert list(history.history) == (["loss", "accuracy", "lr", "epoch_s"] if reports else [])
 
 
 def test_history_has_one_list_for_each_figure():
@@ -60,29 +61,9 @@ def test_history_has_one_list_for_each_figure():
     }
 
 
-def test_figures_that_were_not_taken_are_left_out():
-    """Without validation there is no `val_loss`."""
-    assert list(History([report(0)]).history) == ["loss", "accuracy", "lr", "epoch_s"]
-
-
-def test_empty_history_has_no_figures():
-    """A history without reports is empty."""
-    assert History().history == {}
-    assert History().epoch == []
-
-
-def test_epoch_gives_the_numbers_in_the_life_of_the_trainer():
-    """`epoch` counts on from one call of `fit` to the next."""
-    assert History([report(5), report(6)]).epoch == [5, 6]
-
-
 def test_report_reads_as_one_line():
-    """A report prints its figures in one line, the epoch counted from 1."""
+    """A report prints its figures in one line, the epoch counted from 1, without validation where there was none."""
     assert str(report(1, 1.5, 0.25)) == (
         "epoch 2  loss 0.5000  accuracy 0.5000  val_loss 1.5000  val_accuracy 0.2500  lr 0.001  2.0 s"
     )
-
-
-def test_report_without_validation_leaves_it_out():
-    """Without validation the line has no validation figures."""
-    assert "val_" not in str(report(1))
+    assert str(report(1)) == "epoch 2  loss 0.5000  accuracy 0.5000  lr 0.001  2.0 s"

@@ -1,5 +1,6 @@
 """Linear heads solved to their optimum."""
 
+import dataclasses
 import math
 
 import pytest
@@ -134,13 +135,8 @@ def test_a_table_in_memory_is_read_twice():
     """A table that fits is read for its moments and to be held, however long the path is."""
     features, targets = problem(60, 6)
     read = []
-    counted = Table.of_tensor(features)
-    counted = Table(
-        lambda start, stop: read.append((start, stop)) or features[start:stop],
-        counted.count,
-        counted.device,
-        None,
-        counted.width,
+    counted = dataclasses.replace(
+        Table.of_tensor(features), read=lambda start, stop: read.append((start, stop)) or features[start:stop]
     )
     solve(counted, targets, CrossEntropy(), classes=3)
     assert read == [(0, 60)] * 2

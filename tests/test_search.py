@@ -24,6 +24,7 @@ from transferkit.base.randomness import derive_seed, seeded
 from transferkit.errors import (
     ArgumentError,
     CacheError,
+    CheckpointError,
     HeadMismatchError,
     NonFiniteError,
     TransferKitError,
@@ -92,7 +93,7 @@ def test_a_grid_is_every_combination_in_its_order(search, data):
         for hidden in ((), (4,))
     ]
     assert [trial.params for trial in result.trials] == expected
-    assert built[1:] == [(), (4,)] * 6
+    assert {*built} == {(), (4,)}
 
 
 def test_trials_run_from_shallow_to_deep(search, data, capsys):
@@ -156,7 +157,7 @@ def test_names_go_where_they_belong(search, data, monkeypatch):
     assert {name: value for name, value in seen["fit"].items() if name in space} == {
         "epochs": 2, "batch_size": 5, "augment": "flip", "n_views": 2
     }  # fmt: skip
-    assert built == [{"hidden": (6,), "dropout": 0.1}] * 2
+    assert all(options == {"hidden": (6,), "dropout": 0.1} for options in built)
     assert seen["__init__"]["seed"] == 2
 
 
@@ -310,6 +311,267 @@ def test_a_cache_folder_is_used(search, data, tmp_path, images_seen):
     images_seen.clear()
     search(space, data, validation_data=data, cache=tmp_path / "cache")
     assert images_seen == []
+
+
+# ---- trials that share their work
+
+
+def rounded(history):
+    """The figures of a history, as far as rounding leaves them."""
+    return {name: pytest.approx(values, rel=1e-4, abs=1e-5) for name, values in figures(history).items()}
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """The runs that `Trainer.fit` made."""
+    runs = []
+    fit = tk.Trainer.fit
+
+    def noted(self, *given, **arguments):
+        runs.append(arguments)
+        return fit(self, *given, **arguments)
+
+    monkeypatch.setattr(tk.Trainer, "fit", noted)
+    return runs
+
+
+TOGETHER = {
+    "linear": {},
+    "hidden": {"head": {"hidden": (8, 6), "dropout": 0.5}},
+    "dropped features": {"head": {"dropout": 0.5}, "trainer": {"optimizer": "adamw"}},
+    "flat": {"head": {"hidden": (8,), "pooling": "flatten"}, "trainer": {"optimizer": "sgd"}},
+    "augmented": {"fit": {"augment": ["flip"]}, "trainer": {"optimizer": "rmsprop"}},
+    "views": {"fit": {"augment": ["flip"], "n_views": 2}, "trainer": {"loss": tk.CrossEntropy(label_smoothing=0.1)}},
+    "weighed": {"trainer": {"loss": tk.CrossEntropy(class_weights="balanced")}},
+}
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_heads_trained_together_are_those_trained_alone(search, data, alone, case):
+    """Heads of many rates, decays, schedules, limits and lengths, in one pass: each is a fit by hand, to rounding."""
+    head, trainer, fit = (TOGETHER[case].get(part, {}) for part in ("head", "trainer", "fit"))
+    own = [
+        {"lr": 1e-2, "weight_decay": 0.0, "schedule": "auto", "clip_grad_norm": 1.0, "epochs": 3},
+        {"lr": 3e-3, "weight_decay": 0.1, "schedule": "constant", "clip_grad_norm": 0.01, "epochs": 2},
+        {"lr": 1e-3, "weight_decay": 0.0, "schedule": "one_cycle", "clip_grad_norm": None, "epochs": 4},
+    ]
+    draws = {name: iter([params[name] for params in own]) for name in own[0]}
+    space = {name: (lambda _, name=name: next(draws[name])) for name in own[0]}
+    shared = {name: [value] for name, value in {**head, **trainer, **fit, "batch_size": 7}.items()}
+    validation = (255 - data[0][:9], data[1][:9])
+    result = search({**space, **shared, "freeze_until": ["head"]}, data, validation_data=validation, num_trials=3)
+    assert alone == []
+    for params, trial in zip(own, result.trials, strict=True):
+        epochs = params.pop("epochs")
+        given = {"validation_data": validation, "batch_size": 7, "epochs": epochs, **fit}
+        model, history = by_hand(search.build, data, head=head, fit=given, **trainer, **params)
+        assert figures(trial.history) == rounded(history)
+        if trial is result.trials[result.best_index_]:
+            for name, value in model.state_dict().items():
+                assert torch.allclose(result.best_model_.state_dict()[name], value, rtol=1e-3, atol=1e-5), name
+            assert not any(module.training for module in result.best_model_.modules())
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"freeze_until": ["block5"]}, {"metrics": [{"f1": lambda *_: 0.5}]}, {"max_skipped": [1]}, {"batch_size": [4, 8]},
+     {"dropout": [0.1, 0.2]}, {"optimizer": [torch.optim.Adagrad]}],
+)  # fmt: skip
+def test_what_cannot_be_trained_together_is_trained_alone(search, data, alone, params):
+    """Deeper layers, metrics, skipped steps, other batches or layers, and an optimizer that nobody looked at."""
+    rates = [1e-3] if len(next(iter(params.values()))) > 1 else [1e-3, 1e-2]
+    search({"freeze_until": ["head"], "lr": rates, "epochs": [1], **params}, data, validation_data=data)
+    assert len(alone) == 2
+
+
+def test_a_head_of_ones_own_is_trained_alone(search, data, alone):
+    """A head that may do anything, and one with hooks."""
+
+    class Own(torch.nn.Sequential):
+        pass
+
+    def hooked():
+        model = search.build()
+        model.head.logits.register_forward_hook(lambda *_: None)
+        return model
+
+    for build in (lambda: search.build(head=Own(torch.nn.Flatten(), torch.nn.LazyLinear(3))), hooked):
+        search({"lr": [1e-3, 1e-2], "freeze_until": ["head"], "epochs": [1]}, data, build=build, validation_data=data)
+    assert len(alone) == 4
+
+
+def test_a_head_that_diverges_does_not_touch_the_others(search, data, alone):
+    """It is trained alone, which finds the reason; those trained with it are as they would be without it."""
+    space = {"lr": [1e-2, 1e38, 1e-3], "freeze_until": ["head"], "optimizer": ["sgd"], "epochs": [3], "batch_size": [8]}
+    result = search(space, data, validation_data=data)
+    assert len(alone) == 1
+    assert "is infinite, NaN or too large, first in" in result.trials[1].error
+    for trial in (result.trials[0], result.trials[2]):
+        fit = {"epochs": 3, "batch_size": 8, "validation_data": data}
+        _, history = by_hand(search.build, data, lr=trial.params["lr"], optimizer="sgd", fit=fit)
+        assert figures(trial.history) == rounded(history)
+
+
+def test_without_memory_for_many_heads_each_is_trained_alone(search, data, alone, monkeypatch):
+    """The result is the same."""
+    space = {"lr": [1e-3, 1e-2], "freeze_until": ["head"], "epochs": [2]}
+    together = search(space, data, validation_data=data)
+    assert alone == []
+
+    def refuses(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("transferkit.training.heads._Stack.step", refuses)
+    result = search(space, data, validation_data=data)
+    assert len(alone) == 2
+    for one, other in zip(together.trials, result.trials, strict=True):
+        assert figures(one.history) == rounded(other.history)
+
+
+@pytest.mark.parametrize("frozen", ["head", "block5"])
+def test_the_longest_run_answers_the_shorter_ones(search, data, images_seen, alone, frozen):
+    """At a constant rate a run of three epochs is the first half of one of six: weights, history and score."""
+    validation = (data[0], (data[1] + 1) % 3)  # the more is learnt, the worse
+    space = {"lr": [3e-2], "freeze_until": [frozen], "epochs": [2, 6, 1], "schedule": ["constant"]}
+    result = search(space, data, validation_data=validation)
+    assert len(alone) == 1
+    for trial in result.trials:
+        fit = {"epochs": trial.params["epochs"], "validation_data": validation}
+        model, history = by_hand(search.build, data, frozen=frozen, lr=3e-2, schedule="constant", fit=fit)
+        assert figures(trial.history) == figures(history)
+        if trial is result.trials[result.best_index_]:
+            assert differences(result.best_model_.state_dict(), model.state_dict()) == []
+    alone.clear()
+    search({**space, "schedule": ["cosine"]}, data, validation_data=validation)
+    assert len(alone) == (0 if frozen == "head" else 3)  # other epochs are another schedule
+
+
+# ---- successive halving, time, a folder
+
+
+def test_halving_gives_the_best_more_epochs(search, data):
+    """Nine sets with one epoch, the best three with three, the best of them with nine."""
+    rates = [10**-power for power in (4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 6.0, 5.0, 7.0)]
+    space = {"lr": rates, "epochs": [10], "freeze_until": ["head"], "hidden": [(4,)]}
+    result = search(space, data, validation_data=data, reduction_factor=3)
+    epochs = [trial.params["epochs"] for trial in result.trials]
+    assert epochs == [1] * 9 + [3] * 3 + [10]
+    scores = [trial.score for trial in result.trials]
+    best = sorted(range(9), key=lambda number: (-scores[number], number))[:3]
+    assert [trial.params["lr"] for trial in result.trials[9:12]] == [rates[number] for number in sorted(best)]
+    assert scores[12] >= 0
+    assert result.trials[12].params["lr"] == result.trials[9 + scores[9:12].index(max(scores[9:12]))].params["lr"]
+
+
+@pytest.mark.parametrize(("factor", "message"), [(1, "reduction_factor=1"), (2.5, r"reduction_factor=2\.5")])
+def test_impossible_halving_is_refused(search, data, factor, message):
+    """A factor below 2, and sets that differ in epochs themselves."""
+    with pytest.raises(ArgumentError, match=message):
+        search({"lr": [1e-3]}, data, validation_data=data, reduction_factor=factor)
+    with pytest.raises(ArgumentError, match=r"space\['epochs'\] has the values \[2, 4\]: .* expected one"):
+        search({"lr": [1e-3], "epochs": [2, 4]}, data, validation_data=data, reduction_factor=2)
+
+
+def test_no_trial_begins_when_the_time_is_over(search, data, alone):
+    """The result has those that began; a budget that is no number of seconds is refused."""
+    space = {"lr": [1e-3, 1e-2, 1e-1], "freeze_until": ["block5"], "epochs": [1]}
+    result = search(space, data, validation_data=data, budget=1e-9)
+    assert (result.trials, result.best_model_, alone) == ([], None, [])
+    assert len(search(space, data, validation_data=data, budget=1000).trials) == 3
+    with pytest.raises(ArgumentError, match="budget=-1"):
+        search(space, data, validation_data=data, budget=-1)
+
+
+def test_any_error_of_a_trial_is_recorded(search, data):
+    """A head that raises is a failed trial; if none succeeds, the search raises what it raised."""
+
+    class Failing(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.logits, self.calls = torch.nn.LazyLinear(3), 0
+
+        def forward(self, features):
+            if self.training and self.calls > 2:
+                raise KeyError("broken layer")
+            self.calls += 1
+            return self.logits(features.flatten(1))
+
+    def build(own):
+        return search.build(head=Failing()) if own else search.build()
+
+    space = {"own": [True, False], "freeze_until": ["head"], "batch_size": [4]}
+    result = search(space, data, build=build, validation_data=data)
+    assert [trial.error for trial in result.trials] == ["KeyError: 'broken layer'", ""]
+    with pytest.raises(KeyError, match="broken layer"):
+        search({**space, "own": [True]}, data, build=build, validation_data=data)
+
+
+@pytest.mark.parametrize("ended", [1, 3, 5])
+def test_a_search_goes_on_where_it_was_killed(search, data, tmp_path, monkeypatch, ended):
+    """Whatever run it was in, a second call makes what is missing, and table and model are those of one call."""
+    space = {
+        "freeze_until": ["block5", "head"], "lr": [1e-3, 1e-2], "epochs": [2, 3], "schedule": ["constant"],
+        "batch_size": [8, 12],
+    }  # fmt: skip
+    whole = search(space, data, validation_data=data)
+    begun = []
+    for name in ("_train", "_train_together"):
+        made = getattr(sys.modules["transferkit.search"]._Trials, name)
+
+        def noted(self, *given, made=made):
+            begun.append(given)
+            if len(begun) == ended:
+                raise KeyboardInterrupt
+            made(self, *given)
+
+        monkeypatch.setattr(sys.modules["transferkit.search"]._Trials, name, noted)
+    with pytest.raises(KeyboardInterrupt):
+        search(space, data, validation_data=data, folder=tmp_path / "runs")
+    result = search(space, data, validation_data=data, folder=tmp_path / "runs")
+    assert len(begun) == 6 + 1  # four runs of block 5 and two passes over heads; the one that was ended twice
+    assert [trial.params for trial in result.trials] == [trial.params for trial in whole.trials]
+    assert [figures(trial.history) for trial in result.trials] == [figures(trial.history) for trial in whole.trials]
+    assert result.best_index_ == whole.best_index_
+    assert differences(result.best_model_.state_dict(), whole.best_model_.state_dict()) == []
+    again = search(space, data, validation_data=data, folder=tmp_path / "runs")
+    assert len(begun) == 7
+    assert again.cv_results_ == result.cv_results_
+    assert differences(again.best_model_.state_dict(), whole.best_model_.state_dict()) == []
+
+
+def test_best_weights_that_were_not_saved_are_trained_again(search, data, tmp_path, alone):
+    """A process that ended between the two files: the trial whose weights are missing is made once more."""
+    space = {"lr": [1e-30, 1e-2], "freeze_until": ["block5"], "epochs": [4]}
+    whole = search(space, data, validation_data=data, folder=tmp_path)
+    assert whole.best_index_ == 1
+    other = search({**space, "lr": [1e-30]}, data, validation_data=data, folder=tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "best.pt", tmp_path / "best.pt")
+    alone.clear()
+    result = search(space, data, validation_data=data, folder=tmp_path)
+    assert len(alone) == 1
+    assert differences(result.best_model_.state_dict(), whole.best_model_.state_dict()) == []
+    assert other.best_index_ == 0
+
+
+def test_a_folder_of_another_search_is_refused(search, data, tmp_path, make_backbone):
+    """Other values, images, labels, seed, backbone or head, and a damaged table."""
+    space = {"lr": [1e-3], "freeze_until": ["head"], "epochs": [1]}
+    given = {"validation_data": data, "folder": tmp_path}
+    search(space, data, **given)
+    message = "holds another search: expected the same models, space, data, seed and device"
+    for train, other, changes in [
+        (data, {"lr": [1e-2]}, {}),
+        (data, {}, {"seed": 1}),
+        ((data[0], (data[1] + 1) % 3), {}, {}),
+        (data, {}, {"validation_data": (255 - data[0], data[1])}),
+        (data, {}, {"build": lambda: tk.attach_head(make_backbone(seed=1), CLASSES)}),
+        (data, {}, {"build": lambda: search.build(hidden=(4,))}),
+    ]:
+        with pytest.raises(ArgumentError, match=message):
+            search({**space, **other}, train, **{**given, **changes})
+    (tmp_path / "trials.json").write_text("{")
+    with pytest.raises(CheckpointError, match="Delete the folder to begin anew"):
+        search(space, data, **given)
 
 
 # ---- which is best

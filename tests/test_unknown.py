@@ -82,6 +82,10 @@ def test_strange_images_are_called_unknown(head):
     assert all(name in ("?", expected) for name, expected in zip(named, plain, strict=True))
     assert named.count("?") < 15
     assert trainer.predict_classes(strange_images(), unknown="?").count("?") > 20
+    passed = []
+    trainer.model.backbone.features[0].register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
+    assert trainer.predict_classes(iter(list(images)), unknown="?") == named
+    assert sum(passed) == 60  # both from one pass
     scores = trainer.novelty(images)
     assert scores.shape == (60,)
     assert [name == "?" for name in named] == (scores > 0).tolist()
@@ -173,6 +177,7 @@ def test_a_damaged_measure_is_refused(change):
         make_trainer(make_model(make_backbone(), "head")).load_state_dict(state)
 
 
+@pytest.mark.slow
 def test_the_exported_module_returns_it_too():
     """With `unknown` the module returns probabilities and scores of raw images, which torch.export takes."""
     trainer = solved_trainer()

@@ -1,26 +1,34 @@
 """`audit`: what features and a solved head tell about the images and labels of a data set."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from transferkit.analysis.duplicates import Copy, find_copies, thumbnails
+from transferkit.analysis.duplicates import SIDE, Copy, find_copies, thumbnails
 from transferkit.analysis.labels import exchange_labels, find_limit, find_wrong_labels, label_probabilities
-from transferkit.analysis.outliers import FAR, distances, principal, unlike
+from transferkit.analysis.outliers import FAR, distances, unlike
+from transferkit.base.arguments import whole_number
+from transferkit.base.calls import explained
 from transferkit.base.display import Display
-from transferkit.base.processes import broadcast, together
+from transferkit.base.processes import alone, broadcast, together, world_size
 from transferkit.base.randomness import seeded
-from transferkit.compute.device import Device
+from transferkit.base.surroundings import own_surroundings
+from transferkit.compute.device import Device, find_device
 from transferkit.data.classes import find_classes
+from transferkit.data.open import open_data
 from transferkit.data.samples import path_of
-from transferkit.data.sources import Source
+from transferkit.data.sources import Batch, Source
 from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError
+from transferkit.features.cache import FeatureCache, open_folder
+from transferkit.features.dataset import features_of
 from transferkit.linear.choice import STRENGTHS, LinearHead, solve
+from transferkit.linear.design import principal_axes, standardised
 from transferkit.linear.table import Table
 from transferkit.linear.temperature import fit_temperature
 from transferkit.model.backbone import Backbone
@@ -30,18 +38,18 @@ from transferkit.results.assessment import Assessment
 from transferkit.results.auditing import Audit, Finding
 from transferkit.trainer import Trainer
 from transferkit.training.loss import CrossEntropy
+from transferkit.training.run import without_loader
 
 FOLDS = 4
-EXCHANGED = 0.05
-"""Fraction of the labels that is exchanged to see how well wrong labels are found."""
+EXCHANGED = 0.05  # share of the labels that is exchanged to see how well wrong labels are found
+AXES = 128  # principal axes of the features along which distances are taken
 
-AXES = 128
-"""Principal axes of the features along which distances are taken."""
-
-_READ = 64  # images read at a time
+_READ = 64  # validation images read at a time
 
 
+@explained
 @together("audit")
+@own_surroundings()
 def audit(
     backbone: Backbone,
     data: object,
@@ -51,7 +59,7 @@ def audit(
     layers: Sequence[str] | None = None,
     device: str | torch.device | Device = "auto",
     precision: str = "auto",
-    cache: str | PathLike[str] | None = None,
+    cache: str | PathLike[str] | Trainer | None = None,
     seed: int = 0,
     num_workers: int = 0,
     verbose: int = 1,
@@ -70,7 +78,8 @@ def audit(
         layers: As in `attach_head`.
         device: As in `Trainer`.
         precision: As in `Trainer`.
-        cache: A folder for files of features; None keeps them in memory.
+        cache: A folder for files of features, or a trainer on `device` whose cached features are used; None keeps them
+            in memory.
         seed: The folds depend on it.
         num_workers: Processes that read a `Dataset`.
         verbose: As in `Trainer.fit`.
@@ -93,94 +102,113 @@ def audit(
     """
     if not isinstance(backbone, Backbone):
         raise ArgumentError(f"backbone is a {type(backbone).__name__}: expected a Backbone from load_backbone.")
-    names = find_classes(data, classes)
-    display = Display(verbose)
-    with seeded(seed):  # the head is never used
-        model = freeze_until(attach_head(backbone, names, layers=layers), "head")
-    trainer = Trainer(model, device=device, precision=precision, cache="auto" if cache is None else cache, seed=seed)
-    source = trainer._open_source(data, num_workers)
-    features, _ = trainer._features_of(source, num_workers, display)
+    display, place = Display(verbose), find_device(device, precision)
+    with seeded(whole_number("seed", seed, at_least=0)):  # the head is never used
+        model = attach_head(deepcopy(backbone), find_classes(data, classes), layers=layers)
+    freeze_until(model, "head")
+    images = _Images(data, model.classes, num_workers)
+    others = None if validation_data is None else _Images(validation_data, model.classes, num_workers)
+    store = FeatureCache(place, None if isinstance(cache, Trainer) else open_folder(cache))
+    if isinstance(cache, Trainer):
+        store.share(cache._features)
+    if world_size() > 1:  # each process computes its part of the features, and then looks at all images
+        features_of(model, images.source, device=place, cache=store, display=display)
+    with alone():
+        features = features_of(model, cast("Source", images), device=place, cache=store, display=display)
     table = Table.of_features(features, columns=model.columns or None)
-    targets = features.targets.cpu()
-    solved, probabilities = _held_out(table, targets, len(model.classes), None, seed)
+    solved, probabilities = held_out(table, images.targets, len(model.classes), seed=seed)
     display.say(f"solved the head in {FOLDS} folds: {solved}")
-    listed = _Listed(data, [model.classes[target] for target in targets.tolist()])
-    look = _look(source)
-    precision_found, limit = _check(table, targets, len(model.classes), solved.l2, seed)
-    findings = _find_labels(probabilities, targets, model.classes, listed, limit=limit)
-    findings += [listed.copy("duplicate", copy, listed) for copy in _closest(find_copies(look.small))]
-    sources = [source]
-    if validation_data is not None:
-        sources.append(trainer._open_source(validation_data, num_workers))
-        shown = _look(sources[1])
-        others = _Listed(validation_data, [model.classes[target] for target in shown.targets])
-        findings += [others.copy("leak", copy, listed) for copy in _closest(find_copies(shown.small, look.small))]
-    findings += _find_unlike(table, solved, look, listed)
-    found = findings, _assessment(probabilities, targets, model.classes), precision_found
-    return Audit(*broadcast(found, "the audit"), sources)
+    precision_found, limit = find_exchanged(table, images.targets, len(model.classes), l2=solved.l2, seed=seed)
+    own = label_probabilities(probabilities, images.targets)
+    findings = []
+    for index in find_wrong_labels(probabilities, images.targets, limit).tolist():
+        guess = int(probabilities[index].argmax())
+        looks = f"looks like {model.classes[guess]} ({probabilities[index, guess]:.2f})"
+        findings.append(images.finding("label", index, float(own[index]), looks))
+    findings += images.copies("duplicate", find_copies(images.small), images)
+    if others is not None:
+        for _ in others.batches(_READ, seed=0, order=None):
+            pass  # it has looked at them then
+        findings += others.copies("leak", find_copies(others.small, images.small), images)
+    far = outlyingness(table, solved)
+    findings += images.unlike("outlier", far, lambda i: f"{far[i]:.1f} standard deviations from its neighbours")
+    findings += [*_of_other_brightness(images), *_of_other_size(images)]
+    losses = -own.clamp_min(1e-30).log()
+    assessment = Assessment(probabilities.numpy(), losses.numpy(), images.targets.numpy(), model.classes)
+    found = broadcast((findings, assessment, precision_found), "the audit")
+    return Audit(*found, [each.source for each in (images, others) if each])
 
 
-class _Listed:
-    """The images of a data set, by index: how a finding names them."""
-
-    def __init__(self, data: object, labels: list[str]) -> None:
-        self.labels = labels
-        self.paths = [path_of(data, index) for index in range(len(labels))]
-
-    def name(self, index: int) -> str:
-        return self.paths[index] or f"image {index}"
-
-    def finding(self, kind: str, index: int, score: float, detail: str) -> Finding:
-        return Finding(kind, index, self.paths[index], self.labels[index], score, detail)
-
-    def copy(self, kind: str, copy: Copy, of: "_Listed") -> Finding:
-        what = "same pixels as" if copy.difference == 0 else "nearly the same as"
-        what = "mirror image of" if copy.mirrored else what
-        detail = f"{what} {of.name(copy.of)}"
-        if of.labels[copy.of] != self.labels[copy.index]:
-            detail += f", labelled {of.labels[copy.of]}"
-        found = self.finding(kind, copy.index, copy.difference, detail)
-        return replace(found, other=copy.of, other_path=of.paths[copy.of])
-
-
-def _closest(copies: list[Copy]) -> list[Copy]:
-    return sorted(copies, key=lambda copy: copy.difference)
-
-
-class _Look(NamedTuple):
-    """What one pass over the pixels gives.
+class _Images:
+    """The images of a data set as findings name them. It is their source, and looks at each image that is read.
 
     Attributes:
+        source: Their source without that.
+        paths: File of each, or None.
         small: Thumbnails, `(N, 3, 8, 8)`.
-        sizes: Height and width of each image, `(N, 2)`.
-        targets: Class indices, or what else the data has.
-        raw: Whether the images are raw, 0 to 255.
+        sizes: Height and width, `(N, 2)`.
+        targets: Class indices, int64 `(N,)`.
+        raw: Whether they are raw, 0 to 255.
     """
 
-    small: Tensor
-    sizes: Tensor
-    targets: list[int]
-    raw: bool
+    def __init__(self, data: object, classes: Sequence[str], num_workers: int) -> None:
+        data, num_workers = without_loader(data, num_workers)
+        self.source, self.classes = open_data(data, classes, num_workers=num_workers), classes
+        if self.source.num_images is None:
+            raise ArgumentError("a DataLoader makes its own batches and cannot be audited: pass its Dataset.")
+        count = self.source.num_images
+        self.paths = [path_of(data, index) for index in range(count)]
+        self.small = torch.zeros(count, 3, SIDE, SIDE)
+        self.sizes = torch.zeros(count, 2, dtype=torch.float64)
+        self.targets = torch.zeros(count, dtype=torch.int64)
+        self.raw = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
+        for images, targets, indices in self.source.batches(batch_size, seed=seed, order=order):
+            self.small[indices] = thumbnails(images)
+            self.sizes[indices] = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)
+            self.targets[indices] = class_indices(targets)
+            self.raw = not (isinstance(images, Tensor) and images.is_floating_point())
+            yield images, targets, indices
+
+    def label(self, index: int) -> str:
+        return self.classes[int(self.targets[index])]
+
+    def finding(self, kind: str, index: int, score: float, detail: str) -> Finding:
+        return Finding(kind, index, self.paths[index], self.label(index), score, detail)
+
+    def copies(self, kind: str, copies: list[Copy], of: "_Images") -> list[Finding]:
+        """Return copies of images among `of`, the closest first."""
+        found = []
+        for copy in sorted(copies, key=lambda copy: copy.difference):
+            same = "same pixels as" if copy.difference == 0 else "nearly the same as"
+            detail = f"{'mirror image of' if copy.mirrored else same} {of.paths[copy.of] or f'image {copy.of}'}"
+            if of.label(copy.of) != self.label(copy.index):
+                detail += f", labelled {of.label(copy.of)}"
+            finding = self.finding(kind, copy.index, copy.difference, detail)
+            found.append(replace(finding, other=copy.of, other_path=of.paths[copy.of]))
+        return found
+
+    def unlike(self, kind: str, scores: Tensor, detail: Callable[[int], str]) -> list[Finding]:
+        """Return the images whose score is far from 0, the farthest first."""
+        order = scores.abs().argsort(descending=True, stable=True)[: int((scores.abs() > FAR).sum())]
+        return [self.finding(kind, index, float(scores[index]), detail(index)) for index in order.tolist()]
 
 
-def _look(source: Source) -> _Look:
-    small, sizes, targets, raw = [], [], [], True
-    for images, labels, _ in source.batches(_READ, seed=0, order=None):
-        small.append(thumbnails(images))
-        sizes += [image.shape[1:] for image in images]
-        targets += class_indices(labels).tolist()
-        raw = raw and not (isinstance(images, Tensor) and images.is_floating_point())
-    return _Look(torch.cat(small), torch.tensor(sizes), targets, raw)
-
-
-def _held_out(table: Table, targets: Tensor, classes: int, l2: float | None, seed: int) -> tuple[LinearHead, Tensor]:
-    """Solve a head in folds; return it, and the probabilities of each image in the fold without it, `(N, K)`."""
+def held_out(
+    table: Table, targets: Tensor, classes: int, *, l2: float | None = None, seed: int = 0
+) -> tuple[LinearHead, Tensor]:
+    """Solve a head in four folds; return it, and the probabilities of each image in the fold without it, `(N, K)`."""
     loss = CrossEntropy()
     strengths = STRENGTHS if l2 is None else [l2]
     solved = solve(table, targets, loss, classes=classes, strengths=strengths, folds=FOLDS, seed=seed)
     if len(solved.held_out) < len(targets):  # of many images only one fold was left out to choose the penalty
+        strengths = [solved.l2]
         solved = solve(
-            table, targets, loss, classes=classes, strengths=[solved.l2], folds=FOLDS, seed=seed, every_fold=True
+            table, targets, loss, classes=classes, strengths=strengths, folds=FOLDS, seed=seed, every_fold=True
         )
     rows, logits = solved.held_out.cpu(), solved.logits.cpu()
     probabilities = torch.empty_like(logits)
@@ -188,60 +216,40 @@ def _held_out(table: Table, targets: Tensor, classes: int, l2: float | None, see
     return solved, probabilities
 
 
-def _check(table: Table, targets: Tensor, classes: int, l2: float, seed: int) -> tuple[float, float]:
+def find_exchanged(table: Table, targets: Tensor, classes: int, *, l2: float, seed: int) -> tuple[float, float]:
     """Exchange some labels and look for them.
 
     Returns:
         Which fraction of as many labels that look worst are those, and the probability up to which half of them are.
     """
     changed, exchanged = exchange_labels(targets, classes, fraction=EXCHANGED, seed=seed)
-    _, probabilities = _held_out(table, changed, classes, l2, seed)
+    _, probabilities = held_out(table, changed, classes, l2=l2, seed=seed)
     own = label_probabilities(probabilities, changed)
     worst = own.argsort(stable=True)[: int(exchanged.sum())]
     return float(exchanged[worst].double().mean()), find_limit(own, exchanged)
 
 
-def _find_labels(
-    probabilities: Tensor, targets: Tensor, classes: Sequence[str], listed: _Listed, *, limit: float
-) -> list[Finding]:
-    own = label_probabilities(probabilities, targets)
-    found = []
-    for index in find_wrong_labels(probabilities, targets, limit).tolist():
-        guess = int(probabilities[index].argmax())
-        detail = f"looks like {classes[guess]} ({probabilities[index, guess]:.2f})"
-        found.append(listed.finding("label", index, float(own[index]), detail))
-    return found
+def outlyingness(table: Table, solved: LinearHead) -> Tensor:
+    """Return how much farther each row is from its nearest others than most, 0 or more, float64 `(N,)`."""
+
+    def rows() -> Iterator[Tensor]:
+        return standardised(table, solved.mean, solved.std)
+
+    axes, _ = principal_axes(rows, table.shape, most=AXES)
+    along = torch.cat([(block @ axes).cpu() for block in rows()])
+    return unlike(distances(along).clamp_min(1e-6).log()).clamp_min(0)
 
 
-def _find_unlike(table: Table, solved: LinearHead, look: _Look, listed: _Listed) -> list[Finding]:
-    rows = torch.cat([((block - solved.mean) / solved.std).cpu() for block in table.blocks()])
-    far = unlike(distances(principal(rows, AXES)).clamp_min(1e-6).log())
-    found = [
-        listed.finding("outlier", int(i), float(far[i]), f"{far[i]:.1f} standard deviations from its neighbours")
-        for i in far.argsort(descending=True)
-        if far[i] > FAR
-    ]
-    light = look.small.flatten(1).mean(dim=1).double()
-    if look.raw:
-        share = (light + 0.5) / 256
-        light = (share / (1 - share)).log()  # black and white are as far from grey as they look
-    deviation = unlike(light, spread=0.2)
-    for index in deviation.abs().argsort(descending=True).tolist():
-        if abs(deviation[index]) <= FAR:
-            break
-        how = "brighter" if deviation[index] > 0 else "darker"
-        found.append(listed.finding("brightness", index, float(deviation[index]), f"much {how} than most"))
-    heights, widths = look.sizes.double().unbind(dim=1)
+def _of_other_brightness(images: _Images) -> list[Finding]:
+    light = images.small.flatten(1).mean(dim=1).double()
+    if images.raw:
+        light = ((light + 0.5) / 256).logit()  # black and white are as far from grey as they look
+    scores = unlike(light, spread=0.2)
+    return images.unlike("brightness", scores, lambda i: f"much {'brighter' if scores[i] > 0 else 'darker'} than most")
+
+
+def _of_other_size(images: _Images) -> list[Finding]:
+    heights, widths = images.sizes.unbind(dim=1)
     area, shape = unlike((heights * widths).log(), spread=0.4), unlike((widths / heights).log(), spread=0.2)
-    deviation = torch.maximum(area.abs(), shape.abs())
-    for index in deviation.argsort(descending=True).tolist():
-        if deviation[index] <= FAR:
-            break
-        size = f"{int(widths[index])} x {int(heights[index])} pixels, unlike the others"
-        found.append(listed.finding("size", index, float(deviation[index]), size))
-    return found
-
-
-def _assessment(probabilities: Tensor, targets: Tensor, classes: Sequence[str]) -> Assessment:
-    losses = -label_probabilities(probabilities, targets).clamp_min(1e-30).log()
-    return Assessment(probabilities.float().numpy(), losses.float().numpy(), targets.numpy(), tuple(classes))
+    scores = torch.maximum(area.abs(), shape.abs())
+    return images.unlike("size", scores, lambda i: f"{int(widths[i])} x {int(heights[i])} pixels, unlike the others")

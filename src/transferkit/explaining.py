@@ -1,7 +1,7 @@
 """Why a model says what it says: where it looks, and which training images are most like an image."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,12 @@ from transferkit.data.classes import find_classes
 from transferkit.data.open import open_data
 from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError
-from transferkit.results.gallery import draw_images, plot_images, read_pixels
+from transferkit.linear.design import moments
+from transferkit.linear.table import Table
+from transferkit.results.gallery import draw_images, read_pixels
 from transferkit.trainer import Trainer
-from transferkit.training.evaluation import head_inputs
+from transferkit.training.evaluation import head_inputs, opened
+from transferkit.training.step import evaluation_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +36,7 @@ def explain(
 
     The numbers of a map sum to the class's logit: positive where the image speaks for it, negative where against. With
     a linear head, as `attach_head` makes it, each place has exactly its part. With hidden layers the parts hold for
-    small changes; see `transferkit.analysis.maps.activation_maps`.
+    small changes.
 
     Args:
         trainer: Whose model is asked.
@@ -53,58 +56,55 @@ def explain(
         >>> explain(trainer, torch.zeros(2, 3, 48, 64, dtype=torch.uint8), "cat").shape
         (2, 32, 32)
     """
-    wanted = _indices(classes, trainer.model.classes)
+    model, device = trainer.model, trainer.device
+    wanted = _indices(classes, model.classes)
     maps: list[Tensor] = []
-    model, seen = trainer.model, 0
-    with alone(), trainer._passing(images, batch_size, num_workers, with_targets=False) as (_, batches):
+    seen = 0
+    with alone(), opened(trainer.training, images, batch_size, num_workers, with_targets=False) as batches:
         for inputs, _ in batches:
-            with torch.no_grad(), trainer.device.autocast():
-                indices = model(inputs).argmax(dim=1)
-            if isinstance(wanted, int):
-                indices = torch.full_like(indices, wanted)
-            elif wanted is not None:
-                indices = torch.as_tensor(wanted[seen : seen + len(inputs)], device=indices.device)
+            if wanted is None:
+                indices = evaluation_step(model, inputs, device=device).argmax(dim=1)
+            elif wanted.ndim == 0:
+                indices = wanted.expand(len(inputs))
+            else:
+                indices = wanted[seen : seen + len(inputs)]
             seen += len(inputs)
             if len(indices) != len(inputs):
                 break
-            with trainer.device.autocast():
-                maps.append(activation_maps(model, inputs, indices).cpu())
-    if isinstance(wanted, list) and seen != len(wanted):
+            with device.autocast():
+                maps.append(activation_maps(model, inputs, indices.to(inputs.device)).cpu())
+    if wanted is not None and wanted.ndim and seen != len(wanted):
         raise ArgumentError(f"{len(wanted)} classes for another number of images: expected one for each image.")
     return torch.cat(maps).numpy()
 
 
-def _indices(classes: object, names: tuple[str, ...]) -> int | list[int] | None:
+def _indices(classes: object, names: tuple[str, ...]) -> Tensor | None:
+    """Return class names or indices as int64 `(N,)`, or `()` of a single one; None for None."""
     if classes is None:
         return None
-    if isinstance(classes, list | tuple | np.ndarray | Tensor):
-        return [_index(each, names) for each in np.asarray(classes).tolist()]
-    return _index(classes, names)
-
-
-def _index(value: Any, names: tuple[str, ...]) -> int:
-    if isinstance(value, str) and value in names:
-        return names.index(value)
-    if isinstance(value, int | np.integer) and 0 <= value < len(names):
-        return int(value)
-    raise ArgumentError(
-        f"class {value!r} is unknown: expected one of {', '.join(names[:20])}, or an index below {len(names)}."
-    )
+    given = np.asarray(classes)
+    indices = []
+    for value in given.ravel().tolist():
+        if isinstance(value, str) and value in names:
+            indices.append(names.index(value))
+        elif given.dtype.kind in "iu" and 0 <= value < len(names):
+            indices.append(value)
+        else:
+            raise ArgumentError(
+                f"class {value!r} is unknown: expected one of {', '.join(names[:20])}, or an index below {len(names)}."
+            )
+    return torch.tensor(indices).reshape(given.shape)
 
 
 def plot_explanations(
     trainer: Trainer, images: object, classes: object = None, *, num_images: int = 6, ax: "Axes | None" = None
 ) -> "Figure":
-    """Show what speaks for a class: the places in red over each image as the model sees it.
+    """Show what speaks for a class in the first images: the places in red over each image as the model sees it.
 
-    Args:
-        trainer: As in `explain`.
-        images: As in `explain`, but no `DataLoader`; the first `num_images` are shown.
-        classes: As in `explain`.
-        num_images: 1 or more.
-        ax: Where to draw; None makes a figure.
+    The arguments are those of `explain`, without a `DataLoader`. They are drawn on `ax`, or on a new figure.
 
     Raises:
+        ArgumentError: As in `explain`, and when `num_images` is below 1.
         MissingPackageError: When matplotlib is not installed.
 
     Example:
@@ -117,16 +117,14 @@ def plot_explanations(
     """
     source = open_data(images, trainer.model.classes, with_targets=False)
     count = min(whole_number("num_images", num_images), source.num_images or 0)
-    shown = [torch.as_tensor(pixels) for pixels in read_pixels(source, range(count))]
-    preprocess = trainer.model.backbone.preprocess
-    seen = [preprocess.resize(pixels.permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy() for pixels in shown]
-    pixels = torch.stack([torch.as_tensor(each).permute(2, 0, 1) for each in seen])
-    maps = explain(trainer, pixels, classes)
-    probabilities = trainer.predict_proba(pixels)
+    resize = trainer.model.backbone.preprocess.resize
+    shown = [torch.as_tensor(image).permute(2, 0, 1)[None] for image in read_pixels(source, range(count))]
+    seen = torch.cat([resize(image) for image in shown])
+    maps, probabilities = explain(trainer, seen, classes), trainer.predict_proba(seen)
     wanted = _indices(classes, trainer.model.classes)
-    rows = probabilities.argmax(axis=1) if wanted is None else np.broadcast_to(np.asarray(wanted), count)
+    rows = probabilities.argmax(axis=1) if wanted is None else wanted.expand(count).numpy()
     titles = [f"{trainer.model.classes[row]} {probabilities[index, row]:.2f}" for index, row in enumerate(rows)]
-    overlays = [_overlay(image, one) for image, one in zip(seen, maps, strict=True)]
+    overlays = [_overlay(image, each) for image, each in zip(seen.permute(0, 2, 3, 1).numpy(), maps, strict=True)]
     return draw_images(overlays, titles, colors=["black"] * count, ax=ax)
 
 
@@ -135,11 +133,8 @@ def show_batch(
 ) -> "Figure":
     """Show images drawn from labelled data with the names of their classes, before anything trains.
 
-    Args:
-        data: As in `Trainer.fit`, but no `DataLoader`. Its images are drawn at random, always the same.
-        classes: The class names; None takes them from the data.
-        num_images: 1 or more.
-        ax: Where to draw; None makes a figure.
+    The data is as in `Trainer.fit`, but no `DataLoader`; it is always the same images that are drawn from it, on `ax`,
+    or on a new figure. `classes` are the class names; None takes them from the data.
 
     Raises:
         ArgumentError: When the classes are not known, or `num_images` is below 1.
@@ -156,7 +151,7 @@ def show_batch(
     source = open_data(data, names)
     places = shuffled(source.num_images or 0, 0)[: whole_number("num_images", num_images)]
     titles = [names[index] for index in class_indices(source.all_targets(places)).tolist()]
-    return plot_images(source, places.tolist(), titles, colors=["black"] * len(titles), ax=ax)
+    return draw_images(read_pixels(source, places.tolist()), titles, colors=["black"] * len(titles), ax=ax)
 
 
 def _overlay(image: npt.NDArray[np.uint8], places: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
@@ -195,13 +190,13 @@ def nearest_images(
         >>> nearest_images(trainer, (images, [0, 1, 0, 1]), images[2:3], count=1)[0]
         array([[2]])
     """
-    with trainer._passing(data, None, num_workers) as (network, batches):
-        known, _ = head_inputs(network, batches, training=trainer._training)
+    training, columns = trainer.training, trainer.model.columns or None
+    with opened(training, data, None, num_workers) as batches:
+        known, _ = head_inputs(trainer.model, batches, training=training)
     if whole_number("count", count) > len(known):
         raise ArgumentError(f"count={count} cannot be used: expected 1 to {len(known)}, the number of images.")
-    with trainer._passing(images, None, num_workers, with_targets=False) as (network, batches):
-        asked, _ = head_inputs(network, batches, training=trainer._training)
-    mean, std = known.mean(dim=0), known.std(dim=0, correction=0)
-    std = std.clamp_min(std.median().clamp_min(1e-12))
+    with opened(training, images, None, num_workers, with_targets=False) as batches:
+        asked, _ = head_inputs(trainer.model, batches, training=training)
+    mean, std = moments(Table.of_tensor(known, columns=columns))
     indices, cosines = nearest((known - mean) / std, (asked - mean) / std, count=count)
     return indices.numpy(), cosines.numpy()

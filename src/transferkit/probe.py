@@ -13,17 +13,19 @@ from transferkit.base.display import Display
 from transferkit.base.processes import broadcast, together
 from transferkit.base.randomness import seeded
 from transferkit.base.surroundings import own_surroundings
-from transferkit.compute.device import Device
+from transferkit.compute.device import Device, find_device
 from transferkit.data.classes import find_classes
+from transferkit.data.open import open_data
 from transferkit.errors import ArgumentError
+from transferkit.features.cache import FeatureCache, open_folder
+from transferkit.features.dataset import features_of
 from transferkit.linear.choice import solve
 from transferkit.linear.table import Table
 from transferkit.model.backbone import Backbone
 from transferkit.model.freezing import freeze_until
 from transferkit.model.head import attach_head
 from transferkit.results.probing import Probe, ProbeScore
-from transferkit.trainer import Trainer
-from transferkit.training.loss import Loss, LossFunction
+from transferkit.training.loss import Loss, LossFunction, find_loss
 
 
 @explained
@@ -83,20 +85,22 @@ def probe(
         raise ArgumentError(f"backbone is a {type(backbone).__name__}: expected a Backbone from load_backbone.")
     names = find_classes(data, classes)
     folds = whole_number("folds", folds, at_least=2)
-    display = Display(verbose)
+    display, place = Display(verbose), find_device(device, precision)
     scores: list[ProbeScore] = []
     seconds: dict[int, float] = {}
     blocks = backbone.blocks
+    folder = open_folder(cache)
     for size in [backbone.image_size] if image_sizes is None else image_sizes:
         resized = copy.deepcopy(backbone)
         resized.preprocess = backbone.preprocess.with_image_size(whole_number("each of image_sizes", size, at_least=32))
-        with seeded(seed):  # the head is never used
+        with seeded(whole_number("seed", seed, at_least=0)):  # the head is never used
             model = freeze_until(attach_head(resized, names, layers=blocks), "head")
-        trainer = Trainer(
-            model, loss=loss, device=device, precision=precision, cache="auto" if cache is None else cache, seed=seed
-        )
+        measure = find_loss(loss, model, place.torch_device)
+        model.threshold = measure.threshold
+        source = open_data(data, model.classes, num_workers=num_workers, multi_label=model.threshold is not None)
         started = time.perf_counter()
-        features, run_loss = trainer._features_of(data, num_workers, display)
+        features = features_of(model, source, device=place, cache=FeatureCache(place, folder), display=display)
+        measure = measure.for_run(source, len(model.classes), place.torch_device)
         seconds[size] = time.perf_counter() - started
         kinds = len(model.columns) // len(blocks)  # of each block: its means, its maxima
         sets = [(block,) for block in blocks] + [blocks[-count:] for count in range(2, len(blocks) + 1)]
@@ -104,7 +108,7 @@ def probe(
             started = time.perf_counter()
             first = kinds * blocks.index(layers[0])
             table = Table.of_features(features, columns=model.columns[first : first + kinds * len(layers)])
-            solved = solve(table, features.targets, run_loss, classes=len(model.classes), folds=folds, seed=seed)
+            solved = solve(table, features.targets, measure, classes=len(model.classes), folds=folds, seed=seed)
             best = min(solved.path, key=lambda strength: strength.loss)
             spent = time.perf_counter() - started
             scores.append(ProbeScore(layers, size, best.accuracy, best.accuracy_error, best.loss, best.l2, spent))

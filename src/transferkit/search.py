@@ -1,39 +1,65 @@
 """`search` trains a model for each set of hyper-parameters over one feature cache, and returns the best."""
 
 import copy
-import html
 import inspect
 import itertools
+import json
 import math
 import random
-import time
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from transferkit.base.arguments import whole_number
+from transferkit.base.arguments import positive, whole_number
 from transferkit.base.calls import explained
-from transferkit.base.display import Display
+from transferkit.base.display import QUIET, Display
+from transferkit.base.files import atomic_write
+from transferkit.base.processes import alone, broadcast, clock, exchange, together, world_size
+from transferkit.base.processes import rank as rank_of_process
 from transferkit.base.randomness import derive_seed, seeded
 from transferkit.base.surroundings import own_surroundings
-from transferkit.compute.device import Device
+from transferkit.compute.device import Device, find_device
+from transferkit.compute.out_of_memory import is_out_of_memory
 from transferkit.data.classes import learn_names
-from transferkit.data.preprocessing import Preprocessing
 from transferkit.data.resized import resized
-from transferkit.errors import ArgumentError, NonFiniteError, OutOfMemoryError, close_matches
-from transferkit.model.freezing import find_boundary, freeze_until
+from transferkit.data.selection import split_validation
+from transferkit.data.sources import Source
+from transferkit.errors import (
+    ArgumentError,
+    CheckpointError,
+    NonFiniteError,
+    OutOfMemoryError,
+    TransferKitError,
+    close_matches,
+)
+from transferkit.model.freezing import find_boundary, freeze_until, trainable_state
 from transferkit.model.head import TransferModel
-from transferkit.results.history import History
+from transferkit.results.history import EpochReport, History
+from transferkit.results.tabular import html_table
+from transferkit.saving.archive import read_checkpoint, write_checkpoint
 from transferkit.trainer import Trainer
+from transferkit.training.heads import HeadRun, how_many_together, train_heads
+from transferkit.training.run import open_run, without_loader
+from transferkit.training.schedules import check_schedule
 
 FREEZE = "freeze_until"
 FIT = ("epochs", "batch_size", "augment", "n_views")
 FIXED = ("device", "precision", "cache", "seed")
+PER_HEAD = ("lr", "weight_decay", "schedule", "clip_grad_norm", "epochs")
+"""What heads may differ in that are trained together."""
+
+EPOCHS: int = inspect.signature(Trainer.fit).parameters["epochs"].default
+TABLE, BEST = "trials.json", "best.pt"
 TRAINER = tuple(name for name in inspect.signature(Trainer).parameters if name not in ("model", *FIXED))
+
+_FAILURES = (TransferKitError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError)
 
 Space = Mapping[str, Sequence[Any] | Callable[[random.Random], Any]]
 
@@ -46,7 +72,7 @@ class Trial:
         params: The hyper-parameters.
         history: The history of its run; without epochs if it failed.
         score: Validation accuracy of its best epoch, 0 to 1; NaN if it failed.
-        seconds: How long it took.
+        seconds: How long it took; those of heads that are trained together are divided among them.
         error: Why it failed, or an empty string.
     """
 
@@ -111,14 +137,15 @@ class SearchResult:
     __repr__ = __str__  # what an interpreter shows
 
     def _repr_html_(self) -> str:
-        names = [*self.trials[0].params, "validation accuracy", "seconds"]
-        rows = ""
-        for trial in self._ranked():
-            score = "failed" if math.isnan(trial.score) else f"{trial.score:.4f}"
-            cells = [*map(str, trial.params.values()), score, f"{trial.seconds:.1f}"]
-            rows += f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        rows = [
+            [
+                *map(str, trial.params.values()),
+                "failed" if math.isnan(trial.score) else f"{trial.score:.4f}",
+                f"{trial.seconds:.1f}",
+            ]
+            for trial in self._ranked()
+        ]
+        return html_table([*self.trials[0].params, "validation accuracy", "seconds"], rows)
 
     def _ranked(self) -> list[Trial]:
         return sorted(
@@ -127,6 +154,7 @@ class SearchResult:
 
 
 @explained
+@together("search")
 @own_surroundings()
 def search(
     build: Callable[..., TransferModel],
@@ -136,6 +164,9 @@ def search(
     validation_data: object = None,
     validation_split: float | None = None,
     num_trials: int | None = None,
+    reduction_factor: int | None = None,
+    budget: float | None = None,
+    folder: str | PathLike[str] | None = None,
     device: str | torch.device | Device = "auto",
     precision: str = "auto",
     cache: bool | str | PathLike[str] = "auto",
@@ -146,12 +177,19 @@ def search(
     """Train a model for each set of hyper-parameters and compare them by validation accuracy.
 
     All trials share one feature cache: the frozen layers run once for each image. Every trial begins with the same
-    random numbers. A trial whose loss becomes infinite, or that does not fit into memory, is recorded as failed and the
-    search continues.
+    random numbers. Some trials share their work, too:
+
+    - Heads on a frozen backbone, as `attach_head` builds them, that differ in `lr`, `weight_decay`, `schedule`,
+      `clip_grad_norm` and `epochs` alone are trained together. Each is what it would be alone, up to rounding.
+    - With `schedule="constant"`, the longest of the trials that differ in `epochs` alone answers the others.
+
+    A trial that fails is recorded with the reason, and the search continues: its loss becomes infinite, memory does not
+    suffice, or it raises another error.
 
     Args:
         build: Returns a model from `attach_head`. It is called with those names of `space` that neither `Trainer` nor
-            `fit` takes. Its result is copied, so it may use the same backbone each time.
+            `fit` takes, and must return the same for the same values. Its result is copied, so it may use the same
+            backbone each time.
         space: A list of values for each hyper-parameter: `lr`, `epochs`, `batch_size`, `freeze_until` (without it,
             layers stay frozen as `build` returns them), any other argument of `Trainer`, `augment` and `n_views` of
             `fit`, and whatever `build` takes. With `num_trials`, also functions of a `random.Random` that draw a value.
@@ -160,6 +198,11 @@ def search(
         validation_data: As in `Trainer.fit`.
         validation_split: As in `Trainer.fit`; the same images in every trial.
         num_trials: Number of sets to draw at random; None tries every combination.
+        reduction_factor: Successive halving: every set is tried with few epochs, the best of them (one in
+            `reduction_factor`) with that many times more, and so on up to `epochs`. Each trial trains from the start.
+            2 or more; None tries every set with all epochs.
+        budget: Seconds after which no trial begins. The result lacks those that did not.
+        folder: Where finished trials and the best weights are saved. A call with the same arguments and data continues.
         device: As in `Trainer`.
         precision: As in `Trainer`.
         cache: As in `Trainer`.
@@ -168,9 +211,10 @@ def search(
         verbose: 1 shows a line for each trial, and a bar where it can be seen; 2 the lines alone; 0 nothing.
 
     Raises:
-        ArgumentError: When the space is empty or cannot be used, there is no validation data, or `build` takes other
-            names.
-        TransferKitError: As in `Trainer` and `Trainer.fit`, at the first trial they refuse.
+        ArgumentError: When the space is empty or cannot be used, `Trainer` refuses one of its values, there is no
+            validation data, `build` takes other names, or `folder` holds another search.
+        CheckpointError: When a file in `folder` is damaged.
+        TransferKitError: When no trial succeeds: what the first raised, if that was neither a number nor memory.
 
     Example:
         >>> from transferkit import attach_head, load_backbone
@@ -187,74 +231,352 @@ def search(
         (4, ['freeze_until', 'hidden', 'lr'])
 
     References:
-        Bergstra and Bengio, 2012, "Random Search for Hyper-Parameter Optimization", JMLR 13.
+        Bergstra and Bengio, 2012, "Random Search for Hyper-Parameter Optimization", JMLR 13. Jamieson and Talwalkar,
+        2016, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", AISTATS.
     """
     if validation_data is None and validation_split is None:
         raise ArgumentError("trials are compared on validation data: pass validation_data or validation_split.")
+    if validation_data is not None and validation_split is not None:
+        raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
     if isinstance(build, nn.Module) or not callable(build):
         raise ArgumentError(
             f"build is a {type(build).__name__}: expected a function that makes a new model for each trial, such as "
             "lambda: attach_head(backbone, classes)."
         )
     display, seed = Display(verbose), whole_number("seed", seed, at_least=0)
+    end = math.inf if budget is None else clock() + positive("budget", budget)
     sets = _choose(space, num_trials, seed)
-    place = device if isinstance(device, Device) else Device(device, precision)
-    first = _build(build, sets[0], seed)
-    order = sorted(range(len(sets)), key=lambda number: _depth(first, sets[number]))
-    data: dict[Preprocessing, tuple[object, object]] = {}  # training and validation data
-    trials: dict[int, Trial] = {}
-    best, best_model, features = (-1.0, 0), None, None
-    with display.bar("search", len(sets), unit="trials") as bar:
-        for number in order:  # from shallow to deep: features of deeper boundaries are derived from those before
-            params = sets[number]
-            model = _build(build, params, seed)
-            model.classes = learn_names(train, model.classes)  # the images in memory have no names
-            if (preprocess := model.backbone.preprocess) not in data:
-                data[preprocess] = (
-                    _read(train, model, place, num_workers),
-                    _read(validation_data, model, place, num_workers),
-                )
-            trainer = _trainer(model, params, features, device=place, cache=cache, seed=seed)
-            features = trainer
-            trials[number] = trial = _try(
-                trainer, params, *data[preprocess], validation_split=validation_split, num_workers=num_workers
-            )
-            if (rank := (trial.score, -number)) > best:  # of equal ones the first, as in best_index_; never NaN
-                best, best_model = rank, model
-            later = [other.seconds for other in trials.values()][1:]  # the first trial computed features for all
-            left = f"  {(len(sets) - len(trials)) * sum(later) / len(later):.0f} s left" if later else ""
-            display.say(f"trial {len(trials)} of {len(sets)}  {_line(trial)}{left}")
-            bar.advance(1)
-    return SearchResult([trials[number] for number in range(len(sets))], best_model)
+    rounds = [(len(sets), {})] if reduction_factor is None else _rounds(sets, reduction_factor)
+    place = find_device(device, precision)
+    settings = {"device": place, "cache": cache, "seed": seed}
+    given = _Data(train, validation_data, validation_split, num_workers)
+    trials = _Trials(build, given, settings, display, end, None if folder is None else Path(folder))
+    trials.begin(sets, [rounds, seed, validation_split, str(place)])
+    for count, epochs in rounds:
+        sets = [{**params, **epochs} for params in trials.best_of(sets, count)]
+        trials.make(sets)
+    return trials.result()
 
 
-def _read(data: object, model: TransferModel, device: Device, num_workers: int) -> object:
-    if data is None:
-        return None
-    return resized(data, model.classes, model.backbone.preprocess, device=device, num_workers=num_workers) or data
+@dataclass(eq=False)
+class _Run:
+    """A run of training, and the numbers of the trials that it answers after so many epochs."""
+
+    params: dict[str, Any]
+    numbers: dict[int, list[int]]
+
+    def trials(self) -> list[int]:
+        return [number for numbers in self.numbers.values() for number in numbers]
 
 
-def _trainer(model: TransferModel, params: Mapping[str, Any], features: Trainer | None, **fixed: Any) -> Trainer:
-    if FREEZE in params:
-        freeze_until(model, params[FREEZE])
-    trainer = Trainer(model, **fixed, **{name: value for name, value in params.items() if name in TRAINER})
-    if features is not None:
-        trainer.share_features(features)
-    return trainer
+class _Data(NamedTuple):
+    """The data as the user passed it."""
+
+    train: object
+    validation: object
+    split: float | None
+    num_workers: int
 
 
-def _try(trainer: Trainer, params: dict[str, Any], train: object, validation_data: object, **fixed: Any) -> Trial:
-    started = time.perf_counter()
-    history, error = History(), ""
-    own = {name: value for name, value in params.items() if name in FIT}
+@dataclass(eq=False)
+class _Trials:
+    """The trials made so far, and how others are made."""
+
+    build: Callable[..., TransferModel]
+    data: _Data
+    settings: Mapping[str, Any]
+    display: Display
+    end: float
+    folder: Path | None
+    facts: list[Any] = field(default_factory=list)
+    sources: dict[Any, list[Source]] = field(default_factory=dict)
+    sets: list[dict[str, Any]] = field(default_factory=list)
+    made: dict[int, Trial] = field(default_factory=dict)
+    held: dict[int, dict[str, Any]] = field(default_factory=dict)  # in the folder, not asked for yet
+    best: tuple[float, int] = (-1.0, 0)
+    saved: tuple[float, int] = (-1.0, 0)
+    best_model: TransferModel | None = None
+    features: Trainer | None = None
+    refused: Exception | None = None
+
+    def begin(self, sets: list[dict[str, Any]], facts: list[Any]) -> None:
+        """Let `Trainer` refuse what it cannot use, and take over the trials that the folder holds."""
+        for group in _plan(dict(enumerate(sets))):
+            trainer = self._trainer(group[0].params)
+            for run in group[1:]:
+                self._trainer(run.params, trainer.model)
+            if self.folder is not None:
+                self.facts += [trainer.model.backbone.fingerprint, repr(trainer.model.head)]
+        if self.folder is not None:
+            self.facts += [*facts, derive_seed(re.sub(" at 0x[0-9a-f]+", "", repr(sets)))]
+            self.facts += [[source.num_images, source.digest()] for source in self._open(trainer)]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.held = broadcast(_read_trials(self.folder, self.facts), "trials")
+
+    def best_of(self, sets: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+        """Return the best of the sets that were tried last, in their order; before the first trial all of them."""
+        first = len(self.sets) - len(sets)
+        found = [(self.made[first + place].score, -place) for place in range(len(sets)) if first + place in self.made]
+        usable = sorted((pair for pair in found if not math.isnan(pair[0])), reverse=True)[:count]
+        return [sets[place] for place in sorted(-place for _, place in usable)] if self.sets else sets
+
+    def make(self, sets: list[dict[str, Any]]) -> None:
+        """Make a trial of each set, unless the folder has it or the time is over."""
+        new = dict(enumerate(sets, start=len(self.sets)))
+        self.sets += sets
+        self._recall()
+        groups = _plan({number: params for number, params in new.items() if number not in self.made})
+        first = _build(self.build, self.sets[0], self.settings["seed"])
+        groups.sort(key=lambda group: _depth(first, group[0].params))  # deeper features are derived from shallow ones
+        with self.display.bar("search", len(sets), unit="trials") as bar:
+            for group in groups:
+                trainer = self._trainer(group[0].params) if len(group) > 1 else None
+                size = 1 if trainer is None else how_many_together(trainer._training)
+                for part in (group[start : start + size] for start in range(0, len(group), size)):
+                    if clock() > self.end:
+                        return
+                    if trainer is not None and len(part) > 1:
+                        self._train_together(part, trainer)
+                    for run in part:
+                        if not self.made.keys() >= {*run.trials()}:
+                            self._train(run)
+                    self._save()
+                    bar.advance(sum(len(run.trials()) for run in part))
+
+    def result(self) -> SearchResult:
+        if self.best_model is None and self.refused is not None:
+            raise self.refused
+        trials = broadcast([trial for _, trial in sorted(self.made.items())], "trials")
+        return SearchResult(trials, self.best_model)
+
+    def _trainer(self, params: Mapping[str, Any], model: TransferModel | None = None) -> Trainer:
+        """Return a trainer of a model, by default of a new one."""
+        if model is None:
+            model = _build(self.build, params, self.settings["seed"])
+            model.classes = learn_names(self.data.train, model.classes)  # the images in memory have no names
+            if FREEZE in params:
+                freeze_until(model, params[FREEZE])
+        given = {name: value for name, value in params.items() if name in TRAINER}
+        trainer = Trainer(model, **self.settings, **given)
+        if self.features is not None:
+            trainer.share_features(self.features)
+        return trainer
+
+    def _open(self, trainer: Trainer) -> list[Source]:
+        """Return training and validation images, read once if they fit into memory."""
+        model, num_workers = trainer.model, self.data.num_workers
+        key = (model.backbone.preprocess, model.threshold)
+        if key not in self.sources:
+            read = partial(resized, classes=model.classes, preprocess=key[0], device=trainer.device)
+            given = [data for data in (self.data.train, self.data.validation) if data is not None]
+            given[1:] = [without_loader(data, num_workers)[0] for data in given[1:]]
+            given = [read(data, num_workers=num_workers) or data for data in given]
+            opened = [trainer._open_source(data, num_workers) for data in given]
+            if self.data.split is not None:
+                several = model.threshold is not None
+                opened = [*split_validation(opened[0], self.data.split, trainer.seed, multi_label=several)]
+            self.sources[key] = opened
+        return self.sources[key]
+
+    def _train(self, run: _Run) -> None:
+        """Make a run with `Trainer.fit`."""
+        trainer, last, started = self._trainer(run.params), max(run.numbers), clock()
+        record = partial(self._record, run, started)
+        source, held_out = self._open(trainer)
+
+        def after_epoch(_: Trainer, __: object) -> None:
+            history, progress = trainer.history or History(), trainer._progress
+            if progress is not None and len(history.reports) < last:
+                record(history, partial(_with_weights, trainer.model, progress.best.state()))
+
+        own = {name: value for name, value in run.params.items() if name in FIT} | {"epochs": last}
+        own["callbacks"] = [after_epoch] if len(run.numbers) > 1 else []
+        try:
+            history = trainer.fit(source, validation_data=held_out, verbose=0, **own)
+        except _FAILURES as failure:
+            self._fail([run], failure, started)
+        else:
+            record(history, lambda: trainer.model)
+        self.features = trainer
+
+    def _train_together(self, runs: Sequence[_Run], trainer: Trainer) -> None:
+        """Make the runs of heads in one pass; one that fails there is left for `_train`, which finds the reason."""
+        params, before, best = runs[0].params, {*self.made}, self.best
+        runs = runs[rank_of_process() :: world_size()]  # of several processes each trains heads of its own
+        with alone():
+            started = clock()
+        feed = trainer._feeds(params.get("augment"), params.get("n_views"), QUIET)
+        self.features = trainer
+        try:
+            feeds = [feed(*pair) for pair in zip(self._open(trainer), ("training", "validation"), strict=True)]
+            for each in feeds if world_size() > 1 else ():
+                each.open(1)  # which computes the features together
+            with alone(), trainer._alone("fit"), trainer._interrupts:
+                heads: dict[HeadRun, _Run] = {}
+                for run in runs:
+                    training, size = self._trainer(run.params, trainer.model)._training, params.get("batch_size")
+                    opened = open_run(training, *feeds, epochs=max(run.numbers), batch_size=size)
+                    check_schedule(opened.schedule, opened.num_steps)
+                    opened.check_feeds()
+                    heads[HeadRun(training, opened)] = run
+                for head in train_heads([*heads], interrupts=trainer._interrupts) if heads else ():
+                    weights = {f"head.{name}": weight for name, weight in head.best.items()}
+                    model = partial(_with_weights, trainer.model, weights)
+                    self._record(heads[head], started, head.history, model, share=len(runs))
+        except _FAILURES as failure:
+            if not (is_out_of_memory(failure) or isinstance(failure, OutOfMemoryError)):
+                with alone():
+                    self._fail(runs, failure, started)
+        self._share(before, best, trainer.model)
+
+    def _share(self, before: set[int], best: tuple[float, int], model: TransferModel) -> None:
+        """Exchange the trials that each process made since, and the weights of the best."""
+        own = {number: trial for number, trial in self.made.items() if number not in before}
+        found = self.best_model if self.best > best else None
+        weights = {} if found is None else {name: value.cpu() for name, value in trainable_state(found).items()}
+        for trials, other, state in exchange((own, self.best, weights), "trials"):
+            for number, trial in trials.items():
+                if number not in self.made:
+                    self._add(number, trial)
+            if other > self.best:
+                self.best, self.best_model = other, _with_weights(model, state)
+
+    def _record(
+        self, run: _Run, started: float, history: History, model: Callable[[], TransferModel], *, share: int = 1
+    ) -> None:
+        """Record the trials that have as many epochs as a history."""
+        score = _score(history)
+        error = "validation loss was never finite: try a lower learning rate." if math.isnan(score) else ""
+        seconds = (clock() - started) / share
+        for number in run.numbers.get(len(history.reports), []):
+            self._add(number, Trial(self.sets[number], History([*history.reports]), score, seconds, error))
+            if (rank := (score, -number)) > self.best:  # of equal ones the first, as in best_index_; never NaN
+                self.best, self.best_model = rank, model()
+
+    def _fail(self, runs: Sequence[_Run], failure: Exception, started: float) -> None:
+        """Record the reason why the rest of the trials of some runs failed."""
+        reason = str(failure) if isinstance(failure, TransferKitError) else f"{type(failure).__name__}: {failure}"
+        if not isinstance(failure, NonFiniteError | OutOfMemoryError):
+            self.refused = self.refused or failure
+        for number in (number for run in runs for number in run.trials() if number not in self.made):
+            seconds = clock() - started
+            self._add(number, Trial(self.sets[number], History(), math.nan, seconds, reason))
+
+    def _add(self, number: int, trial: Trial) -> None:
+        self.made[number] = trial
+        later = [other.seconds for other in self.made.values()][1:]  # the first trial computed features for all
+        left = f"  {(len(self.sets) - len(self.made)) * sum(later) / len(later):.0f} s left" if later else ""
+        self.display.say(f"trial {len(self.made)} of {len(self.sets)}  {_line(trial)}{left}")
+
+    def _recall(self) -> None:
+        """Take what the folder holds: the trials, and the model of the best, which is made again if that is missing."""
+        held = {number: self.held.pop(number) for number in [*self.held] if number < len(self.sets)}
+        self.made |= {number: Trial(self.sets[number], **rest) for number, rest in held.items()}
+        ranks = [(trial.score, -number) for number, trial in self.made.items() if not math.isnan(trial.score)]
+        if self.folder is None or (rank := max(ranks, default=self.best)) <= self.best:
+            return
+        found = broadcast(read_checkpoint(self.folder / BEST) if rank_of_process() == 0 else {}, "the best model")
+        if found["number"] == -rank[1]:
+            model = self._trainer(self.sets[-rank[1]]).model
+            self.best, self.best_model = rank, _with_weights(model, found["weights"])
+        else:
+            del self.made[-rank[1]]
+
+    def _save(self) -> None:
+        if self.folder is None or rank_of_process():
+            return
+        if self.best_model is not None and self.best != self.saved:
+            weights = trainable_state(self.best_model)
+            write_checkpoint(self.folder / BEST, {"number": -self.best[1], "weights": weights})
+            self.saved = self.best
+        trials = {
+            number: {
+                "history": [vars(report) for report in trial.history.reports],
+                **{name: getattr(trial, name) for name in ("score", "seconds", "error")},
+            }
+            for number, trial in self.made.items()
+        }
+        with atomic_write(self.folder / TABLE) as file:
+            file.write(json.dumps({"facts": self.facts, "trials": trials}).encode())
+
+
+def _read_trials(folder: Path, facts: list[Any]) -> dict[int, dict[str, Any]]:
+    """Return what a folder holds of each trial but its parameters, by its number.
+
+    Raises:
+        ArgumentError: When they are of another search.
+        CheckpointError: When the file is damaged.
+    """
+    if not (path := folder / TABLE).exists():
+        return {}
     try:
-        history = trainer.fit(train, validation_data=validation_data, verbose=0, **fixed, **own)
-    except (NonFiniteError, OutOfMemoryError) as failure:
-        error = str(failure)
-    score = _score(history)
-    if math.isnan(score) and not error:
-        error = "validation loss was never finite: try a lower learning rate."
-    return Trial(params, history, score, time.perf_counter() - started, error)
+        table = json.loads(path.read_bytes())
+        same = table["facts"] == json.loads(json.dumps(facts))
+        found = {
+            int(number): {**trial, "history": History([_report(figures) for figures in trial["history"]])}
+            for number, trial in table["trials"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error!r}. Delete the folder to begin anew.") from error
+    if not same:
+        raise ArgumentError(
+            f"folder={str(folder)!r} holds another search: expected the same models, space, data, seed and device. "
+            "Name another folder."
+        )
+    return found
+
+
+def _report(figures: dict[str, Any]) -> EpochReport:
+    report = EpochReport(*(figures[name] for name in EpochReport.__dataclass_fields__))
+    vars(report).update(figures)
+    return report
+
+
+def _with_weights(model: TransferModel, weights: Mapping[str, torch.Tensor] | None) -> TransferModel:
+    model = copy.deepcopy(model)
+    model.load_state_dict(dict(weights or {}), strict=False)
+    return model.eval()
+
+
+def _rounds(sets: list[dict[str, Any]], factor: int) -> list[tuple[int, dict[str, int]]]:
+    """Return how many sets each round of successive halving tries, and with how many epochs."""
+    factor = whole_number("reduction_factor", factor, at_least=2)
+    given = {whole_number("epochs", params.get("epochs", EPOCHS)) for params in sets}
+    if len(given) > 1:
+        raise ArgumentError(
+            f"space['epochs'] has the values {sorted(given)}: with reduction_factor, which sets the epochs of each "
+            "round, expected one, the most epochs."
+        )
+    [epochs] = given
+    last = max(number for number in range(64) if factor**number <= min(len(sets), epochs))
+    return [(len(sets) // factor**n, {"epochs": epochs // factor ** (last - n)}) for n in range(last + 1)]
+
+
+def _plan(sets: Mapping[int, dict[str, Any]]) -> list[list[_Run]]:
+    """Return the runs that answer trials, those in one list whose heads may be trained together."""
+    runs: dict[Any, _Run] = {}
+    groups: dict[Any, list[_Run]] = {}
+    for number, params in sets.items():
+        epochs = whole_number("epochs", params.get("epochs", EPOCHS))
+        run = _Run(params, {})
+        key = _key(params, ("epochs",) if params.get("schedule") == "constant" else ())
+        if key not in runs:
+            groups.setdefault(_key(params, PER_HEAD), []).append(run)
+        runs.setdefault(key, run).numbers.setdefault(epochs, []).append(number)
+    return list(groups.values())
+
+
+def _key(params: Mapping[str, Any], but: Sequence[str]) -> Any:
+    return frozenset((name, _same(value)) for name, value in params.items() if name not in but)
+
+
+def _same(value: object) -> object:
+    """Return what tells values apart: themselves, or objects where they cannot be hashed."""
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
 
 
 def _choose(space: Space, num_trials: int | None, seed: int) -> list[dict[str, Any]]:
@@ -285,7 +607,7 @@ def _choose(space: Space, num_trials: int | None, seed: int) -> list[dict[str, A
     ]
 
 
-def _build(build: Callable[..., TransferModel], params: dict[str, Any], seed: int) -> TransferModel:
+def _build(build: Callable[..., TransferModel], params: Mapping[str, Any], seed: int) -> TransferModel:
     own = {name: value for name, value in params.items() if name not in (FREEZE, *FIT, *TRAINER)}
     try:
         inspect.signature(build).bind(**own)

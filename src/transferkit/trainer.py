@@ -14,16 +14,16 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from transferkit.base.arguments import fraction, one_of, positive, whole_number
 from transferkit.base.calls import explained
 from transferkit.base.display import QUIET, Display
 from transferkit.base.interrupts import Interrupts
-from transferkit.base.processes import broadcast, check_same, copy_from_rank_0, part_of, rank, together, world_size
+from transferkit.base.processes import broadcast, copy_from_rank_0, rank, together, world_size
 from transferkit.base.surroundings import own_surroundings
-from transferkit.compute.device import Device
+from transferkit.compute.device import Device, find_device
 from transferkit.data.augmentation import Augment, build_augmentation
 from transferkit.data.classes import learn_names
 from transferkit.data.inputs import Inputs
@@ -33,8 +33,8 @@ from transferkit.data.sources import Source, SubsetSource
 from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError, CheckpointTypeError, ModelInUseError
 from transferkit.features.cache import FeatureCache, open_folder
-from transferkit.features.chunks import CachedFeatures, image_digests
-from transferkit.features.feed import Batches, Feed, Frozen
+from transferkit.features.chunks import CachedFeatures
+from transferkit.features.feed import Feed, Frozen
 from transferkit.linear.choice import LinearHead
 from transferkit.linear.temperature import fit_temperature
 from transferkit.model.freezing import describe_frozen, first_trainable
@@ -46,7 +46,17 @@ from transferkit.results.lr_sweep import LearningRateSweep
 from transferkit.saving import archive
 from transferkit.saving import model as model_state
 from transferkit.training.callback_list import CallbackList
-from transferkit.training.evaluation import assess, evaluate, head_inputs, logits_of, outputs_of, predict_proba
+from transferkit.training.evaluation import (
+    Batches,
+    assess,
+    evaluate,
+    head_inputs,
+    logits_of,
+    opened,
+    predict_known,
+    predict_proba,
+    ready,
+)
 from transferkit.training.loop import CACHED_BATCH_SIZE, Callback, Epochs, train_epochs
 from transferkit.training.loss import Loss, LossFunction, find_loss
 from transferkit.training.lr_find import spaced_rates, sweep
@@ -56,8 +66,6 @@ from transferkit.training.progress import BestWeights, Progress
 from transferkit.training.run import (
     Run,
     check_same_data,
-    check_same_weights,
-    check_shared,
     check_trains,
     choose_batch_size,
     open_run,
@@ -179,10 +187,8 @@ class Trainer:
                 f"model is a {type(model).__name__}: expected a TransferModel from attach_head. For a module of your "
                 "own use transferkit.Device in your own loop."
             )
-        if isinstance(device, Device) and precision not in ("auto", device.precision):
-            raise ArgumentError(f"precision={precision!r} contradicts {device}: say it in one place.")
+        place = find_device(device, precision)
         check_float32(model, trains=True)
-        place = device if isinstance(device, Device) else Device(device, precision)
         found = find_loss(loss, model, place.torch_device)
         self._training = Training(
             model=place.prepare(model),
@@ -240,6 +246,11 @@ class Trainer:
     @optimizer.setter
     def optimizer(self, value: str | OptimizerClass | Optimizer) -> None:
         self._training.optimizer, self._training.optimizer_mode = build_optimizer(value, self.model, None, None), "eval"
+
+    @property
+    def training(self) -> Training:
+        """Model, device, optimizer and progress, as the parts of the library take them."""
+        return self._training
 
     @property
     def seed(self) -> int:
@@ -733,14 +744,8 @@ class Trainer:
         Raises:
             ArgumentError: When `learn_known` was not called since the model was trained.
         """
-        if self.model.novelty is None:
-            raise ArgumentError(
-                "the model has not learnt which images are known: call trainer.learn_known(training_images) first, "
-                "after training."
-            )
         with self._passing(images, batch_size, num_workers, with_targets=False) as (network, batches):
-            scores = cast("Tensor", outputs_of(network, batches, training=self._training)[2])
-        return cast("npt.NDArray[np.float32]", scores.cpu().numpy())
+            return predict_known(network, batches, training=self._training)[1]
 
     def predict_classes(
         self, images: object, *, unknown: str | None = None, batch_size: int | None = None, num_workers: int = 0
@@ -755,10 +760,10 @@ class Trainer:
             ['dog', 'airplane']
         """
         if unknown is not None:
-            images = list(images) if isinstance(images, Iterator) else images  # it is read twice
-            strange = self.novelty(images, batch_size=batch_size, num_workers=num_workers) > 0
-            named = self.predict_classes(images, batch_size=batch_size, num_workers=num_workers)
-            return [unknown if far else str(name) for name, far in zip(named, strange, strict=True)]
+            with self._passing(images, batch_size, num_workers, with_targets=False) as (network, batches):
+                probabilities, novelty = predict_known(network, batches, training=self._training)
+            known = [unknown, *self.model.classes]
+            return [known[index] for index in np.where(novelty > 0, 0, 1 + probabilities.argmax(axis=1))]
         predicted, names = self.predict(images, batch_size=batch_size, num_workers=num_workers), self.model.classes
         if self.model.threshold is not None:
             return [[name for name, has in zip(names, row, strict=True) if has] for row in predicted]
@@ -843,14 +848,11 @@ class Trainer:
         """
         self._features.share(other._features)
 
-    def _features_of(self, data: object, num_workers: int, display: Display) -> tuple[CachedFeatures, Loss]:
-        """Return the features of labelled images, and the loss with what depends on their targets."""
+    def _features_of(self, data: object, num_workers: int, display: Display) -> CachedFeatures:
         with self._alone("features"), self._interrupts:
-            feed = self._feeds(None, None, display)(self._open_source(data, num_workers), "training")
-            check_same_data(feed.inputs.source, self.model, "features")
-            features = feed.features()
-        loss = self._training.loss.for_run(feed.inputs.source, len(self.model.classes), self.device.torch_device)
-        return features, loss
+            source = self._open_source(data, num_workers)
+            check_same_data(source, self.model, "features")
+            return self._feeds(None, None, display)(source, "training").features()
 
     def _validate(self, source: Source) -> dict[str, float]:
         """Return loss and accuracy of labelled images, over cached features where that is safe."""
@@ -914,15 +916,14 @@ class Trainer:
         self, data: object, batch_size: int | None, num_workers: int, *, with_targets: bool = True
     ) -> Iterator[tuple[nn.Module, Batches]]:
         """Put the model into eval mode and yield the network and its batches, over cached features if it can."""
-        with together("a pass over images"), evaluating(self.model), own_surroundings():
-            self._check_model(trains=False)
-            self._training.let_optimizer("eval")
-            run = self._run
-            if run is not None and with_targets and run.validation is not None and data is self._given[1]:
-                size = choose_batch_size(run.validation.inputs.source, batch_size)
-                network, batches = run.validation.open_part(size, cached_batch_size=max(size, CACHED_BATCH_SIZE))
-            else:
-                network, batches = self.model, self._batches(data, batch_size, num_workers, with_targets=with_targets)
+        run = self._run
+        if run is None or run.validation is None or not with_targets or data is not self._given[1]:
+            with opened(self._training, data, batch_size, num_workers, with_targets=with_targets) as batches:
+                yield self.model, batches
+            return
+        with together("a pass over images"), ready(self._training):
+            size = choose_batch_size(run.validation.inputs.source, batch_size)
+            network, batches = run.validation.open_part(size, cached_batch_size=max(size, CACHED_BATCH_SIZE))
             with closing(batches):
                 yield network, batches
 
@@ -939,25 +940,9 @@ class Trainer:
                     f"{what} was called while fit runs, by one of its callbacks: expected one run at a time. Call "
                     f"{what} when fit has returned; a callback may evaluate, predict and save."
                 )
-            self._check_model(trains=True)
+            check_float32(self.model, trains=True)
+            check_head(self.model)
             yield
-
-    def _check_model(self, *, trains: bool) -> None:
-        """Refuse a model that was changed into one that cannot be trained or used."""
-        check_float32(self.model, trains=trains)
-        check_head(self.model)
-
-    def _batches(self, data: object, batch_size: int | None, num_workers: int, *, with_targets: bool) -> Batches:
-        source = self._open(data, num_workers, with_targets=with_targets)
-        inputs = Inputs(source, self.model.backbone.preprocess, self.device)
-        size = choose_batch_size(source, batch_size)
-        if world_size() == 1:
-            return inputs.batches(size)
-        count = check_shared(source, "a pass over images")
-        with closing(inputs.read(2, order=torch.tensor([0, count - 1]))) as read:
-            check_same({"images": count, "first and last image": image_digests(next(read)[0])}, "a pass over images")
-        check_same_weights(self.model, "a pass over images")
-        return inputs.batches(size, order=torch.arange(count)[part_of(count)])
 
 
 SETTINGS = {

@@ -44,7 +44,7 @@ def test_a_reader_of_a_live_folder_gets_the_newest_state_there_is(tmp_path: Path
 
     def write() -> None:
         try:
-            fit(tmp_path, epochs=20, every_steps=1, keep_last=1)
+            fit(tmp_path, epochs=5, every_steps=1, keep_last=1)
         finally:
             done.set()
 
@@ -108,7 +108,7 @@ def test_a_second_process_with_the_same_folder_is_refused(tmp_path: Path) -> Non
         said.append(tiny.python(SECOND, tmp_path))
 
     fit(tmp_path, meanwhile)
-    assert said[0].startswith(f"ArgumentError 0 another process saves its run to {tmp_path}: wait until it ends")
+    assert said[0].startswith(f"ArgumentError 0 another process saves its run to {tmp_path}: name another folder")
     assert newest(tmp_path) == "step-00000003.pt"
     assert "ArgumentError" in tiny.python(SECOND, tmp_path) or newest(tmp_path) == "step-00000015.pt"
 
@@ -122,7 +122,7 @@ def test_a_second_run_in_the_same_process_loses_nothing(tmp_path: Path) -> None:
         seen.append(newest(tmp_path))
 
     with (
-        pytest.warns(UserWarning, match=r"holds step-00000015\.pt, which another run wrote meanwhile"),
+        pytest.warns(UserWarning, match=r"holds step-00000015\.pt, which another run wrote"),
         pytest.raises(CheckpointWriteError, match="give each run a folder of its own"),
     ):
         fit(tmp_path, meanwhile)

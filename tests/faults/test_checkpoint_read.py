@@ -466,13 +466,13 @@ def test_the_order_of_parameters_does_not_matter(run_file, make_backbone):
 # --- formats
 
 
-@pytest.mark.parametrize(("number", "advice"), [(99, "Install a newer transferkit"), (1, "Expected a file that")])
-def test_another_format_is_refused_in_one_line(run_file, trainer, number, advice):
+@pytest.mark.parametrize("number", [99, 1])
+def test_another_format_is_refused_in_one_line(run_file, trainer, number):
     """A file of another format says what wrote it, what this is, and what to do, in one line."""
     edited(run_file, lambda s: s.update(format=number, versions={"transferkit": "9.9"}))
 
     wrote = rf"run\.pt has checkpoint format {number}, written by transferkit 9\.9"
-    message = rf"{wrote}: this is .* format {archive.FORMAT}\. {advice}"
+    message = rf"{wrote}: this is .* format {archive.FORMAT}\. Expected a file .* install its"
     refused(trainer, lambda: trainer.load(run_file), CheckpointError, message)
 
 

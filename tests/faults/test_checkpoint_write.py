@@ -841,7 +841,10 @@ def good(path):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("missing", r"step-00000003\.pt was saved without its 8 frozen weights .*Expected them in .*frozen-\w{16}\.pt"),
+        (
+            "missing",
+            r"step-00000003\.pt was saved without its 8 frozen weights .*their SHA-256, .*frozen-\w{16}\.pt",
+        ),
         ("damaged", r"frozen-\w{16}\.pt .*damaged"),
         ("of other weights", r"frozen-\w{16}\.pt does not hold the frozen weights that its name says"),
     ],

@@ -235,12 +235,12 @@ class Net(torch.nn.Module):
 OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a module of torch's": (
         lambda path: torch.save(torch.nn.Linear(2, 2), path),
-        r"it holds torch\.nn\.modules\.linear\.Linear.*Of a whole model, save the state_dict\(\)",
+        r"it holds torch\.nn\.modules\.linear\.Linear.*Of a model, save the state_dict\(\)",
     ),
-    "a module of the user's": (lambda path: torch.save(Net(), path), r"Of a whole model, save the state_dict\(\)"),
+    "a module of the user's": (lambda path: torch.save(Net(), path), r"Of a model, save the state_dict\(\)"),
     "a module in the old format": (
         lambda path: torch.save(torch.nn.Linear(2, 2), path, _use_new_zipfile_serialization=False),
-        r"Of a whole model, save the state_dict\(\)",
+        r"Of a model, save the state_dict\(\)",
     ),
     "Keras's HDF5": (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(2000)), "HDF5 file, as Keras writes"),
     "Keras's archive": (

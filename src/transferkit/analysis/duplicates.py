@@ -9,11 +9,8 @@ from torch import Tensor
 
 from transferkit.data.inputs import Images
 
-SIDE = 8
-"""Height and width of a thumbnail: small enough that compression does not show, large enough to tell images apart."""
-
-SAME = 0.2
-"""Two images are copies if their thumbnails differ by less than this fraction of their contrast."""
+SIDE = 8  # of a thumbnail: small enough that compression does not show, large enough to tell images apart
+SAME = 0.2  # two images are copies if their thumbnails differ by less than this fraction of their contrast
 
 _LEAST_CONTRAST = 1.0  # grey levels; images with less have no content to compare
 _BLOCK_NUMBERS = 2**24  # of distances that are held at a time
@@ -47,14 +44,10 @@ def thumbnails(images: Images) -> Tensor:
 
 
 def find_copies(small: Tensor, reference: Tensor | None = None) -> list[Copy]:
-    """Find the images that are copies of an earlier one, or of one in `reference`.
+    """Find the images that are copies of an earlier one, or of one in `reference`, by their `thumbnails`.
 
     Compression, resizing and mirroring do not hide a copy; cropping and other colors do. All pairs are compared, in
     about `200 N^2` operations.
-
-    Args:
-        small: Thumbnails of the images, float32 `(N, 3, 8, 8)`.
-        reference: Those of other images, `(M, 3, 8, 8)`; None compares the images with each other.
 
     Example:
         >>> small = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255
@@ -67,10 +60,12 @@ def find_copies(small: Tensor, reference: Tensor | None = None) -> list[Copy]:
     firsts, _ = _distinct(others)
     found: dict[int, Copy] = {}
     for rows, columns in _near(small[first], others[firsts], within=reference is None):
-        for index, of in zip(first[rows].tolist(), firsts[columns].tolist(), strict=True):
-            difference, mirrored = _difference(small[index], others[of])
-            if difference < SAME and (index not in found or of < found[index].of):
-                found[index] = Copy(index, of, difference, mirrored)
+        indices, of = first[rows], firsts[columns]
+        differences, mirrored = _differences(small[indices], others[of])
+        for pair in zip(indices.tolist(), of.tolist(), differences.tolist(), mirrored.tolist(), strict=True):
+            copy = Copy(*pair)
+            if copy.difference < SAME and (copy.index not in found or copy.of < found[copy.index].of):
+                found[copy.index] = copy
     for index, same in enumerate(same_as):  # the same thumbnail as an earlier image
         if same != index and reference is None:
             found[index] = Copy(index, same, 0.0, mirrored=False)
@@ -89,18 +84,19 @@ def _distinct(small: Tensor) -> tuple[Tensor, list[int]]:
 def _near(small: Tensor, others: Tensor, *, within: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield pairs of places that may be copies: no copy is missing, and few others are there."""
     left, right = _even(small), _even(others)
-    reach, their_reach = (SAME * _contrast(each) * math.sqrt(each[0].numel()) for each in (small, others))
-    size = max(1, _BLOCK_NUMBERS // len(others))
-    for start in range(0, len(small), size):
-        rows = slice(start, start + size)
-        stop = min(start + size, len(small)) if within else len(others)  # an image is compared with earlier ones
+    scale = SAME * math.sqrt(small[0].numel())
+    reach, their_reach = ((scale * _contrast(each)).square() for each in (small, others))
+    for rows in torch.split(torch.arange(len(small)), max(1, _BLOCK_NUMBERS // len(others))):
+        stop = int(rows[-1]) + 1 if within else len(others)  # an image is compared with earlier ones
         squares = left[rows].square().sum(dim=1)[:, None] + right[:stop].square().sum(dim=1)
         squares.addmm_(left[rows], right[:stop].T, alpha=-2)
-        limit = torch.minimum(reach[rows, None], their_reach[:stop]).square_()
-        near = (squares <= 1.01 * limit + 1).nonzero()  # rounding of squares of up to 10^7
-        pairs = near[:, 0] + start, near[:, 1]
-        earlier = pairs[1] < pairs[0] if within else torch.ones(len(near), dtype=torch.bool)
-        yield pairs[0][earlier], pairs[1][earlier]
+        limit = torch.minimum(reach[rows, None], their_reach[:stop])
+        near, of = (squares <= limit.mul_(1.01).add_(1)).nonzero(as_tuple=True)  # rounding of squares of up to 10^7
+        pairs = torch.stack([rows[near], of])
+        if within:
+            pairs = pairs[:, pairs[1] < pairs[0]]
+        if pairs.numel():
+            yield pairs[0], pairs[1]
 
 
 def _even(small: Tensor) -> Tensor:
@@ -116,8 +112,8 @@ def _contrast(small: Tensor) -> Tensor:
     return small.flatten(2).std(dim=2).square().mean(dim=1).sqrt().clamp_min(_LEAST_CONTRAST)
 
 
-def _difference(image: Tensor, other: Tensor) -> tuple[float, bool]:
-    """Return how much two thumbnails differ, as a fraction of the lower contrast, and whether they do so mirrored."""
-    straight, mirrored = ((image - each).square().mean().sqrt() for each in (other, other.flip(2)))
-    lower = _contrast(torch.stack([image, other])).min()
-    return float(torch.minimum(straight, mirrored) / lower), bool(mirrored < straight)
+def _differences(small: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how much thumbnails differ, as a fraction of the lower contrast, and whether they do so mirrored."""
+    straight, mirrored = ((small - each).square().mean(dim=(1, 2, 3)).sqrt() for each in (others, others.flip(3)))
+    lower = torch.minimum(_contrast(small), _contrast(others))
+    return torch.minimum(straight, mirrored) / lower, mirrored < straight

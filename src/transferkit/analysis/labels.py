@@ -5,32 +5,15 @@ from torch import Tensor
 
 
 def label_probabilities(probabilities: Tensor, targets: Tensor) -> Tensor:
-    """Return the probability of each image's own label, `(N,)`: the lower, the more likely the label is wrong.
-
-    Args:
-        probabilities: `(N, K)`, each from a model that did not see the image.
-        targets: int64 `(N,)`.
-    """
+    """Return the probability `(N,)` of each image's own label: the lower, the more likely the label is wrong."""
     return probabilities.gather(1, targets[:, None]).squeeze(1)
 
 
 def find_wrong_labels(probabilities: Tensor, targets: Tensor, limit: float) -> Tensor:
     """Return the images whose label is likely wrong, the likeliest first, int64.
 
-    These are images that the model takes for another class, and whose own label it gives a probability up to a limit.
-
-    Args:
-        probabilities: As in `label_probabilities`.
-        targets: int64 `(N,)`.
-        limit: From `find_limit`.
-
-    Example:
-        >>> probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.95, 0.05]])
-        >>> find_wrong_labels(probabilities, torch.tensor([0, 0, 1]), 0.1)
-        tensor([2])
-
-    References:
-        Northcutt, Jiang and Chuang, 2021, "Confident Learning", arXiv:1911.00068.
+    A model that did not see these images takes them for another class, and gives their own label a probability of at
+    most `limit` (Northcutt et al., 2021, "Confident Learning"). Probabilities are `(N, K)`, targets int64 `(N,)`.
     """
     own = label_probabilities(probabilities, targets)
     places = ((probabilities.argmax(dim=1) != targets) & (own <= limit)).nonzero().squeeze(1)
@@ -38,16 +21,7 @@ def find_wrong_labels(probabilities: Tensor, targets: Tensor, limit: float) -> T
 
 
 def find_limit(own: Tensor, exchanged: Tensor) -> float:
-    """Return the probability up to which at least half the labels are wrong, where some were exchanged on purpose.
-
-    Args:
-        own: Probability of each image's label, `(N,)`.
-        exchanged: Whether the label was exchanged, bool `(N,)`.
-
-    Example:
-        >>> find_limit(torch.tensor([0.25, 0.5, 0.75, 1.0]), torch.tensor([True, False, False, False]))
-        0.5
-    """
+    """Return the probability of the own label up to which at least half the labels were exchanged on purpose."""
     order = own.argsort(stable=True)
     share = exchanged[order].double().cumsum(0) / torch.arange(1, len(own) + 1)
     enough = (share >= 0.5).nonzero()
@@ -60,6 +34,4 @@ def exchange_labels(targets: Tensor, classes: int, *, fraction: float, seed: int
     places = torch.randperm(len(targets), generator=generator)[: max(1, round(fraction * len(targets)))]
     changed = targets.clone()
     changed[places] += torch.randint(1, classes, (len(places),), generator=generator)
-    exchanged = torch.zeros(len(targets), dtype=torch.bool)
-    exchanged[places] = True
-    return changed % classes, exchanged
+    return changed % classes, changed != targets

@@ -15,17 +15,8 @@ def activation_maps(model: TransferModel, inputs: Tensor, classes: Tensor) -> Te
     head is linear each place has exactly its part (class activation maps). Where it has hidden layers that holds for
     small changes (Grad-CAM, without its mean over places).
 
-    Args:
-        model: In eval mode.
-        inputs: Preprocessed images, float `(N, 3, S, S)`, on the model's device.
-        classes: Class index of each image, int64 `(N,)`.
-
-    Example:
-        >>> from transferkit import attach_head, load_backbone
-        >>> model = attach_head(load_backbone("vgg11", weights=None, image_size=32), 2).eval()
-        >>> inputs = torch.randn(1, 3, 32, 32)
-        >>> torch.allclose(activation_maps(model, inputs, torch.tensor([1])).sum(), model(inputs)[0, 1], atol=1e-4)
-        True
+    The model is in eval mode. Inputs are preprocessed images, float `(N, 3, S, S)`, and classes int64 `(N,)`, both on
+    its device.
 
     References:
         Zhou et al., 2016, "Learning Deep Features for Discriminative Localization", arXiv:1512.04150.

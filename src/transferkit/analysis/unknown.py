@@ -4,15 +4,11 @@ import torch
 from torch import Tensor
 
 from transferkit.linear.choice import assign_folds
-from transferkit.linear.design import divisors
+from transferkit.linear.design import divisors, principal_axes
 from transferkit.model.novelty import Novelty
 
-AXES = 128
-"""Principal axes of the features along which distances are taken."""
-
-SHRINKAGE = 0.1
-"""Share of a sphere in each covariance, so that few images are enough."""
-
+AXES = 128  # principal axes of the features along which distances are taken
+SHRINKAGE = 0.1  # share of a sphere in each covariance, so that few images are enough
 FOLDS = 4
 
 
@@ -25,31 +21,18 @@ def learn_known(
     kinds: list[int] | None = None,
     seed: int = 0,
 ) -> Novelty:
-    """Return the novelty of features, with a threshold that a stated share of held-out images exceeds.
+    """Return the novelty of features `(N, D)` of training images, with targets int64 `(N,)`.
 
-    Args:
-        features: Of the training images, `(N, D)`.
-        targets: Their class indices, int64 `(N,)`.
-        rejected: Share of the held-out images that count as unknown, above 0 and below 1.
-        held_out: Features of images that the model was not trained on; None measures each quarter of the training
-            images by the other three.
-        kinds: As in `transferkit.linear.design.divisors`.
-        seed: Of the quarters.
-
-    Example:
-        >>> targets = torch.arange(200) % 2
-        >>> features = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> features[:, 0] += 9 * targets
-        >>> known = learn_known(features, targets, rejected=0.05)
-        >>> known(torch.tensor([[0.0, 0.0, 0.0], [4.5, 0.0, 0.0]])) > 0  # of a class, and between both
-        tensor([False,  True])
+    Its threshold is exceeded by a share `rejected`, above 0 and below 1, of features `held_out`, of images that the
+    model was not trained on. Without them, each quarter of the training images is measured by the other three. `kinds`
+    are those of `divisors`.
     """
+    known = _fit(features, targets, kinds)
     if held_out is None:
         folds = assign_folds(targets, FOLDS, seed=seed)
-        parts = [(folds != fold, folds == fold) for fold in range(int(folds.max()) + 1)]
-        scores = torch.cat([_fit(features[kept], targets[kept], kinds)(features[left]) for kept, left in parts])
-    known = _fit(features, targets, kinds)
-    if held_out is not None:
+        kept = [folds != fold for fold in range(int(folds.max()) + 1)]
+        scores = torch.cat([_fit(features[part], targets[part], kinds)(features[~part]) for part in kept])
+    else:
         scores = known(held_out)
     known.threshold.fill_(scores.double().quantile(1 - rejected))
     return known
@@ -60,26 +43,17 @@ def _fit(features: Tensor, targets: Tensor, kinds: list[int] | None) -> Novelty:
     mean = rows.mean(dim=0)
     std = divisors(mean, rows.std(dim=0, correction=0), kinds)
     rows = (rows - mean) / std
-    turns = _principal_axes(rows, min(AXES, *rows.shape))
-    along = rows @ turns
+    axes, _ = principal_axes(lambda: [rows], (len(rows), len(mean)), most=AXES)
+    along = rows @ axes
     present, place = torch.unique(targets, return_inverse=True)
     centres = torch.stack([along[place == index].mean(dim=0) for index in range(len(present))])
-    known = Novelty(rows.shape[1], turns.shape[1], len(present))
+    known = Novelty(rows.shape[1], axes.shape[1], len(present))
     known.mean.copy_(mean)
-    known.axes.copy_(turns / std[:, None])
+    known.axes.copy_(axes / std[:, None])
     known.centres.copy_(centres)
     known.within.copy_(_whitening(along - centres[place]))
     known.overall.copy_(_whitening(along))
     return known
-
-
-def _principal_axes(rows: Tensor, count: int) -> Tensor:
-    """Return the principal axes of centred rows `(N, D)`, `(D, count)`, by subspace iteration."""
-    generator = torch.Generator().manual_seed(0)
-    axes = torch.randn(rows.shape[1], count, generator=generator, dtype=rows.dtype)
-    for _ in range(3):
-        axes = torch.linalg.qr(rows.T @ (rows @ axes))[0]
-    return axes
 
 
 def _whitening(rows: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import importlib.util
 import re
 import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,11 +15,8 @@ from torch import Tensor
 from transferkit.base.processes import rank
 from transferkit.errors import ArgumentError, printable
 
-COLUMNS = 80
-"""Width of lines where there is no terminal."""
-
-REDRAW_S = 0.5
-"""Seconds between redraws of a bar: reading loss and accuracy waits for the device, and drawing takes 1 ms."""
+COLUMNS = 80  # where there is no terminal
+REDRAW_S = 0.5  # between redraws of a bar: reading loss and accuracy waits for the device, and drawing takes 1 ms
 
 
 class Bar:
@@ -98,21 +94,13 @@ QUIET = Display(0)
 
 
 def _fitted(line: str) -> list[str]:
-    """Break a line that is wider than the terminal between words, elsewhere one wider than 80 columns between figures.
-
-    Figures are two spaces apart. Sentences and paths stay whole where a program may read them.
-    """
-    rows = [""]
-    terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if terminal else COLUMNS
+    """Break a line that is wider than the terminal, or 80 columns elsewhere, between figures, two spaces apart."""
+    rows, width = [""], shutil.get_terminal_size().columns if sys.stdout.isatty() else COLUMNS
     for part in re.split("(?=  )", line):
         if rows[-1] and len(rows[-1] + part) > width:
             rows.append("")
         rows[-1] += part
-    if not terminal:
-        return rows
-    wrap = partial(textwrap.wrap, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    return [piece for row in rows for piece in wrap(row, width)]
+    return rows
 
 
 def in_notebook() -> bool:

@@ -1,10 +1,8 @@
 """What each command but `train` does: the text and the data that it shows."""
 
-import argparse
 import importlib.util
 import inspect
 import json
-import math
 import platform
 import sys
 from collections.abc import Callable, Mapping
@@ -13,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import ConcatDataset
 
@@ -28,66 +27,58 @@ from transferkit.results.assessment import Assessment
 from transferkit.saving.model import load_model
 from transferkit.trainer import Trainer
 
-MODEL = "model.pt"
-SETTINGS = "settings.json"
-ASSESSMENT = "assessment.json"
-
-Shown = tuple[str, Any]
-"""What a command shows as text, and as JSON."""
+MODEL, SETTINGS, ASSESSMENT = "model.pt", "settings.json", "assessment.json"
+Options = Mapping[str, Any]  # what was written, by the library's names, and paths by their names in capitals
+Shown = tuple[str, Any]  # as text, and as JSON
 
 
-def arguments_of(function: Callable[..., Any], options: argparse.Namespace) -> dict[str, Any]:
+def given(function: Callable[..., Any], options: Options) -> dict[str, Any]:
     """Return the options that are arguments of a function."""
-    names = [name for name in inspect.signature(function).parameters if name in options and name != "data"]
-    return {name: getattr(options, name) for name in names}
+    return {name: options[name] for name in inspect.signature(function).parameters if name in options}
 
 
 def to_json(value: Any) -> str:
     """Return plain types as JSON, which has no NaN: null instead."""
-    return json.dumps(_without_nan(value), indent=1, allow_nan=False)
+    return json.dumps(json.loads(json.dumps(value, default=str), parse_constant=lambda _: None), indent=1)
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _without_nan(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_backbone(options: argparse.Namespace) -> Backbone:
+def read_backbone(options: Options) -> Backbone:
     """Return the backbone asked for; random weights depend on the seed."""
-    with seeded(options.seed):
-        return load_backbone(**arguments_of(load_backbone, options))
+    with seeded(options.get("seed", 0)):
+        return load_backbone(**given(load_backbone, options))
 
 
 def _read_model(path: Path) -> TransferModel:
     return load_model(path / MODEL if path.is_dir() else path)
 
 
-def _read_trainer(options: argparse.Namespace) -> Trainer:
-    return Trainer(_read_model(options.model), device=options.device, precision=options.precision)
-
-
-def predict(options: argparse.Namespace) -> Shown:
-    """Predict the classes of images: a line of path, class and probability for each."""
-    trainer, paths = _read_trainer(options), find_images(options.images)
-    classes, threshold = trainer.model.classes, trainer.model.threshold
+def run_predict(options: Options) -> Shown:
+    """Return path, class and probability of each image, and the probabilities of all classes."""
+    trainer = Trainer(_read_model(options["MODEL"]), **given(Trainer, options))
+    paths, classes, threshold = find_images(options["IMAGES"]), trainer.model.classes, trainer.model.threshold
+    rows = trainer.predict_proba(paths, **given(Trainer.predict_proba, options))
+    read = [index for index, row in enumerate(rows) if not np.isnan(row).any()]
+    far = dict.fromkeys(read, False)
+    if "unknown" in options and read:
+        scores = trainer.novelty([paths[index] for index in read], **given(Trainer.novelty, options))
+        far = dict(zip(read, scores > 0, strict=True))
     lines, found = [], []
-    for path, row in zip(paths, trainer.predict_proba(paths, num_workers=options.num_workers), strict=True):
-        predicted = [row.argmax()] if threshold is None else (row >= threshold).nonzero()[0]
-        lines += [f"{path}\t{classes[index]}\t{row[index]:.4f}" for index in predicted]
-        probabilities = dict(zip(classes, map(float, row), strict=True))
-        found.append({"path": str(path), "classes": [classes[i] for i in predicted], "probabilities": probabilities})
+    for place, (path, row) in enumerate(zip(paths, rows, strict=True)):
+        indices = [row.argmax()] if threshold is None else (row >= threshold).nonzero()[0]
+        named = [(options["unknown"] if far[place] else classes[i], row[i]) for i in indices if place in far]
+        lines += [f"{path}\t{name}\t{share:.4f}" for name, share in (named if place in far else [("", np.nan)])]
+        ranked = {classes[i]: float(row[i]) for i in (-row).argsort(kind="stable")}
+        found.append({"path": str(path), "classes": [name for name, _ in named], "probabilities": ranked})
     return "\n".join(lines), found
 
 
-def evaluate(options: argparse.Namespace) -> Shown:
-    """Compare predictions with labels: those of test/, else of val/, else of all images."""
-    parts = open_parts(options.data)
+def run_evaluate(options: Options) -> Shown:
+    """Return what the model makes of the images of test/, else of val/, else of all."""
+    parts = open_parts(options["DATA"])
     images = next(parts[part] for part in ("test", "val", "train") if part in parts)
     sys.stderr.write(f"{len(images):,} images of {images.root}\n")
-    assessment = _read_trainer(options).assess(images, num_workers=options.num_workers)
+    trainer = Trainer(_read_model(options["MODEL"]), **given(Trainer, options))
+    assessment = trainer.assess(images, **given(Trainer.assess, options))
     return f"{assessment}\n{in_words(assessment)}", figures(assessment)
 
 
@@ -110,71 +101,65 @@ def figures(assessment: Assessment) -> dict[str, Any]:
     }
 
 
-def find(options: argparse.Namespace) -> Shown:
-    """Look for wrong labels, copies, images unlike the rest, and images of train/ that are also in val/ or test/.
-
-    Nothing is trained and no image is changed. The text shows the first findings of each kind; --to-csv and --json
-    have all of them.
-
-    Example:
-      transferkit audit photos --image-size 64 --to-csv findings.csv
-    """
-    parts = open_parts(options.data)
+def run_audit(options: Options) -> Shown:
+    """Return what the audit finds in train/, beside val/ and test/."""
+    parts = open_parts(options["DATA"])
     train = parts.pop("train", None) or parts.pop(next(iter(parts)))
     others: Any = ConcatDataset(parts.values()) if parts else None
-    found = audit(read_backbone(options), train, others, **arguments_of(audit, options))
-    if options.to_csv is not None:
-        found.to_csv(options.to_csv)
+    found = audit(read_backbone(options), train, others, **given(audit, options))
+    if "to_csv" in options:
+        found.to_csv(options["to_csv"])
     findings = [asdict(finding) for finding in found.findings]
     return str(found), {"findings": findings, "precision": found.precision, "accuracy": found.assessment.accuracy}
 
 
-def export(options: argparse.Namespace) -> Shown:
-    """Write model and preprocessing as one program, which torch or ONNX runs without transferkit."""
-    path: Path = options.path
+def run_export(options: Options) -> Shown:
+    """Write the program, with the class names in its metadata."""
+    path: Path = options["FILE"]
     if path.suffix not in (".pt2", ".onnx"):
         raise ArgumentError(f"cannot export to {path}: expected FILE.pt2 (torch.export) or FILE.onnx.")
     if path.suffix == ".onnx" and importlib.util.find_spec("onnxscript") is None:
         raise MissingPackageError("ONNX needs packages that are not installed. From a clone: pip install '.[onnx]'.")
-    module = WithPreprocessing(_read_model(options.model))
-    images, classes = (
-        torch.zeros(2, 3, 48, 60, dtype=torch.uint8),
-        json.dumps(module.classes),
-    )  # of no size of their own
+    module = WithPreprocessing(_read_model(options["MODEL"]), unknown="unknown" in options)
+    outputs = ["probabilities", "novelty"][: 2 if "unknown" in options else 1]
+    classes = json.dumps(module.classes)
+    images = torch.zeros(2, 3, 48, 60, dtype=torch.uint8)  # of no size of their own
     if path.suffix == ".pt2":
         free = torch.export.Dim.DYNAMIC
         program = torch.export.export(module, (images,), dynamic_shapes={"images": {0: free, 2: free, 3: free}})
         torch.export.save(program, path, extra_files={"classes.json": classes})
     else:
+        how: Any = {"input_names": ["images"], "output_names": outputs, "dynamo": True, "verbose": False}
         shapes = {"images": {0: "batch", 2: "height", 3: "width"}}
-        names: Any = {"input_names": ["images"], "output_names": ["probabilities"]}
-        onnx: Any = torch.onnx.export(module, (images,), dynamic_shapes=shapes, dynamo=True, verbose=False, **names)
+        onnx: Any = torch.onnx.export(module, (images,), dynamic_shapes=shapes, **how)
         onnx.model.metadata_props["classes"] = classes
         onnx.save(str(path))
-    text = f"{path}: raw images, uint8 (N, 3, height, width), to the probabilities of {len(module.classes)} classes"
-    return text, {"path": str(path), "classes": list(module.classes)}
+    text = (
+        f"{path}: raw images, uint8 (N, 3, height, width), to {' and '.join(outputs)} of {len(module.classes)} classes"
+    )
+    return text, {"path": str(path), "classes": list(module.classes), "outputs": outputs}
 
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     names = ("transferkit", "torch", "torchvision", "numpy", "pillow")
-    own = {"python": platform.python_version(), "system": platform.platform()}
-    return {name: version(name) for name in names} | own
+    return {**{name: version(name) for name in names}, "python": platform.python_version(), "on": platform.platform()}
 
 
-def info(options: argparse.Namespace) -> Shown:
+def run_info(options: Options) -> Shown:
     """Describe a model or, without one, versions and device."""
-    data: dict[str, Any] = {}
-    if options.model is None:
-        data = {**versions(), "device": str(Device("auto"))}
+    path: Path | None = options["MODEL"]
+    if path is None:
+        data: dict[str, Any] = {**versions(), "device": str(Device("auto"))}
     else:
-        model = _read_model(options.model)
-        data |= {"classes": list(model.classes), "backbone": model.backbone.name, "layers": list(model.layers)}
-        data |= {"preprocessing": model.backbone.preprocess.name, "image_size": model.backbone.image_size}
-        data |= {"temperature": model.temperature, "threshold": model.threshold}
+        model = _read_model(path)
+        data = {"classes": list(model.classes), "backbone": model.backbone.name, "layers": list(model.layers)}
+        shown = {"preprocessing": "name", "geometry": "geometry", "image_size": "image_size"}
+        data |= {name: getattr(model.backbone.preprocess, field) for name, field in shown.items()}
+        data |= {"temperature": model.temperature, "threshold": model.threshold, "unknown": model.novelty is not None}
         for name, key in ((ASSESSMENT, "accuracy"), (SETTINGS, "command"), (SETTINGS, "versions")):
-            if (options.model / name).is_file():
-                data[key] = json.loads((options.model / name).read_text())[key]
+            if (path / name).is_file():
+                data[key] = json.loads((path / name).read_text())[key]
     width = max(map(len, data))
     return "\n".join(f"{name:{width}}  {_in_a_line(value)}" for name, value in data.items()), data
 

@@ -1,26 +1,17 @@
-"""Arguments of the command, its exit status, and what goes to standard output."""
+"""Arguments of the command, its help and its exit status, without torch: help comes at once."""
 
 import argparse
-import inspect
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transferkit.command import actions, train
-from transferkit.data_audit import audit
 from transferkit.errors import TransferKitError
-from transferkit.fine_tune import fine_tune
-from transferkit.model.backbone import load_backbone
-from transferkit.trainer import Trainer
 
-UNUSABLE = 2
-"""Exit status where arguments, images or files cannot be used; a line on standard error says why."""
-
-INTERRUPTED = 130
+UNUSABLE = 2  # exit status where arguments, images or files cannot be used
 
 ABOUT = """\
 Transfer learning for image classification with VGG networks pretrained on ImageNet.
@@ -37,6 +28,32 @@ Exit status: 0 done; 2 arguments, images or files cannot be used, as one line sa
 143 ended by SIGTERM; 1 a bug, with a traceback.
 """
 
+TRAIN = """\
+Train on a folder with a folder of images for each class, or one with train/ and val/, test/ or both.
+
+First, a linear head is solved on the frozen network. Then the last layers are trained from there, if the budget
+allows, and kept if that is better on the held-out images: those of val/, else a tenth of the training images.
+Ctrl-C ends training early and keeps the best model so far. If a run is killed, the same command continues it.
+  transferkit train photos --budget 60 --image-size 64    a minute, on a CPU
+  transferkit train photos --freeze-until head            only the head: seconds once the images have been read
+  transferkit train photos --weights vgg16.pth --preprocessing IMAGENET1K_V1    without a network connection
+"""
+
+AUDIT = """\
+Look for wrong labels, copies, images unlike the rest, and images of train/ that are also in val/ or test/.
+The text shows the first findings of each kind; --to-csv and --json have all.
+"""
+PREDICT = """\
+Predict the classes of images: a line of path, class and probability for each.
+With --json each image has the probabilities of all classes, the most probable first.
+"""
+EVALUATE = "Compare predictions with labels: those of test/, else of val/, else of all images."
+EXPORT = "Write model and preprocessing as one program, which torch or ONNX runs without transferkit."
+INFO = "Describe a model or, without one, versions and device."
+
+DATA = {"DATA": ("folder of images", None)}
+MODEL = {"MODEL": ("run folder, or file of transferkit.save_model", None)}
+
 
 def _or_none(text: str) -> str | None:
     return None if text.lower() == "none" else text
@@ -46,25 +63,69 @@ def _names(text: str) -> list[str] | None:
     return None if text.lower() == "none" else text.split(",")
 
 
-OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {
-    "name": (str, "vgg11, vgg13, vgg16, vgg19, or one of these with _bn"),
-    "weights": (_or_none, "DEFAULT downloads ImageNet weights once; or the file of a state dict; none is random"),
-    "image_size": (int, "pixels; 224 suits photographs, 64 is ten times faster"),
-    "preprocessing": (str, "of a file's weights: IMAGENET1K_V1, IMAGENET1K_FEATURES or KERAS"),
-    "budget": (float, "seconds for training (without it the number of images decides)"),
+Options = Mapping[str, tuple[Callable[[str], Any], str]]
+"""By name: what reads the value (`bool` for an option without one), and help."""
+
+JSON: Options = {"json": (bool, "show results as JSON")}
+COMPUTING: Options = {
+    "device": (str, "auto, cuda, cuda:1, mps or cpu (default: auto)"),
+    "precision": (str, "auto, bf16, fp16 or fp32 (default: auto)"),
+}
+READING: Options = {"num_workers": (int, "processes that read images (default: 0)")}
+NETWORK: Options = {
+    "name": (str, "vgg11, vgg13, vgg16, vgg19, or one of these with _bn (default: vgg16)"),
+    "weights": (
+        _or_none,
+        "DEFAULT downloads ImageNet's once; or a state dict's file; none is random (default: DEFAULT)",
+    ),
+    "image_size": (int, "pixels; 64 is ten times faster than 224, which suits photographs (default: 224)"),
+    "preprocessing": (str, "of a file's weights: IMAGENET1K_V1, IMAGENET1K_FEATURES or KERAS (default: auto)"),
+    "geometry": (str, "how images become square: crop, torchvision, letterbox or squash (without it crop)"),
     "layers": (_names, "whose outputs the head sees, such as block4,block5 (without it the last three blocks)"),
-    "freeze_until": (_or_none, "first layer that trains: head, block5, block4_conv1, ...; none trains all"),
-    "epochs": (int, "of training the last layers (without it the budget decides)"),
-    "lr": (float, "learning rate of training the last layers (without it 1e-4)"),
-    "batch_size": (int, "images in a step"),
-    "augment": (_names, "of flip,crop,color,trivial; or none"),
-    "device": (str, "auto, cuda, cuda:1, mps or cpu"),
-    "precision": (str, "auto, bf16, fp16 or fp32"),
-    "cache": (str, "a folder for features, which later runs need not compute again"),
-    "seed": (int, "everything random depends on it"),
-    "on_bad_image": (str, "raise ends at the first image that cannot be read, skip leaves out up to 1 %%"),
-    "num_workers": (int, "processes that read images"),
-    "verbose": (int, "0 shows no progress, 1 lines and bars, 2 lines"),
+    "cache": (str, "folder for features, which later runs need not compute again (without it, memory)"),
+    "seed": (int, "everything random depends on it (default: 0)"),
+    "verbose": (int, "0 shows no progress, 1 lines and bars, 2 lines (default: 1)"),
+}
+
+COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str | None]], Options]] = {
+    "train": (
+        TRAIN,
+        DATA,
+        {
+            "folder": (Path, "run folder (default: runs/ and the name of the data)"),
+            "budget": (float, "seconds for training (without it the number of images decides)"),
+            "freeze_until": (_or_none, "first layer that trains: head, block5, ...; none trains all (default: auto)"),
+            "epochs": (int, "of training the last layers (without it the budget decides)"),
+            "lr": (float, "learning rate of training the last layers (without it 1e-4)"),
+            "batch_size": (int, "images in a step (default: 32)"),
+            "augment": (_names, "some of flip,crop,color,trivial; or none (default: flip,crop)"),
+            "validation_split": (float, "to hold out where there is no val/ (default: 0.1)"),
+            "on_bad_image": (str, "skip leaves out images that cannot be read, up to 1 %% (default: raise)"),
+            "rejected": (float, "learn to know the training images; this share, such as 0.05, counts as unknown"),
+            "no_audit": (bool, "leave out the audit of the training images"),
+            **NETWORK,
+            **COMPUTING,
+            **READING,
+        },
+    ),
+    "predict": (
+        PREDICT,
+        {**MODEL, "IMAGES": ("image files, or folders that have some", "+")},
+        {
+            "unknown": (str, "name for images unlike the training images; needs a model of train --rejected"),
+            "on_bad_image": (str, "nan gives no class to an image that cannot be read (default: raise)"),
+            **COMPUTING,
+            **READING,
+        },
+    ),
+    "evaluate": (EVALUATE, {**MODEL, **DATA}, {**COMPUTING, **READING}),
+    "audit": (AUDIT, DATA, {"to_csv": (Path, "file for all findings"), **NETWORK, **COMPUTING, **READING}),
+    "export": (
+        EXPORT,
+        {**MODEL, "FILE": ("FILE.pt2 for torch.export, or FILE.onnx", None)},
+        {"unknown": (bool, "the program tells also how unlike the training images each image is, above 0 unknown")},
+    ),
+    "info": (INFO, {"MODEL": (MODEL["MODEL"][0], "?")}, {}),
 }
 
 
@@ -74,78 +135,40 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command; each option has the default of the library's argument of that name."""
+    """Return the parser of the command. It gives the options that were written; others have the library's defaults."""
     formats: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = _Parser("transferkit", description=ABOUT, epilog=AFTERWARDS, **formats)
-    commands = parser.add_subparsers(title="commands", metavar="command", required=True)
-
-    def command(name: str, action: Callable[..., Any], **paths: tuple[str, Any]) -> Any:
-        usage, about = f"%(prog)s [options] {' '.join(paths)}", inspect.getdoc(action) or ""
-        first = about.partition(".")[0]
+    commands = parser.add_subparsers(title="commands", metavar="command", dest="command", required=True)
+    for name, (about, paths, options) in COMMANDS.items():
+        usage, first = f"%(prog)s [options] {' '.join(paths)}", about.partition(".")[0]
         part = commands.add_parser(name, help=first, description=about, usage=usage, **formats)
-        part.set_defaults(action=action)
         for path, (text, count) in paths.items():
             part.add_argument(path, type=Path, nargs=count, help=text)
-        part.add_argument("--json", action="store_true", help="show results as JSON")
-        return part
-
-    data = ("folder of images", None)
-    model = ("run folder, or file of transferkit.save_model", None)
-    part = command("train", train.train, data=data)
-    part.add_argument("--folder", type=Path, help="run folder (default: runs/ and the name of the data)")
-    part.add_argument("--validation-split", type=float, default=0.1, help="to hold out without val/ (default: 0.1)")
-    part.add_argument("--audit", action=argparse.BooleanOptionalAction, default=True, help="audit the images, too")
-    _add(part, load_backbone)
-    _add(part, fine_tune)
-    part = command("predict", actions.predict, model=model, images=("image files, or folders that have some", "+"))
-    _add(part, Trainer, ("device", "precision"))
-    _add(part, Trainer.predict_proba, ("num_workers",))
-    part = command("evaluate", actions.evaluate, model=model, data=data)
-    _add(part, Trainer, ("device", "precision"))
-    _add(part, Trainer.assess, ("num_workers",))
-    part = command("audit", actions.find, data=data)
-    part.add_argument("--to-csv", type=Path, metavar="FILE", help="write all findings to a file")
-    _add(part, load_backbone)
-    _add(part, audit)
-    command("export", actions.export, model=model, path=("FILE.pt2 for torch.export, or FILE.onnx", None))
-    command("info", actions.info, model=(model[0], "?"))
+        for option, (kind, text) in {**options, **JSON}.items():
+            how: dict[str, Any] = {"action": "store_true"}
+            if kind is not bool:
+                how = {"type": kind, "metavar": option.upper().split("_")[-1]}
+            part.add_argument(f"--{option.replace('_', '-')}", help=text, default=argparse.SUPPRESS, **how)
     return parser
 
 
-def _add(parser: argparse.ArgumentParser, function: Callable[..., Any], names: Iterable[str] = OPTIONS) -> None:
-    """Add the options that are arguments of a function, with its defaults."""
-    group = parser.add_argument_group(f"arguments of transferkit.{function.__qualname__}")
-    for name, parameter in inspect.signature(function).parameters.items():
-        if name not in names:
-            continue
-        kind, text = OPTIONS[name]
-        default = parameter.default
-        shown = ",".join(default) if isinstance(default, tuple) else default
-        text = text if default is None else f"{text} (default: {shown})"
-        option = f"--{name.replace('_', '-')}"
-        group.add_argument(option, type=kind, default=default, help=text, metavar=name.upper().split("_")[-1])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status.
-
-    Args:
-        argv: Arguments after the command's name; None takes the process's own.
-
-    Raises:
-        SystemExit: When arguments cannot be parsed, help was asked for, or SIGTERM ended the work.
+    """Run the command, by default with the arguments of the process, and return its exit status.
 
     Example:
         >>> main(["info", "runs/nothing"])
         2
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    options = build_parser().parse_args(arguments)
-    options.command = shlex.join(["transferkit", *arguments])
+    options = vars(build_parser().parse_args(arguments))
     try:
         with redirect_stdout(sys.stderr):  # the library shows its progress on standard output
-            text, data = options.action(options)
-        print(actions.to_json(data) if options.json else text, flush=True)  # noqa: T201
+            from transferkit.command import actions, train
+
+            run: Callable[..., tuple[str, Any]]
+            run = train.run_train if options["command"] == "train" else getattr(actions, f"run_{options['command']}")
+            text, data = run({**options, "command": shlex.join(["transferkit", *arguments])})
+        print(actions.to_json(data) if "json" in options else text, flush=True)  # noqa: T201
     except BrokenPipeError:  # whoever reads, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (TransferKitError, OSError) as error:
@@ -153,5 +176,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return UNUSABLE
     except KeyboardInterrupt:
         sys.stderr.write("transferkit: interrupted\n")
-        return INTERRUPTED
+        return 130
     return 0

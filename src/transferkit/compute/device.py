@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from transferkit.base.arguments import one_of
 from transferkit.base.surroundings import ProcessSetting
 from transferkit.compute.host_memory import host_bytes, keep_freed_blocks
-from transferkit.errors import DeviceError
+from transferkit.errors import ArgumentError, DeviceError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -177,6 +177,20 @@ class Device:
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """Return the parameters of all groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def find_device(device: str | torch.device | Device, precision: str) -> Device:
+    """Return the device that a call was given, or the one that its arguments describe.
+
+    Raises:
+        ArgumentError: A `Device` has another precision than the one asked for.
+        DeviceError: As in `Device`.
+    """
+    if not isinstance(device, Device):
+        return Device(device, precision)
+    if precision not in ("auto", device.precision):
+        raise ArgumentError(f"precision={precision!r} contradicts {device}: say it in one place.")
+    return device
 
 
 def step_where(finite: Tensor, optimizer: Any) -> None:

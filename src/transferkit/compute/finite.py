@@ -1,7 +1,6 @@
 """Keep infinite and NaN values out of the weights and the optimizer's state."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,18 +82,14 @@ def find_nonfinite(
     if bad and bool((rows := torch.cat(bad)).any()):
         return f"the network's input for image {int(rows.nonzero()[0])} of the batch"
     found: list[str] = []
+    used = set(network.modules())
+    names = {module: name for name, module in model.named_modules() if module in used and not list(module.children())}
 
-    def make_hook(name: str) -> Any:
-        def hook(module: nn.Module, _inputs: object, output: object) -> None:
-            if isinstance(output, Tensor) and not found and not bool(output.isfinite().all()):
-                found.append(f"the output of {name} ({type(module).__name__})")
+    def note(module: nn.Module, _inputs: object, output: object) -> None:
+        if isinstance(output, Tensor) and not found and not bool(output.isfinite().all()):
+            found.append(f"the output of {names[module]} ({type(module).__name__})")
 
-        return hook
-
-    modules = set(network.modules())
-    leaves = [(n, m) for n, m in model.named_modules() if m in modules and not list(m.children())]
-    buffers = BufferCopies(network)
-    hooks = [module.register_forward_hook(make_hook(name)) for name, module in leaves]
+    buffers, hooks = BufferCopies(network), [module.register_forward_hook(note) for module in names]
     try:
         for inputs, targets in parts:
             with device.autocast():

@@ -50,8 +50,7 @@ def _names(data: object) -> dict[int, str] | None:
         parts = [names for part in data.datasets if (names := _names(part)) is not None]
         if different := [names for names in parts if names != parts[0]]:
             raise HeadMismatchError(
-                f"the parts of a ConcatDataset have {_listed(parts[0])} and {_listed(different[0])}: class indices "
-                "would not match. Expected the same classes in all parts."
+                f"the parts of a ConcatDataset have {_listed(parts[0])} and {_listed(different[0])}: expected the same."
             )
         return parts[0] if parts else None
     parts = _wrapped(data)
@@ -81,10 +80,7 @@ def find_classes(data: object, classes: Sequence[str] | int | None) -> Sequence[
     found = np.asarray(() if targets is None else listed(targets) or targets)
     if found.size and found.dtype.kind in "iufb":
         return found.shape[1] if found.ndim == 2 else int(found.max()) + 1
-    raise ArgumentError(
-        f"the classes of a {type(data).__name__} are not known, because it has no list of them: pass classes=, their "
-        "names or number."
-    )
+    raise ArgumentError(f"the classes of a {type(data).__name__} are not known: pass classes=, their names or number.")
 
 
 def numbered(classes: Sequence[str]) -> bool:

@@ -6,6 +6,7 @@ Raw images are uint8 `(N, 3, H, W)`; preprocessed images are float32 `(N, 3, S, 
 import io
 import struct
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,10 +70,7 @@ def as_image(image: object, index: int) -> Tensor:
     elif isinstance(image, Image.Image):
         image = upright_rgb(image, index)
     if isinstance(image, Image.Image):
-        from torchvision.transforms.v2 import functional as transforms  # takes 0.2 s: not at import
-
-        pixels: Tensor = transforms.pil_to_tensor(image)
-        return pixels
+        return tensor_from_array(np.asarray(image)).permute(2, 0, 1)
     try:
         return _channels_second(image, "image", 3)
     except ImageError as error:
@@ -103,18 +101,22 @@ def is_encoded(image: object) -> bool:
     return is_file or isinstance(image, bytes | bytearray | memoryview)
 
 
-def open_image(source: Any, index: int) -> Image.Image:
+def open_image(source: Any, index: int, *, prepare: Callable[[Image.Image], object] | None = None) -> Image.Image:
     """Return an image file as an upright PIL image in RGB.
 
     Args:
         source: The path of a file, its content, or an open binary file.
         index: Index in the data set, for the message.
+        prepare: Called with the image before its pixels are decoded.
 
     Raises:
         ImageError: As in `upright_rgb`.
         OSError: The file cannot be read, or Pillow does not know its format.
     """
     with Image.open(io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source) as file:
+        _check_decodable(file, index)
+        if prepare is not None:
+            prepare(file)
         return upright_rgb(file, index)
 
 
@@ -131,6 +133,14 @@ def upright_rgb(image: Image.Image, index: int) -> Image.Image:
     Raises:
         ImageError: The image has more bits per channel, or more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
+    _check_decodable(image, index)
+    rgb = _rgb(_upright(image))
+    if rgb is not image:
+        rgb.info = {}  # its orientation and transparency have been dealt with
+    return rgb
+
+
+def _check_decodable(image: Image.Image, index: int) -> None:
     if image.mode.startswith(_DEEP_MODES):
         lines = conversion(np.asarray(image), "image", ndim=3)
         raise ImageError(
@@ -142,9 +152,6 @@ def upright_rgb(image: Image.Image, index: int) -> Image.Image:
             f"image {index} has {image.width}x{image.height} pixels: expected at most {Image.MAX_IMAGE_PIXELS:,}, "
             "since a larger file may be an attack on memory. If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS."
         )
-    rgb = _rgb(_upright(image))
-    rgb.info = {}  # its orientation and transparency have been dealt with
-    return rgb
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -171,7 +178,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         converted: Any = ImageCms.profileToProfile(image, *spaces, outputMode="RGB")
         return converted  # type: ignore[no-any-return]
     if image.mode not in _TRANSPARENT_MODES and "transparency" not in image.info:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     if rgba.getchannel("A").getextrema() != (255, 255):
         warnings.warn("transparent pixels of images are laid on white", stacklevel=2)

@@ -81,7 +81,9 @@ class Inputs:
         if order is not None and not len(order):
             return
         seed = None if view is None else derive_seed(self.seed, "data", view)
-        for images, targets, places in self.source.batches(batch_size, seed=seed, order=order):
+        for images, targets, places in self.source.batches(
+            batch_size, seed=seed, order=order, preprocess=self.preprocess
+        ):
             if isinstance(images, Tensor) and images.is_floating_point():
                 check_image_size(images, self.preprocess.image_size)
                 check_normalized(images, self.preprocess)

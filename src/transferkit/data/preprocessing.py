@@ -15,6 +15,7 @@ differ by up to 0.7 of 255 in the red channel; use each with the weights of that
 from dataclasses import dataclass, replace
 
 import torch
+from PIL import Image
 from torch import Tensor
 from typing_extensions import Self
 
@@ -47,6 +48,8 @@ class Preprocessing:
             (`VGG16_Weights.IMAGENET1K_V1.transforms()`): the shorter side becomes 256/224 of `image_size`, the middle
             is kept, and sizes are truncated. `"letterbox"` resizes the longer side to `image_size` and adds bars of
             the mean colour. `"squash"` resizes both sides, so that nothing is lost but the proportions.
+        scaled_decoding: Whether JPEG files are decoded at a half, a quarter or an eighth of their size where that is at
+            least twice what they are resized to; never for `"torchvision"`.
 
     Raises:
         ArgumentError: `geometry` is none of these.
@@ -63,6 +66,7 @@ class Preprocessing:
     channels: tuple[int, int, int] = (0, 1, 2)
     image_size: int = 224
     geometry: str = "crop"
+    scaled_decoding: bool = True
 
     def __post_init__(self) -> None:
         known = one_of("geometry", self.geometry, GEOMETRIES)  # in lower case
@@ -104,23 +108,59 @@ class Preprocessing:
                 f"images, uint8 (N, 3, H, W). {f'Write: {lines}' if lines else 'Are they preprocessed already?'}"
             )
         size = self.image_size
-        height, width = images.shape[2:]
-        high, wide = (int(side) for side in self.resized_sides(torch.tensor([height, width], dtype=torch.float64)))
-        if (height, width) == (high, wide) == (size, size):
-            return images
+        high, wide = self._sides_of(*images.shape[2:])
         if high * wide > MOST_PIXELS * size**2:
             return resize_to_middle(images, (high, wide), size, bits=self.weight_bits)
+        return self._cut(self._scale(images, high, wide))
+
+    def shrink(self, image: Tensor) -> Tensor:
+        """Return an image with fewer pixels that `resize` makes the same of, or the image if it has no more than that.
+
+        Args:
+            image: `(3, H, W)` on the CPU. One that is preprocessed (float) is returned as it is.
+
+        Example:
+            >>> CONVENTIONS["KERAS"].shrink(torch.zeros(3, 3000, 4000, dtype=torch.uint8)).shape
+            torch.Size([3, 224, 224])
+        """
+        high, wide = self._sides_of(*image.shape[1:])
+        if image.dtype != torch.uint8 or high * wide >= image.shape[1] * image.shape[2]:
+            return image
+        if self.geometry != "torchvision":
+            return self.resize(image[None])[0]
+        return self._scale(image[None], high, wide)[0]  # what is cut already would be resized once more
+
+    def request_size(self, file: Image.Image) -> None:
+        """Let an image file whose pixels have not been decoded be decoded at a size that is enough, if it is a JPEG."""
+        if self.scaled_decoding and self.geometry != "torchvision":
+            high, wide = self._sides_of(file.height, file.width)
+            file.draft(None, (2 * wide, 2 * high))
+
+    def _scale(self, images: Tensor, high: int, wide: int) -> Tensor:
+        if images.shape[2:] == (high, wide):
+            return images
+        if self.weight_bits and images.device.type == "cpu":
+            return resize_as_pillow(images, high, wide)
         from torchvision.transforms.v2 import functional as transforms  # takes 0.2 s: not at import
 
-        if self.weight_bits and images.device.type == "cpu":
-            resized = resize_as_pillow(images, high, wide)
-        else:
-            resized = transforms.resize(images, [high, wide], antialias=True)
+        return transforms.resize(images, [high, wide], antialias=True)  # type: ignore[no-any-return]
+
+    def _cut(self, images: Tensor) -> Tensor:
+        """Return the middle of images `(N, 3, H, W)`, `image_size` high and wide, with bars where they are smaller."""
+        size, (high, wide) = self.image_size, images.shape[2:]
+        if (high, wide) == (size, size):
+            return images
+        from torchvision.transforms.v2 import functional as transforms
+
         if self.geometry == "letterbox":
             top, left = round((size - high) / 2), round((size - wide) / 2)
             bars = [left, top, size - wide - left, size - high - top]
-            resized = transforms.pad(resized, bars, fill=self.bar_colour)
-        return transforms.center_crop(resized, [size, size])  # type: ignore[no-any-return]
+            images = transforms.pad(images, bars, fill=self.bar_colour)
+        return transforms.center_crop(images, [size, size])  # type: ignore[no-any-return]
+
+    def _sides_of(self, height: int, width: int) -> tuple[int, int]:
+        high, wide = self.resized_sides(torch.tensor([height, width], dtype=torch.float64)).tolist()
+        return int(high), int(wide)
 
     def resized_sides(self, sides: Tensor) -> Tensor:
         """Return height and width to which images are resized, before the middle is cut out or bars are added.

@@ -1,5 +1,6 @@
 """One sample of a user's data set: read under a seed of its own, each failure named by index and path."""
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
@@ -16,8 +17,10 @@ from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import default_loader, pil_loader
 
 from transferkit.base.randomness import find_generators, next_numbers, seeded, state_of
+from transferkit.base.surroundings import ProcessSetting
 from transferkit.data.columns import image_and_target, image_of
 from transferkit.data.images import as_image, is_encoded, open_image
+from transferkit.data.preprocessing import Preprocessing
 from transferkit.errors import CacheError, ImageError, TransferKitError
 
 Sample = tuple[Tensor, Any, int]
@@ -38,11 +41,19 @@ class Samples:
     Args:
         dataset: The user's data set.
         with_targets: Whether samples are pairs of image and target.
+        preprocess: What will be applied to the images, which then come in no more pixels than it needs; None gives all.
     """
 
-    def __init__(self, dataset: Any, *, with_targets: bool) -> None:
+    def __init__(self, dataset: Any, *, with_targets: bool, preprocess: Preprocessing | None = None) -> None:
         self.dataset = dataset
         self.with_targets = with_targets
+        self.preprocess = preprocess
+
+    def for_input(self, preprocess: Preprocessing | None) -> "Samples":
+        """Return the same samples with another `preprocess`."""
+        other = copy.copy(self)
+        other.preprocess = preprocess
+        return other
 
     def try_read(self, index: int, seed: int | None) -> "Sample | TransferKitError":
         """Return what `read` returns, or the error it raises: raised in a worker, it would not arrive whole."""
@@ -59,18 +70,16 @@ class Samples:
             ImageError: The image cannot be read or used.
             TargetError: The sample is not a pair of image and target.
         """
-        truncated_pass, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        preprocess = self.preprocess
         try:
-            with seeded(_SEED if seed is None else seed):
-                before = [] if seed is not None else [*map(state_of, self._generators)]
-                sample = _from_folder(self.dataset, index) or self.dataset[index]
-                if seed is None:
-                    self._check_undrawn(index, before)
-            image, target = (
-                image_and_target(sample, f"sample {index}") if self.with_targets else (image_of(sample), None)
-            )
-            _warn_of_order(self.dataset, index, image)
-            return as_image(_opened(image, index), index), target, index
+            with _TRUNCATED.at(value=False):
+                sample = self._get(index, seed)
+                image, target = (
+                    image_and_target(sample, f"sample {index}") if self.with_targets else (image_of(sample), None)
+                )
+                _warn_of_order(self.dataset, index, image)
+                pixels = as_image(_opened(image, index, preprocess), index)
+            return pixels if preprocess is None else preprocess.shrink(pixels), target, index
         except TransferKitError as error:
             path = path_of(self.dataset, index)
             first, *lines = error.args
@@ -84,12 +93,21 @@ class Samples:
                 else f".{_NAN_HINT}"
             )
             raise ImageError(f"{failed}. {expected}") from error
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = truncated_pass
+
+    def _get(self, index: int, seed: int | None) -> Any:
+        """Return a sample as the data set gives it."""
+        if self.are_files:
+            return _from_folder(self.dataset, index) or self.dataset[index]
+        with seeded(_SEED if seed is None else seed):
+            before = [] if seed is not None else [*map(state_of, self._generators)]
+            sample = _from_folder(self.dataset, index) or self.dataset[index]
+            if seed is None:
+                self._check_undrawn(index, before)
+        return sample
 
     def why_not_repeatable(self, indices: Sequence[int]) -> str | None:
         """Read each sample twice, watching the random generators; say what differed, or return None."""
-        for index in indices:
+        for index in () if self.are_files else indices:
             try:
                 first, second = self.read(index, None), self.read(index, None)
             except CacheError as error:
@@ -105,10 +123,19 @@ class Samples:
             raise CacheError(f"the data set drew random numbers for image {index}, so its transform is random")
 
     @cached_property
+    def are_files(self) -> bool:
+        """Whether the samples are image files that the library opens, with no code of the user's in between."""
+        return _are_files(self.dataset)
+
+    @cached_property
     def _generators(self) -> list[Any]:
         """Generators of random numbers that are the data set's own."""
         return find_generators(self.dataset)
 
+
+_TRUNCATED = ProcessSetting(
+    lambda: ImageFile.LOAD_TRUNCATED_IMAGES, lambda value: setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", value)
+)  # Pillow fills with gray what is missing of a file if it is true
 
 _SEED = 0  # of samples that are to draw no random numbers
 
@@ -202,11 +229,23 @@ def listed_targets(dataset: Any) -> Any:
         return targets if transform is None else [transform(target) for target in targets]
 
 
-def _opened(image: Any, index: int) -> Any:
+def _are_files(dataset: Any) -> bool:
+    if type(dataset) is Subset:
+        return _are_files(dataset.dataset)
+    if type(dataset) is ConcatDataset:
+        return all(map(_are_files, dataset.datasets))
+    if type(dataset) is GivenImages:
+        return all(isinstance(image, str | PathLike | bytes) for image in dataset.samples)
+    return _is_folder(dataset) and dataset.transform is dataset.target_transform is None
+
+
+def _opened(image: Any, index: int, preprocess: Preprocessing | None) -> Any:
     """Return the image of a path, of encoded bytes, or of a dict of these as Hugging Face has it; others as given."""
     if isinstance(image, Mapping) and set(image) == {"bytes", "path"}:
         image = image["path"] if image["bytes"] is None else image["bytes"]
-    return open_image(image, index) if isinstance(image, str | PathLike) or is_encoded(image) else image
+    if not isinstance(image, str | PathLike) and not is_encoded(image):
+        return image
+    return open_image(image, index, prepare=None if preprocess is None else preprocess.request_size)
 
 
 def _warn_of_order(dataset: Any, index: int, image: Any) -> None:
@@ -220,16 +259,19 @@ def _warn_of_order(dataset: Any, index: int, image: Any) -> None:
         )
 
 
+def _is_folder(dataset: Any) -> bool:
+    plain = isinstance(dataset, DatasetFolder) and type(dataset).__getitem__ is DatasetFolder.__getitem__
+    return plain and dataset.loader is default_loader
+
+
 def _from_folder(dataset: Any, index: int) -> tuple[Any, Any] | None:
-    """Read a sample of a plain `ImageFolder` from its file; return None for any other data set.
+    """Return path and target of a plain `ImageFolder`, or what its transforms make of them; None for other data sets.
 
     `ImageFolder`'s own loader clips 16-bit values at 255 and ignores the EXIF orientation, both silently.
     """
     dataset, inner_index = innermost(dataset, index)
-    plain = isinstance(dataset, DatasetFolder) and type(dataset).__getitem__ is DatasetFolder.__getitem__
-    if not plain or dataset.loader is not default_loader:
+    if not _is_folder(dataset):
         return None
     path, target = dataset.samples[inner_index]
-    image = open_image(path, index)
-    image = image if dataset.transform is None else dataset.transform(image)
+    image = path if dataset.transform is None else dataset.transform(open_image(path, index))
     return image, target if dataset.target_transform is None else dataset.target_transform(target)

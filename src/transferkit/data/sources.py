@@ -22,6 +22,7 @@ from transferkit.base.arrays import sha256_of, tensor_from_array
 from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.data.columns import image_and_target, image_of
 from transferkit.data.images import as_image, as_images
+from transferkit.data.preprocessing import Preprocessing
 from transferkit.data.samples import SKIP_HINT, Sample, Samples, evenly_spaced, listed_targets
 from transferkit.data.targets import as_targets
 from transferkit.data.workers import read_in_workers
@@ -44,13 +45,22 @@ class Source(Protocol):
     def num_batches(self, batch_size: int) -> int | None:
         """Number of batches in an epoch; None if a `DataLoader` has no length."""
 
-    def batches(self, batch_size: int | list[int], *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
+    def batches(
+        self,
+        batch_size: int | list[int],
+        *,
+        seed: int | None,
+        order: Tensor | None,
+        preprocess: Preprocessing | None = None,
+    ) -> Iterator[Batch]:
         """Yield each image once.
 
         Args:
             batch_size: Images in a batch, or in each batch; a `DataLoader` has its own.
             seed: Seeds the random transforms of a data set; None raises `CacheError` where it draws random numbers.
             order: Indices of the images, int64 `(N,)`; None keeps the order of the data set.
+            preprocess: What will be applied to the images. Those of a data set then come in no more pixels than it
+                needs; None gives them as they are.
         """
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
@@ -93,7 +103,14 @@ class ArraySource:
     def num_batches(self, batch_size: int) -> int:
         return count_batches(self.num_images, batch_size)
 
-    def batches(self, batch_size: int | list[int], *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
+    def batches(
+        self,
+        batch_size: int | list[int],
+        *,
+        seed: int | None,
+        order: Tensor | None,
+        preprocess: Preprocessing | None = None,
+    ) -> Iterator[Batch]:
         for indices in _in_batches(order, self.num_images, batch_size):
             yield self.images[indices], self.targets[indices] if len(self.targets) else _NO_TARGETS, indices.tolist()
 
@@ -141,7 +158,14 @@ class DatasetSource:
     def num_batches(self, batch_size: int) -> int:
         return count_batches(self.num_images, batch_size)
 
-    def batches(self, batch_size: int | list[int], *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
+    def batches(
+        self,
+        batch_size: int | list[int],
+        *,
+        seed: int | None,
+        order: Tensor | None,
+        preprocess: Preprocessing | None = None,
+    ) -> Iterator[Batch]:
         batches = _in_batches(order, self.num_images, batch_size)
 
         def key(index: int) -> tuple[int, int | None]:
@@ -149,7 +173,8 @@ class DatasetSource:
 
         keys = [[key(index) for index in batch.tolist()] for batch in batches]
         workers = 0 if order is not None and len(batches) == 1 else self.num_workers  # a few images that are looked at
-        for samples in read_in_workers(self.samples, keys, num_workers=workers, seed=seed or 0):
+        read = self.samples.for_input(preprocess)
+        for samples in read_in_workers(read, keys, num_workers=workers, seed=seed or 0):
             yield self._collate(samples)
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
@@ -206,7 +231,14 @@ class LoaderSource:
     def num_batches(self, batch_size: int) -> int | None:
         return self.length
 
-    def batches(self, batch_size: int | list[int], *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
+    def batches(
+        self,
+        batch_size: int | list[int],
+        *,
+        seed: int | None,
+        order: Tensor | None,
+        preprocess: Preprocessing | None = None,
+    ) -> Iterator[Batch]:
         first = 0
         for number, batch in enumerate(_made_by(self.loader)):
             what = f"batch {number} of the DataLoader"
@@ -322,8 +354,15 @@ class SubsetSource:
     def num_batches(self, batch_size: int) -> int:
         return count_batches(self.num_images, batch_size)
 
-    def batches(self, batch_size: int | list[int], *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
-        return self.source.batches(batch_size, seed=seed, order=self._in_source(order))
+    def batches(
+        self,
+        batch_size: int | list[int],
+        *,
+        seed: int | None,
+        order: Tensor | None,
+        preprocess: Preprocessing | None = None,
+    ) -> Iterator[Batch]:
+        return self.source.batches(batch_size, seed=seed, order=self._in_source(order), preprocess=preprocess)
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
         return self.source.why_not_repeatable(self._in_source(indices))

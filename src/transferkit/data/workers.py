@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
@@ -24,6 +25,7 @@ TIMEOUT_S = 300.0
 """Seconds without a batch after which a worker counts as hanging."""
 
 _BATCHES_AHEAD = 2  # that each worker reads before the first of them is used
+_MOST_THREADS = 16  # each holds a decoded image, 36 MB for 12 million pixels
 _GRACE_S = 5.0  # for a worker that was asked to end
 
 _Keys = list[tuple[int, int | None]]
@@ -54,7 +56,7 @@ def read_in_workers(samples: Samples, keys: Sequence[_Keys], *, num_workers: int
     Args:
         samples: What to read from.
         keys: For each batch the index and seed of each sample.
-        num_workers: Number of processes; 0 reads in this one.
+        num_workers: Number of processes; 0 reads in this one, files that will be resized in threads.
         seed: What `torch.utils.data.get_worker_info().seed` depends on.
 
     Raises:
@@ -62,8 +64,10 @@ def read_in_workers(samples: Samples, keys: Sequence[_Keys], *, num_workers: int
             All workers are killed first.
     """
     if num_workers == 0:
-        for batch in keys:
-            yield [samples.try_read(*key) for key in batch]
+        if samples.are_files and samples.preprocess is not None:  # else a batch may take gigabytes: none is read ahead
+            yield from _read_in_threads(samples, keys)
+        else:
+            yield from ([samples.try_read(*key) for key in batch] for batch in keys)
         return
     reading = RawArray("q", [-1] * num_workers)  # the index of the sample that each worker reads; -1 for none
     workers: list[_Worker] = []
@@ -90,6 +94,20 @@ def read_in_workers(samples: Samples, keys: Sequence[_Keys], *, num_workers: int
         finished = True
     finally:
         _end(workers, at_once=not finished)
+
+
+def _read_in_threads(samples: Samples, keys: Sequence[_Keys]) -> Iterator[_Samples]:
+    """Read image files, which Pillow decodes without holding Python's lock, one batch ahead of the one in use."""
+    pool = ThreadPoolExecutor(min(torch.get_num_threads(), _MOST_THREADS))
+    try:
+        ahead: list[Future[Any]] = []
+        for batch in keys:
+            before, ahead = ahead, [pool.submit(samples.try_read, *key) for key in batch]
+            if before:
+                yield [future.result() for future in before]
+        yield [future.result() for future in ahead]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start(samples: Samples, keys: Sequence[_Keys], info: Any, reading: Any) -> _Worker:

@@ -16,15 +16,16 @@ from transferkit.base.calls import explained
 from transferkit.base.display import Display
 from transferkit.base.processes import check_same, together, world_size
 from transferkit.base.surroundings import own_surroundings
-from transferkit.compute.device import Device
-from transferkit.data.augmentation import Augment, build_augmentation
+from transferkit.compute.device import Device, find_device
+from transferkit.data.augmentation import Augment, Transform, build_augmentation
 from transferkit.data.inputs import Inputs
 from transferkit.data.open import open_data
+from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError
 from transferkit.features.cache import FeatureCache, open_folder
 from transferkit.features.chunks import CachedFeatures
 from transferkit.features.feed import Feed, Frozen
-from transferkit.model.head import TransferModel
+from transferkit.model.head import TransferModel, check_float32
 
 
 class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -113,21 +114,37 @@ def cache_features(
     """
     if not isinstance(model, TransferModel):
         raise ArgumentError(f"model is a {type(model).__name__}: expected a TransferModel from attach_head.")
-    place = device if isinstance(device, Device) else Device(device, precision)
-    preprocess = model.backbone.preprocess
-    transform = None if augment is None else build_augmentation(augment, preprocess.image_size)
-    source = open_data(data, model.classes, num_workers=num_workers, multi_label=model.threshold is not None)
-    frozen = Frozen(place.prepare(model), place)
-    if world_size() > 1:
-        digests = zlib.crc32(b"".join(raw_bytes(value) for value in model.backbone.state_dict().values()))
-        check_same({"images": source.num_images, "data": source.digest(), "backbone": digests}, "cache_features")
-    feed = Feed(
-        Inputs(source, preprocess, place, transform, whole_number("seed", seed, at_least=0)),
-        frozen,
-        FeatureCache(place, open_folder(cache)),
-        mode=True,
-        num_views=None if n_views is None else whole_number("n_views", n_views),
-        what="given",
-        display=Display(verbose),
+    place = find_device(device, precision)
+    return FeatureDataset(
+        features_of(
+            model,
+            open_data(data, model.classes, num_workers=num_workers, multi_label=model.threshold is not None),
+            device=place,
+            cache=FeatureCache(place, open_folder(cache)),
+            transform=None if augment is None else build_augmentation(augment, model.backbone.image_size),
+            num_views=None if n_views is None else whole_number("n_views", n_views),
+            seed=whole_number("seed", seed, at_least=0),
+            display=Display(verbose),
+        )
     )
-    return FeatureDataset(feed.features())
+
+
+def features_of(
+    model: TransferModel,
+    source: Source,
+    *,
+    device: Device,
+    cache: FeatureCache,
+    transform: Transform | None = None,
+    num_views: int | None = None,
+    seed: int = 0,
+    display: Display,
+) -> CachedFeatures:
+    """Return what the frozen layers of a model make of each image, in memory or in files; see `cache_features`."""
+    check_float32(model, trains=False)
+    if world_size() > 1:
+        digest = zlib.crc32(b"".join(raw_bytes(value) for value in model.backbone.state_dict().values()))
+        check_same({"images": source.num_images, "data": source.digest(), "backbone": digest}, "the features")
+    inputs = Inputs(source, model.backbone.preprocess, device, transform, seed)
+    frozen = Frozen(device.prepare(model), device)
+    return Feed(inputs, frozen, cache, mode=True, num_views=num_views, what="given", display=display).features()

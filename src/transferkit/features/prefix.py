@@ -53,7 +53,7 @@ def pure_prefix(model: TransferModel) -> tuple[Layers, str]:
     if len(layers) == 0:
         return layers, NOTHING_FROZEN
     for part, kind in ((model, TransferModel), (model.backbone, Backbone), (model.backbone.features, nn.Sequential)):
-        if type(part) is not kind or _is_intercepted(part):
+        if type(part) is not kind or is_intercepted(part):
             return layers, f"the {type(part).__name__} has hooks or a forward of its own, which would not be called"
     for index, layer in enumerate(layers):
         name = f"layer {index} ({type(layer).__name__})"
@@ -61,7 +61,7 @@ def pure_prefix(model: TransferModel) -> tuple[Layers, str]:
             return layers, f"{name} may not give the same output each time"
         if isinstance(layer, nn.BatchNorm2d) and not layer.track_running_stats:
             return layers, f"{name} normalises by the statistics of each batch"
-        if _is_intercepted(layer):
+        if is_intercepted(layer):
             return layers, f"{name} has hooks or a forward of its own, which would not be called"
     return layers, ""
 
@@ -158,7 +158,7 @@ class Prefix:
         return self._state is not None and _state(layers, preprocess) == self._state
 
 
-def _is_intercepted(module: nn.Module) -> bool:
+def is_intercepted(module: nn.Module) -> bool:
     """Return whether calling a module does more than run the `forward` of its class."""
     every = nn.modules.module  # hooks for all modules
     hooked = any(getattr(module, hooks) or getattr(every, f"_global{hooks}") for hooks in _HOOKS)

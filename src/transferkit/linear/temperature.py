@@ -14,12 +14,9 @@ LOWEST, HIGHEST = 0.05, 20.0
 def fit_temperature(logits: Tensor, targets: Tensor, loss: Loss) -> float:
     """Return the temperature `T`, 0.05 to 20, at which `logits / T` have the least mean loss.
 
-    Above 1 the model was too sure of itself. Dividing by it changes no prediction of a class.
-
-    Args:
-        logits: `(N, K)`, of images that the model was not trained on.
-        targets: int64 `(N,)` or float32 `(N, K)`.
-        loss: Its `each` is used: neither smoothing nor weights.
+    Above 1 the model was too sure of itself. Dividing by it changes no prediction of a class. Logits `(N, K)` are of
+    images that the model was not trained on, targets int64 `(N,)` or float32 `(N, K)`. The loss is taken without
+    smoothing and weights.
 
     Raises:
         EmptyDataError: When there are no rows.
@@ -43,17 +40,13 @@ def fit_temperature(logits: Tensor, targets: Tensor, loss: Loss) -> float:
     low, high = math.log(LOWEST), math.log(HIGHEST)
     while high - low > 1e-6:  # the loss falls, then rises, because it is convex in 1 / T
         middle = (low + high) / 2
-        slope = _slope(logits, targets, loss, middle)
+        with torch.enable_grad():
+            variable = torch.tensor(middle, device=logits.device, requires_grad=True)
+            mean = loss.each(logits.detach().float() * torch.exp(-variable), targets).mean()
+            slope = float(torch.autograd.grad(mean, variable)[0])
         if not math.isfinite(slope):
             raise NonFiniteError("the loss has a slope that is not finite: expected a loss finite for every logit.")
         if slope == 0:  # no logit prefers a class
             return math.exp(middle)
         low, high = (low, middle) if slope > 0 else (middle, high)
     return math.exp((low + high) / 2)
-
-
-def _slope(logits: Tensor, targets: Tensor, loss: Loss, log_temperature: float) -> float:
-    with torch.enable_grad():
-        variable = torch.tensor(log_temperature, device=logits.device, requires_grad=True)
-        mean = loss.each(logits.detach().float() * torch.exp(-variable), targets).mean()
-        return float(torch.autograd.grad(mean, variable)[0])

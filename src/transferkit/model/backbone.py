@@ -175,7 +175,7 @@ def load_backbone(
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < MIN_IMAGE_SIZE:
         raise ArgumentError(
             f"image_size={image_size!r} cannot be used: expected a whole number of {MIN_IMAGE_SIZE} pixels or more, "
-            f"for five pooling layers. Smaller images are enlarged: image_size={MIN_IMAGE_SIZE}."
+            f"since five pooling layers halve the image. Smaller images are enlarged: image_size={MIN_IMAGE_SIZE}."
         )
     weights = _find_weights(weights, name)
     convention = _find_preprocessing(preprocessing, weights, name)
@@ -209,9 +209,8 @@ def _find_preprocessing(preprocessing: object, weights: object, name: str) -> Pr
             if Path(weights).name == member.url.rsplit("/", 1)[-1] and is_published(Path(weights)):
                 return CONVENTIONS[member.name]
     raise PreprocessingError(
-        f"the preprocessing for the weights from {_origin(weights)} is unknown, and a wrong one gives poor features "
-        f"without an error. Pass preprocessing= one of {', '.join(map(repr, CONVENTIONS))}, or a "
-        "transferkit.Preprocessing."
+        f"the preprocessing for the weights from {_origin(weights)} is unknown, and a wrong one gives poor features. "
+        f"Pass preprocessing= one of {', '.join(map(repr, CONVENTIONS))}, or a transferkit.Preprocessing."
     )
 
 
@@ -235,13 +234,9 @@ def _find_weights(weights: object, name: str) -> object:
 
 
 def _read_weights(weights: object) -> Mapping[str, Tensor] | None:
-    if weights is None:
-        return None
-    if isinstance(weights, WeightsEnum):
-        return read_state_dict(download(weights.url))
-    if isinstance(weights, str | os.PathLike):
-        return read_state_dict(weights)
-    return checked_state_dict(weights, _origin(weights))
+    if isinstance(weights, str | os.PathLike | WeightsEnum):
+        return read_state_dict(download(weights.url) if isinstance(weights, WeightsEnum) else weights)
+    return None if weights is None else checked_state_dict(weights, _origin(weights))
 
 
 def _origin(weights: object) -> str:
@@ -262,8 +257,8 @@ def _layer_names(features: nn.Sequential) -> tuple[str, ...]:
         kind = next((kinds[known] for known in kinds if isinstance(module, known)), None)
         if kind is None:
             raise ArgumentError(
-                f"features[{index}] is a {type(module).__name__}: expected VGG's layers, that is Conv2d, BatchNorm2d, "
-                "ReLU and MaxPool2d. Load one with load_backbone; other networks are not supported."
+                f"features[{index}] is a {type(module).__name__}: expected VGG's layers: Conv2d, BatchNorm2d, "
+                "ReLU and MaxPool2d."
             )
         convolution += isinstance(module, nn.Conv2d)
         names.append(f"block{block}_{kind}{convolution}")

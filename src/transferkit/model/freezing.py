@@ -1,8 +1,9 @@
 """Freeze the early layers of a network, so that training does not change a bit of them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from transferkit.base.calls import explained
@@ -147,6 +148,20 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
         if stays_in_eval(module):
             frozen.update(f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False))
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def write_values(values: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+    """Copy values over those that a model has, `live`, such as its state dict; others stay.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> write_values({"bias": torch.ones(1)}, layer.state_dict())
+        >>> layer.bias.item()
+        1.0
+    """
+    with torch.no_grad():
+        for name, value in values.items():
+            live[name].copy_(value)
 
 
 def first_trainable(model: nn.Module) -> str | None:

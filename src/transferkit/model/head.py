@@ -306,9 +306,10 @@ def check_head(model: TransferModel) -> None:
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, MemoryError) as error:
         if is_out_of_memory(error):
             return  # the first step makes smaller parts, or says so
+        reason, expected = str(error).splitlines()[0], f"inputs (N, {', '.join(map(str, shape))})"
         raise HeadMismatchError(
-            f"head does not accept the backbone's features: {str(error).splitlines()[0]}. Expected a module for inputs "
-            f"(N, {', '.join(map(str, shape))}); start it with nn.Flatten(), for images of one size, or pool."
+            f"head does not accept the backbone's features: {reason}. Expected a module for {expected}; start it with "
+            'nn.Flatten() or a pooling layer. pooling="avg" takes images of any size.'
         ) from error
     finally:
         live = dict(head.named_buffers())
@@ -337,6 +338,5 @@ def check_head(model: TransferModel) -> None:
 
 
 def _is_frozen(layer: nn.Module) -> bool:
-    if any(p.requires_grad for p in layer.parameters()):
-        return False
-    return not any(m.training for m in layer.modules() if isinstance(m, _DEPENDS_ON_MODE))
+    trains = any(parameter.requires_grad for parameter in layer.parameters())
+    return not trains and not any(m.training for m in layer.modules() if isinstance(m, _DEPENDS_ON_MODE))

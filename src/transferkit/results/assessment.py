@@ -1,11 +1,10 @@
 """What a model makes of labelled images, image by image, and the figures that follow from it."""
 
-import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +12,12 @@ import torch
 
 from transferkit.base.arguments import fraction, whole_number
 from transferkit.data.open import open_data
-from transferkit.data.sources import Source
 from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError, printable
 from transferkit.results.calibration import expected_calibration_error
 from transferkit.results.figures import open_axes
-from transferkit.results.gallery import WRONG, as_picture, draw_images
+from transferkit.results.gallery import WRONG, draw_images, read_pixels
+from transferkit.results.tabular import html_table, text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,19 +27,13 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
-_SMALLEST = np.finfo(np.float32).tiny
+_COLUMNS = ("class", "precision", "recall", "f1", "images")
 
 
 def confusion_matrix(targets: npt.ArrayLike, predicted: npt.ArrayLike, num_classes: int) -> Integers:
-    """Count how often each class was taken for each other.
+    """Return how often each class was taken for each other, int64 `(K, K)`: rows are true classes, columns predicted.
 
-    Args:
-        targets: True class indices, `(N,)`.
-        predicted: Predicted ones, `(N,)`.
-        num_classes: Indices run from 0 to `num_classes - 1`.
-
-    Returns:
-        int64 `(num_classes, num_classes)`: rows are true classes, columns predicted ones.
+    `targets` and `predicted` are class indices `(N,)`, from 0 to `num_classes - 1`.
 
     Raises:
         ArgumentError: When indices are out of range, or there are not as many of one as of the other.
@@ -54,7 +47,7 @@ def confusion_matrix(targets: npt.ArrayLike, predicted: npt.ArrayLike, num_class
     true, guessed = np.asarray(targets), np.asarray(predicted)
     for name, indices in (("targets", true), ("predicted", guessed)):
         whole = indices.ndim == 1 and (indices.dtype.kind in "iu" or indices.size == 0)
-        if not whole or (indices.size and not (indices.min() >= 0 and indices.max() < num_classes)):
+        if not whole or not ((indices >= 0) & (indices < num_classes)).all():
             raise ArgumentError(
                 f"{name} of shape {indices.shape} and type {indices.dtype} cannot be counted: expected class indices, "
                 f"integers (N,) from 0 to {num_classes - 1}."
@@ -112,6 +105,8 @@ class Assessment:
         >>> assessment.confusion_matrix()
         array([[1, 0],
                [1, 1]])
+        >>> assessment.most_confused(3)
+        [('dog', 'cat', 1)]
     """
 
     probabilities: Floats
@@ -149,39 +144,28 @@ class Assessment:
         return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())
 
     def accuracy_interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Return the bounds between which the accuracy on all images of this kind lies, with so much confidence.
-
-        Args:
-            confidence: Above 0 and below 1.
+        """Return the bounds between which the accuracy on all images of this kind lies (Wilson, 1927).
 
         Raises:
-            ArgumentError: When `confidence` is out of range, or an image may have several labels.
-
-        References:
-            Wilson, 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
+            ArgumentError: When `confidence` is not from 0 to below 1, or an image may have several labels.
         """
         self._one_label("accuracy_interval")
         z, count = NormalDist().inv_cdf(0.5 + fraction("confidence", confidence) / 2), len(self.targets)
-        centre = (self.accuracy + z**2 / (2 * count)) / (1 + z**2 / count)
-        spread = self.accuracy * (1 - self.accuracy) / count + z**2 / (4 * count**2)
-        half = z * math.sqrt(spread) / (1 + z**2 / count)
-        return centre - half, centre + half
+        centre = self.accuracy + z**2 / (2 * count)
+        half = z * math.sqrt(self.accuracy * (1 - self.accuracy) / count + z**2 / (4 * count**2))
+        shrunk = 1 + z**2 / count
+        return (centre - half) / shrunk, (centre + half) / shrunk
 
     def calibration_error(self, *, calibrated: bool = True) -> float:
         """Return the expected calibration error: how far confidence is from accuracy, 0 to 1, over 15 bins.
 
-        Args:
-            calibrated: False gives that of the model without its temperature.
+        With `calibrated=False` it is that of the model without its temperature.
         """
-        probabilities = self.probabilities
-        if not calibrated:  # logits, up to a constant that no probability depends on
-            logs = np.log(np.maximum(probabilities, _SMALLEST)) * self.temperature
-            other = (
-                0.0 if self.threshold is None else np.log(np.maximum(1 - probabilities, _SMALLEST)) * self.temperature
-            )
-            powers = np.exp(logs)
-            total = powers.sum(axis=1, keepdims=True) if self.threshold is None else powers + np.exp(other)
-            probabilities = powers / total
+        probabilities = self.probabilities.astype(np.float64)
+        if not calibrated:  # without a temperature, probabilities are in proportion to these powers
+            powers = probabilities**self.temperature
+            others = (1 - probabilities) ** self.temperature
+            probabilities = powers / (powers.sum(axis=1, keepdims=True) if self.threshold is None else powers + others)
         return expected_calibration_error(probabilities, self.targets)
 
     def top_k_accuracy(self, k: int) -> float:
@@ -193,10 +177,8 @@ class Assessment:
         self._one_label("top_k_accuracy")
         if whole_number("k", k) > len(self.classes):
             raise ArgumentError(f"k={k} cannot be used: expected 1 to {len(self.classes)}, the number of classes.")
-        true = self.probabilities[np.arange(len(self.targets)), self.targets]
-        ahead = (self.probabilities > true[:, None]).sum(axis=1)
-        first = self.predicted == self.targets  # of equal ones argmax takes the first: top 1 is the accuracy
-        return float(((ahead < k) if k > 1 else first).mean())
+        likeliest = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]  # of equal ones the first, as argmax
+        return float((likeliest == self.targets[:, None]).any(axis=1).mean())
 
     def confusion_matrix(self) -> Integers:
         """Return how often each class was taken for each other, int64 `(K, K)`: rows are true, columns predicted.
@@ -212,81 +194,54 @@ class Assessment:
 
         Raises:
             ArgumentError: When `count` is below 1, or an image may have several labels.
-
-        Example:
-            >>> probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]], np.float32)
-            >>> Assessment(probabilities, np.ones(3), np.array([0, 1, 1]), ("cat", "dog")).most_confused(3)
-            [('dog', 'cat', 1)]
         """
         counts = self.confusion_matrix()
         np.fill_diagonal(counts, 0)
         order = np.argsort(-counts, axis=None, kind="stable")[: whole_number("count", count)]
-        pairs = zip(*np.unravel_index(order, counts.shape), strict=True)
-        return [
-            (self.classes[true], self.classes[guess], int(counts[true, guess]))
-            for true, guess in pairs
-            if counts[true, guess]
-        ]
+        pairs = [divmod(place, len(counts)) for place in order.tolist()]
+        return [(self.classes[i], self.classes[j], int(counts[i, j])) for i, j in pairs if counts[i, j]]
 
     def per_class(self) -> list[ClassFigures]:
         """Return precision, recall, F1 and number of images of each class."""
         true, predicted = self._labels(self.targets), self._labels(self.predicted)
-        both, positives, found = (true & predicted).sum(axis=0), true.sum(axis=0), predicted.sum(axis=0)
-        return [
-            ClassFigures(
-                name,
-                _ratio(both[i], found[i]),
-                _ratio(both[i], positives[i]),
-                _ratio(2 * both[i], found[i] + positives[i]),
-                int(positives[i]),
-            )
-            for i, name in enumerate(self.classes)
-        ]
+        both, support, found = (true & predicted).sum(axis=0), true.sum(axis=0), predicted.sum(axis=0)
+        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN
+            columns = both / found, both / support, 2 * both / (found + support), support
+        return [ClassFigures(*row) for row in zip(self.classes, *(each.tolist() for each in columns), strict=True)]
 
     def worst(self, num_images: int) -> Integers:
         """Return the indices of the images with the highest loss, the worst first, int64."""
         order = np.argsort(-self.losses, kind="stable")
-        worst: Integers = order[: whole_number("num_images", num_images)].astype(np.int64)
-        return worst
+        return order[: whole_number("num_images", num_images)]
 
     def __str__(self) -> str:
-        names = [printable(name) for name in self.classes]
-        width = max(5, *map(len, names))
-        lines = [self._first_line(), f"{'class':{width}}  precision  recall      f1  images"]
-        lines += [
-            f"{name:{width}}  {row.precision:9.4f}  {row.recall:6.4f}  {row.f1:6.4f}  {row.support:6}"
-            for name, row in zip(names, self.per_class(), strict=True)
-        ]
-        return "\n".join(lines)
+        return f"{self._first_line()}\n{text_table(_COLUMNS, self._rows())}"
 
     __repr__ = __str__  # what an interpreter shows
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{name}</th>" for name in ("class", "precision", "recall", "F1", "images"))
-        rows = "".join(
-            f"<tr><td>{html.escape(row.name)}</td><td>{row.precision:.4f}</td><td>{row.recall:.4f}</td>"
-            f"<td>{row.f1:.4f}</td><td>{row.support}</td></tr>"
-            for row in self.per_class()
-        )
-        return f"<p>{self._first_line()}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        return f"<p>{self._first_line()}</p>{html_table(_COLUMNS, self._rows())}"
 
     def _first_line(self) -> str:
-        metrics = "".join(f", {name} {value:.4f}" for name, value in self.metrics.items())
-        calibration = ""
+        parts = [f"accuracy {self.accuracy:.4f}", f"loss {self.loss:.4f}"]
+        parts += [f"{name} {value:.4f}" for name, value in self.metrics.items()]
         if self.temperature != 1:
             now, before = self.calibration_error(), self.calibration_error(calibrated=False)
-            calibration = f", calibration error {now:.4f} ({before:.4f} without temperature)"
-        unknown = "" if self.novelty is None else f", {(self.novelty > 0).mean():.1%} unknown"
-        return (
-            f"accuracy {self.accuracy:.4f}, loss {self.loss:.4f}{metrics}{calibration}{unknown}, "
-            f"{len(self.targets):,} images"
-        )
+            parts.append(f"calibration error {now:.4f} ({before:.4f} without temperature)")
+        if self.novelty is not None:
+            parts.append(f"{(self.novelty > 0).mean():.1%} unknown")
+        return ", ".join([*parts, f"{len(self.targets):,} images"])
+
+    def _rows(self) -> list[list[str]]:
+        return [
+            [printable(name), *(f"{figure:.4f}" for figure in figures), str(support)]
+            for name, *figures, support in self.per_class()
+        ]
 
     def _labels(self, values: Integers) -> npt.NDArray[np.bool_]:
         """Return class indices as one row of labels for each image, bool `(N, K)`; labels as they are."""
-        return cast(
-            "npt.NDArray[np.bool_]", values if values.ndim == 2 else np.eye(len(self.classes), dtype=bool)[values]
-        )
+        labels = values if values.ndim == 2 else np.eye(len(self.classes), dtype=bool)[values]
+        return cast("npt.NDArray[np.bool_]", labels)
 
     def _one_label(self, what: str) -> None:
         if self.threshold is not None:
@@ -295,32 +250,20 @@ class Assessment:
                 "labels of each class."
             )
 
-    def _names(self, image: int, values: Integers) -> str:
+    def _names(self, labels: npt.NDArray[np.bool_]) -> str:
         """Return the names of an image's classes, for a title."""
-        return (
-            " + ".join(name for name, has in zip(self.classes, self._labels(values)[image], strict=True) if has)
-            or "none"
-        )
+        return " + ".join(name for name, has in zip(self.classes, labels, strict=True) if has) or "none"
 
 
-def _ratio(part: int, whole: int) -> float:
-    return float(part / whole) if whole else float("nan")
-
-
-_WRITTEN = 20
-"""Classes up to which a confusion matrix has its counts written into it: more would be too small to read."""
+_WRITTEN = 20  # classes up to which a confusion matrix has its counts written into it: more would be too small
 
 
 def plot_confusion_matrix(assessment: Assessment, *, ax: "Axes | None" = None, normalize: bool = False) -> "Figure":
     """Draw how often each class was taken for each other: rows are true classes, columns predicted ones.
 
     Where an image may have several labels, the columns are instead: labels found, labels missed, and images that got
-    the label without having it.
-
-    Args:
-        assessment: From `Trainer.assess`.
-        ax: Where to draw; None makes a figure.
-        normalize: Write fractions of each true class, 0 to 1, instead of counts. The colors always show fractions.
+    the label without having it. Colors show fractions of each true class; `normalize` writes these instead of counts.
+    It is drawn on `ax`, or on a new figure.
 
     Raises:
         MissingPackageError: When matplotlib is not installed.
@@ -365,16 +308,11 @@ def plot_predictions(
     """Show images with their predicted class and its probability, the worst first.
 
     The worst have the highest loss: the model was sure and wrong. Wrong predictions have a red title, with the true
-    class in parentheses.
-
-    Args:
-        assessment: From `Trainer.assess(data)`.
-        data: The same data, `(images, targets)` or a `Dataset`. Only the images shown are read.
-        num_images: How many, 1 or more.
-        ax: Where to draw; None makes a figure.
+    class in parentheses. Of the data that was assessed, `(images, targets)` or a `Dataset`, only the images shown are
+    read. They are drawn on `ax`, or on a new figure.
 
     Raises:
-        ArgumentError: When the data has another number of images than the assessment, or is a `DataLoader`.
+        ArgumentError: When the data is not what was assessed, or a `DataLoader`, or `num_images` is below 1.
         MissingPackageError: When matplotlib is not installed.
 
     Example:
@@ -390,27 +328,22 @@ def plot_predictions(
             f"data has {source.num_images or 'an unknown number of'} images, the assessment {len(assessment.targets)}: "
             "expected the same data, (images, targets) or a Dataset."
         )
-    places = assessment.worst(whole_number("num_images", num_images))
-    predicted, titles, colors = assessment.predicted, [], []
-    for place in places:
-        true, title = (assessment._names(place, values) for values in (assessment.targets, predicted))
-        right = true == title
+    places = assessment.worst(num_images)
+    given = source.all_targets(torch.as_tensor(places))
+    given = class_indices(given) if assessment.threshold is None else given >= 0.5
+    differs = (given.numpy() != assessment.targets[places]).reshape(len(places), -1).any(axis=1)
+    if differs.any():
+        raise ArgumentError(
+            f"image {places[differs][0]} of the data is not the one that was assessed: its target is another. Expected "
+            "the same data in the same order, and no DataLoader that shuffles in assess."
+        )
+    predicted, titles, colors = assessment.predicted[places], [], []
+    labels = (assessment._labels(values) for values in (assessment.targets[places], predicted))
+    for place, true, found in zip(places, *labels, strict=True):
+        title = assessment._names(found)
         if assessment.threshold is None:
-            title += f" {assessment.probabilities[place, predicted[place]]:.2f}"
-        titles.append(title if right else f"{title} ({true})")
+            title += f" {assessment.probabilities[place, found][0]:.2f}"
+        right = bool((true == found).all())
+        titles.append(title if right else f"{title} ({assessment._names(true)})")
         colors.append("black" if right else WRONG)
-    return draw_images(_pixels(source, places, assessment), titles, colors=colors, ax=ax)
-
-
-def _pixels(source: Source, places: Any, assessment: Assessment) -> list[Any]:
-    """Return the images at some places as matplotlib takes them, checking that they are those assessed."""
-    shown = []
-    for batch, target, (place,) in source.batches(1, seed=0, order=torch.as_tensor(places)):
-        true = class_indices(target) if assessment.threshold is None else target >= 0.5
-        if not np.array_equal(true[0], assessment.targets[place]):
-            raise ArgumentError(
-                f"image {place} of the data is not the one that was assessed: its target is another. Expected the same "
-                "data in the same order, and no DataLoader that shuffles in assess."
-            )
-        shown.append(as_picture(batch[0]))
-    return shown
+    return draw_images(read_pixels(source, places.tolist()), titles, colors=colors, ax=ax)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from transferkit.base.arguments import one_of, whole_number
 from transferkit.data.sources import Source
 from transferkit.results.assessment import Assessment
-from transferkit.results.gallery import WRONG, plot_images
+from transferkit.results.gallery import WRONG, draw_images, read_pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = {
+KINDS = {  # what an audit looks for
     "label": "labels that are likely wrong",
     "duplicate": "copies of another training image",
     "leak": "validation images that are copies of a training image",
@@ -25,7 +25,6 @@ KINDS = {
     "brightness": "images that are much brighter or darker than the rest",
     "size": "images of another size or shape than the rest",
 }
-"""What an audit looks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +72,7 @@ class Audit:
     sources: Sequence[Source] = field(default=())
 
     def of(self, kind: str) -> list[Finding]:
-        """Return the findings of one kind.
-
-        Raises:
-            ArgumentError: When there is no such kind.
-        """
+        """Return the findings of one kind, such as "label"; an unknown one is an `ArgumentError`."""
         one_of("kind", kind, KINDS)
         return [finding for finding in self.findings if finding.kind == kind]
 
@@ -89,17 +84,16 @@ class Audit:
             table.writerows(map(astuple, self.findings))
 
     def plot(self, kind: str, *, num_images: int = 12, ax: "Axes | None" = None) -> "Figure":
-        """Show the first images of one kind; a copy beside what it is a copy of.
+        """Show the first images of one kind.
 
         Raises:
             ArgumentError: When there is no such kind, or `num_images` is below 1.
             MissingPackageError: When matplotlib is not installed.
         """
         found = self.of(kind)[: whole_number("num_images", num_images)]
-        source = self.sources[kind == "leak"]
-        return plot_images(
-            source, [each.index for each in found], [_title(each) for each in found], colors=[WRONG] * len(found), ax=ax
-        )
+        images = read_pixels(self.sources[-1 if kind == "leak" else 0], [each.index for each in found])
+        titles = [f"{each.index}: {each.label}\n{each.detail}" for each in found]
+        return draw_images(images, titles, colors=[WRONG] * len(found), ax=ax)
 
     def __str__(self) -> str:
         counts = Counter(finding.kind for finding in self.findings)
@@ -107,7 +101,7 @@ class Audit:
         lines = [f"{count:,} images, accuracy {self.assessment.accuracy:.4f} of a head that did not see them"]
         for kind, what in KINDS.items():
             lines.append(f"{counts[kind]:6,}  {what}")
-            lines += [f"        {_where(each)}: {each.detail}" for each in self.of(kind)[:3]]
+            lines += [f"        {each.path or f'image {each.index}'}: {each.detail}" for each in self.of(kind)[:3]]
         if self.precision is not None:
             lines.append(
                 f"Look before you delete: when 5 % of the labels were exchanged on purpose, {self.precision:.0%} of as "
@@ -118,11 +112,3 @@ class Audit:
         return "\n".join(lines)
 
     __repr__ = __str__  # what an interpreter shows
-
-
-def _where(finding: Finding) -> str:
-    return f"image {finding.index}" if finding.path is None else finding.path
-
-
-def _title(finding: Finding) -> str:
-    return f"{finding.index}: {finding.label}\n{finding.detail}"

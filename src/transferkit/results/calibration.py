@@ -9,21 +9,10 @@ import numpy.typing as npt
 def expected_calibration_error(
     probabilities: npt.NDArray[np.floating[Any]], targets: npt.NDArray[Any], *, bins: int = 15
 ) -> float:
-    """Return the mean distance between confidence and accuracy, 0 to 1, over bins of equal width.
+    """Return the mean distance between confidence and accuracy, 0 to 1, over bins of equal width (Guo et al., 2017).
 
-    Args:
-        probabilities: Of each class, `(N, K)`.
-        targets: True class indices `(N,)`: the confidence of an image is its largest probability. Or true labels
-            `(N, K)`, 0 and 1, where an image may have several: each label is a case of its own, whose probability is
-            compared with how often the label is present.
-        bins: Number of bins between 0 and 1.
-
-    Example:
-        >>> round(expected_calibration_error(np.array([[0.9, 0.1], [0.9, 0.1]]), np.array([0, 1])), 4)
-        0.4
-
-    References:
-        Naeini et al., 2015, "Obtaining well calibrated probabilities using Bayesian binning"; Guo et al., 2017.
+    Targets are class indices `(N,)`, and the confidence of an image is the largest of its probabilities `(N, K)`. Or
+    they are labels `(N, K)`, 0 and 1: each label is a case of its own, and right where the image has it.
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)
     if targets.ndim == 2:

@@ -14,23 +14,29 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WRONG = "firebrick"
-"""Color of the title of what is wrong."""
+WRONG = "firebrick"  # color of the title of what is wrong
 
 
-def plot_images(
-    source: Source, places: Sequence[int], titles: Sequence[str], *, colors: Sequence[str], ax: "Axes | None"
-) -> "Figure":
-    """Draw the images at some places of a source, in rows of six, each with a title in its color.
+def read_pixels(source: Source, places: Sequence[int]) -> list[Any]:
+    """Return the images at some places, `(H, W, 3)`: uint8, or preprocessed ones stretched to 0..1."""
+    if len(places) == 0:
+        return []
+    return [_as_picture(batch[0]) for batch, _, _ in source.batches(1, seed=0, order=torch.as_tensor(places))]
+
+
+def _as_picture(image: Tensor) -> Any:
+    if image.is_floating_point():
+        low, high = image.aminmax()
+        image = (image - low) / (high - low).clamp_min(1e-6)
+    return image.permute(1, 2, 0).cpu().numpy()
+
+
+def draw_images(images: Sequence[Any], titles: Sequence[str], *, colors: Sequence[str], ax: "Axes | None") -> "Figure":
+    """Draw images `(H, W, 3)` in rows of six, each with a title in its color.
 
     Raises:
         MissingPackageError: When matplotlib is not installed.
     """
-    return draw_images(read_pixels(source, places), titles, colors=colors, ax=ax)
-
-
-def draw_images(images: Sequence[Any], titles: Sequence[str], *, colors: Sequence[str], ax: "Axes | None") -> "Figure":
-    """Draw images `(H, W, 3)` in rows of six, each with a title in its color."""
     columns = max(1, min(len(images), 6))
     rows = max(1, math.ceil(len(images) / columns))
     lines = max((title.count("\n") + 1 for title in titles), default=1)
@@ -43,18 +49,3 @@ def draw_images(images: Sequence[Any], titles: Sequence[str], *, colors: Sequenc
         part.set_axis_off()
         part.set_title(title, fontsize=7, color=color)
     return figure
-
-
-def read_pixels(source: Source, places: Sequence[int]) -> list[Any]:
-    """Return the images at some places, `(H, W, 3)`: uint8, or preprocessed ones stretched to 0..1."""
-    if len(places) == 0:
-        return []
-    return [as_picture(batch[0]) for batch, _, _ in source.batches(1, seed=0, order=torch.as_tensor(places))]
-
-
-def as_picture(image: Tensor) -> Any:
-    """Return an image `(3, H, W)` as matplotlib takes it, `(H, W, 3)`; a preprocessed one is stretched to 0..1."""
-    if image.is_floating_point():
-        low, high = image.aminmax()
-        image = (image - low) / (high - low).clamp_min(1e-6)
-    return image.permute(1, 2, 0).cpu().numpy()

@@ -1,6 +1,5 @@
 """What happened in each epoch."""
 
-import html
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing_extensions import override
 
 from transferkit.errors import ArgumentError, close_matches
 from transferkit.results.figures import open_axes
+from transferkit.results.tabular import html_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,62 +130,52 @@ class History:
         return -max(ranked)[2] if ranked else None
 
     def plot(self, ax: "Axes | None" = None) -> "Figure":
-        """Draw the figures of each epoch and mark the best epoch: loss, accuracy, metrics, learning rate."""
-        return plot_history(self, ax=ax)
+        """Draw loss, accuracy, metrics and learning rate of each epoch, and mark the best epoch.
+
+        `ax`, or a new figure, is divided into one part for each of them.
+
+        Raises:
+            ArgumentError: When no epoch was finished.
+            MissingPackageError: When matplotlib is not installed.
+
+        Example:
+            >>> history = History([EpochReport(0, 2.0, 0.3, 1e-3, 5.0), EpochReport(1, 1.0, 0.6, 1e-3, 5.0)])
+            >>> [part.get_title() for part in history.plot().axes[0].child_axes]
+            ['loss', 'accuracy', 'learning rate']
+        """
+        if not self.reports:
+            raise ArgumentError("history has no epochs: expected 1 or more, from Trainer.fit.")
+        names = [name.removeprefix("val_") for name in self.history if name not in ("lr", "epoch_s")]
+        names = list(dict.fromkeys(["loss", "accuracy", *names, "lr"]))
+        ax, figure = open_axes(ax, width=3.0 * len(names), height=3.0)
+        ax.axis("off")
+        for position, name in enumerate(names):
+            self._draw(name, ax.inset_axes((position * 1.08 / len(names), 0.0, 0.84 / len(names), 1.0)))
+        return figure
+
+    def _draw(self, name: str, part: "Axes") -> None:
+        """Draw one figure of each epoch, of the training and of the validation images."""
+        figures, epochs = self.history, [number + 1 for number in self.epoch]
+        lines = {name: ("C0", "training"), f"val_{name}": ("C1", "validation")}
+        for key, (color, label) in lines.items():
+            if key in figures:
+                part.plot(epochs, figures[key], marker="o", markersize=3, color=color, label=label)
+        if self.best_epoch is not None:
+            part.axvline(epochs[self.best_epoch], color="0.6", linestyle=":", label="best epoch")
+        part.set(title="learning rate" if name == "lr" else name, xlabel="epoch")
+        part.locator_params(axis="x", integer=True)
+        if name == "loss":
+            part.legend(fontsize="small")
+        elif name == "lr" and max(figures[name]) > 10 * min(figures[name]):
+            part.set_yscale("log")
+        elif name == "lr":
+            part.set_ylim(0.0, 1.2 * max(figures[name]))
+            part.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
 
     def _repr_html_(self) -> str:
         figures = self.history
-        rows = ""
-        for position, report in enumerate(self.reports):
-            cells = [str(report.epoch + 1), *(f"{values[position]:.4g}" for values in figures.values())]
-            tag = "b" if position == self.best_epoch else "span"
-            rows += f"<tr>{''.join(f'<td><{tag}>{cell}</{tag}></td>' for cell in cells)}</tr>"
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in ("epoch", *figures))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-def plot_history(history: History, *, ax: "Axes | None" = None) -> "Figure":
-    """Draw loss, accuracy, metrics and learning rate of each epoch, and mark the best epoch.
-
-    `History.plot` is the same.
-
-    Args:
-        history: From `Trainer.fit`.
-        ax: Where to draw; None makes a figure. It is divided into one part for each figure.
-
-    Raises:
-        ArgumentError: When no epoch was finished.
-        MissingPackageError: When matplotlib is not installed.
-
-    Example:
-        >>> from transferkit import EpochReport, History
-        >>> figure = plot_history(History([EpochReport(0, 2.0, 0.3, 1e-3, 5.0), EpochReport(1, 1.0, 0.6, 1e-3, 5.0)]))
-        >>> len(figure.axes[0].child_axes)
-        3
-    """
-    if not history.reports:
-        raise ArgumentError("history has no epochs: expected 1 or more, from Trainer.fit.")
-    figures, epochs = history.history, [number + 1 for number in history.epoch]
-    others = [name.removeprefix("val_") for name in figures if name not in ("loss", "accuracy", "lr", "epoch_s")]
-    panels = ["loss", "accuracy", *dict.fromkeys(name for name in others if name not in ("loss", "accuracy")), "lr"]
-    ax, figure = open_axes(ax, width=3.0 * len(panels), height=3.0)
-    ax.axis("off")
-    for position, name in enumerate(panels):
-        panel = ax.inset_axes((position * 1.08 / len(panels), 0.0, 0.84 / len(panels), 1.0))
-        lines = {name: "training" if name != "lr" else "of the head", f"val_{name}": "validation"}
-        for key in (key for key in lines if key in figures):
-            color = "C1" if key.startswith("val_") else "C0"
-            panel.plot(epochs, figures[key], marker="o", markersize=3, color=color, label=lines[key])
-        if history.best_epoch is not None:
-            best = "best epoch" if name == "loss" else None
-            panel.axvline(epochs[history.best_epoch], color="0.6", linestyle=":", label=best)
-        panel.set(title={"lr": "learning rate"}.get(name, name), xlabel="epoch")
-        panel.locator_params(axis="x", integer=True)
-        if name == "lr" and max(figures[name]) > 10 * min(figures[name]):
-            panel.set_yscale("log")
-        elif name == "lr":
-            panel.set_ylim(0.0, 1.2 * max(figures[name]))
-            panel.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-        if name == "loss":
-            panel.legend(fontsize="small")
-    return figure
+        rows = [
+            [str(epoch + 1), *(f"{value:.4g}" for value in values)]
+            for epoch, values in zip(self.epoch, zip(*figures.values(), strict=True), strict=True)
+        ]
+        return html_table(["epoch", *figures], rows, bold=self.best_epoch)

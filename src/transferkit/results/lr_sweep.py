@@ -13,21 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-SMOOTHING = 0.9
-"""Weight of the past in the smoothed loss, because single batches are noisy."""
-
-DIVERGED = 4.0
-"""A smoothed loss this many times the lowest one has diverged: the sweep ends."""
-
-BELOW_LOWEST = 10.0
-"""The suggestion is the rate of the lowest smoothed loss, where training is about to fail, divided by this."""
-
-
-FELL = 0.8
-"""The smoothed loss must fall to this fraction of its first value, or the sweep says nothing about learning rates."""
-
-ROSE = 0.25
-"""It must then rise again by this fraction of what it fell, or nothing says where training begins to fail."""
+SMOOTHING = 0.9  # weight of the past in the smoothed loss, because single batches are noisy
+DIVERGED = 4.0  # a smoothed loss this many times the lowest one ends the sweep
+BELOW_LOWEST = 10.0  # the rate of the lowest smoothed loss, where training is about to fail, is divided by this
+FELL = 0.8  # the smoothed loss must fall to this fraction of its first value, or it says nothing about rates
+ROSE = 0.25  # and then rise by this fraction of what it fell, or nothing says where training begins to fail
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +43,11 @@ class LearningRateSweep:
     @property
     def smoothed(self) -> list[float]:
         """The losses' exponential moving average, corrected for its start at 0."""
-        return _averages(self.losses)
+        averages, total, weight = [], 0.0, 0.0
+        for loss in self.losses:
+            total, weight = SMOOTHING * total + (1 - SMOOTHING) * loss, SMOOTHING * weight + 1 - SMOOTHING
+            averages.append(total / weight)
+        return averages
 
     @property
     def suggestion(self) -> float | None:
@@ -62,27 +56,31 @@ class LearningRateSweep:
         None if the loss never fell by a fifth of its mean over the first tenth of the steps, or never rose again by
         a quarter of what it fell; `why_none` says which.
         """
-        return self._judged[0]
+        return None if self.why_none else self.lrs[self._lowest[1]] / BELOW_LOWEST
 
     @property
     def why_none(self) -> str:
         """Why there is no suggestion; empty if there is one."""
-        return self._judged[1]
+        if not self.losses or not math.isfinite(self.losses[0]):
+            return "the loss of the first step is not finite. Look at the images and at the weights."
+        first, (lowest, step) = sum(self.losses[: self._start]) / self._start, self._lowest
+        if lowest > FELL * first:
+            return "the loss never fell. Is the model trained already?"
+        if all(loss <= lowest + ROSE * (first - lowest) for loss in self.smoothed[step:]):
+            rate = f"{self.lrs[-1]:g}"
+            return f"the loss fell and did not rise again up to the rate {rate}. Train at the default rates."
+        return ""
 
     @property
-    def _judged(self) -> tuple[float | None, str]:
-        smoothed, start = self.smoothed, max(1, len(self.losses) // 10)
-        if not self.losses or not math.isfinite(self.losses[0]):
-            return None, "the loss of the first step is not finite. Look at the images and at the weights."
-        first = sum(self.losses[:start]) / start
-        later = [(loss, step) for step, loss in enumerate(smoothed) if step >= start and math.isfinite(loss)]
-        lowest, step = min(later, default=(math.inf, 0))
-        if lowest > FELL * first:
-            return None, "the loss never fell. Is the model trained already?"
-        if all(loss <= lowest + ROSE * (first - lowest) for loss in smoothed[step:]):
-            rate = f"{self.lrs[-1]:g}"
-            return None, f"the loss fell and did not rise again up to the rate {rate}. Train at the default rates."
-        return self.lrs[step] / BELOW_LOWEST, ""
+    def _start(self) -> int:
+        """Number of steps whose mean loss is the first value."""
+        return max(1, len(self.losses) // 10)
+
+    @property
+    def _lowest(self) -> tuple[float, int]:
+        """The lowest smoothed loss after these steps, and its step."""
+        later = [(loss, step) for step, loss in enumerate(self.smoothed) if step >= self._start and math.isfinite(loss)]
+        return min(later, default=(math.inf, 0))
 
     @property
     def diverged(self) -> bool:
@@ -92,7 +90,7 @@ class LearningRateSweep:
         return bool(smoothed) and not smoothed[-1] <= DIVERGED * lowest
 
     def plot(self, ax: "Axes | None" = None) -> "Figure":
-        """Draw the loss over the learning rate; see `plot_lr_find`."""
+        """Draw it; see `plot_lr_find`."""
         return plot_lr_find(self, ax=ax)
 
     def _repr_html_(self) -> str:
@@ -104,26 +102,15 @@ class LearningRateSweep:
         )
 
 
-def _averages(values: list[float]) -> list[float]:
-    averages, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = SMOOTHING * total + (1 - SMOOTHING) * value, SMOOTHING * weight + 1 - SMOOTHING
-        averages.append(total / weight)
-    return averages
-
-
 def plot_lr_find(sweep: LearningRateSweep, *, ax: "Axes | None" = None) -> "Figure":
-    """Draw the loss over the learning rate, and mark the suggestion. `LearningRateSweep.plot` is the same.
+    """Draw the loss over the learning rate on `ax`, or on a new figure, and mark the suggestion.
 
-    Args:
-        sweep: From `Trainer.lr_find`.
-        ax: Where to draw; None makes a figure.
+    `LearningRateSweep.plot` is the same.
 
     Raises:
         MissingPackageError: When matplotlib is not installed.
 
     Example:
-        >>> from transferkit import LearningRateSweep
         >>> figure = plot_lr_find(LearningRateSweep([1e-4, 1e-3, 1e-2], [2.0, 1.0, 3.0]))
         >>> figure.axes[0].get_xlabel()
         'learning rate'

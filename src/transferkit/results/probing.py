@@ -1,15 +1,17 @@
 """What a probe found: how well a solved linear head does on the features of each block."""
 
-import html
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from transferkit.results.figures import open_axes
+from transferkit.results.tabular import html_table, text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_COLUMNS = ("layers", "image size", "accuracy", "loss", "seconds")
 
 
 class ProbeScore(NamedTuple):
@@ -63,45 +65,38 @@ class Probe:
         """The score with the lowest loss on held-out images, which tells more than their accuracy."""
         return min(self.scores, key=lambda score: (math.isnan(score.loss), score.loss))
 
-    def _rows(self) -> list[tuple[str, ...]]:
+    def __str__(self) -> str:
+        return f"{text_table(_COLUMNS, self._rows())}\n{self._last_line()}"
+
+    __repr__ = __str__  # what an interpreter shows
+
+    def _repr_html_(self) -> str:
+        return f"{html_table(_COLUMNS, self._rows())}<p>{self._last_line()}</p>"
+
+    def _rows(self) -> list[list[str]]:
         return [
-            (
+            [
                 ",".join(score.layers),
                 str(score.image_size),
                 f"{score.accuracy:.4f} ± {score.error:.4f}",
                 f"{score.loss:.4f}",
                 f"{score.seconds:.1f}",
-            )
+            ]
             for score in self.scores
         ]
-
-    def __str__(self) -> str:
-        rows = [("layers", "image size", "accuracy", "loss", "seconds"), *self._rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-        return "\n".join([*lines, self._last_line()])
-
-    __repr__ = __str__  # what an interpreter shows
-
-    def _repr_html_(self) -> str:
-        cells = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self._rows())
-        head = "".join(f"<th>{name}</th>" for name in ("layers", "image size", "accuracy", "loss", "seconds"))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table><p>{self._last_line()}</p>"
 
     def _last_line(self) -> str:
         return "features: " + ", ".join(f"{spent:.0f} s at {size} px" for size, spent in self.feature_seconds.items())
 
     def plot(self, ax: "Axes | None" = None) -> "Figure":
-        """Draw the accuracy of each set of blocks, with its standard error; see `plot_probe`."""
+        """Draw it; see `plot_probe`."""
         return plot_probe(self, ax=ax)
 
 
 def plot_probe(probe: Probe, *, ax: "Axes | None" = None) -> "Figure":
-    """Draw the accuracy of each set of blocks, with its standard error. `Probe.plot` is the same.
+    """Draw the accuracy of each set of blocks, with its standard error, on `ax`, or on a new figure.
 
-    Args:
-        probe: From `transferkit.probe`.
-        ax: Where to draw; None makes a figure.
+    `Probe.plot` is the same.
 
     Raises:
         MissingPackageError: When matplotlib is not installed.

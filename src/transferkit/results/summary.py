@@ -1,8 +1,7 @@
 """What a model consists of, layer by layer: shapes, parameters, what trains, and what it costs."""
 
-import html
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from transferkit.features.prefix import pure_prefix
 from transferkit.model.backbone import Backbone
 from transferkit.model.head import TransferModel
 from transferkit.model.modes import evaluating
+from transferkit.results.tabular import html_table, text_table
 
 _COLUMNS = ("layer", "output", "parameters", "state", "arithmetic")
 
@@ -24,7 +24,6 @@ class LayerSummary(NamedTuple):
 
     Attributes:
         name: In the backbone as in `Backbone.layer_names`, in the head as its modules are called.
-        kind: The module's class.
         output_shape: For one image, without the batch dimension.
         num_parameters: Its own.
         trains: Whether any of them takes a gradient.
@@ -33,14 +32,20 @@ class LayerSummary(NamedTuple):
     """
 
     name: str
-    kind: str
     output_shape: tuple[int, ...]
     num_parameters: int
     trains: bool
     cached: bool
     multiply_adds: int
 
+    @property
+    def state(self) -> str:
+        """Whether it trains or is frozen, where it has parameters, and whether it is cached."""
+        trained = [] if not self.num_parameters else ["trains"] if self.trains else ["frozen"]
+        return ", ".join([*trained, *(["cached"] if self.cached else [])])
 
+
+@dataclass(frozen=True, repr=False)
 class Summary:
     """The layers of a model; from `summary`. It prints as a table, and in a notebook it is one.
 
@@ -51,43 +56,34 @@ class Summary:
         num_trainable: How many of them take a gradient.
     """
 
-    def __init__(self, layers: list[LayerSummary], image_size: int, num_parameters: int, num_trainable: int) -> None:
-        self.layers = layers
-        self.image_size = image_size
-        self.num_parameters = num_parameters
-        self.num_trainable = num_trainable
+    layers: list[LayerSummary]
+    image_size: int
+    num_parameters: int
+    num_trainable: int
 
     def share(self, layer: LayerSummary) -> float:
         """Return a layer's share of all multiply-adds, 0 to 1."""
         return layer.multiply_adds / max(1, sum(other.multiply_adds for other in self.layers))
 
     def __str__(self) -> str:
-        rows = [_COLUMNS, *self._rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-        right = (False, True, True, False, True)
-        lines = [
-            "  ".join(
-                cell.rjust(width) if is_right else cell.ljust(width)
-                for cell, width, is_right in zip(row, widths, right, strict=True)
-            )
-            for row in rows
-        ]
-        return "\n".join([*(line.rstrip() for line in lines), self._last_line()])
+        return f"{text_table(_COLUMNS, self._rows())}\n{self._last_line()}"
 
     __repr__ = __str__  # what an interpreter shows
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
-        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self._rows())
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table><p>{self._last_line()}</p>"
+        return f"{html_table(_COLUMNS, self._rows())}<p>{self._last_line()}</p>"
 
-    def _rows(self) -> Iterator[tuple[str, ...]]:
-        for layer in self.layers:
-            state = "" if not layer.num_parameters else "trains" if layer.trains else "frozen"
-            state = f"{state}, cached".lstrip(", ") if layer.cached else state
-            shape = "x".join(map(str, layer.output_shape))
-            arithmetic = f"{self.share(layer):.1%}" if layer.multiply_adds else ""
-            yield layer.name, shape, f"{layer.num_parameters:,}" if layer.num_parameters else "", state, arithmetic
+    def _rows(self) -> list[list[str]]:
+        return [
+            [
+                layer.name,
+                "x".join(map(str, layer.output_shape)),
+                f"{layer.num_parameters:,}" if layer.num_parameters else "",
+                layer.state,
+                f"{self.share(layer):.1%}" if layer.multiply_adds else "",
+            ]
+            for layer in self.layers
+        ]
 
     def _last_line(self) -> str:
         arithmetic = sum(layer.multiply_adds for layer in self.layers)
@@ -106,11 +102,8 @@ def summary(model: Backbone | TransferModel) -> Summary:
     The layers marked "cached" are those whose output `Trainer` caches where the data allows it: the frozen ones from
     the first on, provided they are pure functions. One image of zeros goes through the model, which is left as it was.
 
-    Args:
-        model: From `load_backbone` or `attach_head`.
-
     Raises:
-        ArgumentError: Something else.
+        ArgumentError: When it is neither from `load_backbone` nor from `attach_head`.
 
     Example:
         >>> from transferkit import attach_head, freeze_until, load_backbone
@@ -123,16 +116,16 @@ def summary(model: Backbone | TransferModel) -> Summary:
         block3_conv2        256x8x8     590,080  frozen, cached       24.7%
         block4_conv1        512x4x4   1,180,160  frozen, cached       12.4%
         block4_conv2        512x4x4   2,359,808  frozen, cached       24.7%
-        block5_conv1        512x2x2   2,359,808  trains                6.2%
-        block5_conv2        512x2x2   2,359,808  trains                6.2%
-        head.logits              10      25,610  trains                0.0%
+        block5_conv1        512x2x2   2,359,808          trains        6.2%
+        block5_conv2        512x2x2   2,359,808          trains        6.2%
+        head.logits              10      25,610          trains        0.0%
     """
     if not isinstance(model, Backbone | TransferModel):
         raise ArgumentError(
             f"model is a {type(model).__name__}: expected a Backbone from load_backbone or a TransferModel."
         )
     backbone = model.backbone if isinstance(model, TransferModel) else model
-    names = dict(zip(backbone.features, backbone.layer_names, strict=True))
+    names: dict[nn.Module, str] = dict(zip(backbone.features, backbone.layer_names, strict=True))
     cached: set[nn.Module] = set()
     if isinstance(model, TransferModel):
         parts = model.head.named_modules(prefix="head")
@@ -143,38 +136,22 @@ def summary(model: Backbone | TransferModel) -> Summary:
 
     def note(module: nn.Module, _inputs: Any, output: Any) -> None:
         parameters = list(module.parameters())
+        row = module.weight[0].numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0  # each output is its product
         layers.append(
             LayerSummary(
-                names[module],
-                type(module).__name__,
-                tuple(output.shape[1:]) if isinstance(output, Tensor) else (),
-                sum(parameter.numel() for parameter in parameters),
-                any(parameter.requires_grad for parameter in parameters),
-                module in cached,
-                _multiply_adds(module, output),
+                name=names[module],
+                output_shape=tuple(output.shape[1:]) if isinstance(output, Tensor) else (),
+                num_parameters=sum(parameter.numel() for parameter in parameters),
+                trains=any(parameter.requires_grad for parameter in parameters),
+                cached=module in cached,
+                multiply_adds=row * output[0].numel() if row else 0,
             )
         )
 
-    parameter = next(backbone.parameters())
-    size = backbone.image_size
-    image = torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)
-    with torch.no_grad(), _hooked(names, note), evaluating(model):
-        model(image)
+    weight, size = next(backbone.parameters()), backbone.image_size
+    with torch.no_grad(), evaluating(model), ExitStack() as stack:
+        for module in names:
+            stack.callback(module.register_forward_hook(note).remove)
+        model(weight.new_zeros(1, 3, size, size))
     own = list(model.parameters())
     return Summary(layers, size, sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad))
-
-
-def _multiply_adds(module: nn.Module, output: Any) -> int:
-    if not isinstance(module, nn.Conv2d | nn.Linear):
-        return 0
-    return int(output[0].numel() * module.weight[0].numel())  # every output is a product with one row of the weight
-
-
-@contextmanager
-def _hooked(modules: Any, note: Any) -> Iterator[None]:
-    handles = [module.register_forward_hook(note) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

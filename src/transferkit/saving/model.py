@@ -173,11 +173,12 @@ def _check_description(state: Mapping[str, Any]) -> Preprocessing:
     if len(state["classes"]) < 2:
         raise CheckpointError(f"the checkpoint has {len(state['classes'])} classes: expected 2 or more.")
     try:
-        found = Preprocessing(**state["preprocessing"])
+        found = Preprocessing(**{"scaled_decoding": False, **state["preprocessing"]})  # older files do not say it
         usable = all(isinstance(part, tuple) and len(part) == 3 for part in (found.mean, found.std, found.channels))
         usable = usable and all(type(number) is float and math.isfinite(number) for number in (*found.mean, *found.std))
         usable = usable and min(found.std) > 0 and sorted(map(str, found.channels)) == [*"012"]
-        usable = usable and type(found.image_size) is int and MIN_IMAGE_SIZE <= found.image_size <= MAX_IMAGE_SIZE
+        usable = usable and type(found.scaled_decoding) is bool and type(found.image_size) is int
+        usable = usable and MIN_IMAGE_SIZE <= found.image_size <= MAX_IMAGE_SIZE
     except (TypeError, ArgumentError) as error:
         raise CheckpointError(f"the checkpoint has a preprocessing that cannot be used: {error}") from error
     if not usable:

@@ -10,19 +10,17 @@ from torch import Tensor, nn
 from transferkit.base.arguments import fraction
 from transferkit.base.calls import explained
 from transferkit.errors import CheckpointError
-from transferkit.model.freezing import trainable_state
+from transferkit.model.freezing import trainable_state, write_values
 from transferkit.model.weights import differences
 
 
 @explained
 class WeightAverage:
-    """A callback that keeps an exponential moving average of all weights that train.
+    """A callback that keeps an exponential moving average of all weights that train: one more copy of them.
 
     Validation sees the average, and so do the best weights that `fit` leaves in the model; training steps do not.
     Without validation data the model has the average at the end of the run. In the first steps the average forgets
     faster: over n steps it covers about the last tenth, until `decay` says more.
-
-    It takes memory for one more copy of the weights that train, and reads and writes them once in each step.
 
     Args:
         decay: How much of the average stays in each step, at least 0 and less than 1; 0.99 averages over about 100
@@ -68,13 +66,13 @@ class WeightAverage:
     @contextmanager
     def validating(self, trainer: Any) -> Iterator[None]:
         """Put the average into the model, and the weights of the last step back afterwards."""
-        state = trainer.model.state_dict()
-        live = {name: state[name].clone() for name in self._average}
-        _assign(state, self._average)
+        live = trainer.model.state_dict()
+        before = {name: live[name].clone() for name in self._average}
+        write_values(self._average, live)
         try:
             yield
         finally:
-            _assign(state, live)
+            write_values(before, live)
 
     def __call__(self, trainer: Any, report: object) -> None:
         """Do nothing after an epoch."""
@@ -82,7 +80,7 @@ class WeightAverage:
     def after_run(self) -> None:
         """Leave the average in the model where no validation chose."""
         if self._model is not None:
-            _assign(self._model.state_dict(), self._average)
+            write_values(self._average, self._model.state_dict())
 
     def state(self) -> dict[str, Tensor]:
         """Return the average and the number of steps in it, not copied."""
@@ -100,9 +98,3 @@ class WeightAverage:
             raise CheckpointError(f"the checkpoint's average of the weights does not fit the model: {faults}.")
         self._steps = int(state["steps"])
         self._average = {name: value.to(live[name].device) for name, value in average.items()}
-
-
-def _assign(state: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in values.items():
-            state[name].copy_(value)

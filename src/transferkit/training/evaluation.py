@@ -1,6 +1,7 @@
 """A network in eval mode over a whole source of data."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import cast
 
@@ -9,19 +10,62 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from transferkit.base.processes import gather, total, world_size
+from transferkit.base.processes import check_same, gather, part_of, together, total, world_size
+from transferkit.base.surroundings import own_surroundings
+from transferkit.data.inputs import Inputs
+from transferkit.data.open import open_data
 from transferkit.data.targets import class_indices
-from transferkit.errors import NonFiniteError
-from transferkit.model.head import TransferModel
+from transferkit.errors import ArgumentError, NonFiniteError
+from transferkit.features.chunks import image_digests
+from transferkit.model.head import TransferModel, check_float32, check_head
 from transferkit.model.layers import Layers
+from transferkit.model.modes import evaluating
 from transferkit.results.assessment import Assessment
 from transferkit.training.loss import Loss
 from transferkit.training.metrics import count_correct, measure, probabilities_of
+from transferkit.training.run import check_same_weights, check_shared, choose_batch_size
 from transferkit.training.step import evaluation_step
 from transferkit.training.training import Training
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """What the network takes, and targets, on the device."""
+
+
+@contextmanager
+def ready(training: Training) -> Iterator[None]:
+    """Put a model that is fit for use into eval mode, as if no mode of torch had been set outside."""
+    with evaluating(training.model), own_surroundings():
+        check_float32(training.model, trains=False)
+        check_head(training.model)
+        training.let_optimizer("eval")
+        yield
+
+
+@contextmanager
+def opened(
+    training: Training, data: object, batch_size: int | None, num_workers: int, *, with_targets: bool = True
+) -> Iterator[Batches]:
+    """Put a model into eval mode and yield what it takes of a user's data, and targets, batch by batch.
+
+    Of several processes, each gets its part.
+    """
+    model = training.model
+    with together("a pass over images"), ready(training):
+        labels = {"with_targets": with_targets, "multi_label": model.threshold is not None}
+        source = open_data(data, model.classes, num_workers=num_workers, **labels)
+        inputs = Inputs(source, model.backbone.preprocess, training.device)
+        part = None if world_size() == 1 else _own_part(inputs, model)
+        with closing(inputs.batches(choose_batch_size(source, batch_size), order=part)) as batches:
+            yield batches
+
+
+def _own_part(inputs: Inputs, model: TransferModel) -> Tensor:
+    """Return the places of the images that this process looks at, after comparing data and weights with the others."""
+    count = check_shared(inputs.source, "a pass over images")
+    with closing(inputs.read(2, order=torch.tensor([0, count - 1]))) as read:
+        check_same({"images": count, "first and last image": image_digests(next(read)[0])}, "a pass over images")
+    check_same_weights(model, "a pass over images")
+    return torch.arange(count)[part_of(count)]
 
 
 def evaluate(network: nn.Module, batches: Batches, *, training: Training, loss: Loss) -> dict[str, float]:
@@ -55,6 +99,25 @@ def predict_proba(network: nn.Module, batches: Batches, *, training: Training) -
     """
     logits, _ = logits_of(network, batches, training=training)
     return _finite_probabilities(logits / training.model.temperature, training.model.threshold)
+
+
+def predict_known(
+    network: nn.Module, batches: Batches, *, training: Training
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return what `predict_proba` does, and the novelty of each image, `(N,)`, of a model that has learnt it.
+
+    Raises:
+        ArgumentError: When it has not.
+        NonFiniteError: When the network makes infinity or NaN of an image.
+    """
+    if training.model.novelty is None:
+        raise ArgumentError(
+            "the model has not learnt which images are known: call trainer.learn_known(training_images) first, "
+            "after training."
+        )
+    logits, _, novelty = outputs_of(network, batches, training=training)
+    probabilities = _finite_probabilities(logits / training.model.temperature, training.model.threshold)
+    return probabilities, cast("Tensor", novelty).cpu().numpy()
 
 
 def assess(network: nn.Module, batches: Batches, *, training: Training, loss: Loss) -> Assessment:

@@ -216,7 +216,7 @@ def find_loss(loss: Loss | LossFunction | None, model: TransferModel, device: to
     if isinstance(loss, type) or not callable(loss):
         raise ArgumentError(
             f"loss={loss!r} cannot be used: expected transferkit.CrossEntropy(), transferkit.BinaryCrossEntropy(), or "
-            "a function or module of (logits, targets), such as torch.nn.MultiMarginLoss()."
+            "a function or module of (logits, targets)."
         )
     if isinstance(loss, nn.Module):
         if any(parameter.requires_grad for parameter in loss.parameters()):

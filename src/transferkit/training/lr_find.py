@@ -4,11 +4,9 @@ import copy
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,7 +17,7 @@ from transferkit.base.randomness import derive_seed, seeded
 from transferkit.compute.device import Device
 from transferkit.data.sources import epoch_order
 from transferkit.errors import ArgumentError
-from transferkit.model.freezing import trainable_state
+from transferkit.model.freezing import trainable_state, write_values
 from transferkit.model.modes import begin_training, modes_kept
 from transferkit.results.lr_sweep import LearningRateSweep
 from transferkit.training.run import Run
@@ -50,12 +48,8 @@ def sweep(
 ) -> LearningRateSweep:
     """Make one training step at each rate, until the loss diverges, and leave nothing changed.
 
-    Args:
-        training: What is trained and put back.
-        run: Its training data begins again where it has fewer batches than there are rates.
-        rates: Learning rates of the optimizer's last group, the head; the others keep their proportion to it.
-        interrupts: Tells of signals, between two steps.
-        display: Shows a bar.
+    The rates are those of the optimizer's last group, the head; the others keep their proportion to it. The training
+    data begins again where it has fewer batches than there are rates.
 
     Raises:
         ArgumentError: When the last group's learning rate is 0.
@@ -119,6 +113,7 @@ def unchanged(model: nn.Module, optimizer: Optimizer, device: Device) -> Iterato
     Inside, gradients are clear and the optimizer works on copies of its state.
 
     Example:
+        >>> import torch
         >>> layer = nn.Linear(2, 1)
         >>> optimizer, before = torch.optim.Adam(layer.parameters()), layer.weight.detach().clone()
         >>> with unchanged(layer, optimizer, Device("cpu")):
@@ -132,7 +127,8 @@ def unchanged(model: nn.Module, optimizer: Optimizer, device: Device) -> Iterato
     state, scaler = optimizer.state, device.scaler
     groups = [dict(group) for group in optimizer.param_groups]
     try:
-        optimizer.state = defaultdict(dict, _copy(state))
+        # the parameters that are the state's keys stay themselves
+        optimizer.state = defaultdict(dict, copy.deepcopy(dict(state), {id(key): key for key in state}))
         device.scaler = copy.deepcopy(scaler)
         for parameter in gradients:
             parameter.grad = None
@@ -146,18 +142,9 @@ def unchanged(model: nn.Module, optimizer: Optimizer, device: Device) -> Iterato
         device.scaler = scaler
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
-        with torch.no_grad():
-            for name, value in _changing(model).items():
-                value.copy_(weights[name])
+        write_values(weights, _changing(model))
 
 
 def _changing(model: nn.Module) -> dict[str, Tensor]:
     """Return what training may change, buffers that no state dict holds included."""
     return {**dict(model.named_buffers()), **trainable_state(model)}
-
-
-def _copy(value: Any) -> Any:
-    """Copy an optimizer's state; the parameters that are its keys stay themselves."""
-    if isinstance(value, Mapping):
-        return {name: _copy(part) for name, part in value.items()}
-    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)

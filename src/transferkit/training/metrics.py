@@ -2,7 +2,7 @@
 
 import keyword
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,25 +11,18 @@ from torch import Tensor
 from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError
 
-Metric = Callable[[Tensor, Tensor], float]
-Metrics = Mapping[str, Metric]
-
-RESERVED = ("loss", "accuracy", "epoch", "epoch_s", "lr", "skipped")
-"""Figures that every report has."""
+RESERVED = ("loss", "accuracy", "epoch", "epoch_s", "lr", "skipped")  # figures that every report has
 
 
 class Sums:
     """Loss and accuracy of many batches, added up on the device and read once.
 
-    Args:
-        device: Where the batches are.
-        keep_outputs: Whether logits and targets of every batch are kept, for metrics.
-
     Attributes:
         loss: Sum of the losses of all images, float32 `()`.
         correct: Sum of `count_correct` over all batches, float64 `()` (float32 on MPS, which has no float64).
         count: Number of images.
-        outputs: Logits and targets of each batch, if they are kept.
+        keep_outputs: Whether logits and targets of every batch are kept, for metrics.
+        outputs: They.
     """
 
     def __init__(self, device: torch.device, *, keep_outputs: bool = False) -> None:
@@ -62,18 +55,11 @@ class Sums:
 
 
 def count_correct(logits: Tensor, targets: Tensor, threshold: float | None = None) -> Tensor:
-    """Return how many images are right, `()`, on the device.
+    """Return how many images have their largest logit at their target, `()`, on the device.
 
-    Args:
-        logits: `(N, K)`.
-        targets: int64 `(N,)` or float32 `(N, K)`.
-        threshold: None counts the images whose largest logit is at their target, int64. A number is the probability
-            from which a label counts as predicted: each image then adds the labels that are both true and predicted
-            over those that are either, 0 to 1, or 1 if it has and gets none; float32.
-
-    References:
-        Godbole and Sarawagi, 2004, "Discriminative Methods for Multi-labeled Classification": accuracy for several
-        labels an image.
+    With a threshold, the probability from which a label counts as predicted, each image adds its labels that are both
+    true and predicted over those that are either: 0 to 1, or 1 if it has and gets none (Godbole and Sarawagi, 2004).
+    Logits are `(N, K)`, targets int64 `(N,)` or float32 `(N, K)`.
     """
     if threshold is None:
         return (logits.detach().argmax(dim=1) == class_indices(targets)).sum()
@@ -88,19 +74,13 @@ def probabilities_of(logits: Tensor, threshold: float | None) -> Tensor:
 
 
 def check_metrics(metrics: object) -> dict[str, Any]:
-    """Return metrics by name.
+    """Return metrics by name: functions of (probabilities, targets), or objects such as torchmetrics has.
 
-    Args:
-        metrics: A mapping from names to functions of (probabilities, targets) or objects with `reset`, `update` and
-            `compute` (torchmetrics). A sequence serves too: functions go by their own names, and `"loss"` and
-            `"accuracy"`, which are always measured, may be in it. None is no metric.
+    In a sequence instead of a mapping, functions go by their own names, and `"loss"` and `"accuracy"`, which are always
+    measured, may be among them. None is no metric.
 
     Raises:
         ArgumentError: When a name is taken or cannot be a Python name, or a metric is neither function nor object.
-
-    Example:
-        >>> sorted(check_metrics({"top3": lambda probabilities, targets: 0.9}))
-        ['top3']
     """
     if metrics is None:
         return {}
@@ -129,12 +109,9 @@ def check_metrics(metrics: object) -> dict[str, Any]:
 def measure(
     metrics: Mapping[str, Any], outputs: list[tuple[Tensor, Tensor]], threshold: float | None
 ) -> dict[str, float]:
-    """Return each metric over all outputs, by name.
+    """Return each metric over all outputs, logits and targets of each batch, by name.
 
-    Args:
-        metrics: From `check_metrics`; they get probabilities, float32 `(N, K)`, and targets, on the CPU.
-        outputs: Logits and targets of each batch.
-        threshold: As in `probabilities_of`.
+    Metrics get probabilities, float32 `(N, K)`, and targets, on the CPU.
 
     Raises:
         ArgumentError: When a metric returns something else than a number.
@@ -145,22 +122,19 @@ def measure(
     probabilities = probabilities_of(logits, threshold)
     if threshold is not None:
         targets = targets.round().long()  # multi-hot, as torchmetrics and scikit-learn want them
-    return {name: _number(name, _value(metric, probabilities, targets)) for name, metric in metrics.items()}
+    return {name: _measure(name, metric, probabilities, targets) for name, metric in metrics.items()}
 
 
-def _value(metric: Any, probabilities: Tensor, targets: Tensor) -> object:
-    if not hasattr(metric, "compute"):
-        return metric(probabilities, targets)
-    metric.reset()
-    metric.update(probabilities, targets)
-    value = metric.compute()
-    metric.reset()
-    return value
-
-
-def _number(name: str, value: object) -> float:
+def _measure(name: str, metric: Any, probabilities: Tensor, targets: Tensor) -> float:
+    if hasattr(metric, "compute"):
+        metric.reset()
+        metric.update(probabilities, targets)
+        value = metric.compute()
+        metric.reset()
+    else:
+        value = metric(probabilities, targets)
     try:
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(
             f"metrics[{name!r}] returned {value!r}: expected one number. A metric that gives one for each class can "

@@ -4,11 +4,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from transferkit.errors import CheckpointError, DataChangedError
-from transferkit.model.freezing import trainable_state
+from transferkit.model.freezing import trainable_state, write_values
 from transferkit.model.weights import differences
 from transferkit.results.history import EpochReport, History
 from transferkit.saving.archive import check_no_tensors, check_parts, check_ranges, shown
@@ -77,20 +76,16 @@ class BestWeights:
 
     def restore(self) -> None:
         """Put the remembered weights back, if there are any."""
-        self._mix(1.0)
+        write_values(self._copies or {}, self.model.state_dict())
 
     def average(self) -> None:
         """Put the mean of the remembered weights and of those in the model into the model."""
-        self._mix(0.5)
-
-    def _mix(self, share: float) -> None:
         live = self.model.state_dict()
-        with torch.no_grad():
-            for name, copy in (self._copies or {}).items():
-                if share == 1 or not copy.is_floating_point():
-                    live[name].copy_(copy)
-                else:
-                    live[name].lerp_(copy, share)
+        means = {
+            name: copy.lerp(live[name], 0.5) if copy.is_floating_point() else copy
+            for name, copy in (self._copies or {}).items()
+        }
+        write_values(means, live)
 
 
 @dataclass(slots=True)
