@@ -142,6 +142,7 @@ def right_cases(folder: Path) -> dict[str, Callable[[], Any]]:
         "weighted": lambda: trained("block5", settings={"loss": tk.CrossEntropy(class_weights=[0.0, 1.0, 3.0])})[1],
         "several labels": several,
         "unfreezing": lambda: trained("head", callbacks=[tk.GradualUnfreezing({1: "block5"})])[1],
+        "dropout": lambda: trained("block5", head={"dropout": 0.5}, batch_size=5)[1],
         "standardized": lambda: trained("head", head={"hidden": ()}, batch_size=8)[1],
         "averaged": lambda: trained("block5", callbacks=[tk.WeightAverage(0.9)])[1],
         "own data": lambda: trained("block5", data=TensorDataset(*DATA), num_workers=2)[1],

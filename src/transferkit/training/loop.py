@@ -106,7 +106,7 @@ def _train_batch(
     progress.between_steps = False
     training.let_optimizer("train")
     update = guarded_step(
-        network, inputs, targets, training=training, loss=run.loss, total_weight=total_weight, seed=seed
+        network, inputs, targets, training=training, loss=run.loss, total_weight=total_weight, seed=seed, count=count
     )
     if update.micro_batch_size < min(training.micro_batch_size or len(targets), len(targets)):
         training.micro_batch_size = update.micro_batch_size

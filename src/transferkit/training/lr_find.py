@@ -86,6 +86,7 @@ def sweep(
                 loss=run.loss,
                 total_weight=whole_weight(run.loss, targets),
                 seed=seed,
+                count=count,
             )
             seen.append(rate)
             losses.append(update.loss.item())  # host sync: it must end where the loss diverges

@@ -4,13 +4,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import Optimizer
 
-from transferkit.base.processes import sum_gradients, total, world_size
+from transferkit.base.processes import part_of, sum_gradients, total, world_size
 from transferkit.base.randomness import seeded
 from transferkit.compute.device import Device
 from transferkit.compute.finite import BufferCopies, gradients_are_finite
@@ -136,6 +138,7 @@ def guarded_step(
     loss: Loss,
     total_weight: Tensor | float,
     seed: int,
+    count: int | None = None,
 ) -> Update:
     """Make a training step that leaves nothing half done.
 
@@ -151,6 +154,7 @@ def guarded_step(
         loss: As in `training_step`.
         total_weight: As in `training_step`.
         seed: Dropout depends on it.
+        count: Images in the whole batch, of which this process has a part; None if it has all.
 
     Raises:
         OutOfMemoryError: When one image is too much or there is no room for the optimizer's state, and nothing was
@@ -159,7 +163,12 @@ def guarded_step(
     buffers = BufferCopies(network)
 
     def attempt(size: int) -> Update:
-        with seeded(seed, training.device.torch_device), update_not_repeated(training.optimizer, training.device):
+        whole = dropout_of_part(network, len(targets) if count is None else count)
+        with (
+            whole,
+            seeded(seed, training.device.torch_device),
+            update_not_repeated(training.optimizer, training.device),
+        ):
             return training_step(
                 network,
                 inputs,
@@ -182,6 +191,25 @@ def guarded_step(
         raise
     buffers.restore_unless(update.finite)
     return update
+
+
+@contextmanager
+def dropout_of_part(network: nn.Module, count: int) -> Iterator[None]:
+    """Let dropout zero what it would zero of a whole batch of so many images, of which this process has its part."""
+    layers = [layer for layer in network.modules() if type(layer) is nn.Dropout and layer.training]
+    rows = part_of(count)
+
+    def forward(inputs: Tensor, *, p: float) -> Tensor:
+        factors = functional.dropout(inputs.new_ones(count, *inputs.shape[1:]), p)
+        return inputs * factors[rows.start : rows.start + len(inputs)]
+
+    for layer in layers if world_size() > 1 else ():
+        layer.forward = partial(forward, p=layer.p)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
 
 
 @contextmanager
