@@ -126,11 +126,7 @@ def exchange(value: _Value, what: str) -> list[_Value]:
 
 
 def check_same(facts: dict[str, Any], what: str) -> None:
-    """Refuse ranks that were given something else than rank 0.
-
-    Raises:
-        ProcessError: When a fact differs.
-    """
+    """Refuse, with `ProcessError`, ranks that were given other facts than rank 0."""
     texts = {name: repr(value) for name, value in facts.items()}
     first, *others = exchange(texts, what)
     for other, theirs in enumerate(others, start=1):
@@ -148,9 +144,7 @@ def check_same(facts: dict[str, Any], what: str) -> None:
 def gather(rows: Tensor | None, what: str) -> Tensor:
     """Return the rows of all ranks, `(N, ...)`, in the order of the ranks, on the device of this rank's.
 
-    Args:
-        rows: `(n, ...)`, another `n` on each rank. None for none; then the result is on the CPU.
-        what: Names them.
+    Each has another number of them, `(n, ...)`; None for none, and then the result is on the CPU.
     """
     if world_size() == 1:
         return cast("Tensor", rows)
@@ -178,11 +172,7 @@ def send(rows: Tensor | None, shape: Sequence[int], dtype: torch.dtype, *, owner
 
 
 def copy_from_rank_0(tensors: Sequence[Tensor]) -> None:
-    """Overwrite tensors, the same on every rank in number and shape, with those of rank 0.
-
-    Raises:
-        ProcessError: When their shapes differ.
-    """
+    """Overwrite tensors with those of rank 0; other shapes are a `ProcessError`."""
     if world_size() > 1:
         check_same({"shapes": [tuple(tensor.shape) for tensor in tensors]}, "the model")
         with torch.no_grad():
@@ -203,39 +193,22 @@ def sum_gradients(parameters: Sequence[Tensor], *numbers: Tensor) -> tuple[Tenso
     device = numbers[0].device
     parts = [torch.tensor(present, dtype=torch.float32, device=device)]
     parts += [number.detach().float().reshape(1) for number in numbers]
-    parts += [torch.zeros(p.numel(), device=device) if p.grad is None else _flat(p, p.grad) for p in parameters]
+    parts += [torch.zeros(p.numel(), device=device) if p.grad is None else p.grad.reshape(-1) for p in parameters]
     flat = torch.cat(parts)
     _meet("the gradients")
     group = distributed.group.WORLD if flat.is_cuda and "nccl" in _backends() else _group()
     _guarded("the gradients", lambda: distributed.all_reduce(flat, group=group))
     anywhere, sums, *gradients = torch.split(flat, [len(present), len(numbers), *(p.numel() for p in parameters)])
-    for parameter, has, gradient in zip(parameters, anywhere.tolist(), gradients, strict=True):
-        parameter.grad = _shaped(gradient, parameter) if has else None
+    for parameter, has, gradient in zip(parameters, anywhere.tolist(), gradients, strict=True):  # host sync
+        if has and parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter)
+        if parameter.grad is not None:
+            parameter.grad.copy_(gradient.view(parameter.shape))
     return torch.unbind(sums)
 
 
-def _flat(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """Return a gradient's entries in the parameter's order in memory, which is the same on all ranks."""
-    return gradient.permute(0, 2, 3, 1).reshape(-1) if _channels_last(parameter) else gradient.reshape(-1)
-
-
-def _shaped(flat: Tensor, parameter: Tensor) -> Tensor:
-    if not _channels_last(parameter):
-        return flat.view(parameter.shape)
-    out, inside, height, width = parameter.shape
-    return flat.view(out, height, width, inside).permute(0, 3, 1, 2)
-
-
-def _channels_last(parameter: Tensor) -> bool:
-    return parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
-
-
 def _meet(what: str, value: float = 0.0, *, failed: bool = False) -> float:
-    """Meet all other ranks; return the sum of their values.
-
-    Raises:
-        ProcessError: When one of them failed, ended or came for something else.
-    """
+    """Meet all others; return the sum of the values. `ProcessError` if one failed, ended or came for something else."""
     place = zlib.crc32(what.encode()) % 2**20
     header = torch.tensor([float(failed), place, place**2, value], dtype=torch.float64)
     _guarded(what, lambda: distributed.all_reduce(header, group=_group()))

@@ -40,11 +40,7 @@ CHUNK_BYTES = 2**26
 
 
 def open_folder(path: str | PathLike[str] | None) -> Path | None:
-    """Return a folder for files of features, which is made if it is missing; None for None.
-
-    Raises:
-        CacheError: When the folder does not exist and cannot be made.
-    """
+    """Return a folder for files of features, made if it is missing; `CacheError` if it cannot be. None for None."""
     if path is None:
         return None
     folder = Path(path)
@@ -77,13 +73,7 @@ class FeatureCache:
         self.chunks = other.chunks
 
     def fill(self, inputs: Inputs, prefix: Prefix, *, num_views: int | None, display: Display) -> CachedFeatures:
-        """Return the features of every image, after computing those that are not known.
-
-        Args:
-            inputs: The images; their source knows how many there are.
-            prefix: What computes the features.
-            num_views: Random views of each image; None for data that is the same each time.
-            display: Shows what is done.
+        """Return the features of every image, after computing those that are not known, in so many random views of each.
 
         Raises:
             CacheError: When new features would take too much memory, data without views draws random numbers, or
@@ -97,11 +87,7 @@ class FeatureCache:
         return CachedFeatures(parts, rows.view(shape), self.device.move(targets), self.device, images, mapped)
 
     def choose_memory(self, num_bytes: int) -> torch.device:
-        """Return where so many bytes of features can lie: on the device or on the host.
-
-        Raises:
-            CacheError: When neither has room.
-        """
+        """Return where so many bytes of features can lie: on the device or on the host; else a `CacheError`."""
         places = dict.fromkeys((self.device.torch_device, torch.device("cpu")))
         for _ in range(2):
             for place in places:
@@ -251,9 +237,8 @@ class _Filling:
     def _take_over(self, held: list[bytes], ends: list[int]) -> None:
         """Get the features that this process lacks from those that have them, block by block, in memory or files.
 
-        Args:
-            held: The images that the first process has features of, those of the second, ...
-            ends: Where those of each process end.
+        `held` are the images that the first process has features of, those of the second, ...; `ends` says where they
+        end.
         """
         depth, in_memory = len(self.prefix), self.folder is None
         lacking = np.array([self._depth(image) != depth for image in held], dtype=bool)

@@ -60,11 +60,7 @@ class Chunk:
 
     @classmethod
     def of_file(cls, file: FeatureFile) -> Self:
-        """Map a file and verify its features.
-
-        Raises:
-            CacheError: When it is gone or damaged.
-        """
+        """Map a file and verify its features; a `CacheError` if it is gone or damaged."""
         state = file.state()
         return cls(file.layers, list(file.images), file.read(), file, state)
 
@@ -118,12 +114,8 @@ class CachedFeatures:
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield features `(N, C, h, w)`, channels-last, and targets of each batch, on the device.
 
-        Each batch is a copy: a head that works in place cannot change what is cached.
-
-        Args:
-            batch_size: Images in a batch, or in each batch.
-            order: Places of the images, int64; None takes them as they lie.
-            view: Which of the views.
+        Each batch is a copy: a head that works in place cannot change what is cached. `batch_size` is that of all
+        batches or of each; `order` are places of the images, int64, None takes them as they lie.
         """
         order = torch.arange(self.rows.shape[1]) if order is None else order
         if not len(order):
@@ -137,8 +129,7 @@ class CachedFeatures:
     def gather(self, rows: Tensor) -> Tensor:
         """Return a copy `(len(rows), h, w, C)` of some rows, which lie on the device of the parts.
 
-        Raises:
-            CacheError: When somebody wrote to one of the mapped files.
+        A `CacheError` where somebody wrote to one of the mapped files.
         """
         if not self.is_intact():
             changed = next(str(chunk.file.path) for chunk in self.mapped if chunk.file and not chunk.is_intact())

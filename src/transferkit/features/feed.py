@@ -24,12 +24,7 @@ Batches = Generator[tuple[Tensor, Tensor], None, None]
 
 
 class Frozen:
-    """The frozen prefix of a model and the network behind it, made anew whenever the model's layers changed.
-
-    Args:
-        model: It may change between two calls of `split`.
-        device: Where it is.
-    """
+    """The frozen prefix of a model and the network behind it, made anew whenever the model's layers changed."""
 
     def __init__(self, model: TransferModel, device: Device) -> None:
         self.model = model
@@ -107,14 +102,9 @@ class Feed:
     ) -> tuple[nn.Module, Batches]:
         """Return the network and, for one epoch, the batches of its input and of targets, on the device.
 
-        Args:
-            batch_size: Images in a batch, or in each batch.
-            order: Their places in the source, int64; None takes them as they lie.
-            epoch: Number of the epoch, which random changes depend on.
-            cached_batch_size: Another batch size where features are cached.
-
-        Raises:
-            CacheError: When features cannot be cached and `mode` is True.
+        `batch_size` is that of all batches or of each; `cached_batch_size` another where features are cached. `order`
+        are places in the source, int64; None takes the images as they lie. Random changes depend on the epoch. A
+        `CacheError` where features cannot be cached and `mode` is True.
         """
         prefix, network, reason = self.frozen.split()
         self._follow_preprocessing()
@@ -138,22 +128,14 @@ class Feed:
         return network, ((prefix(batch), targets) for batch, targets in images)
 
     def check(self) -> None:
-        """Refuse what can be refused before anything is computed.
-
-        Raises:
-            CacheError: When features cannot be cached and `mode` is True.
-        """
+        """Refuse what can be refused before anything is computed: `CacheError` if `mode` is True."""
         if self.mode is True:
             prefix, _, reason = self.frozen.split()
             if found := reason if prefix is None else self._unrepeatable:
                 self._refuse(found)
 
     def features(self) -> CachedFeatures:
-        """Return the features of every image.
-
-        Raises:
-            CacheError: When they cannot be cached.
-        """
+        """Return the features of every image; a `CacheError` where they cannot be cached."""
         prefix, _, reason = self.frozen.split()
         self._follow_preprocessing()
         if prefix is None:
@@ -163,8 +145,7 @@ class Feed:
     def _follow_preprocessing(self) -> None:
         """Let images be preprocessed as the model's features are, if a callback gave it another preprocessing.
 
-        Raises:
-            ArgumentError: When images are augmented and their size is another.
+        Augmented images cannot change their size: an `ArgumentError`.
         """
         preprocess, before = self.frozen.model.backbone.preprocess, self.inputs.preprocess
         if preprocess != before:

@@ -71,11 +71,8 @@ def _own_part(inputs: Inputs, model: TransferModel) -> Tensor:
 def evaluate(network: nn.Module, batches: Batches, *, training: Training, loss: Loss) -> dict[str, float]:
     """Return loss, accuracy (0 to 1) and the trainer's metrics; they do not depend on the batches' sizes.
 
-    Args:
-        network: In eval mode: a whole model, or what follows its frozen layers.
-        batches: What the network takes, and targets.
-        training: Its device and metrics are used.
-        loss: Taken without smoothing and weights.
+    The network is in eval mode: a whole model, or what follows its frozen layers. The loss is without smoothing and
+    weights.
     """
     losses, correct, outputs = [], torch.zeros((), dtype=torch.float64), []
     for inputs, targets in batches:

@@ -24,8 +24,8 @@ from transferkit.training.progress import Progress
 from transferkit.training.run import Run, check_same_weights, follow_model, warn_of_high_lr
 from transferkit.training.schedules import lr_factor
 from transferkit.training.standardizing import measure_features
-from transferkit.training.step import Step, guarded_step, split, whole_weight
-from transferkit.training.training import Training
+from transferkit.training.step import Step, guarded_step
+from transferkit.training.training import Part, Training
 
 Callback = Callable[[Any, EpochReport], object]
 """A function of the trainer and the report of an epoch; see `CallbackList`."""
@@ -40,9 +40,7 @@ SCALE_CHECKED_EVERY = 50
 def train_epoch(training: Training, run: Run, progress: Progress, *, first: int = 0) -> Iterator[Step]:
     """Make the steps of one epoch, from batch `first` on.
 
-    Raises:
-        NonFiniteError: When a loss or gradient is not finite, and no more steps may be skipped; or when an update made
-            a weight infinite or NaN.
+    A `NonFiniteError` ends it where a number is not finite and no more steps may be skipped, or an update made it so.
     """
     follow_model(training, run.train.display)
     warn_of_high_lr(training)
@@ -71,11 +69,7 @@ def train_epoch(training: Training, run: Run, progress: Progress, *, first: int 
 
 
 def train_epochs(training: Training, run: Run, progress: Progress) -> Generator[Step, None, None]:
-    """Make the steps of all epochs of a new run, with nothing between them.
-
-    Raises:
-        NonFiniteError: As in `train_epoch`.
-    """
+    """Make the steps of all epochs of a new run, with nothing between them."""
     try:
         for _ in range(run.num_epochs):
             yield from train_epoch(training, run, progress)
@@ -90,25 +84,16 @@ def end_steps(training: Training) -> None:
 
 
 def _train_batch(
-    training: Training,
-    run: Run,
-    progress: Progress,
-    *,
-    network: nn.Module,
-    batch: tuple[Tensor, Tensor, int],
-    index: int,
+    training: Training, run: Run, progress: Progress, *, network: nn.Module, batch: Part, index: int
 ) -> Step | None:
     """Make one step; return None if it was skipped."""
-    inputs, targets, count = batch
-    total_weight = whole_weight(run.loss, targets)
     scale_lr(training.optimizer, lr_factor(run.schedule, training.global_step - progress.first_step, run.num_steps))
     seed = derive_seed(training.seed, "step", training.global_step)
     progress.between_steps = False
     training.let_optimizer("train")
-    update = guarded_step(
-        network, inputs, targets, training=training, loss=run.loss, total_weight=total_weight, seed=seed, count=count
-    )
-    if update.micro_batch_size < min(training.micro_batch_size or len(targets), len(targets)):
+    update = guarded_step(network, batch, training=training, loss=run.loss, seed=seed)
+    size = len(batch.targets)
+    if update.micro_batch_size < min(training.micro_batch_size or size, size):
         training.micro_batch_size = update.micro_batch_size
         run.train.display.say(
             f"out of memory: from here on micro-batches of {update.micro_batch_size}; the updates stay the same"
@@ -116,32 +101,21 @@ def _train_batch(
     if not bool(update.finite):  # host sync on an accelerator
         progress.between_steps = True
         if progress.skipped == training.max_skipped:
-            size = update.micro_batch_size if len(targets) else 0
-            parts = list(zip(split(inputs, size), split(targets, size), strict=True))
-            raise _explain_nonfinite(training, run, network, parts, total_weight=total_weight, index=index)
+            raise _explain_nonfinite(training, run, network, batch, size=update.micro_batch_size, index=index)
         progress.skip(index)
         return None
     training.global_step += 1
     if training.global_step % SCALE_CHECKED_EVERY == 0:
         check_scale(training.device)
-    logits = update.logits
+    logits, targets = update.logits, batch.targets
     if training.metrics and world_size() > 1:  # they see all images
         logits, targets = gather(logits.float(), "logits"), gather(targets, "targets")
     lr = training.optimizer.param_groups[-1]["lr"]
-    return Step(training.epoch, index, update.loss, update.correct, count, lr, logits, targets)
+    return Step(training.epoch, index, update.loss, update.correct, batch.count, lr, logits, targets)
 
 
 class Epochs:
-    """Runs the epochs of a call of `fit`.
-
-    Args:
-        training: What is trained; its counters advance.
-        run: The data.
-        progress: How far the run has come.
-        callbacks: Called after steps and epochs.
-        interrupts: Tells of signals, between two steps or batches.
-        display: Shows bars, and a line for each epoch.
-    """
+    """Runs the epochs of a call of `fit`; `interrupts` tells of signals, between two steps or batches."""
 
     def __init__(
         self,
@@ -259,21 +233,15 @@ class Epochs:
 
 
 def _explain_nonfinite(
-    training: Training,
-    run: Run,
-    network: nn.Module,
-    parts: list[tuple[Tensor, Tensor]],
-    *,
-    total_weight: Tensor | float,
-    index: int,
+    training: Training, run: Run, network: nn.Module, batch: Part, *, size: int, index: int
 ) -> NonFiniteError:
     """Make the step's passes once more, and say where its first number is that is not finite."""
 
     def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-        return run.loss.sum(logits, targets) / total_weight
+        return run.loss.sum(logits, targets) / batch.weight
 
     with seeded(derive_seed(training.seed, "step", training.global_step), training.device.torch_device):
-        first = find_nonfinite(network, parts, loss_of, model=training.model, device=training.device)
+        first = find_nonfinite(network, batch.split(size), loss_of, model=training.model, device=training.device)
     found = enumerate(exchange(first, "what is not finite"))
     of = [one if world_size() == 1 else f"{one}, in the part of process {r}" for r, one in found if one != SUM]
     first = of[0] if of else SUM

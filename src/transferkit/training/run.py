@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, defaul
 from transferkit.base.arguments import whole_number
 from transferkit.base.arrays import raw_bytes
 from transferkit.base.display import Display
-from transferkit.base.processes import check_same, part_of, world_size
+from transferkit.base.processes import check_same, part_of, total, world_size
 from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError, NothingToTrainError, ProcessError
 from transferkit.features.feed import Batches, Feed
@@ -23,9 +23,9 @@ from transferkit.model.freezing import freeze_statistics, stays_in_eval, trainab
 from transferkit.training.loss import Loss
 from transferkit.training.optimizers import has_scheduler, hold_parameters, take_rates
 from transferkit.training.schedules import SCHEDULES, Schedule
-from transferkit.training.training import Training
+from transferkit.training.training import Part, Training
 
-Parts = Generator[tuple[Tensor, Tensor, int], None, None]
+Parts = Generator[Part, None, None]
 
 BATCH_SIZE = 32
 
@@ -70,35 +70,35 @@ class Run:
         return self.train.fill_s + (0.0 if self.validation is None else self.validation.fill_s)
 
     def open_parts(self, *, order: Tensor | None, epoch: int) -> tuple[nn.Module, Parts]:
-        """Return the network and, for one epoch, this process's part of each batch.
-
-        Args:
-            order: As in `Feed.open`.
-            epoch: As in `Feed.open`.
-
-        Returns:
-            The network, and its input, targets and the number of images in the whole batch, batch by batch. Where all
-            of them belong to other processes, input and targets are empty.
-        """
+        """Return the network and, for one epoch, this process's part of each batch; see `Feed.open`."""
         if order is None or world_size() == 1:
             network, batches = self.train.open(self.batch_size, order=order, epoch=epoch)
-            return network, _whole(batches)
+            return network, self._whole(batches)
         whole = torch.split(order, self.batch_size)
         own = [batch[part_of(len(batch))] for batch in whole]
         sizes = [len(part) for part in own if len(part)]
         network, batches = self.train.open(sizes, order=torch.cat(own), epoch=epoch)
+        return network, self._parts(batches, own, [len(batch) for batch in whole])
+
+    def _whole(self, batches: Batches) -> Parts:
+        with closing(batches):
+            for inputs, targets in batches:
+                yield Part(inputs, targets, len(targets), self.loss.total_weight(targets))
+
+    def _parts(self, batches: Batches, own: Sequence[Tensor], counts: Sequence[int]) -> Parts:
         device = self.train.inputs.device.torch_device
-        inputs, targets = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
+        nothing = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
         if self.loss.threshold is not None:
-            targets = torch.empty(0, self.num_classes, device=device)
-        return network, _cut(batches, own, whole, (inputs, targets))
+            nothing = nothing[0], torch.empty(0, self.num_classes, device=device)
+        with closing(batches):
+            for part, count in zip(own, counts, strict=True):
+                inputs, targets = next(batches) if len(part) else nothing
+                weight = float(self.loss.total_weight(targets))  # host sync where classes have weights
+                whole = total(weight if math.isfinite(weight) else 0.0, "the weight of a batch")
+                yield Part(inputs, targets, count, whole or math.inf)
 
     def check_feeds(self) -> None:
-        """Refuse what can be seen before anything is computed.
-
-        Raises:
-            CacheError: When features cannot be cached although `cache=True` asks for it.
-        """
+        """Refuse, with `CacheError` where `cache=True` asks for it, what can be seen before anything is computed."""
         for feed in (self.train, self.validation):
             if feed is not None:
                 feed.check()
@@ -107,15 +107,7 @@ class Run:
 def open_run(training: Training, train: Feed, validation: Feed | None, *, epochs: int, batch_size: int | None) -> Run:
     """Check the data of a call against model, loss and schedule before a weight changes.
 
-    Args:
-        training: What is to be trained.
-        train: The training images.
-        validation: The validation images. One of them is read now: data that cannot be used would cost an epoch later.
-        epochs: 1 or more.
-        batch_size: 1 or more; 32 if None. A `DataLoader` has its own.
-
-    Raises:
-        TransferKitError: When an argument or the data cannot be used.
+    One of the validation images is read now: data that cannot be used would cost an epoch later.
     """
     epochs = whole_number("epochs", epochs)
     follow_model(training, train.display)
@@ -131,19 +123,6 @@ def open_run(training: Training, train: Feed, validation: Feed | None, *, epochs
     if schedule is SCHEDULES["auto"] and (num_steps is None or has_scheduler(training.optimizer)):
         schedule = SCHEDULES["constant"]
     return Run(train, validation, loss, len(training.model.classes), size, epochs, num_steps, schedule)
-
-
-def _whole(batches: Batches) -> Parts:
-    with closing(batches):
-        for inputs, targets in batches:
-            yield inputs, targets, len(targets)
-
-
-def _cut(batches: Batches, own: Sequence[Tensor], whole: Sequence[Tensor], nothing: tuple[Tensor, Tensor]) -> Parts:
-    with closing(batches):
-        for part, batch in zip(own, whole, strict=True):
-            inputs, targets = next(batches) if len(part) else nothing
-            yield inputs, targets, len(batch)
 
 
 def follow_model(training: Training, display: Display) -> None:
@@ -197,11 +176,7 @@ def check_trains(model: nn.Module, run: Run) -> None:
 
 
 def choose_batch_size(source: Source, batch_size: int | None) -> int:
-    """Return the batch size asked for, or 32.
-
-    Raises:
-        ArgumentError: When it is no whole number of 1 or more, or the data is a `DataLoader`.
-    """
+    """Return the batch size asked for, or 32; `ArgumentError` if it is none, or the data is a `DataLoader`."""
     if batch_size is not None and source.num_images is None:
         raise ArgumentError(
             f"batch_size={batch_size} has no effect on a DataLoader, which makes its own batches: leave it out."
@@ -210,33 +185,21 @@ def choose_batch_size(source: Source, batch_size: int | None) -> int:
 
 
 def check_same_weights(model: nn.Module, what: str) -> None:
-    """Refuse to go on with processes whose weights differ; costs a checksum of what trains.
-
-    Raises:
-        ProcessError: When they do.
-    """
+    """Refuse, with `ProcessError`, processes whose weights differ; costs a checksum of what trains."""
     if world_size() > 1:
         trainable = trainable_state(model).items()
         check_same({name: zlib.crc32(raw_bytes(value.detach())) for name, value in trainable}, f"the weights in {what}")
 
 
 def check_same_data(source: Source, model: nn.Module, what: str, **facts: object) -> None:
-    """Refuse processes that were given other data, weights or arguments than the first.
-
-    Raises:
-        ProcessError: When something differs, or the data is a `DataLoader`.
-    """
+    """Refuse, with `ProcessError`, processes that were given other data, weights or arguments than the first."""
     if world_size() > 1:
         check_same({"images": check_shared(source, what), "data": source.digest(), **facts}, what)
         check_same_weights(model, what)
 
 
 def check_shared(source: Source, what: str) -> int:
-    """Return how many images several processes share.
-
-    Raises:
-        ProcessError: When the data is a `DataLoader`.
-    """
+    """Return how many images several processes share; a `DataLoader` is a `ProcessError`."""
     if source.num_images is None:
         raise ProcessError(
             f"{what}: a DataLoader makes its own batches, which {world_size()} processes cannot share. Pass its data "

@@ -1,7 +1,6 @@
 """The hot path: one training step, one evaluation step. No I/O, no logging, no host sync."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from transferkit.base.processes import part_of, sum_gradients, total, world_size
+from transferkit.base.processes import part_of, sum_gradients, world_size
 from transferkit.base.randomness import seeded
 from transferkit.compute.device import Device
 from transferkit.compute.finite import BufferCopies, gradients_are_finite
@@ -20,7 +19,7 @@ from transferkit.compute.out_of_memory import is_out_of_memory, reserve_state, w
 from transferkit.errors import OutOfMemoryError
 from transferkit.training.loss import Loss
 from transferkit.training.metrics import count_correct
-from transferkit.training.training import Training
+from transferkit.training.training import Part, Training
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,95 +65,48 @@ class Update(NamedTuple):
     micro_batch_size: int
 
 
-def training_step(
-    network: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    training: Training,
-    loss: Loss,
-    total_weight: Tensor | float,
-    micro_batch_size: int,
-) -> Update:
+def training_step(network: nn.Module, batch: Part, *, training: Training, loss: Loss, micro_batch_size: int) -> Update:
     """Make one update of the weights from one batch, unless a number in it is not finite.
 
-    Gradients of the micro-batches, and of several processes, add up to those of the whole batch (batch norm's
-    statistics aside); the memory needed is that of one micro-batch.
+    Gradients of the micro-batches, and of the parts that several processes have, add up to those of the whole batch
+    (batch norm's statistics aside); the memory needed is that of one micro-batch.
 
     Args:
         network: In training mode, on the device: a model, or what follows its frozen layers.
-        inputs: Preprocessed images, float `(N, 3, H, W)`, or features, on the device; `(0,)` if another process has all
-            images of the batch.
-        targets: int64 `(N,)` or float32 `(N, K)`, on the device.
+        batch: On the device.
         training: The gradients that its optimizer holds are cleared first; those of this step stay until the next.
         loss: From `Loss.for_run`.
-        total_weight: From `whole_weight`.
         micro_batch_size: 1 or more.
     """
     device, optimizer = training.device, training.optimizer
     optimizer.zero_grad(set_to_none=True)
-    batch_loss = torch.zeros((), device=inputs.device)
-    outputs = [torch.empty(0, len(training.model.classes), device=inputs.device)]
-    size = micro_batch_size if len(targets) else 0
-    for part, part_targets in zip(split(inputs, size), split(targets, size), strict=True):
+    batch_loss = torch.zeros((), device=batch.inputs.device)
+    outputs = [torch.empty(0, len(training.model.classes), device=batch.inputs.device)]
+    for part, part_targets in batch.split(micro_batch_size):
         with device.autocast():
             logits = network(part)
-        part_loss = loss.sum(logits, part_targets) / total_weight
+        part_loss = loss.sum(logits, part_targets) / batch.weight
         device.backward(part_loss)
         batch_loss += part_loss.detach()
         outputs.append(logits.detach())
     logits = torch.cat(outputs)
-    correct = count_correct(logits, targets, training.model.threshold)
+    correct = count_correct(logits, batch.targets, training.model.threshold)
     batch_loss, correct = sum_gradients(_trainable(optimizer), batch_loss, correct)
     finite = batch_loss.isfinite() if device.scaler.is_enabled() else gradients_are_finite(batch_loss, optimizer)
     device.apply(optimizer, clip_grad_norm=training.clip_grad_norm, finite=finite)
     return Update(batch_loss, correct, logits, finite, micro_batch_size)
 
 
-def whole_weight(loss: Loss, targets: Tensor) -> Tensor | float:
-    """Return what the loss of a batch is divided by, over the parts that all processes have of it."""
-    weight = loss.total_weight(targets)
-    if world_size() == 1:
-        return weight
-    whole = total(float(weight) if math.isfinite(weight) else 0.0, "the weight of a batch")  # host sync: of the classes
-    return whole or math.inf
-
-
-def split(rows: Tensor, size: int) -> Sequence[Tensor]:
-    """Return rows in parts of a size; none for 0."""
-    return torch.split(rows, size) if size else ()
-
-
 def _trainable(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
-def guarded_step(
-    network: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    training: Training,
-    loss: Loss,
-    total_weight: Tensor | float,
-    seed: int,
-    count: int | None = None,
-) -> Update:
-    """Make a training step that leaves nothing half done.
+def guarded_step(network: nn.Module, batch: Part, *, training: Training, loss: Loss, seed: int) -> Update:
+    """Make a training step that leaves nothing half done; the arguments are those of `training_step`.
 
-    Where memory runs out, the forward and backward passes start again from the same random numbers with micro-batches
-    of half the size. A step that fails, or whose numbers are not finite, leaves gradients and batch norm's statistics
-    as they were.
-
-    Args:
-        network: As in `training_step`.
-        inputs: As in `training_step`.
-        targets: As in `training_step`.
-        training: As in `training_step`.
-        loss: As in `training_step`.
-        total_weight: As in `training_step`.
-        seed: Dropout depends on it.
-        count: Images in the whole batch, of which this process has a part; None if it has all.
+    Where memory runs out, the forward and backward passes start again from the same random numbers, which `seed`
+    determines, with micro-batches of half the size. A step that fails, or whose numbers are not finite, leaves
+    gradients and batch norm's statistics as they were.
 
     Raises:
         OutOfMemoryError: When one image is too much or there is no room for the optimizer's state, and nothing was
@@ -163,27 +115,16 @@ def guarded_step(
     buffers = BufferCopies(network)
 
     def attempt(size: int) -> Update:
-        whole = dropout_of_part(network, len(targets) if count is None else count)
-        with (
-            whole,
-            seeded(seed, training.device.torch_device),
-            update_not_repeated(training.optimizer, training.device),
-        ):
-            return training_step(
-                network,
-                inputs,
-                targets,
-                training=training,
-                loss=loss,
-                total_weight=total_weight,
-                micro_batch_size=size,
-            )
+        random = seeded(seed, training.device.torch_device)
+        once = update_not_repeated(training.optimizer, training.device)
+        with dropout_of_part(network, batch.count), random, once:
+            return training_step(network, batch, training=training, loss=loss, micro_batch_size=size)
 
     def undo() -> None:
         training.optimizer.zero_grad(set_to_none=True)
         buffers.restore()
 
-    size = max(1, min(training.micro_batch_size or len(targets), len(targets)))
+    size = max(1, min(training.micro_batch_size or batch.count, len(batch.targets)))
     try:
         update, _ = within_memory(attempt, size, device=training.device, what="a training step", undo=undo)
     except BaseException:
