@@ -33,6 +33,8 @@ def test_the_suggestion_is_a_tenth_of_the_rate_with_the_lowest_smoothed_loss():
         [math.nan],
         [math.nan] * 20,
         [1.0] * 50,
+        [0.1] * 10 + [1.0, 2.0, math.inf],
+        [1.0, math.nan],
         [0.3 + 0.01 * step for step in range(50)],  # a model that is trained already
     ],
 )
@@ -66,12 +68,14 @@ def test_a_loss_that_rose_in_any_way_gives_a_suggestion(end):
     assert found.why_none == ""
 
 
-def test_smoothing_begins_at_the_first_loss_and_forgets():
-    """The average is corrected for its start, and follows a step within some twenty losses."""
-    smoothed = sweep([2.0] * 10 + [1.0] * 40).smoothed
-    assert smoothed[0] == 2.0
-    assert smoothed[9] == pytest.approx(2.0)
-    assert smoothed[-1] == pytest.approx(1.0, abs=0.03)
+def test_smoothing_is_an_average_that_forgets():
+    """Each smoothed loss is the mean of all so far, a tenth less weight for each step into the past, written out."""
+    losses = [2.0 - 1.5 * math.exp(-(((step - 40) / 10) ** 2)) for step in range(60)]
+    weights = [0.9**age for age in range(60)]
+    expected = [
+        sum(weights[last - i] * losses[i] for i in range(last + 1)) / sum(weights[: last + 1]) for last in range(60)
+    ]
+    assert sweep(losses).smoothed == pytest.approx(expected, rel=1e-12)
 
 
 def test_divergence_is_four_times_the_lowest():

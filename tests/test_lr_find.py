@@ -19,7 +19,6 @@ from tiny import CLASSES, differences, make_trainer
 from transferkit.base.randomness import derive_seed, seeded
 from transferkit.data.sources import epoch_order
 from transferkit.errors import ArgumentError, NothingToTrainError
-from transferkit.results.lr_sweep import LearningRateSweep
 
 
 def make_model(make_backbone, *, frozen="block4", batch_norm=False, dropout=0.5, **head):
@@ -68,26 +67,23 @@ CASES = {
     "sgd": {"optimizer": "sgd"},
     "rmsprop": {"optimizer": "rmsprop"},
     "clipped": {"clip_grad_norm": 0.1},
-    "micro-batches": {"micro_batch_size": 3},
-    "uncached": {"cache": False},
     "by block": {"lr": {"backbone": 1e-5, "block5": 1e-4, "head": 1e-3}, "schedule": tk.warmup("cosine", 0.2)},
     "balanced": {"loss": tk.CrossEntropy(class_weights="balanced")},
     "smoothed": {"loss": tk.CrossEntropy(label_smoothing=0.1, class_weights=[1.0, 2.0, 3.0])},
 }
 
 
-@pytest.mark.parametrize("trained_before", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_lr_find_changes_nothing(make_backbone, data, case, trained_before):
+def test_lr_find_changes_nothing(make_backbone, data, case):
     """Weights, modes, gradients, optimizer, counters and generators are what they were, before training and after."""
     trainer = make_trainer(make_model(make_backbone), **CASES[case])
-    if trained_before:
-        trainer.fit(data, epochs=2, batch_size=8, verbose=0)
-        assert len(trainer.optimizer.state) > 0
-    before = snapshot(trainer)
-    assert len(trainer.lr_find(data, batch_size=8, num_steps=5, verbose=0).lrs) == 5
-    assert_nothing_changed(before, trainer)
-    assert bool(before["optimizer"]["state"]) == trained_before
+    for trained_before in (False, True):
+        if trained_before:
+            trainer.fit(data, epochs=1, batch_size=8, verbose=0)
+        before = snapshot(trainer)
+        assert bool(before["optimizer"]["state"]) == trained_before
+        assert len(trainer.lr_find(data, batch_size=8, num_steps=5, verbose=0).lrs) == 5
+        assert_nothing_changed(before, trainer)
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -236,10 +232,10 @@ def fail():
     raise RuntimeError("something broke")
 
 
-@pytest.mark.parametrize("number", [0, 2, 4])
+@pytest.mark.parametrize("number", [0, 4])
 @pytest.mark.parametrize(("act", "error"), [(interrupt, KeyboardInterrupt), (fail, RuntimeError)])
 def test_nothing_changes_when_it_is_ended(make_backbone, data, act, error, number):
-    """Ctrl-C and an error in the first, a middle or the last step leave everything as it was; then fit works."""
+    """Ctrl-C and an error in the first or the last step leave everything as it was; then fit works."""
     trainer = make_trainer(make_model(make_backbone, batch_norm=True))
     trainer.fit(data, batch_size=8, verbose=0, epochs=1)
     before = snapshot(trainer)
@@ -417,9 +413,9 @@ def by_hand(trainer, data, rates, *, batch_size, network, **options):
     return losses
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("clip_grad_norm", [None, 0.05])
-@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize(
+    ("optimizer", "clip_grad_norm", "batch_norm"), [("adam", None, True), ("sgd", 0.05, True), ("sgd", None, False)]
+)
 def test_losses_are_those_of_a_plain_loop(make_backbone, data, optimizer, clip_grad_norm, batch_norm):
     """Each loss is that of a plain training loop, written out here, at the same rates, over ends of epochs too."""
     arguments = {"optimizer": optimizer, "clip_grad_norm": clip_grad_norm, "lr": {"backbone": 1e-4, "head": 1e-2}}
@@ -546,27 +542,6 @@ def test_a_rate_of_zero_is_refused(make_backbone, data):
 
 
 # ---- the suggestion
-
-
-def test_the_suggestion_is_a_tenth_of_the_lowest():
-    """Of a curve that falls and rises again it is a tenth of the rate where the smoothed loss, by hand, is lowest."""
-    lrs = [10 ** (-6 + step / 10) for step in range(60)]
-    losses = [2.0 - 1.5 * np.exp(-(((step - 40) / 10) ** 2)) for step in range(60)]
-    smoothed = [
-        sum(0.9 ** (last - i) * losses[i] for i in range(last + 1)) / sum(0.9**i for i in range(last + 1))
-        for last in range(60)
-    ]
-    assert LearningRateSweep(lrs, losses).smoothed == pytest.approx(smoothed, rel=1e-12)
-    assert LearningRateSweep(lrs, losses).suggestion == lrs[int(np.argmin(smoothed))] / 10
-
-
-@pytest.mark.parametrize("losses", [[1.0] * 20, [0.1] * 10 + [1.0, 2.0, np.inf], [np.nan], [1.0, np.nan]])
-def test_a_loss_that_fell_nowhere_suggests_nothing(losses):
-    """Of a flat or rising curve, or none that is finite, there is no suggestion, and it shows itself all the same."""
-    found = LearningRateSweep([10.0**-step for step in range(len(losses))], losses)
-    assert found.suggestion is None
-    assert "none" in found._repr_html_()
-    repr(found)
 
 
 def test_the_suggestion_trains(make_backbone, data):

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import transferkit as tk
 from transferkit.data.open import open_data
 from transferkit.data.selection import split_validation
+from transferkit.data.sources import count_batches
 from transferkit.errors import ArgumentError, EmptyDataError, TargetError
 
 CLASSES = ["ant", "bee", "cat", "dog"]
@@ -50,7 +51,7 @@ def test_a_part_says_how_much_it_is():
     """A part tells its number of images and of batches, the ragged one included."""
     train, held_out = split_validation(open_data(numbered(40), CLASSES), 0.25, seed=0)
     assert (train.num_images, held_out.num_images) == (30, 10)
-    assert (train.num_batches(8), held_out.num_batches(5)) == (4, 2)
+    assert (count_batches(train, 8), count_batches(held_out, 5)) == (4, 2)
 
 
 def test_a_part_is_read_in_the_order_asked_for():

@@ -20,7 +20,9 @@ from transferkit.base.randomness import seeded
 from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device, find_device
 from transferkit.data.classes import find_classes
+from transferkit.data.inputs import Images
 from transferkit.data.open import open_data
+from transferkit.data.preprocessing import Preprocessing
 from transferkit.data.samples import path_of
 from transferkit.data.sources import Batch, Source
 from transferkit.data.targets import class_indices
@@ -166,13 +168,13 @@ class _Images:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
 
-    def batches(self, batch_size: int, *, seed: int | None, order: Tensor | None) -> Iterator[Batch]:
-        for images, targets, indices in self.source.batches(batch_size, seed=seed, order=order):
+    def batches(self, batch_size: int, *, preprocess: Preprocessing | None = None, **how: Any) -> Iterator[Batch]:
+        for images, targets, indices in self.source.batches(batch_size, **how):  # every pixel: a crop would hide some
             self.small[indices] = thumbnails(images)
             self.sizes[indices] = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)
             self.targets[indices] = class_indices(targets)
             self.raw = not (isinstance(images, Tensor) and images.is_floating_point())
-            yield images, targets, indices
+            yield _shrunk(images, preprocess), targets, indices
 
     def label(self, index: int) -> str:
         return self.classes[int(self.targets[index])]
@@ -196,6 +198,14 @@ class _Images:
         """Return the images whose score is far from 0, the farthest first."""
         order = scores.abs().argsort(descending=True, stable=True)[: int((scores.abs() > FAR).sum())]
         return [self.finding(kind, index, float(scores[index]), detail(index)) for index in order.tolist()]
+
+
+def _shrunk(images: Images, preprocess: Preprocessing | None) -> Images:
+    """Return images in no more pixels than a preprocessing needs, as a source does."""
+    if preprocess is None:
+        return images
+    shrunk = [preprocess.shrink(image) for image in images]
+    return torch.stack(shrunk) if len({image.shape for image in shrunk}) == 1 else shrunk
 
 
 def held_out(

@@ -20,7 +20,7 @@ from transferkit.compute.device import Device
 from transferkit.data.augmentation import Augment
 from transferkit.data.classes import find_classes
 from transferkit.data.selection import split_validation
-from transferkit.data.sources import Source, SubsetSource
+from transferkit.data.sources import Source, SubsetSource, count_batches
 from transferkit.errors import ArgumentError
 from transferkit.model.backbone import Backbone
 from transferkit.model.freezing import freeze_until as freeze
@@ -257,7 +257,7 @@ class _Job:
             return _Plan(layers[0], most, self._views(most))
         for layer in layers:
             step_s, image_s = self._time(layer)
-            steps = self.train_source.num_batches(self.batch_size) or 0
+            steps = count_batches(self.train_source, self.batch_size) or 0
             epoch_s = step_s * steps + image_s * (self.held_out.num_images or 0)
             for number in range(most, (epochs or FEWEST_EPOCHS) - 1, -1):
                 needed = (self._views(number) or 1) * count * image_s + number * epoch_s

@@ -248,8 +248,7 @@ class Trainer:
         self._training.optimizer, self._training.optimizer_mode = build_optimizer(value, self.model, None, None), "eval"
 
     @property
-    def training(self) -> Training:
-        """Model, device, optimizer and progress, as the parts of the library take them."""
+    def training(self) -> Training:  # what functions of other modules take of a trainer
         return self._training
 
     @property

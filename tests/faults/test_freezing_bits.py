@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import transferkit as tk
 from tiny import CLASSES, make_trainer
-from transferkit.data.sources import ArraySource, epoch_order
+from transferkit.data.sources import ArraySource, count_batches, epoch_order
 from transferkit.errors import HeadMismatchError, NonFiniteError, NothingToTrainError, UnknownLayerError
 
 SETTINGS = settings(
@@ -272,7 +272,7 @@ def test_each_image_is_visited_once(number, batch_size, seed, epoch, draw):
     source = ArraySource(
         torch.zeros(number, 3, 1, 1, dtype=torch.uint8), torch.zeros(number, dtype=torch.int64), ["a", "b"]
     )
-    num_batches = source.num_batches(batch_size)
+    num_batches = count_batches(source, batch_size)
     stop = draw.draw(st.integers(0, num_batches))
     order = epoch_order(number, seed, epoch)
     visited = []

@@ -45,7 +45,8 @@ def class_names(data: object) -> dict[int, str] | None:
 def _names(data: object) -> dict[int, str] | None:
     found = _names_of(data)
     if found is not None:
-        return _renumbered(found, getattr(data, "target_transform", None))
+        transform = getattr(data, "target_transform", None)
+        return found if transform is None else _renumbered(found, transform)
     if isinstance(data, ConcatDataset):
         parts = [names for part in data.datasets if (names := _names(part)) is not None]
         if different := [names for names in parts if names != parts[0]]:
@@ -136,8 +137,7 @@ def _check_folders(data: DatasetFolder) -> None:
     if len(parts) > 1 or holds:
         raise HeadMismatchError(
             f"the data has the classes {', '.join(data.classes[:8])}: {' and '.join(parts)} look like parts of a data "
-            f"set, not like classes. Pass the folder that holds the class folders: ImageFolder("
-            f"{str(Path(data.root) / parts[0])!r})."
+            f"set. Pass the folder that holds the class folders: ImageFolder({str(Path(data.root) / parts[0])!r})."
         )
 
 
@@ -171,8 +171,6 @@ def _names_of(data: Any) -> dict[int, str] | None:
 
 def _renumbered(names: dict[int, str], transform: Any) -> dict[int, str] | None:
     """Return the names by the indices that a `target_transform` makes; None if it merges classes or makes rows."""
-    if transform is None:
-        return names
     try:
         found = {int(transform(index)): name for index, name in names.items()}
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError):  # it takes or makes no class indices

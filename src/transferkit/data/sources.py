@@ -9,14 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import sampler as samplers
 
 from transferkit.base.arrays import sha256_of, tensor_from_array
 from transferkit.base.randomness import derive_seed, shuffled
@@ -27,6 +21,9 @@ from transferkit.data.samples import SKIP_HINT, Sample, Samples, evenly_spaced, 
 from transferkit.data.targets import as_targets
 from transferkit.data.workers import read_in_workers
 from transferkit.errors import ArgumentError, EmptyDataError, ImageError, TargetError, TransferKitError
+
+Sizes = int | list[int]
+"""Images in a batch, or in each batch."""
 
 Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]
 """Images, targets (empty, `(0,)`, if not requested) and the images' indices in the data set."""
@@ -42,16 +39,8 @@ class Source(Protocol):
     def num_images(self) -> int | None:
         """None for a `DataLoader`."""
 
-    def num_batches(self, batch_size: int) -> int | None:
-        """Number of batches in an epoch; None if a `DataLoader` has no length."""
-
     def batches(
-        self,
-        batch_size: int | list[int],
-        *,
-        seed: int | None,
-        order: Tensor | None,
-        preprocess: Preprocessing | None = None,
+        self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
     ) -> Iterator[Batch]:
         """Yield each image once.
 
@@ -78,12 +67,7 @@ def epoch_order(num_images: int | None, seed: int, epoch: int) -> Tensor | None:
     return None if num_images is None else shuffled(num_images, derive_seed(seed, "order", epoch))
 
 
-def count_batches(num_images: int, batch_size: int) -> int:
-    """Return the number of batches; the last may be smaller."""
-    return -(-num_images // batch_size)
-
-
-def _in_batches(order: Tensor | None, num_images: int, batch_size: int | list[int]) -> Sequence[Tensor]:
+def _in_batches(order: Tensor | None, num_images: int, batch_size: Sizes) -> Sequence[Tensor]:
     batches: Sequence[Tensor] = torch.split(torch.arange(num_images) if order is None else order, batch_size)
     return batches
 
@@ -100,16 +84,8 @@ class ArraySource:
         if targets is not None and len(self.targets) != self.num_images:
             raise TargetError(f"{self.num_images} images but {len(self.targets)} targets: expected one for each.")
 
-    def num_batches(self, batch_size: int) -> int:
-        return count_batches(self.num_images, batch_size)
-
     def batches(
-        self,
-        batch_size: int | list[int],
-        *,
-        seed: int | None,
-        order: Tensor | None,
-        preprocess: Preprocessing | None = None,
+        self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
     ) -> Iterator[Batch]:
         for indices in _in_batches(order, self.num_images, batch_size):
             yield self.images[indices], self.targets[indices] if len(self.targets) else _NO_TARGETS, indices.tolist()
@@ -155,16 +131,8 @@ class DatasetSource:
     def _collate(self, samples: Sequence[Sample | TransferKitError]) -> Batch:
         return _collate(samples, self.read_targets if self.samples.with_targets else None, self.num_classes)
 
-    def num_batches(self, batch_size: int) -> int:
-        return count_batches(self.num_images, batch_size)
-
     def batches(
-        self,
-        batch_size: int | list[int],
-        *,
-        seed: int | None,
-        order: Tensor | None,
-        preprocess: Preprocessing | None = None,
+        self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
     ) -> Iterator[Batch]:
         batches = _in_batches(order, self.num_images, batch_size)
 
@@ -228,16 +196,8 @@ class LoaderSource:
                 f"batch_size {loader.batch_size}, drop_last={loader.drop_last}. Expected 1 batch or more."
             )
 
-    def num_batches(self, batch_size: int) -> int | None:
-        return self.length
-
     def batches(
-        self,
-        batch_size: int | list[int],
-        *,
-        seed: int | None,
-        order: Tensor | None,
-        preprocess: Preprocessing | None = None,
+        self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
     ) -> Iterator[Batch]:
         first = 0
         for number, batch in enumerate(_made_by(self.loader)):
@@ -293,7 +253,7 @@ def check_order(loader: "DataLoader[Any]") -> None:
     while hasattr(sampler, "sampler"):  # of a BatchSampler
         sampler = sampler.sampler
     itself = "Pass its data set itself, loader.dataset"
-    random = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+    random = (samplers.RandomSampler, samplers.SubsetRandomSampler, samplers.WeightedRandomSampler)
     if isinstance(sampler, random) or getattr(sampler, "shuffle", False) is True:
         raise ArgumentError(
             f"the DataLoader draws its images at random ({type(sampler).__name__}), so predictions would belong to "
@@ -305,7 +265,7 @@ def check_order(loader: "DataLoader[Any]") -> None:
             f"the DataLoader has drop_last=True, so the last {left} images would have no prediction. {itself}, or a "
             "DataLoader without drop_last."
         )
-    if type(sampler) is not SequentialSampler:
+    if type(sampler) is not samplers.SequentialSampler:
         own = f"the DataLoader has a sampler of its own ({type(sampler).__name__})"
         warnings.warn(f"{own}: predictions come in its order, which may not be that of the data set.", stacklevel=2)
 
@@ -351,16 +311,8 @@ class SubsetSource:
         self.indices = indices
         self.num_images = len(indices)
 
-    def num_batches(self, batch_size: int) -> int:
-        return count_batches(self.num_images, batch_size)
-
     def batches(
-        self,
-        batch_size: int | list[int],
-        *,
-        seed: int | None,
-        order: Tensor | None,
-        preprocess: Preprocessing | None = None,
+        self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
     ) -> Iterator[Batch]:
         return self.source.batches(batch_size, seed=seed, order=self._in_source(order), preprocess=preprocess)
 
@@ -375,3 +327,10 @@ class SubsetSource:
 
     def _in_source(self, indices: Tensor | None) -> Tensor:
         return self.indices if indices is None else self.indices[indices]
+
+
+def count_batches(source: Source, batch_size: int) -> int | None:
+    """Return the number of batches in an epoch, the last of which may be smaller; None if nobody knows."""
+    if isinstance(source, LoaderSource):
+        return source.length
+    return None if source.num_images is None else -(-source.num_images // batch_size)

@@ -40,7 +40,7 @@ CHUNK_BYTES = 2**26
 
 
 def open_folder(path: str | PathLike[str] | None) -> Path | None:
-    """Return a folder for files of features, made if it is missing; `CacheError` if it cannot be. None for None."""
+    """Return a folder for files of features, made if it is missing, else a `CacheError`. None for None."""
     if path is None:
         return None
     folder = Path(path)

@@ -14,6 +14,7 @@ from typing_extensions import Self
 from transferkit.base.arrays import raw_bytes
 from transferkit.compute.device import Device
 from transferkit.data.inputs import Images
+from transferkit.data.sources import Sizes
 from transferkit.errors import CacheError
 from transferkit.features.file import DIGEST_BYTES, FeatureFile
 
@@ -110,7 +111,7 @@ class CachedFeatures:
         return self.targets.repeat(len(self.rows), *(1 for _ in self.targets.shape[1:]))
 
     def batches(
-        self, batch_size: int | list[int], *, order: Tensor | None = None, view: int = 0
+        self, batch_size: Sizes, *, order: Tensor | None = None, view: int = 0
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield features `(N, C, h, w)`, channels-last, and targets of each batch, on the device.
 

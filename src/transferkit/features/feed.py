@@ -14,6 +14,7 @@ from transferkit.base.processes import part_of, together, total, world_size
 from transferkit.base.randomness import derive_seed
 from transferkit.compute.device import Device
 from transferkit.data.inputs import Inputs
+from transferkit.data.sources import Sizes
 from transferkit.errors import ArgumentError, CacheError, TransferKitError
 from transferkit.features.cache import FeatureCache
 from transferkit.features.chunks import CachedFeatures, image_digests
@@ -93,12 +94,7 @@ class Feed:
         return self.open(batch_size, order=order, cached_batch_size=cached_batch_size)
 
     def open(
-        self,
-        batch_size: int | list[int],
-        *,
-        order: Tensor | None = None,
-        epoch: int = 0,
-        cached_batch_size: int | None = None,
+        self, batch_size: Sizes, *, order: Tensor | None = None, epoch: int = 0, cached_batch_size: int | None = None
     ) -> tuple[nn.Module, Batches]:
         """Return the network and, for one epoch, the batches of its input and of targets, on the device.
 

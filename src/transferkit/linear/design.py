@@ -155,7 +155,7 @@ def design_of(table: Table) -> Design:
     def blocks() -> Iterable[Tensor]:
         return standardised(table, mean, std) if rows is None else [rows[:, :-1]]
 
-    axes, variances = principal_axes(blocks, (count, width if factor is None else count))
+    axes, variances = principal_axes(blocks, (count, width if factor is None else count), most=_AXES)
     rest = torch.maximum(variances[0], variances[-1] / 1000)  # a larger quotient would be lost to rounding
     axes = pad(axes, (0, 1, 0, 1))
     axes[-1, -1] = 1
@@ -194,7 +194,7 @@ def _factor(table: Table, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def principal_axes(
-    blocks: Callable[[], Iterable[Tensor]], shape: tuple[int, int], *, most: int = _AXES
+    blocks: Callable[[], Iterable[Tensor]], shape: tuple[int, int], *, most: int
 ) -> tuple[Tensor, Tensor]:
     """Return axes `(D, R)` along which centred rows `(N, D)` vary most, and the variances along them, rising, `(R,)`.
 

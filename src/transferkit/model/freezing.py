@@ -233,6 +233,5 @@ def _names_before(boundary: str | None, names: list[str]) -> set[str]:
 
 def _contains(name: str, boundary: str | None) -> bool:
     """Return whether the module called `name` contains the boundary, and so must follow `model.train()`."""
-    if boundary is None or boundary == _PAST_LAST_LAYER:
-        return False
-    return name == "" or boundary.startswith(f"{name}.")
+    inside = boundary is not None and boundary != _PAST_LAST_LAYER
+    return inside and (name == "" or str(boundary).startswith(f"{name}."))

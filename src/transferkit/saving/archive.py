@@ -81,11 +81,11 @@ def shown(value: object) -> str:
 
 def _other_format(state: object, found: object) -> str:
     versions = state.get("versions") if isinstance(state, dict) else None
-    writer = shown(versions.get("transferkit")) if isinstance(versions, dict) else "something else"
+    writer = versions.get("transferkit") if isinstance(versions, dict) else None
+    by = f", written by transferkit {shown(writer)}" if writer else ""
     return (
-        f"has checkpoint format {shown(found)}, written by transferkit {writer}: this is transferkit "
-        f"{VERSIONS['transferkit']}, which reads format {FORMAT}. Expected a file that Trainer.save wrote, or install "
-        "its transferkit."
+        f"has checkpoint format {shown(found)}{by}: this is transferkit {VERSIONS['transferkit']}, which reads format "
+        f"{FORMAT}. Expected a file that Trainer.save wrote, or install its transferkit."
     )
 
 

@@ -26,11 +26,8 @@ from transferkit.model.novelty import Novelty
 from transferkit.model.weights import differences
 from transferkit.saving.archive import check_no_tensors, check_parts, read_checkpoint, shown, write_checkpoint
 
-MAX_IMAGE_SIZE = 2**14
-"""Pixels of a side: beyond it one image takes more memory than any machine has."""
-
-NOVELTY = "novelty."
-"""Beginning of the names of a model's novelty among its weights."""
+MAX_IMAGE_SIZE = 2**14  # pixels of a side: beyond it one image takes more memory than any machine has
+NOVELTY = "novelty."  # begins the names of a model's novelty among its weights
 
 PARTS: dict[str, Any] = {
     "backbone": (str,),
@@ -73,46 +70,41 @@ def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
 
     Other classes are a `HeadMismatchError`, all else is a `CheckpointError` that names what differs.
     """
-    preprocessing = _check_description(state)
+    _check_description(state)
     others = len(model.classes) != len(state["classes"])
     if list(model.classes) != state["classes"] and (others or not numbered(model.classes)):
         raise HeadMismatchError(
             f"the checkpoint has {len(state['classes'])} classes ({', '.join(state['classes'][:5])}...), the model "
             f"{len(model.classes)} ({', '.join(model.classes[:5])}...): expected the same. load_model builds its model."
         )
-    if (model.threshold is None) != (state["threshold"] is None):
-        thresholds = (state["threshold"], model.threshold)
-        kinds = ["exactly one label" if threshold is None else "several labels" for threshold in thresholds]
-        raise CheckpointError(
-            f"the checkpoint is of a model for {kinds[0]} an image, this one is for {kinds[1]} an image: expected the "
-            "same kind of loss in Trainer."
-        )
-    live = {
-        "backbone": model.backbone.name,
-        "preprocessing": asdict(model.backbone.preprocess),
-        "layers": list(model.layers),
-        "pooling": _pooling(list(model.layers), model.head_arguments),
-    }
-    pooling = _pooling(state["layers"], state["head"])
-    saved = {**state, "preprocessing": asdict(preprocessing), "pooling": pooling}
-    for name, value in live.items():
-        if type(value) is not type(saved[name]) or value != saved[name]:
-            raise CheckpointError(
-                f"the checkpoint has {name} {shown(saved[name])}, the model {shown(value)}: expected the same."
-            )
-    saved_weights, novelty = _apart(state["weights"])
+    live, saved = _described(model_state(model)), _described(state)
+    if different := [name for name in live if live[name] != saved[name]]:
+        here, there = shown(live[different[0]]), shown(saved[different[0]])
+        raise CheckpointError(f"the checkpoint has {different[0]} {there}, the model {here}: expected the same.")
+    weights, novelty = _apart(state["weights"])
     _build_novelty(novelty)
-    if faults := differences(_apart(model.state_dict())[0], saved_weights, same_width=True):
-        wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in state["weights"])
+    if faults := differences(_apart(model.state_dict())[0], weights, same_width=True):
+        wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in weights)
         cause = "A wrapper put a prefix before its names: remove it." if wrapped else "Was its head built otherwise?"
         raise CheckpointError(f"the checkpoint's weights do not fit the model: {faults}. {cause}")
     names = [*dict(model.named_parameters()), *dict(model.named_modules())]
     if unknown := [name for name in (*state["frozen"], *state["in_eval"]) if name not in names]:
         raise CheckpointError(f"the checkpoint freezes {shown(unknown[0])}, which the model does not have.")
     if changed := unlike(_structure(model), state["structure"]):
-        raise CheckpointError(
-            f"the checkpoint's layers are not the model's, where {shown('; '.join(changed[:5]))}: expected the same."
-        )
+        faults = shown("; ".join(changed[:5]))
+        raise CheckpointError(f"the checkpoint's layers are not the model's, where {faults}: expected the same.")
+
+
+def _described(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must be the same in two models, and what their weights do not tell."""
+    default = POOLING if state["layers"] else FLATTEN  # of a head of the user's own
+    return {
+        "backbone": state["backbone"],
+        "preprocessing": asdict(Preprocessing(**state["preprocessing"])),
+        "labels of an image:": "one" if state["threshold"] is None else "several",
+        "layers": state["layers"],
+        "pooling": state["head"].get("pooling") if state["head"] else default,
+    }
 
 
 def check_loadable(model: object) -> None:
@@ -156,11 +148,6 @@ _ADVICE = {
     "is torch.": "Convert it: model.float().",
     "": "Layers of your own go into attach_head(head=...). A Checkpoint saves any model, to resume its run.",
 }
-
-
-def _pooling(layers: list[str], head: Mapping[str, Any] | None) -> Any:
-    """Return how a model pools, which its weights do not tell; with a head of the user's own it is the default."""
-    return head.get("pooling") if head else POOLING if layers else FLATTEN
 
 
 def _check_description(state: Mapping[str, Any]) -> Preprocessing:

@@ -12,7 +12,7 @@ from transferkit.base.interrupts import Interruption, Interrupts
 from transferkit.base.processes import broadcast, exchange, gather, world_size
 from transferkit.base.randomness import derive_seed, seeded
 from transferkit.compute.finite import SUM, check_scale, check_weights, find_nonfinite
-from transferkit.data.sources import epoch_order
+from transferkit.data.sources import count_batches, epoch_order
 from transferkit.errors import NonFiniteError
 from transferkit.model.modes import begin_training, evaluating
 from transferkit.results.history import EpochReport
@@ -46,7 +46,7 @@ def train_epoch(training: Training, run: Run, progress: Progress, *, first: int 
     warn_of_high_lr(training)
     begin_training(training.model)
     before = training.global_step
-    num_batches = run.source.num_batches(run.batch_size)
+    num_batches = count_batches(run.source, run.batch_size)
     if first == 0 or num_batches is None or first < num_batches:
         order = epoch_order(run.source.num_images, training.seed, training.epoch)
         rest = None if order is None else order[first * run.batch_size :]

@@ -16,7 +16,7 @@ from transferkit.base.arguments import whole_number
 from transferkit.base.arrays import raw_bytes
 from transferkit.base.display import Display
 from transferkit.base.processes import check_same, part_of, total, world_size
-from transferkit.data.sources import Source
+from transferkit.data.sources import Source, count_batches
 from transferkit.errors import ArgumentError, NothingToTrainError, ProcessError
 from transferkit.features.feed import Batches, Feed
 from transferkit.model.freezing import freeze_statistics, stays_in_eval, trainable_state
@@ -114,7 +114,7 @@ def open_run(training: Training, train: Feed, validation: Feed | None, *, epochs
     take_rates(training.optimizer)
     source = train.inputs.source
     size = choose_batch_size(source, batch_size)
-    num_batches = source.num_batches(size)
+    num_batches = count_batches(source, size)
     num_steps = None if num_batches is None else epochs * num_batches
     if validation is not None:
         next(validation.inputs.batches(1))

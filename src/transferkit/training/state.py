@@ -25,19 +25,16 @@ from transferkit.training.run import Run
 from transferkit.training.schedules import SCHEDULES, describe_schedule
 from transferkit.training.training import Training
 
-_NUMBER, _TEXT = (int,), (str,)
-PARTS: dict[str, dict[str, tuple[type, ...]]] = {
+COUNTERS: dict[str, tuple[type, ...]] = dict.fromkeys(("epoch", "global_step", "seed"), (int,))
+PLACE: dict[str, tuple[type, ...]] = dict.fromkeys(("precision", "device"), (str,))
+PARTS = {
     "model": model_state.PARTS,
-    "optimizer": {"class": _TEXT, "groups": (list,), "state": (dict,)},
+    "optimizer": optimizer_state.PARTS,
     "scaler": {},
-    "progress": {
-        **dict.fromkeys(("epoch", "global_step", "seed"), _NUMBER),
-        "micro_batch_size": (int, type(None)),
-        **dict.fromkeys(("precision", "device"), _TEXT),
-    },
+    "progress": {**COUNTERS, **PLACE, "micro_batch_size": (int, type(None))},
 }
 COUNTS = (0, 2**63 - 1)
-RANGES = {"epoch": COUNTS, "global_step": COUNTS, "seed": COUNTS, "micro_batch_size": (1, 2**63 - 1)}
+RANGES = {**dict.fromkeys(COUNTERS, COUNTS), "micro_batch_size": (1, 2**63 - 1)}
 FREEZING = ("freeze_until", "frozen parameters")
 
 
@@ -53,8 +50,7 @@ def training_state(training: Training, progress: Progress | None) -> dict[str, A
             "global_step": training.global_step,
             "seed": training.seed,
             "micro_batch_size": training.micro_batch_size,
-            "precision": training.device.precision,
-            "device": training.device.torch_device.type,
+            **_place(training),
         },
         "run": None if progress is None else progress.state(),
     }
@@ -86,9 +82,8 @@ def check_training_state(training: Training, state: Mapping[str, Any], *, origin
 
 def assign_training_state(training: Training, state: Mapping[str, Any]) -> None:
     """Assign a state that was checked."""
-    position = state["progress"]
-    here = {"precision": training.device.precision, "device": training.device.torch_device.type}
-    there = {name: archive.shown(position[name]) for name in here}
+    here = _place(training)
+    there = {name: archive.shown(state["progress"][name]) for name in here}
     if here != there:
         dropped = ", and its gradient scale is dropped" if state["scaler"] and here["precision"] != "fp16" else ""
         warnings.warn(
@@ -100,9 +95,12 @@ def assign_training_state(training: Training, state: Mapping[str, Any]) -> None:
     optimizer_state.load_optimizer_state(training.optimizer, training.model, state["optimizer"])
     if state["scaler"] and training.device.scaler.is_enabled():  # empty unless it was saved from fp16
         training.device.scaler.load_state_dict(state["scaler"])
-    training.epoch = position["epoch"]
-    training.global_step = position["global_step"]
-    training.seed = position["seed"]
+    progress = state["progress"]
+    training.epoch, training.global_step, training.seed = progress["epoch"], progress["global_step"], progress["seed"]
+
+
+def _place(training: Training) -> dict[str, str]:
+    return {"precision": training.device.precision, "device": training.device.torch_device.type}
 
 
 def read_run(
