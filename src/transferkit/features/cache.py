@@ -73,7 +73,7 @@ class FeatureCache:
         self.chunks = other.chunks
 
     def fill(self, inputs: Inputs, prefix: Prefix, *, num_views: int | None, display: Display) -> CachedFeatures:
-        """Return where so many bytes of features can lie, on the device or on the host; else a `CacheError`."""
+        """Return the features of every image, after computing those that are not known; `num_views` of each image.
 
         Raises:
             CacheError: When new features would take too much memory, data without views draws random numbers, or
