@@ -15,6 +15,7 @@ from transferkit.analysis.outliers import FAR, distances, unlike
 from transferkit.base.arguments import whole_number
 from transferkit.base.calls import explained
 from transferkit.base.display import Display
+from transferkit.base.processes import alone, broadcast, together, world_size
 from transferkit.base.randomness import seeded
 from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device, find_device
@@ -49,6 +50,7 @@ _READ = 64  # validation images read at a time
 
 
 @explained
+@together("audit")
 @own_surroundings()
 def audit(
     backbone: Backbone,
@@ -111,7 +113,10 @@ def audit(
     store = FeatureCache(place, None if isinstance(cache, Trainer) else open_folder(cache))
     if isinstance(cache, Trainer):
         store.share(cache._features)
-    features = features_of(model, cast("Source", images), device=place, cache=store, display=display)
+    if world_size() > 1:  # each process computes its part of the features, and then looks at all images
+        features_of(model, images.source, device=place, cache=store, display=display)
+    with alone():
+        features = features_of(model, cast("Source", images), device=place, cache=store, display=display)
     table = Table.of_features(features, columns=model.columns or None)
     solved, probabilities = held_out(table, images.targets, len(model.classes), seed=seed)
     display.say(f"solved the head in {FOLDS} folds: {solved}")
@@ -132,7 +137,8 @@ def audit(
     findings += [*_of_other_brightness(images), *_of_other_size(images)]
     losses = -own.clamp_min(1e-30).log()
     assessment = Assessment(probabilities.numpy(), losses.numpy(), images.targets.numpy(), model.classes)
-    return Audit(findings, assessment, precision_found, [each.source for each in (images, others) if each])
+    found = broadcast((findings, assessment, precision_found), "the audit")
+    return Audit(*found, [each.source for each in (images, others) if each])
 
 
 class _Images:
