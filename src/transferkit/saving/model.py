@@ -171,8 +171,8 @@ def _check_description(state: Mapping[str, Any]) -> Preprocessing:
     if not usable:
         raise CheckpointError(
             f"the checkpoint has the preprocessing {shown(dict(state['preprocessing']))}: expected three finite means, "
-            "three standard deviations above 0, an order of three channels and an image_size of "
-            f"{MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE:,} pixels."
+            "three standard deviations above 0, an order of three channels, an image_size of "
+            f"{MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE:,} pixels and, for scaled_decoding, True or False."
         )
     return found
 

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from transferkit.base.arguments import whole_number
 from transferkit.base.calls import explained
 from transferkit.base.files import kind_of, lock_folder
+from transferkit.base.processes import rank
 from transferkit.errors import ArgumentError, CheckpointError, CheckpointTypeError, CheckpointWriteError
 from transferkit.results.history import EpochReport
 from transferkit.saving.archive import check_plain, read_checkpoint, write_checkpoint
@@ -81,6 +82,8 @@ class Checkpoint:
 
     def try_to_save(self, trainer: Any) -> Path | None:
         """Save, and return the path, or `None` if that failed: then warn and keep the error in `failure`."""
+        if rank():  # the first of several processes saves; they have the same state
+            return None
         try:
             path = self.save(trainer)
         except (CheckpointTypeError, CheckpointWriteError) as error:
@@ -142,6 +145,8 @@ class Checkpoint:
         Those would be taken for this run's. `resumed_from` is the checkpoint that the run resumes after `global_step`
         steps: its folder may hold later states of the same run.
         """
+        if rank():
+            return
         self.release()
         try:
             self._lock = lock_folder(self.folder)
