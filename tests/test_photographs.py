@@ -20,6 +20,7 @@ from transferkit.data.images import as_image, open_image
 from transferkit.data.inputs import Inputs
 from transferkit.data.open import open_data
 from transferkit.data.preprocessing import CONVENTIONS, GEOMETRIES
+from transferkit.data.resized import resized
 from transferkit.errors import CheckpointError, ImageError
 from transferkit.features.prefix import Prefix, pure_prefix
 
@@ -116,7 +117,7 @@ def test_resizing_in_two_steps_is_resizing_at_once(geometry: str, shape: tuple[i
 
 
 def test_every_way_to_the_model_gives_the_same_pixels(folder: ImageFolder) -> None:
-    """Training and prediction, a folder, parts of it, paths, contents and workers: the same bits."""
+    """Training, search and prediction, a folder, parts of it, paths, contents and workers: the same bits."""
     paths = [path for path, _ in folder.samples]
     expected = model_inputs(folder)
     assert expected.shape == (12, 3, SIZE, SIZE)
@@ -124,6 +125,8 @@ def test_every_way_to_the_model_gives_the_same_pixels(folder: ImageFolder) -> No
     for data in (ConcatDataset([folder]), Subset(folder, range(12))):
         assert torch.equal(model_inputs(data), expected)
     assert torch.equal(model_inputs(folder, num_workers=2), expected)
+    kept = resized(folder, CLASSES, PREPROCESS, device=CPU)
+    assert torch.equal(model_inputs(kept), expected)
     for images in (paths, [Path(path).read_bytes() for path in paths]):
         assert torch.equal(model_inputs(images, with_targets=False), expected)
     trainer = tk.Trainer(make_model(make_backbone(), "head"), device="cpu", precision="fp32")
@@ -160,10 +163,15 @@ def test_a_model_file_keeps_how_files_are_decoded(
 
     monkeypatch.setattr("transferkit.saving.model.asdict", without)
     tk.save_model(model, tmp_path / "old.pt")
+    tk.Trainer(model, device="cpu").save(tmp_path / "old_trainer.pt")
     monkeypatch.setattr("transferkit.saving.model.asdict", lambda kind: asdict(kind) | {"scaled_decoding": 2})
     tk.save_model(model, tmp_path / "odd.pt")
     monkeypatch.undo()
-    assert tk.load_model(tmp_path / "old.pt").backbone.preprocess.scaled_decoding is False
+    old = tk.load_model(tmp_path / "old.pt")
+    assert old.backbone.preprocess == replace(backbone.preprocess, scaled_decoding=False)
+    if scaled:
+        with pytest.raises(CheckpointError, match="preprocessing"):
+            tk.Trainer(model, device="cpu").load(tmp_path / "old_trainer.pt")
     with pytest.raises(CheckpointError, match="for scaled_decoding, True or False"):
         tk.load_model(tmp_path / "odd.pt")
 

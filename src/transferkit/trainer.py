@@ -248,7 +248,8 @@ class Trainer:
         self._training.optimizer, self._training.optimizer_mode = build_optimizer(value, self.model, None, None), "eval"
 
     @property
-    def training(self) -> Training:  # what functions of other modules take of a trainer
+    def training(self) -> Training:
+        """What a run changes and needs, for functions of the library's other modules."""
         return self._training
 
     @property
