@@ -5,7 +5,6 @@ import io
 import shlex
 from collections.abc import Iterable, Mapping
 from html import escape
-from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -46,7 +45,7 @@ def report(
         "the head sees": ", ".join(trainer.model.layers) or "the last block",
         "at the end": f"{describe_frozen(trainer.model)}; on {trainer.device}",
     }
-    page = Template(resources.files("transferkit.command").joinpath("report.html").read_text(encoding="utf-8"))
+    page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     return page.substitute(
         title=f"{escape(folder.name)}: {assessment.accuracy:.1%} right",
         summary=f"{len(assessment.classes)} classes. {in_words(assessment).capitalize()} that {seen}.",
