@@ -18,10 +18,9 @@ def test_tests_that_the_documentation_names_exist() -> None:
     """Every `test_file.py::test_name` on a page is a test."""
     named = {match for page in PAGES for match in re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text())}
     there = {
-        (path.name, node.name)
+        (path.name, name)
         for path in (ROOT / "tests").rglob("test_*.py")
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.FunctionDef)
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
     }
     assert len(named) > 30
     assert named - there == set()
