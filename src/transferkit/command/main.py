@@ -63,7 +63,6 @@ def _names(text: str) -> list[str] | None:
 Options = Mapping[str, tuple[Callable[[str], Any], str]]
 """By name: what reads the value (`bool` for an option without one), and help."""
 
-JSON: Options = {"json": (bool, "show results as JSON")}
 COMPUTING: Options = {
     "device": (str, "auto, cuda, cuda:1, mps or cpu (default: auto)"),
     "precision": (str, "auto, bf16, fp16 or fp32 (default: auto)"),
@@ -143,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
         part = commands.add_parser(name, help=first, description=about, usage=usage, **formats)
         for path, (text, count) in paths.items():
             part.add_argument(path, type=Path, nargs=count, help=text)
-        for option, (kind, text) in {**options, **JSON}.items():
+        for option, (kind, text) in {**options, "json": (bool, "show results as JSON")}.items():
             how: dict[str, Any] = {"action": "store_true"}
             if kind is not bool:
                 how = {"type": kind, "metavar": option.upper().split("_")[-1]}

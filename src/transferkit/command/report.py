@@ -95,14 +95,11 @@ def _confusion(assessment: Assessment) -> str:
 def _worst(images: Any, assessment: Assessment) -> str:
     predicted, targets, names = assessment.predicted, assessment.targets, assessment.classes
     wrong = [index for index in assessment.worst(len(targets)) if predicted[index] != targets[index]]
-    shown = [
-        (
-            path_of(images, int(index)),
-            f'{escape(names[targets[index]])}<br><span class="bad">predicted {escape(names[predicted[index]])} '
-            f"{assessment.probabilities[index, predicted[index]]:.2f}</span>",
-        )
-        for index in wrong[:NUM_SHOWN]
-    ]
+    shown = []
+    for index in wrong[:NUM_SHOWN]:
+        guess, probability = escape(names[predicted[index]]), assessment.probabilities[index, predicted[index]]
+        said = f'{escape(names[targets[index]])}<br><span class="bad">predicted {guess} {probability:.2f}</span>'
+        shown.append((path_of(images, int(index)), said))
     return f"<p>{len(wrong):,} of {len(targets):,} are wrong.</p>{_gallery(shown)}"
 
 
