@@ -70,6 +70,8 @@ PRINTED = {
         "optuna",
         r"^best of 12, [1-9]\d* of them pruned: \{'hidden': \d+, 'lr': [\d.e-]+\}, 0\.[4-8]\d*$",
     ),
+    "distributed_loop ddp": ("torch.distributed", r"^frozen layers unchanged: True$"),
+    "distributed_loop fsdp2": ("torch.distributed", r"^frozen layers unchanged: True$"),
     "torchmetrics_loop": ("torchmetrics", r"^epoch 8  accuracy (0\.\d{3})  .*\naccuracy \1$"),
 }
 
@@ -79,7 +81,9 @@ def test_example_runs_and_learns(example: str, tmp_path: Path) -> None:
     """Each example runs offline, names far more test images right than chance (0.1), and shows what it is there for."""
     library, shown = PRINTED[example]
     peer(library)
-    command = [sys.executable, str(EXAMPLES / f"{example}.py")]
+    name, *arguments = example.split()
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if arguments else []
+    command = [sys.executable, *launch, str(EXAMPLES / f"{name}.py"), *arguments]
     result = subprocess.run(command, cwd=tmp_path, env=offline(tmp_path), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert re.search(shown, result.stdout, re.MULTILINE), result.stdout
@@ -93,7 +97,7 @@ def test_example_runs_and_learns(example: str, tmp_path: Path) -> None:
 def test_examples_use_all_the_parts_and_are_short() -> None:
     """The examples use load_backbone, freeze_until, attach_head, Device and cache_features, in under 80 lines each."""
     sources = [path.read_text() for path in EXAMPLES.glob("*.py")]
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*PRINTED, "subset"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"subset", *(example.split()[0] for example in PRINTED)}
     for part in ("load_backbone", "freeze_until", "attach_head", "Device", "cache_features"):
         assert any(f"tk.{part}(" in source for source in sources), part
     assert max(len(source.splitlines()) for source in sources) < 80

@@ -32,7 +32,7 @@ from transferkit.errors import (
 )
 from transferkit.model.freezing import first_trainable
 from transferkit.results.history import EpochReport, History
-from transferkit.search import SearchResult, Trial
+from transferkit.searching import SearchResult, Trial
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_images_resized_in_memory_train_as_files_do(search, folder, monkeypatch)
     space = {"lr": [1e-2], "freeze_until": ["block5"], "epochs": [2], "batch_size": [4], "augment": [["flip", "crop"]]}
     dataset = ImageFolder(folder)
     in_memory = search(space, dataset, validation_split=0.4)
-    monkeypatch.setattr(sys.modules["transferkit.search"], "resized", lambda *_, **__: None)
+    monkeypatch.setattr(sys.modules["transferkit.searching"], "resized", lambda *_, **__: None)
     from_files = search(space, dataset, validation_split=0.4)
     assert figures(in_memory.trials[0].history) == figures(from_files.trials[0].history)
     assert differences(in_memory.best_model_.state_dict(), from_files.best_model_.state_dict()) == []
@@ -552,7 +552,7 @@ def test_a_search_goes_on_where_it_was_killed(search, data, tmp_path, monkeypatc
     whole = search(space, data, validation_data=data)
     begun = []
     for name in ("_train", "_train_together"):
-        made = getattr(sys.modules["transferkit.search"]._Trials, name)
+        made = getattr(sys.modules["transferkit.searching"]._Trials, name)
 
         def noted(self, *given, made=made):
             begun.append(given)
@@ -560,7 +560,7 @@ def test_a_search_goes_on_where_it_was_killed(search, data, tmp_path, monkeypatc
                 raise KeyboardInterrupt
             made(self, *given)
 
-        monkeypatch.setattr(sys.modules["transferkit.search"]._Trials, name, noted)
+        monkeypatch.setattr(sys.modules["transferkit.searching"]._Trials, name, noted)
     with pytest.raises(KeyboardInterrupt):
         search(space, data, validation_data=data, folder=tmp_path / "runs")
     result = search(space, data, validation_data=data, folder=tmp_path / "runs")

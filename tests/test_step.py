@@ -13,9 +13,14 @@ from transferkit.training.metrics import Sums, count_correct
 from transferkit.training.optimizers import build_optimizer
 from transferkit.training.schedules import SCHEDULES
 from transferkit.training.step import evaluation_step, guarded_step
-from transferkit.training.training import Training
+from transferkit.training.training import Part, Training
 
 WEIGHTS = torch.tensor([1.0, 2.0, 5.0])
+
+
+def whole_batch(inputs, targets, loss):
+    """Return a batch of which this process has all."""
+    return Part(inputs, targets, len(targets), loss.total_weight(targets))
 
 
 def training_of(model, optimizer, **settings):
@@ -31,7 +36,7 @@ def one_step(model, images, targets, *, micro_batch_size=None, cross_entropy=Non
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     training = training_of(model, optimizer, clip_grad_norm=clip_grad_norm, micro_batch_size=micro_batch_size)
     inputs = model.backbone.preprocess(images)
-    update = guarded_step(model, inputs, targets, training=training, loss=loss, seed=0)
+    update = guarded_step(model, whole_batch(inputs, targets, loss), training=training, loss=loss, seed=0)
     return update.loss, count_correct(update.logits, targets), model
 
 
@@ -108,7 +113,8 @@ def test_step_clears_gradients_first_and_leaves_no_graph(model, data):
         parameter.grad = torch.ones_like(parameter)
     training = training_of(model, torch.optim.SGD(model.parameters(), lr=1.0))
     inputs = model.backbone.preprocess(data[0])
-    guarded_step(model.train(), inputs, data[1], training=training, loss=CrossEntropy(), seed=0)
+    batch = whole_batch(inputs, data[1], CrossEntropy())
+    guarded_step(model.train(), batch, training=training, loss=CrossEntropy(), seed=0)
     for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(parameter, other)
         assert torch.equal(parameter.grad, other.grad)
@@ -140,8 +146,8 @@ def test_hits_are_counted_for_indices_and_rows():
 def test_sums_weigh_batches_by_their_images():
     """Mean loss and accuracy are over images, not over batches."""
     sums = Sums(torch.device("cpu"))
-    sums.add(torch.tensor(1.0), torch.tensor(2), torch.zeros(6, 3), torch.zeros(6))
-    sums.add(torch.tensor(4.0), torch.tensor(1), torch.zeros(2, 3), torch.zeros(2))
+    sums.add(torch.tensor(1.0), torch.tensor(2), 6, logits=torch.zeros(6, 3), targets=torch.zeros(6))
+    sums.add(torch.tensor(4.0), torch.tensor(1), 2, logits=torch.zeros(2, 3), targets=torch.zeros(2))
     assert sums.means() == ((1.0 * 6 + 4.0 * 2) / 8, 3 / 8)
 
 
@@ -168,8 +174,8 @@ def test_a_step_reads_nothing_back_to_the_host(model, data, optimizer, weights):
     images, loss = model.backbone.preprocess(data[0]), CrossEntropy(0.1, weights)
 
     def step():
-        update = guarded_step(model, images, data[1], training=training, loss=loss, seed=0)
-        sums.add(update.loss, count_correct(update.logits, data[1]), update.logits, data[1])
+        update = guarded_step(model, whole_batch(images, data[1], loss), training=training, loss=loss, seed=0)
+        sums.add(update.loss, update.correct, len(data[1]), logits=update.logits, targets=data[1])
 
     step()  # the first one makes the optimizer's state
     with HostReads() as reads:

@@ -15,6 +15,7 @@ from transferkit.analysis.outliers import FAR, distances, unlike
 from transferkit.base.arguments import whole_number
 from transferkit.base.calls import explained
 from transferkit.base.display import Display
+from transferkit.base.processes import alone, broadcast, together, world_size
 from transferkit.base.randomness import seeded
 from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device, find_device
@@ -23,7 +24,7 @@ from transferkit.data.inputs import Images
 from transferkit.data.open import open_data
 from transferkit.data.preprocessing import Preprocessing
 from transferkit.data.samples import path_of
-from transferkit.data.sources import Batch, Source
+from transferkit.data.sources import Batch, DatasetSource, Source
 from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError
 from transferkit.features.cache import FeatureCache, open_folder
@@ -49,6 +50,7 @@ _READ = 64  # validation images read at a time
 
 
 @explained
+@together("audit")
 @own_surroundings()
 def audit(
     backbone: Backbone,
@@ -111,7 +113,10 @@ def audit(
     store = FeatureCache(place, None if isinstance(cache, Trainer) else open_folder(cache))
     if isinstance(cache, Trainer):
         store.share(cache._features)
-    features = features_of(model, cast("Source", images), device=place, cache=store, display=display)
+    if world_size() > 1:  # each process computes its part of the features, and then looks at all images
+        features_of(model, images.source, device=place, cache=store, display=display)
+    with alone():
+        features = features_of(model, cast("Source", images), device=place, cache=store, display=display)
     table = Table.of_features(features, columns=model.columns or None)
     solved, probabilities = held_out(table, images.targets, len(model.classes), seed=seed)
     display.say(f"solved the head in {FOLDS} folds: {solved}")
@@ -132,7 +137,8 @@ def audit(
     findings += [*_of_other_brightness(images), *_of_other_size(images)]
     losses = -own.clamp_min(1e-30).log()
     assessment = Assessment(probabilities.numpy(), losses.numpy(), images.targets.numpy(), model.classes)
-    return Audit(findings, assessment, precision_found, [each.source for each in (images, others) if each])
+    found = broadcast((findings, assessment, precision_found), "the audit")
+    return Audit(*found, [each.source for each in (images, others) if each])
 
 
 class _Images:
@@ -168,7 +174,14 @@ class _Images:
             self.sizes[indices] = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)
             self.targets[indices] = class_indices(targets)
             self.raw = not (isinstance(images, Tensor) and images.is_floating_point())
-            yield _shrunk(images, preprocess), targets, indices
+            yield self._as_others_read(images, preprocess), targets, indices
+
+    def _as_others_read(self, images: Images, preprocess: Preprocessing | None) -> Images:
+        """Return images in as many pixels as the source would have had: features in a folder are found by them."""
+        if preprocess is None or not isinstance(self.source, DatasetSource):
+            return images
+        shrunk = [preprocess.shrink(image) for image in images]
+        return torch.stack(shrunk) if len({image.shape for image in shrunk}) == 1 else shrunk
 
     def label(self, index: int) -> str:
         return self.classes[int(self.targets[index])]
@@ -192,14 +205,6 @@ class _Images:
         """Return the images whose score is far from 0, the farthest first."""
         order = scores.abs().argsort(descending=True, stable=True)[: int((scores.abs() > FAR).sum())]
         return [self.finding(kind, index, float(scores[index]), detail(index)) for index in order.tolist()]
-
-
-def _shrunk(images: Images, preprocess: Preprocessing | None) -> Images:
-    """Return images in no more pixels than a preprocessing needs, as a source does."""
-    if preprocess is None:
-        return images
-    shrunk = [preprocess.shrink(image) for image in images]
-    return torch.stack(shrunk) if len({image.shape for image in shrunk}) == 1 else shrunk
 
 
 def held_out(

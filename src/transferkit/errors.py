@@ -83,6 +83,10 @@ class OutOfMemoryError(TransferKitError, RuntimeError):
     """Memory does not suffice, even for one image at a time."""
 
 
+class ProcessError(TransferKitError, RuntimeError):
+    """Another of the processes that work together failed, ended, or does something else."""
+
+
 class PreprocessingError(TransferKitError, ValueError):
     """The preprocessing that belongs to a weight file is unknown."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transferkit.analysis.maps import activation_maps
 from transferkit.analysis.outliers import nearest
 from transferkit.base.arguments import whole_number
+from transferkit.base.processes import alone
 from transferkit.base.randomness import shuffled
 from transferkit.data.classes import find_classes
 from transferkit.data.open import open_data
@@ -59,7 +60,7 @@ def explain(
     wanted = _indices(classes, model.classes)
     maps: list[Tensor] = []
     seen = 0
-    with opened(trainer.training, images, batch_size, num_workers, with_targets=False) as batches:
+    with alone(), opened(trainer.training, images, batch_size, num_workers, with_targets=False) as batches:
         for inputs, _ in batches:
             if wanted is None:
                 indices = evaluation_step(model, inputs, device=device).argmax(dim=1)

@@ -21,6 +21,7 @@ from transferkit.base.arguments import fraction, one_of, positive, whole_number
 from transferkit.base.calls import explained
 from transferkit.base.display import QUIET, Display
 from transferkit.base.interrupts import Interrupts
+from transferkit.base.processes import broadcast, copy_from_rank_0, rank, together, world_size
 from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device, find_device
 from transferkit.data.augmentation import Augment, build_augmentation
@@ -64,7 +65,7 @@ from transferkit.training.optimizers import LearningRate, OptimizerClass, build_
 from transferkit.training.progress import BestWeights, Progress
 from transferkit.training.run import (
     Run,
-    check_alone,
+    check_same_data,
     check_trains,
     choose_batch_size,
     open_run,
@@ -162,6 +163,7 @@ class Trainer:
         [0, 1]
     """
 
+    @together("Trainer")
     @own_surroundings()
     def __init__(
         self,
@@ -210,6 +212,7 @@ class Trainer:
         self._history: History | None = None
         check_head(model)
         model.threshold = found.threshold
+        copy_from_rank_0([*model.state_dict().values()])
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in SETTINGS - {"optimizer", "micro_batch_size"}:
@@ -245,7 +248,8 @@ class Trainer:
         self._training.optimizer, self._training.optimizer_mode = build_optimizer(value, self.model, None, None), "eval"
 
     @property
-    def training(self) -> Training:  # what functions of other modules take of a trainer
+    def training(self) -> Training:
+        """What a run changes and needs, for functions of the library's other modules."""
         return self._training
 
     @property
@@ -372,7 +376,10 @@ class Trainer:
             )
             check_schedule(run.schedule, run.num_steps, other=has_scheduler(self.optimizer))
             called.before_run(validated=validation is not None)
-            facts = run_facts(training, run, lr, augment, called) if called or resume_from is not None else {}
+            several = world_size() > 1
+            facts = run_facts(training, run, lr, augment, called) if called or resume_from or several else {}
+            if several:
+                check_same_data(source, self.model, "fit", **{**facts, "micro_batch_size": None})
             saved = None if resume_from is None else read_run(training, resume_from, facts, called, display)
             if saved is None:
                 check_trains(training.model, run)
@@ -383,7 +390,8 @@ class Trainer:
                 assign_training_state(training, saved)  # nothing was changed before
             warn_of_high_lr(training)
             frozen = describe_frozen(training.model).replace("; ", ";  ")  # a line may be broken there
-            display.say(f"{frozen};  on {self.device.torch_device} in {self.device.precision}")
+            where = f"on {self.device.torch_device} in {self.device.precision}"
+            display.say(f"{frozen};  {where}{f',  in {world_size()} processes' if several else ''}")
             run.check_feeds()
             progress = self._begin(facts, called)
             if saved is not None:
@@ -453,6 +461,7 @@ class Trainer:
             if validation_data is not None:
                 plain = without_loader(validation_data, num_workers)
                 held_out = feed(self._open_source(*plain, on_bad_image, display), "validation")
+            check_same_data(train.inputs.source, self.model, "solve", l2=l2, folds=folds, n_views=n_views)
             solved = solve_head(
                 self._training,
                 train,
@@ -483,7 +492,8 @@ class Trainer:
         """
         with self._alone("calibrate"), self._passing(data, batch_size, num_workers) as (network, batches):
             logits, targets = logits_of(network, batches, training=self._training)
-            self.model.temperature = fit_temperature(logits, targets, self._training.loss)
+            found = fit_temperature(logits, targets, self._training.loss)
+            self.model.temperature = broadcast(found, "the temperature")
         return self.model.temperature
 
     def learn_known(
@@ -533,6 +543,7 @@ class Trainer:
             held_out = given[1][0] if len(given) > 1 else None
             targets = class_indices(given[0][1])
             known = learn_known(given[0][0], targets, rejected=share, held_out=held_out, kinds=kinds, seed=self.seed)
+            known = broadcast(known, "which images are known")
             self.model.novelty = known.to(self.device.torch_device).eval()
         return float(known.threshold)
 
@@ -559,6 +570,7 @@ class Trainer:
         """
         with self._alone("steps"), self._naming(data):
             source = self._open_source(data, num_workers)
+            check_same_data(source, self.model, "steps", epochs=epochs, batch_size=batch_size, lr=lr, n_views=n_views)
             train = self._feeds(augment, n_views, QUIET)(source, "training")
             run = open_run(self._training, train, None, epochs=epochs, batch_size=batch_size)
             check_schedule(run.schedule, run.num_steps, other=has_scheduler(self.optimizer))
@@ -629,6 +641,7 @@ class Trainer:
         display = Display(verbose)
         with self._alone("lr_find"), self._interrupts:
             source = self._open_source(data, num_workers)
+            check_same_data(source, self.model, "lr_find", rates=rates, batch_size=batch_size, n_views=n_views)
             train = self._feeds(augment, n_views, display)(source, "training")
             run = open_run(self._training, train, None, epochs=1, batch_size=batch_size)
             check_trains(self.model, run)
@@ -730,6 +743,7 @@ class Trainer:
 
         Raises:
             ArgumentError: When `learn_known` was not called since the model was trained.
+            NonFiniteError: When the model makes infinity or NaN of an image.
         """
         with self._passing(images, batch_size, num_workers, with_targets=False) as (network, batches):
             return predict_known(network, batches, training=self._training)[1]
@@ -786,11 +800,12 @@ class Trainer:
             CheckpointTypeError: When `load_model` could not build the model again; see `save_model`.
             CheckpointWriteError: When the folder is missing, read-only or full. The file that was there before remains.
         """
-        with evaluating(self.model):
+        with together("save"), evaluating(self.model):
             model_state.check_loadable(self.model)
             state = self.state_dict()
             model = state["model"] if frozen else model_state.leave_out_frozen(state["model"], self.model)[0]
-            archive.write_checkpoint(path, {**state, "model": model})
+            if rank() == 0:
+                archive.write_checkpoint(path, {**state, "model": model})
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Load a checkpoint that `save` or a `Checkpoint` wrote; see `load_state_dict`.
@@ -836,13 +851,15 @@ class Trainer:
 
     def _features_of(self, data: object, num_workers: int, display: Display) -> CachedFeatures:
         with self._alone("features"), self._interrupts:
-            return self._feeds(None, None, display)(self._open_source(data, num_workers), "training").features()
+            source = self._open_source(data, num_workers)
+            check_same_data(source, self.model, "features")
+            return self._feeds(None, None, display)(source, "training").features()
 
     def _validate(self, source: Source) -> dict[str, float]:
         """Return loss and accuracy of labelled images, over cached features where that is safe."""
         feed = self._feeds(None, None, QUIET)(source, "validation")
-        with evaluating(self.model), self._interrupts:
-            network, batches = feed.open(CACHED_BATCH_SIZE)
+        with together("validation"), evaluating(self.model), self._interrupts:
+            network, batches = feed.open_part(CACHED_BATCH_SIZE, cached_batch_size=CACHED_BATCH_SIZE)
             with closing(batches):
                 return evaluate(network, batches, training=self._training, loss=self._training.loss)
 
@@ -859,7 +876,6 @@ class Trainer:
         display: Display = QUIET,
     ) -> Source:
         """Open labelled data, without the images that cannot be used if those are to be skipped."""
-        check_alone()
         limit = bad_image_limit(on_bad_image)
         source = self._open(data, num_workers, skip=limit is not None)
         if limit is None:
@@ -906,9 +922,9 @@ class Trainer:
             with opened(self._training, data, batch_size, num_workers, with_targets=with_targets) as batches:
                 yield self.model, batches
             return
-        with ready(self._training):
+        with together("a pass over images"), ready(self._training):
             size = choose_batch_size(run.validation.inputs.source, batch_size)
-            network, batches = run.validation.open(size, cached_batch_size=max(size, CACHED_BATCH_SIZE))
+            network, batches = run.validation.open_part(size, cached_batch_size=max(size, CACHED_BATCH_SIZE))
             with closing(batches):
                 yield network, batches
 
@@ -919,7 +935,7 @@ class Trainer:
     @contextmanager
     def _alone(self, what: str) -> Iterator[None]:
         """Let this thread alone change the model, as if no mode of torch had been set outside."""
-        with changing(self.model), own_surroundings():
+        with together(what), changing(self.model), own_surroundings():
             if self._run is not None and what in ("fit", "solve", "steps"):
                 raise ModelInUseError(
                     f"{what} was called while fit runs, by one of its callbacks: expected one run at a time. Call "

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from transferkit.base.processes import rank
 from transferkit.errors import ArgumentError, printable
 
 COLUMNS = 80  # where there is no terminal
@@ -61,13 +62,14 @@ class Display:
 
     def __init__(self, verbose: int) -> None:
         if verbose not in (0, 1, 2):
-            raise ArgumentError(f"verbose={verbose!r} is not known: expected 0 (nothing), 1 (lines, bars) or 2.")
+            expected = "0 (nothing), 1 (lines and bars) or 2 (lines only)"
+            raise ArgumentError(f"verbose={verbose!r} is not known: expected {expected}.")
         self.verbose = int(verbose)
         self._tqdm = _find_tqdm() if verbose == 1 else None
 
     def say(self, line: str) -> None:
         """Print a line of text above any bar, in several rows if it is wide, whatever the encoding of the output."""
-        if self.verbose == 0 or sys.stdout is None:
+        if self.verbose == 0 or sys.stdout is None or rank():  # of several processes the first prints
             return
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         text = "\n".join(_fitted(printable(line))).encode(encoding, "backslashreplace").decode(encoding)
@@ -82,7 +84,7 @@ class Display:
     def bar(self, what: str, total: int | None, *, unit: str = "images") -> Iterator[Bar]:
         """Show a bar of `total` images, or other units, while the block runs; None if their number is unknown."""
         options = {"desc": what, "total": total, "unit": f" {unit}", "leave": False, "dynamic_ncols": True}
-        bar = Bar(None if self._tqdm is None else partial(self._tqdm, **options))
+        bar = Bar(None if self._tqdm is None or rank() else partial(self._tqdm, **options))
         try:
             yield bar
         finally:

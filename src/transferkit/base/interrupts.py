@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM during long work: the first stops it at the next safe point, the second at once."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class Interruption(BaseException):
     """Ends a loop from inside, past handlers of errors; `Interrupts` replaces it with the signal's own exception."""
+
+    number: int | None = None  # of the signal
+
+
+_ACTIVE: list["Interrupts"] = []
+
+
+def receive_elsewhere(number: int) -> None:
+    """Let everything that delays signals here end as if it had received one that another process received."""
+    for interrupts in _ACTIVE:
+        interrupts.received = interrupts.received or number
 
 
 class Interrupts:
@@ -40,6 +52,7 @@ class Interrupts:
         if self._depth > 1:
             return self
         self.received, self.twice = None, False
+        _ACTIVE.append(self)
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 before = signal.getsignal(number)
@@ -52,15 +65,18 @@ class Interrupts:
         self._depth -= 1
         if self._depth > 0:
             return
+        _ACTIVE.remove(self)
         self._restore_handlers()
         received, self.received = self.received, None  # or a later `check` outside the block would raise
         if received is not None and (error is None or isinstance(error, Interruption)):
-            _reraise(received, str(error or ""))
+            raise_again(received, str(error or ""))
 
     def check(self) -> None:
         """Raise `Interruption` if a signal was received inside the `with` block."""
         if self.received is not None:
-            raise Interruption
+            interruption = Interruption()
+            interruption.number = self.received
+            raise interruption
 
     def watched(self, items: Iterable[_Item]) -> Iterator[_Item]:
         """Yield the items, and `check` after each."""
@@ -69,10 +85,12 @@ class Interrupts:
             self.check()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and "TORCHELASTIC_RUN_ID" in os.environ:
+            return  # torchrun sends the signal that reached it and the whole job once more, and kills after 30 s
         if self.received is not None:
             self.twice = True
             self._restore_handlers()
-            _reraise(number, "interrupted twice: stopped at once, without another checkpoint")
+            raise_again(number, "interrupted twice: stopped at once, without another checkpoint")
         self.received = number
 
     def _restore_handlers(self) -> None:
@@ -81,7 +99,8 @@ class Interrupts:
         self._before = {}
 
 
-def _reraise(number: int, message: str) -> None:
+def raise_again(number: int, message: str) -> None:
+    """Raise what a signal is raised as, through the process's own handler if it has one."""
     handler = signal.getsignal(number)
     if handler not in (signal.SIG_DFL, signal.default_int_handler):
         signal.raise_signal(number)  # calls the process's own handler

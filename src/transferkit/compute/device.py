@@ -3,6 +3,7 @@
 `Device` does not depend on `Trainer`: use it in your own training loop.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
@@ -232,7 +233,9 @@ def _resolve_device(device: str | torch.device) -> torch.device:
     if resolved.type != "cuda":
         resolved = torch.device(resolved.type)  # "cpu:0" is "cpu"
     elif resolved.index is None and torch.cuda.is_available():
-        resolved = torch.device("cuda", torch.cuda.current_device())
+        local = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun's: each process on a machine has a GPU of its own
+        index = torch.cuda.current_device() or (local if local < torch.cuda.device_count() else 0)
+        resolved = torch.device("cuda", index)
     if str(resolved) not in _available():
         raise DeviceError(
             f"device {str(resolved)!r} is not available on this machine: expected one of {_available()}. "

@@ -12,6 +12,9 @@ from transferkit.errors import NonFiniteError
 MIN_SCALE = 1.0
 """Below this the fp16 gradient scale, which starts at 65,536, has collapsed: gradients overflow in every step."""
 
+
+SUM = "the sum of a gradient over the batch"
+
 MAX_GRADIENT = 1e15
 """Optimizers and clipping add up the squares of gradients: those of 100 million parameters of this size still fit."""
 
@@ -75,8 +78,8 @@ def find_nonfinite(
     `network` has the weights it had in that step, `parts` are inputs and targets of its micro-batches, `loss_of` maps
     logits and targets to the loss. `model`, which contains the network, gives the names, `device` the precision.
     """
-    rows = torch.cat([~inputs.flatten(1).isfinite().all(dim=1) for inputs, _ in parts])
-    if bool(rows.any()):
+    bad = [~inputs.flatten(1).isfinite().all(dim=1) for inputs, _ in parts]  # none if other processes have all images
+    if bad and bool((rows := torch.cat(bad)).any()):
         return f"the network's input for image {int(rows.nonzero()[0])} of the batch"
     found: list[str] = []
     used = set(network.modules())
@@ -99,7 +102,7 @@ def find_nonfinite(
         for hook in hooks:
             hook.remove()
         buffers.restore()
-    return "the sum of a gradient over the batch"
+    return SUM
 
 
 def _first_gradient(loss: Tensor, model: nn.Module) -> str | None:

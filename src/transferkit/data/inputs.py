@@ -11,7 +11,7 @@ from transferkit.data.augmentation import Transform, augment_batch
 from transferkit.data.images import check_image_size
 from transferkit.data.normalized import check_normalized
 from transferkit.data.preprocessing import Preprocessing
-from transferkit.data.sources import Source
+from transferkit.data.sources import Sizes, Source
 from transferkit.errors import ImageError
 
 Images = Tensor | list[Tensor]
@@ -33,7 +33,7 @@ class Inputs:
     seed: int = 0
 
     def batches(
-        self, batch_size: int, *, order: Tensor | None = None, view: int = 0
+        self, batch_size: Sizes, *, order: Tensor | None = None, view: int = 0
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield model input, float `(N, 3, S, S)`, and targets of each batch, on the device, read one batch ahead.
 
@@ -45,7 +45,7 @@ class Inputs:
             yield self.prepare(self._augment(images, places, view)), targets
 
     def read(
-        self, batch_size: int, *, order: Tensor | None = None, view: int | None = 0
+        self, batch_size: Sizes, *, order: Tensor | None = None, view: int | None = 0
     ) -> Generator[tuple[Images, Tensor], None, None]:
         """Yield the images that `prepare` makes model input of, and targets, which stay on the host.
 
@@ -75,9 +75,11 @@ class Inputs:
         return augment_batch(self.transform, self.preprocess.resize(images), places, seed=self.seed, epoch=view)
 
     def _checked(
-        self, batch_size: int, order: Tensor | None, view: int | None
+        self, batch_size: Sizes, order: Tensor | None, view: int | None
     ) -> Iterator[tuple[Images, Tensor, tuple[int, ...]]]:
         """Check size and values of preprocessed images while they are on the host."""
+        if order is not None and not len(order):
+            return
         seed = None if view is None else derive_seed(self.seed, "data", view)
         for images, targets, places in self.source.batches(
             batch_size, seed=seed, order=order, preprocess=self.preprocess

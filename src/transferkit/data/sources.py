@@ -22,6 +22,9 @@ from transferkit.data.targets import as_targets
 from transferkit.data.workers import read_in_workers
 from transferkit.errors import ArgumentError, EmptyDataError, ImageError, TargetError, TransferKitError
 
+Sizes = int | list[int]
+"""Images in a batch, or in each batch."""
+
 Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]
 """Images, targets (empty, `(0,)`, if not requested) and the images' indices in the data set."""
 
@@ -37,12 +40,12 @@ class Source(Protocol):
         """None for a `DataLoader`."""
 
     def batches(
-        self, batch_size: int, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
+        self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
     ) -> Iterator[Batch]:
         """Yield each image once.
 
         Args:
-            batch_size: Images in a batch; a `DataLoader` has its own.
+            batch_size: Images in a batch, or in each batch; a `DataLoader` has its own.
             seed: Seeds the random transforms of a data set; None raises `CacheError` where it draws random numbers.
             order: Indices of the images, int64 `(N,)`; None keeps the order of the data set.
             preprocess: What will be applied to the images. Those of a data set then come in no more pixels than it
@@ -64,7 +67,7 @@ def epoch_order(num_images: int | None, seed: int, epoch: int) -> Tensor | None:
     return None if num_images is None else shuffled(num_images, derive_seed(seed, "order", epoch))
 
 
-def _in_batches(order: Tensor | None, num_images: int, batch_size: int) -> Sequence[Tensor]:
+def _in_batches(order: Tensor | None, num_images: int, batch_size: Sizes) -> Sequence[Tensor]:
     batches: Sequence[Tensor] = torch.split(torch.arange(num_images) if order is None else order, batch_size)
     return batches
 
@@ -81,9 +84,7 @@ class ArraySource:
         if targets is not None and len(self.targets) != self.num_images:
             raise TargetError(f"{self.num_images} images but {len(self.targets)} targets: expected one for each.")
 
-    def batches(
-        self, batch_size: int, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
-    ) -> Iterator[Batch]:
+    def batches(self, batch_size: Sizes, *, order: Tensor | None, **_: Any) -> Iterator[Batch]:
         for indices in _in_batches(order, self.num_images, batch_size):
             yield self.images[indices], self.targets[indices] if len(self.targets) else _NO_TARGETS, indices.tolist()
 
@@ -129,7 +130,7 @@ class DatasetSource:
         return _collate(samples, self.read_targets if self.samples.with_targets else None, self.num_classes)
 
     def batches(
-        self, batch_size: int, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
+        self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
     ) -> Iterator[Batch]:
         batches = _in_batches(order, self.num_images, batch_size)
 
@@ -193,9 +194,7 @@ class LoaderSource:
                 f"batch_size {loader.batch_size}, drop_last={loader.drop_last}. Expected 1 batch or more."
             )
 
-    def batches(
-        self, batch_size: int, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
-    ) -> Iterator[Batch]:
+    def batches(self, batch_size: Sizes, **_: Any) -> Iterator[Batch]:
         first = 0
         for number, batch in enumerate(_made_by(self.loader)):
             what = f"batch {number} of the DataLoader"
@@ -308,10 +307,8 @@ class SubsetSource:
         self.indices = indices
         self.num_images = len(indices)
 
-    def batches(
-        self, batch_size: int, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
-    ) -> Iterator[Batch]:
-        return self.source.batches(batch_size, seed=seed, order=self._in_source(order), preprocess=preprocess)
+    def batches(self, batch_size: Sizes, *, order: Tensor | None, **how: Any) -> Iterator[Batch]:
+        return self.source.batches(batch_size, order=self._in_source(order), **how)
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
         return self.source.why_not_repeatable(self._in_source(indices))

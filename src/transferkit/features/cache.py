@@ -7,22 +7,25 @@ or data, an image added to a data set costs one image, and any part of the cache
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from transferkit.base.display import Display
+from transferkit.base.processes import broadcast, exchange, gather, rank, send, total, world_size
 from transferkit.compute.device import Device
 from transferkit.compute.host_memory import host_bytes
 from transferkit.data.inputs import Images, Inputs
 from transferkit.errors import CacheError
 from transferkit.features.chunks import CachedFeatures, Chunk, image_digests, together
-from transferkit.features.file import SUFFIX, FeatureFile, open_features, write_features
+from transferkit.features.file import DIGEST_BYTES, SUFFIX, FeatureFile, open_features, write_features
 from transferkit.features.prefix import Prefix
 
 MEMORY_SHARE = 0.5
@@ -37,11 +40,7 @@ CHUNK_BYTES = 2**26
 
 
 def open_folder(path: str | PathLike[str] | None) -> Path | None:
-    """Return a folder for files of features, which is made if it is missing; None for None.
-
-    Raises:
-        CacheError: When the folder does not exist and cannot be made.
-    """
+    """Return a folder for files of features, made if it is missing, else a `CacheError`. None for None."""
     if path is None:
         return None
     folder = Path(path)
@@ -74,13 +73,7 @@ class FeatureCache:
         self.chunks = other.chunks
 
     def fill(self, inputs: Inputs, prefix: Prefix, *, num_views: int | None, display: Display) -> CachedFeatures:
-        """Return the features of every image, after computing those that are not known.
-
-        Args:
-            inputs: The images; their source knows how many there are.
-            prefix: What computes the features.
-            num_views: Random views of each image; None for data that is the same each time.
-            display: Shows what is done.
+        """Return the features of every image, after computing those that are not known; `num_views` of each image.
 
         Raises:
             CacheError: When new features would take too much memory, data without views draws random numbers, or
@@ -94,11 +87,7 @@ class FeatureCache:
         return CachedFeatures(parts, rows.view(shape), self.device.move(targets), self.device, images, mapped)
 
     def choose_memory(self, num_bytes: int) -> torch.device:
-        """Return where so many bytes of features can lie: on the device or on the host.
-
-        Raises:
-            CacheError: When neither has room.
-        """
+        """Return where so many bytes of features can lie: on the device or on the host; else a `CacheError`."""
         places = dict.fromkeys((self.device.torch_device, torch.device("cpu")))
         for _ in range(2):
             for place in places:
@@ -161,7 +150,8 @@ class _Filling:
         self.shape, self.dtype = prefix.outputs[-1]
         self.row_bytes = math.prod(self.shape) * self.dtype.itemsize
         batches = min(CHUNK_IMAGES, CHUNK_BYTES // self.row_bytes) // prefix.batch_size
-        self.chunk_images = max(1, batches) * prefix.batch_size
+        self.batch_size = broadcast(prefix.batch_size, "the size of a batch")  # another where memory ran out
+        self.chunk_images = max(1, batches if self.folder else 1) * self.batch_size
         self.rows: dict[int, dict[bytes, tuple[Chunk, int]]] = {}  # by number of layers, most first
         self.files: dict[int, dict[bytes, FeatureFile]] = {}
         cache.chunks[:] = [chunk for chunk in cache.chunks if chunk.is_intact()]  # others are verified anew
@@ -180,14 +170,16 @@ class _Filling:
 
     def run(self, num_views: int | None) -> tuple[list[bytes], Tensor]:
         """Return the digests of all images, view after view, and the targets, on the host."""
-        total = (num_views or 1) * (self.inputs.source.num_images or 0)
+        count = self.inputs.source.num_images or 0
+        own = self._own_places(count)
+        total = (num_views or 1) * (count if own is None else len(own))
         images: list[bytes] = []
         targets: list[Tensor] = []
         depths: list[int] = []
         with self.display.bar("features", total) as bar:
             for view in [None] if num_views is None else range(num_views):
                 # closed at once, or a traceback that somebody holds would keep worker processes
-                with closing(self.inputs.read(self.prefix.batch_size, view=view)) as batches:
+                with closing(self._read(own, view)) as batches:
                     for batch, batch_targets in batches:
                         digests = image_digests(batch)
                         depths += self._complete(batch, digests, most=total - len(images))
@@ -196,11 +188,94 @@ class _Filling:
                         bar.advance(len(digests))
                         self.cache.check()
         self._close()
-        self.display.say(f"features of {total:,} images: {self._describe(depths)}")
-        first, *others = torch.cat(targets).chunk(num_views or 1)
+        every_target = torch.cat(targets) if targets else None
+        if own is not None:
+            images, every_target = self._exchange(images, every_target, count, num_views or 1)
+        text = self._describe(depths)
+        self.display.say(f"features of {len(images):,} images: {text}")
+        first, *others = cast("Tensor", every_target).chunk(num_views or 1)
         if not all(torch.equal(first, other) for other in others):
             raise CacheError("the data set's targets change from view to view")
         return images, first
+
+    def _own_places(self, count: int) -> Tensor | None:
+        """Return which images this process looks at: every so many chunks; None for all, in one process.
+
+        Chunks do not depend on the number of processes, so that neither do files.
+        """
+        if world_size() == 1:
+            return None
+        chunks = torch.split(torch.arange(count), self.chunk_images)[rank() :: world_size()]
+        return torch.cat([*chunks, torch.arange(0)])
+
+    def _read(self, own: Tensor | None, view: int | None) -> Generator[tuple[Images, Tensor], None, None]:
+        with closing(self.inputs.read(self.batch_size, order=own, view=view)) as batches:
+            for number, batch in enumerate(batches):
+                if self.folder is not None and number * self.batch_size % self.chunk_images == 0:
+                    self._close()
+                yield batch
+
+    def _exchange(
+        self, images: list[bytes], targets: Tensor | None, count: int, num_views: int
+    ) -> tuple[list[bytes], Tensor]:
+        """Return digests and targets of all images, in order, after taking over the features that others have."""
+        size = world_size()
+        owned = [torch.split(torch.arange(count), self.chunk_images)[r::size] for r in range(size)]
+        places = [part + view * count for parts in owned for view in range(num_views) for part in parts]
+        order = torch.cat(places).argsort()  # gathered rows come process by process
+        own = torch.frombuffer(bytearray(b"".join(images)), dtype=torch.uint8) if images else None
+        rows = gather(None if own is None else own.view(-1, DIGEST_BYTES), "digests").numpy().tobytes()
+        held = [rows[start : start + DIGEST_BYTES] for start in range(0, len(rows), DIGEST_BYTES)]
+        whole = gather(targets, "targets").cpu()[order]
+        if self.folder is not None:  # others have written there meanwhile, if it is the same folder
+            for path in sorted(self.folder.glob(f"{self.prefix.digests[-1][:32]}*{SUFFIX}")):
+                self._note(len(self.prefix), path)
+        ends = list(accumulate(num_views * sum(map(len, parts)) for parts in owned))
+        self._take_over(held, ends)
+        return [held[place] for place in order.tolist()], whole
+
+    def _take_over(self, held: list[bytes], ends: list[int]) -> None:
+        """Get the features that this process lacks from those that have them, block by block, in memory or files.
+
+        `held` are the images that the first process has features of, those of the second, ...; `ends` says where they
+        end.
+        """
+        depth, in_memory = len(self.prefix), self.folder is None
+        lacking = np.array([self._depth(image) != depth for image in held], dtype=bool)
+        masks = exchange(np.packbits(lacking), "features that processes lack")
+        wanted = np.unpackbits(np.bitwise_or.reduce(masks), count=len(held)).astype(bool)
+        new = [image for image, wants in zip(held, wanted, strict=True) if wants]
+        place = self.cache.choose_memory(len({*new}) * self.row_bytes) if in_memory and new else torch.device("cpu")
+        rows_in_memory = len({*new}) if in_memory else 0
+        whole = Chunk(
+            self.prefix.digests[-1], [], torch.empty(rows_in_memory, *self.shape, dtype=self.dtype, device=place)
+        )
+        total(0, "memory for features")  # where one process lacks it, all train without
+        done: set[bytes] = set()
+        for owner, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            sent = [image for image, wants in zip(held[start:end], wanted[start:end], strict=True) if wants]
+            sent = [image for image in dict.fromkeys(sent) if image not in done]  # a copy may be elsewhere, too
+            done.update(sent)
+            for first in range(0, len(sent), self.chunk_images):
+                block = sent[first : first + self.chunk_images]
+                own = self._rows_of(block) if owner == rank() else None
+                total(0, "features of a chunk")
+                rows = send(own, (len(block), *self.shape), self.dtype, owner=owner, what="features of a chunk")
+                if in_memory:
+                    whole.features[len(whole.images) : len(whole.images) + len(block)] = rows.to(place)
+                    whole.images += block
+                elif not all(self._depth(image) == depth for image in block):
+                    self.chunk = Chunk(whole.layers, block, rows)
+                    self._add(depth, self.chunk)
+                    self._close()
+        self._add(depth, whole)
+        if whole.images:
+            self.where = {f"memory of {place}": len(whole.images) * self.row_bytes}
+
+    def _rows_of(self, images: list[bytes]) -> Tensor:
+        """Return known features of images, on the host."""
+        found = [self.rows[len(self.prefix)][image] for image in images]
+        return torch.stack([chunk.features[row].cpu() for chunk, row in found])
 
     def _complete(self, batch: Images, digests: list[bytes], *, most: int) -> list[int]:
         """Compute the features that a batch lacks; return the depth behind which those of each image were known."""
@@ -288,15 +363,19 @@ class _Filling:
         self.where[where] = self.where.get(where, 0) + len(chunk.images) * self.row_bytes
 
     def _describe(self, depths: list[int]) -> str:
-        """Say how the features came about of images that were known behind so many layers."""
+        """Say how the features came about of images that were known behind so many layers, on all processes."""
+        counted, places = Counter[int](), Counter[str]()
+        for own, there in exchange((Counter(depths), self.where), "how features came about"):
+            counted.update(own)
+            places.update(there)
         kinds = {len(self.prefix): "known", 0: "computed"}
-        counts = sorted(Counter(depths).items(), reverse=True)
+        counts = sorted(counted.items(), reverse=True)
         texts = [(count, kinds.get(depth, f"derived from those behind {depth} layers")) for depth, count in counts]
-        if not self.where:
+        if not places:
             return "known already"
         how = texts[0][1] if len(texts) == 1 else ", ".join(f"{count:,} {text}" for count, text in texts)
-        where = " and ".join(f"{where} ({num_bytes / 1e6:,.0f} MB)" for where, num_bytes in self.where.items())
-        return f"{how}, cached in {where}"
+        where = " and ".join(f"{where} ({num_bytes / 1e6:,.0f} MB)" for where, num_bytes in places.items())
+        return f"{how}{f' by {world_size()} processes' if world_size() > 1 else ''}, cached in {where}"
 
 
 def _select(batch: Images, places: list[int]) -> Images:

@@ -14,6 +14,7 @@ from typing_extensions import Self
 from transferkit.base.arrays import raw_bytes
 from transferkit.compute.device import Device
 from transferkit.data.inputs import Images
+from transferkit.data.sources import Sizes
 from transferkit.errors import CacheError
 from transferkit.features.file import DIGEST_BYTES, FeatureFile
 
@@ -60,11 +61,7 @@ class Chunk:
 
     @classmethod
     def of_file(cls, file: FeatureFile) -> Self:
-        """Map a file and verify its features.
-
-        Raises:
-            CacheError: When it is gone or damaged.
-        """
+        """Map a file and verify its features; a `CacheError` if it is gone or damaged."""
         state = file.state()
         return cls(file.layers, list(file.images), file.read(), file, state)
 
@@ -114,18 +111,16 @@ class CachedFeatures:
         return self.targets.repeat(len(self.rows), *(1 for _ in self.targets.shape[1:]))
 
     def batches(
-        self, batch_size: int, *, order: Tensor | None = None, view: int = 0
+        self, batch_size: Sizes, *, order: Tensor | None = None, view: int = 0
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield features `(N, C, h, w)`, channels-last, and targets of each batch, on the device.
 
-        Each batch is a copy: a head that works in place cannot change what is cached.
-
-        Args:
-            batch_size: Images in a batch.
-            order: Places of the images, int64; None takes them as they lie.
-            view: Which of the views.
+        Each batch is a copy: a head that works in place cannot change what is cached. `batch_size` is that of all
+        batches or of each; `order` are places of the images, int64, None takes them as they lie.
         """
         order = torch.arange(self.rows.shape[1]) if order is None else order
+        if not len(order):
+            return
         rows = self.rows[view][order].to(self.parts[0].device)
         gathered = map(self.gather, torch.split(rows, batch_size))
         targets = (self.targets[places] for places in torch.split(order.to(self.targets.device), batch_size))
@@ -135,8 +130,7 @@ class CachedFeatures:
     def gather(self, rows: Tensor) -> Tensor:
         """Return a copy `(len(rows), h, w, C)` of some rows, which lie on the device of the parts.
 
-        Raises:
-            CacheError: When somebody wrote to one of the mapped files.
+        A `CacheError` where somebody wrote to one of the mapped files.
         """
         if not self.is_intact():
             changed = next(str(chunk.file.path) for chunk in self.mapped if chunk.file and not chunk.is_intact())

@@ -1,5 +1,6 @@
 """`cache_features`: the features of images as an ordinary `Dataset`, for a training loop of your own."""
 
+import zlib
 from functools import cached_property
 from os import PathLike
 
@@ -10,8 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from transferkit.base.arguments import whole_number
+from transferkit.base.arrays import raw_bytes
 from transferkit.base.calls import explained
 from transferkit.base.display import Display
+from transferkit.base.processes import check_same, together, world_size
 from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device, find_device
 from transferkit.data.augmentation import Augment, Transform, build_augmentation
@@ -66,6 +69,7 @@ class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 @explained
+@together("cache_features")
 @own_surroundings()
 def cache_features(
     model: TransferModel,
@@ -138,6 +142,9 @@ def features_of(
 ) -> CachedFeatures:
     """Return what the frozen layers of a model make of each image, in memory or in files; see `cache_features`."""
     check_float32(model, trains=False)
+    if world_size() > 1:
+        digest = zlib.crc32(b"".join(raw_bytes(value) for value in model.backbone.state_dict().values()))
+        check_same({"images": source.num_images, "data": source.digest(), "backbone": digest}, "the features")
     inputs = Inputs(source, model.backbone.preprocess, device, transform, seed)
     frozen = Frozen(device.prepare(model), device)
     return Feed(inputs, frozen, cache, mode=True, num_views=num_views, what="given", display=display).features()

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from transferkit.base.display import Display
+from transferkit.base.processes import part_of, together, total, world_size
 from transferkit.base.randomness import derive_seed
 from transferkit.compute.device import Device
 from transferkit.data.inputs import Inputs
+from transferkit.data.sources import Sizes
 from transferkit.errors import ArgumentError, CacheError, TransferKitError
 from transferkit.features.cache import FeatureCache
 from transferkit.features.chunks import CachedFeatures, image_digests
@@ -23,12 +25,7 @@ Batches = Generator[tuple[Tensor, Tensor], None, None]
 
 
 class Frozen:
-    """The frozen prefix of a model and the network behind it, made anew whenever the model's layers changed.
-
-    Args:
-        model: It may change between two calls of `split`.
-        device: Where it is.
-    """
+    """The frozen prefix of a model and the network behind it, made anew whenever the model's layers changed."""
 
     def __init__(self, model: TransferModel, device: Device) -> None:
         self.model = model
@@ -88,19 +85,22 @@ class Feed:
         self._features: CachedFeatures | None = None
         self._said: set[str] = set()
 
+    def open_part(self, batch_size: int, *, cached_batch_size: int) -> tuple[nn.Module, Batches]:
+        """Return what `open` does, for this process's part of the images as they lie."""
+        count = self.inputs.source.num_images
+        if count is None or world_size() == 1:
+            return self.open(batch_size, cached_batch_size=cached_batch_size)
+        order = torch.arange(count)[part_of(count)]
+        return self.open(batch_size, order=order, cached_batch_size=cached_batch_size)
+
     def open(
-        self, batch_size: int, *, order: Tensor | None = None, epoch: int = 0, cached_batch_size: int | None = None
+        self, batch_size: Sizes, *, order: Tensor | None = None, epoch: int = 0, cached_batch_size: int | None = None
     ) -> tuple[nn.Module, Batches]:
         """Return the network and, for one epoch, the batches of its input and of targets, on the device.
 
-        Args:
-            batch_size: Images in a batch.
-            order: Their places in the source, int64; None takes them as they lie.
-            epoch: Number of the epoch, which random changes depend on.
-            cached_batch_size: Another batch size where features are cached.
-
-        Raises:
-            CacheError: When features cannot be cached and `mode` is True.
+        `batch_size` is that of all batches or of each; `cached_batch_size` another where features are cached. `order`
+        are places in the source, int64; None takes the images as they lie. Random changes depend on the epoch. A
+        `CacheError` where features cannot be cached and `mode` is True.
         """
         prefix, network, reason = self.frozen.split()
         self._follow_preprocessing()
@@ -108,7 +108,8 @@ class Feed:
         if prefix is None:
             self._refuse(reason)
             return network, self.inputs.batches(batch_size, order=order, view=view)
-        if self._prefix is not prefix or self._has_changed(epoch):  # or the boundary, a weight, a file, the data did
+        stale = self._prefix is not prefix or self._has_changed(epoch)  # the boundary, a weight, a file or the data
+        if total(stale, "features that changed"):
             self._prefix, self._features = prefix, None
             started = time.perf_counter()
             try:
@@ -123,22 +124,14 @@ class Feed:
         return network, ((prefix(batch), targets) for batch, targets in images)
 
     def check(self) -> None:
-        """Refuse what can be refused before anything is computed.
-
-        Raises:
-            CacheError: When features cannot be cached and `mode` is True.
-        """
+        """Refuse what can be refused before anything is computed: `CacheError` if `mode` is True."""
         if self.mode is True:
             prefix, _, reason = self.frozen.split()
             if found := reason if prefix is None else self._unrepeatable:
                 self._refuse(found)
 
     def features(self) -> CachedFeatures:
-        """Return the features of every image.
-
-        Raises:
-            CacheError: When they cannot be cached.
-        """
+        """Return the features of every image; a `CacheError` where they cannot be cached."""
         prefix, _, reason = self.frozen.split()
         self._follow_preprocessing()
         if prefix is None:
@@ -148,8 +141,7 @@ class Feed:
     def _follow_preprocessing(self) -> None:
         """Let images be preprocessed as the model's features are, if a callback gave it another preprocessing.
 
-        Raises:
-            ArgumentError: When images are augmented and their size is another.
+        Augmented images cannot change their size: an `ArgumentError`.
         """
         preprocess, before = self.frozen.model.backbone.preprocess, self.inputs.preprocess
         if preprocess != before:
@@ -179,9 +171,10 @@ class Feed:
         return not features.is_of(image_digests(images), targets, places, view or 0)
 
     def _fill(self, prefix: Prefix) -> CachedFeatures:
-        if self._unrepeatable:
-            raise CacheError(self._unrepeatable)
-        return self.cache.fill(self.inputs, prefix, num_views=self.num_views, display=self.display)
+        with together("features"):  # without them on one process, all train without
+            if self._unrepeatable:
+                raise CacheError(self._unrepeatable)
+            return self.cache.fill(self.inputs, prefix, num_views=self.num_views, display=self.display)
 
     @cached_property
     def _unrepeatable(self) -> str | None:

@@ -96,9 +96,7 @@ class Prefix:
     def __call__(self, inputs: Tensor, *, first: int = 0) -> Tensor:
         """Return the output `(N, C, h, w)` of all layers, or of those from `first` on, in the device's dtype.
 
-        Args:
-            inputs: Preprocessed images `(N, 3, S, S)`, or the output of the layers before `first`.
-            first: Number of layers already computed.
+        Inputs are preprocessed images `(N, 3, S, S)`, or the output of the layers before `first`.
         """
         layers = self._layers[first:]
         convolution = isinstance(layers[0], nn.Conv2d)

@@ -10,18 +10,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from transferkit.base.processes import check_same, gather, part_of, together, total, world_size
 from transferkit.base.surroundings import own_surroundings
 from transferkit.data.inputs import Inputs
 from transferkit.data.open import open_data
 from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError, NonFiniteError
+from transferkit.features.chunks import image_digests
 from transferkit.model.head import TransferModel, check_float32, check_head
 from transferkit.model.layers import Layers
 from transferkit.model.modes import evaluating
 from transferkit.results.assessment import Assessment
 from transferkit.training.loss import Loss
 from transferkit.training.metrics import count_correct, measure, probabilities_of
-from transferkit.training.run import choose_batch_size
+from transferkit.training.run import check_same_weights, check_shared, choose_batch_size
 from transferkit.training.step import evaluation_step
 from transferkit.training.training import Training
 
@@ -43,24 +45,34 @@ def ready(training: Training) -> Iterator[None]:
 def opened(
     training: Training, data: object, batch_size: int | None, num_workers: int, *, with_targets: bool = True
 ) -> Iterator[Batches]:
-    """Put a model into eval mode and yield what it takes of a user's data, and targets, batch by batch."""
+    """Put a model into eval mode and yield what it takes of a user's data, and targets, batch by batch.
+
+    Of several processes, each gets its part.
+    """
     model = training.model
-    with ready(training):
+    with together("a pass over images"), ready(training):
         labels = {"with_targets": with_targets, "multi_label": model.threshold is not None}
         source = open_data(data, model.classes, num_workers=num_workers, **labels)
         inputs = Inputs(source, model.backbone.preprocess, training.device)
-        with closing(inputs.batches(choose_batch_size(source, batch_size))) as batches:
+        part = None if world_size() == 1 else _own_part(inputs, model)
+        with closing(inputs.batches(choose_batch_size(source, batch_size), order=part)) as batches:
             yield batches
+
+
+def _own_part(inputs: Inputs, model: TransferModel) -> Tensor:
+    """Return the places of the images that this process looks at, after comparing data and weights with the others."""
+    count = check_shared(inputs.source, "a pass over images")
+    with closing(inputs.read(2, order=torch.tensor([0, count - 1]))) as read:
+        check_same({"images": count, "first and last image": image_digests(next(read)[0])}, "a pass over images")
+    check_same_weights(model, "a pass over images")
+    return torch.arange(count)[part_of(count)]
 
 
 def evaluate(network: nn.Module, batches: Batches, *, training: Training, loss: Loss) -> dict[str, float]:
     """Return loss, accuracy (0 to 1) and the trainer's metrics; they do not depend on the batches' sizes.
 
-    Args:
-        network: In eval mode: a whole model, or what follows its frozen layers.
-        batches: What the network takes, and targets.
-        training: Its device and metrics are used.
-        loss: Taken without smoothing and weights.
+    The network is in eval mode: a whole model, or what follows its frozen layers. The loss is without smoothing and
+    weights.
     """
     losses, correct, outputs = [], torch.zeros((), dtype=torch.float64), []
     for inputs, targets in batches:
@@ -69,8 +81,10 @@ def evaluate(network: nn.Module, batches: Batches, *, training: Training, loss: 
         correct = correct.to(logits.device) + count_correct(logits, targets, training.model.threshold)
         if training.metrics:
             outputs.append((logits, targets))
-    every = torch.cat(losses).cpu().double()  # host sync: once an epoch
-    figures = {"loss": every.mean().item(), "accuracy": correct.item() / len(every)}
+    every = _whole(losses, "losses").cpu().double()  # host sync: once an epoch
+    figures = {"loss": every.mean().item(), "accuracy": total(correct.item(), "right answers") / len(every)}
+    if training.metrics and world_size() > 1:
+        outputs = [(_whole([one for one, _ in outputs], "logits"), _whole([one for _, one in outputs], "targets"))]
     return figures | measure(training.metrics, outputs, training.model.threshold)
 
 
@@ -131,8 +145,12 @@ def logits_of(network: nn.Module, batches: Batches, *, training: Training) -> tu
     Both are on the device; the arguments are those of `evaluate`.
     """
     outputs = [(evaluation_step(network, inputs, device=training.device), targets) for inputs, targets in batches]
-    logits, targets = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-    return logits, targets
+    return _whole([logits for logits, _ in outputs], "logits"), _whole([known for _, known in outputs], "targets")
+
+
+def _whole(parts: list[Tensor], what: str) -> Tensor:
+    """Return the rows of all batches, those of other processes included, in the order of the images."""
+    return gather(torch.cat(parts) if parts else None, what)
 
 
 def outputs_of(network: nn.Module, batches: Batches, *, training: Training) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -148,7 +166,7 @@ def outputs_of(network: nn.Module, batches: Batches, *, training: Training) -> t
         known.append(targets)
         with torch.inference_mode():
             scores.append(model.novelty(features))
-    return torch.cat(logits), torch.cat(known), torch.cat(scores)
+    return _whole(logits, "logits"), _whole(known, "targets"), _whole(scores, "novelty")
 
 
 def head_inputs(network: nn.Module, batches: Batches, *, training: Training) -> tuple[Tensor, Tensor]:
@@ -161,8 +179,7 @@ def head_inputs(network: nn.Module, batches: Batches, *, training: Training) -> 
         (evaluation_step(before, inputs, device=training.device).flatten(1).cpu(), targets.cpu())
         for inputs, targets in batches
     ]
-    features, targets = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-    return features, targets
+    return _whole([features for features, _ in outputs], "features"), _whole([known for _, known in outputs], "targets")
 
 
 def without_head(network: nn.Module) -> Callable[[Tensor], Tensor]:

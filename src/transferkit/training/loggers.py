@@ -14,6 +14,7 @@ from typing import Any
 
 from transferkit.base.calls import explained
 from transferkit.base.files import atomic_write, kind_of, open_file
+from transferkit.base.processes import rank
 from transferkit.errors import ArgumentError, MissingPackageError
 from transferkit.results.history import EpochReport, History
 
@@ -64,6 +65,8 @@ class CSVLogger:
 
     def before_run(self, trainer: Any, *, validated: bool) -> None:
         """Refuse a file that cannot be written or is no log, before the first step."""
+        if rank():  # the first of several processes writes
+            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
@@ -73,6 +76,8 @@ class CSVLogger:
         self._read()
 
     def __call__(self, trainer: Any, report: EpochReport) -> None:
+        if rank():
+            return
         reports = (trainer.history or History()).reports
         with going_on("CSVLogger", self.path):
             rows = self._earlier_rows(reports)
@@ -142,6 +147,8 @@ class TensorBoardLogger:
         self.folder = Path(folder)
 
     def __call__(self, trainer: Any, report: EpochReport) -> None:
+        if rank():
+            return
         from torch.utils.tensorboard import SummaryWriter  # takes a second: not at import
 
         # a file for each epoch: nothing is open between two

@@ -5,27 +5,27 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from transferkit.base.display import Bar, Display
 from transferkit.base.interrupts import Interruption, Interrupts
+from transferkit.base.processes import broadcast, exchange, gather, world_size
 from transferkit.base.randomness import derive_seed, seeded
-from transferkit.compute.finite import check_scale, check_weights, find_nonfinite
+from transferkit.compute.finite import SUM, check_scale, check_weights, find_nonfinite
 from transferkit.data.sources import count_batches, epoch_order
 from transferkit.errors import NonFiniteError
 from transferkit.model.modes import begin_training, evaluating
 from transferkit.results.history import EpochReport
 from transferkit.training.callback_list import CallbackList
 from transferkit.training.evaluation import evaluate
-from transferkit.training.metrics import count_correct, measure
+from transferkit.training.metrics import measure
 from transferkit.training.optimizers import scale_lr
 from transferkit.training.progress import Progress
-from transferkit.training.run import Run, follow_model, warn_of_high_lr
+from transferkit.training.run import Run, check_same_weights, follow_model, warn_of_high_lr
 from transferkit.training.schedules import lr_factor
 from transferkit.training.standardizing import measure_features
 from transferkit.training.step import Step, guarded_step
-from transferkit.training.training import Training
+from transferkit.training.training import Part, Training
 
 Callback = Callable[[Any, EpochReport], object]
 """A function of the trainer and the report of an epoch; see `CallbackList`."""
@@ -40,9 +40,7 @@ SCALE_CHECKED_EVERY = 50
 def train_epoch(training: Training, run: Run, progress: Progress, *, first: int = 0) -> Iterator[Step]:
     """Make the steps of one epoch, from batch `first` on.
 
-    Raises:
-        NonFiniteError: When a loss or gradient is not finite, and no more steps may be skipped; or when an update made
-            a weight infinite or NaN.
+    A `NonFiniteError` ends it where a number is not finite and no more steps may be skipped, or an update made it so.
     """
     follow_model(training, run.train.display)
     warn_of_high_lr(training)
@@ -52,7 +50,7 @@ def train_epoch(training: Training, run: Run, progress: Progress, *, first: int 
     if first == 0 or num_batches is None or first < num_batches:
         order = epoch_order(run.source.num_images, training.seed, training.epoch)
         rest = None if order is None else order[first * run.batch_size :]
-        network, batches = run.train.open(run.batch_size, order=rest, epoch=training.epoch)
+        network, batches = run.open_parts(order=rest, epoch=training.epoch)
         with closing(batches):  # or a traceback that is kept would keep worker processes
             for _ in range(0 if order is not None else first):
                 next(batches, None)  # a DataLoader's own batches: read and ignored
@@ -64,17 +62,14 @@ def train_epoch(training: Training, run: Run, progress: Progress, *, first: int 
         if training.global_step > before:
             progress.between_steps = False  # weights that are not finite are not saved
             check_weights(training.model)
+            check_same_weights(training.model, f"epoch {training.epoch + 1}")
             progress.between_steps = True
     training.optimizer.zero_grad(set_to_none=True)  # validation may need the memory
     training.epoch += 1
 
 
 def train_epochs(training: Training, run: Run, progress: Progress) -> Generator[Step, None, None]:
-    """Make the steps of all epochs of a new run, with nothing between them.
-
-    Raises:
-        NonFiniteError: As in `train_epoch`.
-    """
+    """Make the steps of all epochs of a new run, with nothing between them."""
     try:
         for _ in range(run.num_epochs):
             yield from train_epoch(training, run, progress)
@@ -89,16 +84,16 @@ def end_steps(training: Training) -> None:
 
 
 def _train_batch(
-    training: Training, run: Run, progress: Progress, *, network: nn.Module, batch: tuple[Tensor, Tensor], index: int
+    training: Training, run: Run, progress: Progress, *, network: nn.Module, batch: Part, index: int
 ) -> Step | None:
     """Make one step; return None if it was skipped."""
-    inputs, targets = batch
     scale_lr(training.optimizer, lr_factor(run.schedule, training.global_step - progress.first_step, run.num_steps))
     seed = derive_seed(training.seed, "step", training.global_step)
     progress.between_steps = False
     training.let_optimizer("train")
-    update = guarded_step(network, inputs, targets, training=training, loss=run.loss, seed=seed)
-    if update.micro_batch_size < min(training.micro_batch_size or len(targets), len(targets)):
+    update = guarded_step(network, batch, training=training, loss=run.loss, seed=seed)
+    size = len(batch.targets)
+    if update.micro_batch_size < min(training.micro_batch_size or size, size):
         training.micro_batch_size = update.micro_batch_size
         run.train.display.say(
             f"out of memory: from here on micro-batches of {update.micro_batch_size}; the updates stay the same"
@@ -106,30 +101,21 @@ def _train_batch(
     if not bool(update.finite):  # host sync on an accelerator
         progress.between_steps = True
         if progress.skipped == training.max_skipped:
-            size = update.micro_batch_size
-            parts = list(zip(torch.split(inputs, size), torch.split(targets, size), strict=True))
-            raise _explain_nonfinite(training, run, network, parts, index)
+            raise _explain_nonfinite(training, run, network, batch, size=update.micro_batch_size, index=index)
         progress.skip(index)
         return None
     training.global_step += 1
     if training.global_step % SCALE_CHECKED_EVERY == 0:
         check_scale(training.device)
-    correct = count_correct(update.logits, targets, training.model.threshold)
+    logits, targets = update.logits, batch.targets
+    if training.metrics and world_size() > 1:  # they see all images
+        logits, targets = gather(logits.float(), "logits"), gather(targets, "targets")
     lr = training.optimizer.param_groups[-1]["lr"]
-    return Step(training.epoch, index, update.loss, correct, len(targets), lr, update.logits, targets)
+    return Step(training.epoch, index, update.loss, update.correct, batch.count, lr, logits, targets)
 
 
 class Epochs:
-    """Runs the epochs of a call of `fit`.
-
-    Args:
-        training: What is trained; its counters advance.
-        run: The data.
-        progress: How far the run has come.
-        callbacks: Called after steps and epochs.
-        interrupts: Tells of signals, between two steps or batches.
-        display: Shows bars, and a line for each epoch.
-    """
+    """Runs the epochs of a call of `fit`; `interrupts` tells of signals, between two steps or batches."""
 
     def __init__(
         self,
@@ -160,7 +146,7 @@ class Epochs:
             measure_features(self.training, self.run, self.interrupts)
             while not self._is_over():
                 report = self._epoch()
-                progress.ended = self.callbacks.after_epoch(report)
+                progress.ended = broadcast(self.callbacks.after_epoch(report), "whether the run ends")
                 if progress.ended:
                     self._save()
                 self.interrupts.check()
@@ -195,7 +181,8 @@ class Epochs:
         figures = measure(self.training.metrics, progress.sums.outputs, self.training.model.threshold)
         with self.callbacks.validating():
             validation = self.validate()
-            seconds, skipped = time.perf_counter() - started, progress.skipped - progress.skipped_before
+            seconds = broadcast(time.perf_counter() - started, "the seconds of an epoch")
+            skipped = progress.skipped - progress.skipped_before
             lr = self.training.optimizer.param_groups[-1]["lr"]
             report = EpochReport(progress.epoch, loss, accuracy, lr, seconds, skipped=skipped)
             vars(report).update(figures | {f"val_{name}": value for name, value in validation.items()})
@@ -223,7 +210,7 @@ class Epochs:
         if self.run.validation is None:
             return {}
         size = self.run.batch_size
-        network, batches = self.run.validation.open(size, cached_batch_size=max(size, CACHED_BATCH_SIZE))
+        network, batches = self.run.validation.open_part(size, cached_batch_size=max(size, CACHED_BATCH_SIZE))
         total = self.run.validation.inputs.source.num_images
         with evaluating(self.training.model), closing(batches), self.display.bar("validation", total) as bar:
             return evaluate(
@@ -246,16 +233,18 @@ class Epochs:
 
 
 def _explain_nonfinite(
-    training: Training, run: Run, network: nn.Module, parts: list[tuple[Tensor, Tensor]], index: int
+    training: Training, run: Run, network: nn.Module, batch: Part, *, size: int, index: int
 ) -> NonFiniteError:
     """Make the step's passes once more, and say where its first number is that is not finite."""
-    total_weight = run.loss.total_weight(torch.cat([targets for _, targets in parts]))
 
     def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-        return run.loss.sum(logits, targets) / total_weight
+        return run.loss.sum(logits, targets) / batch.weight
 
     with seeded(derive_seed(training.seed, "step", training.global_step), training.device.torch_device):
-        first = find_nonfinite(network, parts, loss_of, model=training.model, device=training.device)
+        first = find_nonfinite(network, batch.split(size), loss_of, model=training.model, device=training.device)
+    found = enumerate(exchange(first, "what is not finite"))
+    of = [one if world_size() == 1 else f"{one}, in the part of process {r}" for r, one in found if one != SUM]
+    first = of[0] if of else SUM
     return NonFiniteError(
         f"in step {training.global_step} (epoch {training.epoch}, batch {index}, all from 0) a number is infinite, "
         f"NaN or too large, first in {first}. No weight was changed by it. Look at that image, lower the learning "

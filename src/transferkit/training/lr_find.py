@@ -23,7 +23,7 @@ from transferkit.results.lr_sweep import LearningRateSweep
 from transferkit.training.run import Run
 from transferkit.training.standardizing import measure_features
 from transferkit.training.step import guarded_step
-from transferkit.training.training import Training
+from transferkit.training.training import Part, Training
 
 
 def spaced_rates(lr_min: float, lr_max: float, num_steps: int) -> list[float]:
@@ -74,28 +74,28 @@ def sweep(
         measure_features(training, run, interrupts)
         begin_training(model)
         training.let_optimizer("train")
-        for index, (rate, (network, inputs, targets)) in enumerate(zip(rates, batches, strict=False)):
+        for index, (rate, (network, batch)) in enumerate(zip(rates, batches, strict=False)):
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * (rate / base)
             seed = derive_seed(training.seed, "lr_find", index)
-            update = guarded_step(network, inputs, targets, training=training, loss=run.loss, seed=seed)
+            update = guarded_step(network, batch, training=training, loss=run.loss, seed=seed)
             seen.append(rate)
             losses.append(update.loss.item())  # host sync: it must end where the loss diverges
-            bar.advance(len(targets), lambda: f"lr {seen[-1]:.1e} loss {losses[-1]:.3f}")
+            bar.advance(batch.count, lambda: f"lr {seen[-1]:.1e} loss {losses[-1]:.3f}")
             interrupts.check()
             if not math.isfinite(losses[-1]) or LearningRateSweep(seen, losses).diverged:
                 break
     return LearningRateSweep(seen, losses)
 
 
-def _batches(training: Training, run: Run) -> Generator[tuple[nn.Module, Tensor, Tensor], None, None]:
-    """Yield the network with what it takes and targets, epoch after epoch."""
+def _batches(training: Training, run: Run) -> Generator[tuple[nn.Module, Part], None, None]:
+    """Yield the network with this process's part of each batch, epoch after epoch."""
     for epoch in itertools.count():
         order = epoch_order(run.source.num_images, training.seed, epoch)
-        network, batches = run.train.open(run.batch_size, order=order, epoch=epoch)
+        network, batches = run.open_parts(order=order, epoch=epoch)
         with closing(batches):
-            for inputs, targets in batches:
-                yield network, inputs, targets
+            for batch in batches:
+                yield network, batch
 
 
 @contextmanager

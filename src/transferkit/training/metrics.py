@@ -32,11 +32,11 @@ class Sums:
         self.keep_outputs = keep_outputs
         self.outputs: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, loss: Tensor, correct: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Add a batch: its mean loss, its `count_correct`, its logits and targets."""
-        self.loss += loss * len(targets)
+    def add(self, loss: Tensor, correct: Tensor, count: int, *, logits: Tensor, targets: Tensor) -> None:
+        """Add a batch: its mean loss, its `count_correct`, its number of images, its logits and targets."""
+        self.loss += loss * count
         self.correct += correct
-        self.count += len(targets)
+        self.count += count
         if self.keep_outputs:
             self.outputs.append((logits.float(), targets))
 

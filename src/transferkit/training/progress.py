@@ -127,7 +127,7 @@ class Progress:
 
     def add(self, step: Step) -> None:
         """Count a step that was made."""
-        self.sums.add(step.loss, step.correct, step.logits, step.targets)
+        self.sums.add(step.loss, step.correct, step.count, logits=step.logits, targets=step.targets)
         self.batches = step.index + 1
         self.between_steps = True
 
@@ -185,12 +185,8 @@ def check_progress(
 ) -> None:
     """Compare the run of a checkpoint with the call that is to resume it, before anything is assigned.
 
-    Args:
-        state: The checkpoint's part "run".
-        facts: Of the call.
-        live: The model's weights.
-        origin: The checkpoint, for the message.
-        but: Facts that need not be equal.
+    `state` is the part "run" of the checkpoint `origin`, `facts` are those of the call, `live` are the model's weights.
+    The facts in `but` need not be equal.
 
     Raises:
         CheckpointError: When it holds no run, or that of a call with other arguments.

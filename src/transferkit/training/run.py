@@ -2,23 +2,30 @@
 
 import math
 import warnings
+import zlib
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, default_collate
 
 from transferkit.base.arguments import whole_number
+from transferkit.base.arrays import raw_bytes
 from transferkit.base.display import Display
+from transferkit.base.processes import check_same, part_of, total, world_size
 from transferkit.data.sources import Source, count_batches
-from transferkit.errors import ArgumentError, DeviceError, NothingToTrainError
-from transferkit.features.feed import Feed
-from transferkit.model.freezing import freeze_statistics
+from transferkit.errors import ArgumentError, NothingToTrainError, ProcessError
+from transferkit.features.feed import Batches, Feed
+from transferkit.model.freezing import freeze_statistics, stays_in_eval, trainable_state
 from transferkit.training.loss import Loss
 from transferkit.training.optimizers import has_scheduler, hold_parameters, take_rates
 from transferkit.training.schedules import SCHEDULES, Schedule
-from transferkit.training.training import Training
+from transferkit.training.training import Part, Training
+
+Parts = Generator[Part, None, None]
 
 BATCH_SIZE = 32
 
@@ -36,7 +43,8 @@ class Run:
         train: The training images, as epochs read them.
         validation: The validation images, or None.
         loss: The loss, with everything computed that depends on the training data.
-        batch_size: Images in a batch.
+        num_classes: Of the model.
+        batch_size: Images in a batch, over all processes.
         num_epochs: Epochs in all.
         num_steps: Steps in all; None where a `DataLoader` does not tell.
         schedule: The trainer's; for `"auto"` what that stands for in this run.
@@ -45,6 +53,7 @@ class Run:
     train: Feed
     validation: Feed | None
     loss: Loss
+    num_classes: int
     batch_size: int
     num_epochs: int
     num_steps: int | None
@@ -60,12 +69,36 @@ class Run:
         """Seconds spent on features so far."""
         return self.train.fill_s + (0.0 if self.validation is None else self.validation.fill_s)
 
-    def check_feeds(self) -> None:
-        """Refuse what can be seen before anything is computed.
+    def open_parts(self, *, order: Tensor | None, epoch: int) -> tuple[nn.Module, Parts]:
+        """Return the network and, for one epoch, this process's part of each batch; see `Feed.open`."""
+        if order is None or world_size() == 1:
+            network, batches = self.train.open(self.batch_size, order=order, epoch=epoch)
+            return network, self._whole(batches)
+        whole = torch.split(order, self.batch_size)
+        own = [batch[part_of(len(batch))] for batch in whole]
+        sizes = [len(part) for part in own if len(part)]
+        network, batches = self.train.open(sizes, order=torch.cat(own), epoch=epoch)
+        return network, self._parts(batches, own, [len(batch) for batch in whole])
 
-        Raises:
-            CacheError: When features cannot be cached although `cache=True` asks for it.
-        """
+    def _whole(self, batches: Batches) -> Parts:
+        with closing(batches):
+            for inputs, targets in batches:
+                yield Part(inputs, targets, len(targets), self.loss.total_weight(targets))
+
+    def _parts(self, batches: Batches, own: Sequence[Tensor], counts: Sequence[int]) -> Parts:
+        device = self.train.inputs.device.torch_device
+        nothing = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
+        if self.loss.threshold is not None:
+            nothing = nothing[0], torch.empty(0, self.num_classes, device=device)
+        with closing(batches):
+            for part, count in zip(own, counts, strict=True):
+                inputs, targets = next(batches) if len(part) else nothing
+                weight = float(self.loss.total_weight(targets))  # host sync where classes have weights
+                whole = total(weight if math.isfinite(weight) else 0.0, "the weight of a batch")
+                yield Part(inputs, targets, count, whole or math.inf)
+
+    def check_feeds(self) -> None:
+        """Refuse, with `CacheError` where `cache=True` asks for it, what can be seen before anything is computed."""
         for feed in (self.train, self.validation):
             if feed is not None:
                 feed.check()
@@ -74,15 +107,7 @@ class Run:
 def open_run(training: Training, train: Feed, validation: Feed | None, *, epochs: int, batch_size: int | None) -> Run:
     """Check the data of a call against model, loss and schedule before a weight changes.
 
-    Args:
-        training: What is to be trained.
-        train: The training images.
-        validation: The validation images. One of them is read now: data that cannot be used would cost an epoch later.
-        epochs: 1 or more.
-        batch_size: 1 or more; 32 if None. A `DataLoader` has its own.
-
-    Raises:
-        TransferKitError: When an argument or the data cannot be used.
+    One of the validation images is read now: data that cannot be used would cost an epoch later.
     """
     epochs = whole_number("epochs", epochs)
     follow_model(training, train.display)
@@ -97,7 +122,7 @@ def open_run(training: Training, train: Feed, validation: Feed | None, *, epochs
     schedule = training.schedule
     if schedule is SCHEDULES["auto"] and (num_steps is None or has_scheduler(training.optimizer)):
         schedule = SCHEDULES["constant"]
-    return Run(train, validation, loss, size, epochs, num_steps, schedule)
+    return Run(train, validation, loss, len(training.model.classes), size, epochs, num_steps, schedule)
 
 
 def follow_model(training: Training, display: Display) -> None:
@@ -110,6 +135,13 @@ def follow_model(training: Training, display: Display) -> None:
     hold_parameters(training.optimizer, training.model)
     if names := freeze_statistics(training.model):
         display.say(f"batch norm whose parameters are frozen keeps its statistics, too: {', '.join(names)}")
+    for name, module in training.model.named_modules() if world_size() > 1 else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not stays_in_eval(module):
+            raise ProcessError(
+                f"{name} ({type(module).__name__}) trains, and would normalise by the part of a batch that each of "
+                f"{world_size()} processes has: the result would depend on their number. Freeze it, or start one "
+                "process."
+            )
 
 
 def warn_of_high_lr(training: Training) -> None:
@@ -144,11 +176,7 @@ def check_trains(model: nn.Module, run: Run) -> None:
 
 
 def choose_batch_size(source: Source, batch_size: int | None) -> int:
-    """Return the batch size asked for, or 32.
-
-    Raises:
-        ArgumentError: When it is no whole number of 1 or more, or the data is a `DataLoader`.
-    """
+    """Return the batch size asked for, or 32; `ArgumentError` if it is none, or the data is a `DataLoader`."""
     if batch_size is not None and source.num_images is None:
         raise ArgumentError(
             f"batch_size={batch_size} has no effect on a DataLoader, which makes its own batches: leave it out."
@@ -156,14 +184,28 @@ def choose_batch_size(source: Source, batch_size: int | None) -> int:
     return BATCH_SIZE if batch_size is None else whole_number("batch_size", batch_size)
 
 
-def check_alone() -> None:
-    """Refuse several ranks: each would train a model of its own on all of the data."""
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise DeviceError(
-            f"this process is rank {distributed.get_rank()} of {distributed.get_world_size()}, and Trainer trains in "
-            "one process: each rank would train a model of its own. Use the model with DistributedDataParallel in your "
-            "own loop, with transferkit.Device, or start one process."
+def check_same_weights(model: nn.Module, what: str) -> None:
+    """Refuse, with `ProcessError`, processes whose weights differ; costs a checksum of what trains."""
+    if world_size() > 1:
+        trainable = trainable_state(model).items()
+        check_same({name: zlib.crc32(raw_bytes(value.detach())) for name, value in trainable}, f"the weights in {what}")
+
+
+def check_same_data(source: Source, model: nn.Module, what: str, **facts: object) -> None:
+    """Refuse, with `ProcessError`, processes that were given other data, weights or arguments than the first."""
+    if world_size() > 1:
+        check_same({"images": check_shared(source, what), "data": source.digest(), **facts}, what)
+        check_same_weights(model, what)
+
+
+def check_shared(source: Source, what: str) -> int:
+    """Return how many images several processes share; a `DataLoader` is a `ProcessError`."""
+    if source.num_images is None:
+        raise ProcessError(
+            f"{what}: a DataLoader makes its own batches, which {world_size()} processes cannot share. Pass its data "
+            "set itself, loader.dataset."
         )
+    return source.num_images
 
 
 def without_loader(data: object, num_workers: int) -> tuple[object, int]:

@@ -1,11 +1,13 @@
 """The linear head of a model, solved to its optimum on cached features."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from transferkit.base.processes import broadcast, copy_from_rank_0, world_size
 from transferkit.errors import CacheError, HeadMismatchError
 from transferkit.features.feed import Feed
 from transferkit.linear.choice import STRENGTHS, LinearHead, solve
@@ -19,12 +21,8 @@ from transferkit.training.training import Training
 def solve_head(training: Training, train: Feed, validation: Feed | None, *, l2: float | None, folds: int) -> LinearHead:
     """Give the linear head of a model the weights that are best by its loss, and its temperature.
 
-    Args:
-        training: Its model, loss and seed are used; what its optimizer remembers of the head is dropped.
-        train: The training images. Each of their views is a row of its own.
-        validation: Images to choose the strength by, instead of cross-validation.
-        l2: Strength of the L2 penalty, above 0; None chooses it.
-        folds: Parts of the cross-validation.
+    Each view of a training image is a row. Validation images choose the penalty instead of cross-validation in `folds`
+    parts; `l2` is the penalty, above 0, if it is chosen already. What the optimizer remembers of the head is dropped.
 
     Raises:
         HeadMismatchError: When the head is not linear.
@@ -49,6 +47,10 @@ def solve_head(training: Training, train: Feed, validation: Feed | None, *, l2: 
         seed=training.seed,
         count_correct=partial(count_correct, threshold=model.threshold),
     )
+    if world_size() > 1:  # all solve it, which takes no longer, and that of the first counts
+        copy_from_rank_0([solved.weight, solved.bias, solved.mean, solved.std, solved.held_out, solved.logits])
+        l2, path = broadcast((solved.l2, solved.path), "the solved head")
+        solved = replace(solved, l2=l2, path=path)
     with torch.no_grad():
         weight, bias = (solved.weight, solved.bias) if standardize else solved.folded()
         if standardize is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from transferkit.base.interrupts import Interrupts
+from transferkit.base.processes import gather, part_of
 from transferkit.base.randomness import seeded
 from transferkit.data.sources import epoch_order
 from transferkit.linear.design import divisors
@@ -37,7 +38,9 @@ def measure_features(training: Training, run: Run, interrupts: Interrupts) -> No
             begin_training(
                 training.model
             )  # batch norm that trains normalises by each batch, now as in the steps that follow
-            network, batches = run.train.open(run.batch_size, order=None if order is None else order[:MOST_IMAGES])
+            if order is not None:
+                order = order[:MOST_IMAGES][part_of(min(len(order), MOST_IMAGES))]
+            network, batches = run.train.open(run.batch_size, order=order)
             with closing(batches):
                 count = 0
                 for inputs, targets in interrupts.watched(batches):
@@ -52,7 +55,7 @@ def measure_features(training: Training, run: Run, interrupts: Interrupts) -> No
         for name, value in training.model.named_buffers():
             value.copy_(buffers[name])
     for layer, features in seen.items():
-        rows = torch.cat(features).double()
+        rows = gather(torch.cat(features).double() if features else None, "features of the head")
         rows = rows[rows.isfinite().all(dim=1)]
         if len(rows):
             kinds = [part.stop - part.start for part in training.model.columns]

@@ -10,6 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from transferkit.base.display import Display
+from transferkit.base.processes import broadcast, rank
 from transferkit.data.augmentation import Augment, describe_augmentation
 from transferkit.errors import CheckpointError
 from transferkit.model.freezing import first_trainable
@@ -110,12 +111,14 @@ def read_run(
     display: Display,
 ) -> dict[str, Any] | None:
     """Return the state to resume from, checked against the facts of this call; None if the folder has none yet."""
-    found = read_newest(path)
+    found = read_newest(path) if rank() == 0 else None  # other processes may not see the folder
+    if found is not None:
+        found = found[0], complete_training_state(training, found[1], found[0])
+    found = broadcast(found, "the checkpoint")
     if found is None:
         display.say(f"{path} has no checkpoint yet: a new run starts")
         return None
     file, state = found
-    state = complete_training_state(training, state, file)
     moved = FREEZING if facts[FREEZING[1]] == state["model"]["frozen"] else ()  # in the run, and here by the same run
     check_progress(state.get("run"), facts, training.model.state_dict(), origin=str(file), but=moved)
     callbacks.before_first_step(state["progress"]["global_step"], resumed_from=file)

@@ -3,19 +3,23 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import Optimizer
 
+from transferkit.base.processes import part_of, sum_gradients, world_size
 from transferkit.base.randomness import seeded
 from transferkit.compute.device import Device
 from transferkit.compute.finite import BufferCopies, gradients_are_finite
 from transferkit.compute.out_of_memory import is_out_of_memory, reserve_state, within_memory
 from transferkit.errors import OutOfMemoryError
 from transferkit.training.loss import Loss
-from transferkit.training.training import Training
+from transferkit.training.metrics import count_correct
+from transferkit.training.training import Part, Training
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +33,8 @@ class Step:
         correct: Number of images that were right, `()`, on the device; see `count_correct`.
         count: Number of images.
         lr: Learning rate of the last parameter group, the head's.
-        logits: `(N, K)`, on the device, before the update.
-        targets: int64 `(N,)` or float32 `(N, K)`, on the device.
+        logits: `(N, K)`, on the device, before the update. Of several processes, each has those of its own part.
+        targets: int64 `(N,)` or float32 `(N, K)`, on the device, of the same images.
     """
 
     epoch: int
@@ -48,66 +52,61 @@ class Update(NamedTuple):
 
     Attributes:
         loss: Mean loss, float32 `()`, on the device.
+        correct: Number of images that were right, `()`, on the device; see `count_correct`.
         logits: `(N, K)`, on the device, before the update.
         finite: Whether loss and gradients were finite, bool `()`, on the device; if not, nothing was changed.
         micro_batch_size: Images that passed through at once.
     """
 
     loss: Tensor
+    correct: Tensor
     logits: Tensor
     finite: Tensor
     micro_batch_size: int
 
 
-def training_step(
-    network: nn.Module, inputs: Tensor, targets: Tensor, *, training: Training, loss: Loss, micro_batch_size: int
-) -> Update:
+def training_step(network: nn.Module, batch: Part, *, training: Training, loss: Loss, micro_batch_size: int) -> Update:
     """Make one update of the weights from one batch, unless a number in it is not finite.
 
-    Gradients of the micro-batches add up to those of the whole batch (batch norm's statistics aside); the memory needed
-    is that of one micro-batch.
+    Gradients of the micro-batches, and of the parts that several processes have, add up to those of the whole batch
+    (batch norm's statistics aside); the memory needed is that of one micro-batch.
 
     Args:
         network: In training mode, on the device: a model, or what follows its frozen layers.
-        inputs: Preprocessed images, float `(N, 3, H, W)`, or features, on the device.
-        targets: int64 `(N,)` or float32 `(N, K)`, on the device.
+        batch: On the device.
         training: The gradients that its optimizer holds are cleared first; those of this step stay until the next.
         loss: From `Loss.for_run`.
         micro_batch_size: 1 or more.
     """
     device, optimizer = training.device, training.optimizer
     optimizer.zero_grad(set_to_none=True)
-    total_weight = loss.total_weight(targets)
-    batch_loss = torch.zeros((), device=inputs.device)
-    outputs, size = [], micro_batch_size
-    for part, part_targets in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):
+    batch_loss = torch.zeros((), device=batch.inputs.device)
+    outputs = [torch.empty(0, len(training.model.classes), device=batch.inputs.device)]
+    for part, part_targets in batch.split(micro_batch_size):
         with device.autocast():
             logits = network(part)
-        part_loss = loss.sum(logits, part_targets) / total_weight
+        part_loss = loss.sum(logits, part_targets) / batch.weight
         device.backward(part_loss)
         batch_loss += part_loss.detach()
         outputs.append(logits.detach())
+    logits = torch.cat(outputs)
+    correct = count_correct(logits, batch.targets, training.model.threshold)
+    batch_loss, correct = sum_gradients(_trainable(optimizer), batch_loss, correct)
     finite = batch_loss.isfinite() if device.scaler.is_enabled() else gradients_are_finite(batch_loss, optimizer)
     device.apply(optimizer, clip_grad_norm=training.clip_grad_norm, finite=finite)
-    return Update(batch_loss, torch.cat(outputs), finite, micro_batch_size)
+    return Update(batch_loss, correct, logits, finite, micro_batch_size)
 
 
-def guarded_step(
-    network: nn.Module, inputs: Tensor, targets: Tensor, *, training: Training, loss: Loss, seed: int
-) -> Update:
-    """Make a training step that leaves nothing half done.
+def _trainable(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
-    Where memory runs out, the forward and backward passes start again from the same random numbers with micro-batches
-    of half the size. A step that fails, or whose numbers are not finite, leaves gradients and batch norm's statistics
-    as they were.
 
-    Args:
-        network: As in `training_step`.
-        inputs: As in `training_step`.
-        targets: As in `training_step`.
-        training: As in `training_step`.
-        loss: As in `training_step`.
-        seed: Dropout depends on it.
+def guarded_step(network: nn.Module, batch: Part, *, training: Training, loss: Loss, seed: int) -> Update:
+    """Make a training step that leaves nothing half done; the arguments are those of `training_step`.
+
+    Where memory runs out, the forward and backward passes start again from the same random numbers, which `seed`
+    determines, with micro-batches of half the size. A step that fails, or whose numbers are not finite, leaves
+    gradients and batch norm's statistics as they were.
 
     Raises:
         OutOfMemoryError: When one image is too much or there is no room for the optimizer's state, and nothing was
@@ -116,14 +115,16 @@ def guarded_step(
     buffers = BufferCopies(network)
 
     def attempt(size: int) -> Update:
-        with seeded(seed, training.device.torch_device), update_not_repeated(training.optimizer, training.device):
-            return training_step(network, inputs, targets, training=training, loss=loss, micro_batch_size=size)
+        random = seeded(seed, training.device.torch_device)
+        once = update_not_repeated(training.optimizer, training.device)
+        with dropout_of_part(network, batch.count), random, once:
+            return training_step(network, batch, training=training, loss=loss, micro_batch_size=size)
 
     def undo() -> None:
         training.optimizer.zero_grad(set_to_none=True)
         buffers.restore()
 
-    size = min(training.micro_batch_size or len(targets), len(targets))
+    size = max(1, min(training.micro_batch_size or batch.count, len(batch.targets)))
     try:
         update, _ = within_memory(attempt, size, device=training.device, what="a training step", undo=undo)
     except BaseException:
@@ -131,6 +132,25 @@ def guarded_step(
         raise
     buffers.restore_unless(update.finite)
     return update
+
+
+@contextmanager
+def dropout_of_part(network: nn.Module, count: int) -> Iterator[None]:
+    """Let dropout zero what it would zero of a whole batch of so many images, of which this process has its part."""
+    layers = [layer for layer in network.modules() if type(layer) is nn.Dropout and layer.training]
+    rows = part_of(count)
+
+    def forward(inputs: Tensor, *, p: float) -> Tensor:
+        factors = functional.dropout(inputs.new_ones(count, *inputs.shape[1:]), p)
+        return inputs * factors[rows.start : rows.start + len(inputs)]
+
+    for layer in layers if world_size() > 1 else ():
+        layer.forward = partial(forward, p=layer.p)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
 
 
 @contextmanager

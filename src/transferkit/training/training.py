@@ -4,12 +4,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from transferkit.compute.device import Device
 from transferkit.model.head import TransferModel
 from transferkit.training.loss import Loss
 from transferkit.training.schedules import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a process has of a batch: in one process all of it.
+
+    Attributes:
+        inputs: Preprocessed images, float `(N, 3, H, W)`, or features; `(0,)` if others have all images.
+        targets: int64 `(N,)` or float32 `(N, K)`.
+        count: Images in the whole batch.
+        weight: What the loss of the whole batch is divided by.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    count: int
+    weight: Tensor | float
+
+    def split(self, size: int) -> list[tuple[Tensor, Tensor]]:
+        """Return inputs and targets in micro-batches."""
+        if not len(self.targets):
+            return []
+        return list(zip(torch.split(self.inputs, size), torch.split(self.targets, size), strict=True))
 
 
 @dataclass(slots=True)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -14,6 +13,7 @@ import torch
 from transferkit.base.arguments import positive, whole_number
 from transferkit.base.calls import explained
 from transferkit.base.display import Display
+from transferkit.base.processes import broadcast, clock, rank, together
 from transferkit.base.randomness import derive_seed, seeded
 from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device
@@ -84,6 +84,7 @@ class _Plan:
 
 
 @explained
+@together("fine_tune")
 @own_surroundings()
 def fine_tune(
     backbone: Backbone,
@@ -168,7 +169,7 @@ def fine_tune(
         Kumar et al., 2022, "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution",
         arXiv:2202.10054: the head first, then the layers before it.
     """
-    started = time.perf_counter()
+    started = clock()
     end = math.inf if budget is None else started + positive("budget", budget)
     display = Display(verbose)
     with seeded(derive_seed(whole_number("seed", seed, at_least=0), "head")):
@@ -194,28 +195,28 @@ def fine_tune(
         held_out = trainer._open_source(validation_data, num_workers, on_bad_image, display)
     elif wanted:
         train, held_out = split_validation(every, HELD_OUT, seed, multi_label=model.threshold is not None)
-    computing = time.perf_counter()
+    computing = clock()
     trainer._features_of(train, num_workers, display)
-    solving = time.perf_counter()
+    solving = clock()
     solved = trainer.solve(train, verbose=verbose)
-    features_s, solver_s = solving - computing, time.perf_counter() - solving
+    features_s, solver_s = solving - computing, clock() - solving
     deeper = False
     if wanted and held_out is not None:
         image_s = features_s / (train.num_images or 1)
         size = whole_number("batch_size", batch_size)
         job = _Job(trainer, every, train, held_out, size, augment, end, image_s, folder, display)
-        plan = _read_plan(folder, freeze_until, epochs) or job.plan(freeze_until, epochs)
+        plan = broadcast(_read_plan(folder, freeze_until, epochs), "the plan") or job.plan(freeze_until, epochs)
         if plan is None:
             display.say(f"no time for deeper training within {budget:.0f} s")
         deeper = plan is not None and job.train(plan)
     if not deeper:
-        left = end - time.perf_counter()
+        left = end - clock()
         views = int(min(VIEWS, _SPARE * left / (features_s + solver_s)))
         if augment is not None and views > 1:
             trainer.solve(every, augment=augment, n_views=views, verbose=verbose)
         elif train is not every:
             trainer.solve(every, l2=None if left > solver_s else solved.l2, verbose=verbose)
-    display.say(f"{time.perf_counter() - started:.0f} s in all; temperature {model.temperature:.2f}")
+    display.say(f"{clock() - started:.0f} s in all; temperature {model.temperature:.2f}")
     return trainer
 
 
@@ -260,7 +261,7 @@ class _Job:
             epoch_s = step_s * steps + image_s * (self.held_out.num_images or 0)
             for number in range(most, (epochs or FEWEST_EPOCHS) - 1, -1):
                 needed = (self._views(number) or 1) * count * image_s + number * epoch_s
-                if needed < _SPARE * (self.end - time.perf_counter()):
+                if needed < _SPARE * (self.end - clock()):
                     return _Plan(layer, number, self._views(number))
         return None
 
@@ -276,7 +277,7 @@ class _Job:
             f"{plan.boundary or 'the first layer'} on, {plan.epochs} epochs of training follow"
         )
         freeze(model, plan.boundary)
-        if self.folder is not None:
+        if self.folder is not None and rank() == 0:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             (Path(self.folder) / PLAN).write_text(json.dumps(asdict(plan)))
         solved = BestWeights(model)
@@ -298,7 +299,7 @@ class _Job:
         """Train on all images from the solved head, and let the model be the mean of both runs' weights."""
         trainer, model = self.trainer, self.trainer.model
         more = (self.every.num_images or 0) / (self.train_source.num_images or 1)
-        if more * seconds > _SPARE * (self.end - time.perf_counter()):
+        if more * seconds > _SPARE * (self.end - clock()):
             return
         self.display.say(f"once more on all {self.every.num_images:,} images; the mean of both runs' weights remains")
         first = BestWeights(model)
@@ -317,11 +318,11 @@ class _Job:
         self, plan: _Plan, data: Source, held_out: Source | None, folder: str | PathLike[str] | None
     ) -> tuple[bool, float]:
         """Train from where the model is; return whether all epochs of the plan were made, and the seconds it took."""
-        started = time.perf_counter()
+        started = clock()
         ends: list[float] = []
 
         def late(_trainer: Any, _report: Any) -> bool:
-            ends.append(time.perf_counter())
+            ends.append(clock())
             return len(ends) > 1 and 2 * ends[-1] - ends[-2] > self.end  # another epoch would be over too late
 
         callbacks: list[Any] = [WeightAverage(DECAY), late]
@@ -342,7 +343,7 @@ class _Job:
             )
         except KeyboardInterrupt:
             self.display.say("interrupted: the best model so far")
-        return self.trainer.epoch == first + plan.epochs, time.perf_counter() - started
+        return self.trainer.epoch == first + plan.epochs, clock() - started
 
     def _views(self, epochs: int) -> int | None:
         return None if self.augment is None else min(MOST_VIEWS, (epochs + 1) // 2)  # each is seen twice
@@ -355,7 +356,7 @@ class _Job:
         freeze(self.trainer.model, layer)
         seconds = []
         for _ in range(3):  # the first computes features, and the second may still warm up; nothing changes
-            started = time.perf_counter()
+            started = clock()
             self.trainer.lr_find(
                 few,
                 batch_size=self.batch_size,
@@ -364,7 +365,7 @@ class _Job:
                 n_views=self._views(1),
                 verbose=0,
             )
-            seconds.append(time.perf_counter() - started)
+            seconds.append(clock() - started)
         table = summary(self.trainer.model)
         share = sum(table.share(part) for part in table.layers if part.cached)
         freeze(self.trainer.model, "head")

@@ -10,6 +10,7 @@ import torch
 from transferkit.base.arguments import whole_number
 from transferkit.base.calls import explained
 from transferkit.base.display import Display
+from transferkit.base.processes import broadcast, together
 from transferkit.base.randomness import seeded
 from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device, find_device
@@ -28,6 +29,7 @@ from transferkit.training.loss import Loss, LossFunction, find_loss
 
 
 @explained
+@together("probe")
 @own_surroundings()
 def probe(
     backbone: Backbone,
@@ -111,4 +113,4 @@ def probe(
             spent = time.perf_counter() - started
             scores.append(ProbeScore(layers, size, best.accuracy, best.accuracy_error, best.loss, best.l2, spent))
             display.say(f"{','.join(layers)} at {size} px: {best.accuracy:.4f} ± {best.accuracy_error:.4f}")
-    return Probe(scores, seconds)
+    return Probe(*broadcast((scores, seconds), "the probe"))

@@ -6,7 +6,6 @@ import itertools
 import math
 import random
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +19,8 @@ from torch import nn
 from transferkit.base.arguments import positive, whole_number
 from transferkit.base.calls import explained
 from transferkit.base.display import QUIET, Display
+from transferkit.base.processes import alone, broadcast, clock, exchange, together, world_size
+from transferkit.base.processes import rank as rank_of_process
 from transferkit.base.randomness import derive_seed, seeded
 from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device, find_device
@@ -155,6 +156,7 @@ class SearchResult:
 
 
 @explained
+@together("search")
 @own_surroundings()
 def search(
     build: Callable[..., TransferModel],
@@ -244,7 +246,7 @@ def search(
             "lambda: attach_head(backbone, classes)."
         )
     display, seed = Display(verbose), whole_number("seed", seed, at_least=0)
-    end = math.inf if budget is None else time.perf_counter() + positive("budget", budget)
+    end = math.inf if budget is None else clock() + positive("budget", budget)
     sets = _choose(space, num_trials, seed)
     rounds = [(len(sets), {})] if reduction_factor is None else _rounds(sets, reduction_factor)
     place = find_device(device, precision)
@@ -301,12 +303,7 @@ class _Trials:
             self.facts += [*facts, derive_seed(re.sub(" at 0x[0-9a-f]+", "", repr(sets)))]
             self.facts += [[source.num_images, source.digest()] for source in self._open(trainer)]
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.held = read_checkpoint(self.folder / FILE) if (self.folder / FILE).exists() else {}
-            if self.held.get("search", self.facts) != self.facts:
-                raise ArgumentError(
-                    f"folder={str(self.folder)!r} holds another search: expected the same models, space, data, seed "
-                    "and device. Name another folder."
-                )
+            self.held = broadcast(_read_search(self.folder, self.facts), "trials")
 
     def best_of(self, sets: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """Return the best of the sets that were tried last, in their order; before the first trial all of them."""
@@ -328,7 +325,7 @@ class _Trials:
                 trainer = self._trainer(group[0].params) if len(group) > 1 else None
                 size = 1 if trainer is None else how_many_together(trainer.training)
                 for part in (group[start : start + size] for start in range(0, len(group), size)):
-                    if time.perf_counter() > self.end:
+                    if clock() > self.end:
                         return
                     if trainer is not None and len(part) > 1:
                         self._train_together(part, trainer)
@@ -341,7 +338,8 @@ class _Trials:
     def result(self) -> SearchResult:
         if self.best_model is None and self.refused is not None:
             raise self.refused
-        return SearchResult([trial for _, trial in sorted(self.made.items())], self.best_model)
+        trials = broadcast([trial for _, trial in sorted(self.made.items())], "trials")
+        return SearchResult(trials, self.best_model)
 
     def _trainer(self, params: Mapping[str, Any], model: TransferModel | None = None) -> Trainer:
         """Return a trainer of a model, by default of a new one."""
@@ -374,7 +372,7 @@ class _Trials:
 
     def _train(self, run: _Run) -> None:
         """Make a run with `Trainer.fit`."""
-        trainer, last, started = self._trainer(run.params), max(run.numbers), time.perf_counter()
+        trainer, last, started = self._trainer(run.params), max(run.numbers), clock()
         record = partial(self._record, run, started)
         source, held_out = self._open(trainer)
 
@@ -395,12 +393,17 @@ class _Trials:
 
     def _train_together(self, runs: Sequence[_Run], trainer: Trainer) -> None:
         """Make the runs of heads in one pass; one that fails there is left for `_train`, which finds the reason."""
-        params, started = runs[0].params, time.perf_counter()
+        params, before, best = runs[0].params, {*self.made}, self.best
+        runs = runs[rank_of_process() :: world_size()]  # of several processes each trains heads of its own
+        with alone():
+            started = clock()
         feed = trainer._feeds(params.get("augment"), params.get("n_views"), QUIET)
         self.features = trainer
         try:
             feeds = [feed(*pair) for pair in zip(self._open(trainer), ("training", "validation"), strict=True)]
-            with trainer._alone("fit"), trainer._interrupts:
+            for each in feeds if world_size() > 1 else ():
+                each.open(1)  # which computes the features together
+            with alone(), trainer._alone("fit"), trainer._interrupts:
                 heads: dict[HeadRun, _Run] = {}
                 for run in runs:
                     training, size = self._trainer(run.params, trainer.model).training, params.get("batch_size")
@@ -408,13 +411,27 @@ class _Trials:
                     check_schedule(opened.schedule, opened.num_steps)
                     opened.check_feeds()
                     heads[HeadRun(training, opened)] = run
-                for head in train_heads([*heads], interrupts=trainer._interrupts):
+                for head in train_heads([*heads], interrupts=trainer._interrupts) if heads else ():
                     weights = {f"head.{name}": weight for name, weight in head.best.items()}
                     model = partial(_with_weights, trainer.model, weights)
                     self._record(heads[head], started, head.history, model, share=len(runs))
         except _FAILURES as failure:
             if not (is_out_of_memory(failure) or isinstance(failure, OutOfMemoryError)):
-                self._fail(runs, failure, started)
+                with alone():
+                    self._fail(runs, failure, started)
+        self._share(before, best, trainer.model)
+
+    def _share(self, before: set[int], best: tuple[float, int], model: TransferModel) -> None:
+        """Exchange the trials that each process made since, and the weights of the best."""
+        own = {number: trial for number, trial in self.made.items() if number not in before}
+        found = self.best_model if self.best > best else None
+        weights = {} if found is None else {name: value.cpu() for name, value in trainable_state(found).items()}
+        for trials, other, state in exchange((own, self.best, weights), "trials"):
+            for number, trial in trials.items():
+                if number not in self.made:
+                    self._add(number, trial)
+            if other > self.best:
+                self.best, self.best_model = other, _with_weights(model, state)
 
     def _record(
         self, run: _Run, started: float, history: History, model: Callable[[], TransferModel], *, share: int = 1
@@ -422,7 +439,7 @@ class _Trials:
         """Record the trials that have as many epochs as a history."""
         score = _score(history)
         error = "validation loss was never finite: try a lower learning rate." if math.isnan(score) else ""
-        seconds = (time.perf_counter() - started) / share
+        seconds = (clock() - started) / share
         for number in run.numbers.get(len(history.reports), []):
             if number not in self.made:
                 self._add(number, Trial(self.sets[number], History([*history.reports]), score, seconds, error))
@@ -435,7 +452,7 @@ class _Trials:
         if not isinstance(failure, NonFiniteError | OutOfMemoryError):
             self.refused = self.refused or failure
         for number in (number for run in runs for number in run.trials() if number not in self.made):
-            seconds = time.perf_counter() - started
+            seconds = clock() - started
             self._add(number, Trial(self.sets[number], History(), math.nan, seconds, reason))
 
     def _add(self, number: int, trial: Trial) -> None:
@@ -456,7 +473,7 @@ class _Trials:
             self.best, self.best_model = rank, _with_weights(model, self.held["weights"])
 
     def _save(self) -> None:
-        if self.folder is None:
+        if self.folder is None or rank_of_process():
             return
         every = [self.made.get(number) for number in range(len(self.sets))]
         trials = [
@@ -469,6 +486,17 @@ class _Trials:
         if self.best_model is not None:
             state |= {"best": -self.best[1], "weights": trainable_state(self.best_model)}
         write_checkpoint(self.folder / FILE, state)
+
+
+def _read_search(folder: Path, facts: list[Any]) -> dict[str, Any]:
+    """Return what a folder holds of a search; `ArgumentError` if it is another one."""
+    held = read_checkpoint(folder / FILE) if (folder / FILE).exists() else {}
+    if held.get("search", facts) != facts:
+        raise ArgumentError(
+            f"folder={str(folder)!r} holds another search: expected the same models, space, data, seed and device. "
+            "Name another folder."
+        )
+    return held
 
 
 def _report(figures: dict[str, Any]) -> EpochReport:

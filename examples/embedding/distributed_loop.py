@@ -1,0 +1,58 @@
+"""A loop of your own in several processes: DistributedDataParallel or FSDP2 around what trains, features from a cache.
+
+Run from a clone: torchrun --nproc-per-node=2 examples/embedding/distributed_loop.py ddp
+or fsdp2 instead of ddp
+"""
+
+import sys
+
+import torch
+from subset import WEIGHTS, read_images
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+import transferkit as tk
+
+
+def main() -> None:
+    device = tk.Device("auto")  # under torchrun each process takes a GPU of its own
+    distributed.init_process_group("nccl" if device.torch_device.type == "cuda" else "gloo")
+    torch.manual_seed(0)  # the same head in each process
+    images, targets, classes = read_images("train", per_class=50)
+    test = read_images("test", per_class=25)[:2]
+    backbone = tk.load_backbone("vgg16", weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=32)
+    model = tk.freeze_until(tk.attach_head(backbone, classes, hidden=(64,)), "head")
+    before = [value.clone() for value in model.split()[0].state_dict().values()]
+
+    features = tk.cache_features(model, (images, targets), device=device)  # each computes its part, all have all
+    rows, _ = features.numpy()
+    model.head.standardize.mean.copy_(torch.from_numpy(rows.mean(axis=0)))
+    model.head.standardize.std.copy_(torch.from_numpy(rows.std(axis=0) + 1e-6))
+    frozen, suffix = model.split()  # only what trains is wrapped: no find_unused_parameters, no frozen weight is sent
+    wrapped = fully_shard(suffix) if sys.argv[1:] == ["fsdp2"] else DistributedDataParallel(suffix)
+    optimizer = torch.optim.Adam(wrapped.parameters(), lr=1e-3)  # after wrapping: fsdp2 replaces the parameters
+    sampler = DistributedSampler(features, seed=0)
+    loader = DataLoader(features, batch_size=32 // distributed.get_world_size(), sampler=sampler)
+    for epoch in range(5):
+        sampler.set_epoch(epoch)
+        wrapped.train()  # what freeze_until froze stays in eval mode
+        for inputs, labels in device.batches(loader):
+            with device.autocast():
+                loss = cross_entropy(wrapped(inputs), labels)
+            device.step(loss, optimizer, clip_grad_norm=1.0)
+
+    wrapped.eval()
+    with torch.no_grad(), device.autocast():
+        correct = (wrapped(frozen(backbone.preprocess(device.move(test[0])))).argmax(dim=1).cpu() == test[1]).sum()
+    if distributed.get_rank() == 0:
+        same = all(map(torch.equal, before, (value.cpu() for value in frozen.state_dict().values())))
+        print(f"frozen layers unchanged: {same}")
+        print(f"accuracy {correct.item() / len(test[1]):.3f}")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
