@@ -1,6 +1,6 @@
 """What several processes cost and bring: bytes sent in a step, and the fill of the cache.
 
-    torchrun --nproc-per-node=2 benchmarks/processes.py    and    python benchmarks/processes.py
+    torchrun --standalone --nproc-per-node=2 benchmarks/processes.py    and    python benchmarks/processes.py
 
 Both with OMP_NUM_THREADS=1. Each prints one line of JSON: seconds of the fill, and bytes of a step by what trains.
 """

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 def start(script: str, size: int, *arguments: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     """Run a script beside this file in so many processes."""
-    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={size}", f"--max-restarts={restarts}"]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", f"--max-restarts={restarts}"]
     command = [sys.executable, *(launch if size > 1 else []), str(HERE / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600, check=False)
 
