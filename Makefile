@@ -36,6 +36,7 @@ bench:           ## install the other libraries and run all benchmarks (an hour;
 	$(PYTHON) benchmarks/compare.py --job head224 --peer-epochs 2 --json head224.json
 	$(PYTHON) benchmarks/compare.py --job full64 --repetitions 3 --json full64.json
 	$(PYTHON) benchmarks/scaling.py --plot scaling.png
+	$(PYTHON) benchmarks/search.py
 	$(PYTHON) benchmarks/peak_memory.py
 	$(PYTHON) benchmarks/host_memory.py
 	$(PYTHON) benchmarks/safety.py

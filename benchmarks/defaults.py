@@ -57,7 +57,7 @@ def stepped(data: Subset, **arguments: Any) -> Callable[[tk.Backbone], tk.Traine
 
 def deeper(data: Subset, **constants: Any) -> Callable[[tk.Backbone], tk.Trainer]:
     def run(backbone: tk.Backbone) -> tk.Trainer:
-        module = sys.modules["transferkit.fine_tune"]  # tk.fine_tune is the function
+        module = sys.modules["transferkit.fine_tuning"]
         with patch.multiple(module, **constants):
             return tk.fine_tune(backbone, data, epochs=6, freeze_until="block4", verbose=0)
 

@@ -61,8 +61,11 @@ def read_guarantees() -> list[Guarantee]:
 def mutants_of(guarantee: Guarantee, package: Path = ROOT / "src" / "transferkit") -> Iterator[Mutant]:
     """Yield all mutants of a guarantee's definition, the equivalent ones too."""
     stem, _, name = guarantee.definition.rpartition(":")
+    outermost = re.compile(rf"^(def|class) {name.split('.')[0]}\b", re.MULTILINE)
     for path in sorted(package.rglob(f"{stem or '*'}.py")):
-        module = ast.parse(path.read_text())
+        if not outermost.search(text := path.read_text()):
+            continue
+        module = ast.parse(text)
         if (definition := find_definition(module, name)) is not None:
             before = ast.unparse(module)
             for label, after in mutants(module, definition):

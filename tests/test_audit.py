@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+import transferkit as tk
 from tiny import CLASSES, make_backbone, make_images
 from transferkit import audit
 from transferkit.analysis.duplicates import find_copies, thumbnails
@@ -232,6 +233,28 @@ def test_each_image_is_read_once(monkeypatch):
     monkeypatch.setattr("transferkit.data.samples.Samples.why_not_repeatable", lambda *_: None)  # reads some twice
     audited(Counted())
     assert sorted(read) == sorted([0, *range(30)])  # the first one once more, to see that the data can be used
+
+
+@pytest.mark.parametrize("form", ["arrays", "data set"])
+def test_its_features_are_those_of_later_runs(tmp_path, capsys, form):
+    """Features in a folder serve whoever trains on the same images, also images larger than the network takes."""
+    images, targets = photographs(12), torch.arange(12) % 3
+    data = (images, targets) if form == "arrays" else list(zip(images, targets.tolist(), strict=True))
+    audited(data, cache=tmp_path)
+    model = tk.freeze_until(tk.attach_head(make_backbone(), CLASSES), "head")
+    tk.cache_features(model, data, cache=tmp_path, device="cpu", precision="fp32", verbose=2)
+    assert "features of 12 images: known already" in capsys.readouterr().out
+
+
+def test_a_loader_that_shuffles_is_refused_before_any_work():
+    """A `DataLoader` in order is its data set; one in another order is refused, as training or validation images."""
+    data = make_images(24)
+    plain = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=8)
+    assert len(audited(plain, plain).of("leak")) == 24
+    shuffled = torch.utils.data.DataLoader(plain.dataset, shuffle=True)
+    for given in [(shuffled, None), (data, shuffled)]:
+        with pytest.raises(ArgumentError, match=r"DataLoader .* cannot be audited: pass its Dataset"):
+            audited(*given)
 
 
 def test_the_model_and_the_generators_stay():

@@ -137,7 +137,7 @@ def test_a_resumed_run_has_the_same_average(tmp_path, validated):
     whole, history = run(callbacks=[tk.Checkpoint(tmp_path / "run", every_steps=1, keep_last=100)])
     paths = sorted((tmp_path / "run").glob("step-*.pt"))
     assert len(paths) == 9
-    for path in paths:
+    for path in paths[::4]:  # in the first epoch, in the middle of the second, at the end
         resumed, again = run(seed=5, resume_from=path)
         assert changed(weights_of(whole), resumed) == set(), path
         assert figures(again) == figures(history)

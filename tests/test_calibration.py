@@ -8,7 +8,7 @@ import torch
 
 from transferkit.errors import EmptyDataError, NonFiniteError
 from transferkit.linear.temperature import HIGHEST, LOWEST, fit_temperature
-from transferkit.results.calibration import expected_calibration_error
+from transferkit.results.assessment import expected_calibration_error
 from transferkit.training.loss import BinaryCrossEntropy, CrossEntropy
 
 LOGITS = 6 * torch.randn(200, 4, generator=torch.Generator().manual_seed(0))

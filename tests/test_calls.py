@@ -119,7 +119,9 @@ def test_what_is_plain_works(trainer, tmp_path):
         tk.load_backbone("vgg11", weights=None, image_size=(64, 96))
     assert _find_weights("imagenet", "vgg16") == VGG16_Weights.DEFAULT
     assert _find_weights("imagenet1k_features", "vgg16") == VGG16_Weights.IMAGENET1K_FEATURES
-    assert type(tk.Trainer(trainer.model, optimizer="SGD").optimizer) is torch.optim.SGD
+    built = [tk.Trainer(trainer.model, optimizer=name).optimizer for name in ("SGD", "sgd")]
+    assert type(built[0]) is torch.optim.SGD
+    assert [group["lr"] for group in built[0].param_groups] == [group["lr"] for group in built[1].param_groups]
     assert tk.Trainer(trainer.model, metrics=["accuracy"]).metrics == {}
     folder = tmp_path / "runs" / "a"
     history = trainer.fit(DATA, epochs=2, verbose=0, callbacks=[tk.Checkpoint(folder)])

@@ -85,7 +85,7 @@ def test_the_formula_is_scikit_learns(scikit_learn):
     assert balanced(TARGETS) == pytest.approx(expected.tolist(), rel=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("form", ["tensor", "array", "list", "column", "int32", "one-hot"])
 def test_arrays(seed, form):
     """Weights of arrays of any form, with random counts, are those of the formula, and their sum over images is N."""

@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import transferkit as tk
-from tiny import environment, make_images
+from tiny import environment, make_images, python
 from transferkit.command import actions
 from transferkit.command.chart import chart
 from transferkit.command.images import open_parts, open_training
@@ -593,11 +593,26 @@ def test_a_run_that_was_ended_continues(tmp_path):
     assert (tmp_path / "run" / "report.html").exists()
 
 
+HELP = """
+import sys
+from transferkit.command.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    print([name for name in ("torch", "numpy", "transferkit.api") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["trian"]], ids=" ".join)
+def test_help_comes_without_torch(arguments):
+    """Help, and the line for a misspelt command, do not wait for torch: the library is imported when it is used."""
+    assert python(HELP, *arguments).endswith("[]\n")
+
+
 @pytest.mark.slow
 def test_the_library_does_not_import_its_command():
-    """`import transferkit` reads no part of the command."""
-    program = "import sys, transferkit; print([name for name in sys.modules if name.startswith('transferkit.command')])"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), check=True
+    """A program that uses the library reads no part of the command."""
+    program = (
+        "import sys, transferkit; transferkit.Trainer; print(*filter(lambda name: '.command' in name, sys.modules))"
     )
-    assert done.stdout == "[]\n"
+    assert python(program) == "\n"

@@ -156,7 +156,7 @@ def test_in_a_terminal_there_are_bars_and_lines_stay_whole(together):
     expected, errors = (part.decode() for part in plain.communicate(timeout=LIMIT_S))
     assert errors == ""
     parent, child = pty.openpty()
-    termios.tcsetwinsize(child, (60, 200))  # or tqdm draws nothing
+    termios.tcsetwinsize(child, (60, 80))  # as wide as lines in a pipe; without a size tqdm draws nothing
     process = run_program(1, stdout=child if together else subprocess.PIPE, stderr=child)
     os.close(child)
     lines = [b""]

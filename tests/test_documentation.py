@@ -18,10 +18,9 @@ def test_tests_that_the_documentation_names_exist() -> None:
     """Every `test_file.py::test_name` on a page is a test."""
     named = {match for page in PAGES for match in re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text())}
     there = {
-        (path.name, node.name)
+        (path.name, name)
         for path in (ROOT / "tests").rglob("test_*.py")
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.FunctionDef)
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
     }
     assert len(named) > 30
     assert named - there == set()
@@ -100,7 +99,27 @@ def test_defaults_are_those_of_the_code() -> None:
     rows = re.findall(r"^\| `([\w.]+(?:\(\w+=\)|\.[A-Z_]+))` \| `(.+?)`", text, re.MULTILINE)
     assert len(rows) > 25
     assert {name: ast.literal_eval(value) for name, value in rows} == {name: default_of(name) for name, _ in rows}
-    module = importlib.import_module("transferkit.fine_tune")
-    constants = {f"fine_tune.{name}" for name in vars(module) if re.fullmatch(r"[A-Z][A-Z_]+", name)}
-    listed = {name for name, _ in rows if re.fullmatch(r"fine_tune\.[A-Z_]+", name)}
-    assert constants - {"fine_tune.PLAN", "fine_tune.ALL_IMAGES"} == listed
+    module = importlib.import_module("transferkit.fine_tuning")
+    constants = {f"fine_tuning.{name}" for name in vars(module) if re.fullmatch(r"[A-Z][A-Z_]+", name)}
+    listed = {name for name, _ in rows if re.fullmatch(r"fine_tuning\.[A-Z_]+", name)}
+    assert constants - {"fine_tuning.PLAN", "fine_tuning.ALL_IMAGES"} == listed
+
+
+def messages_of_the_library() -> list[str]:
+    """Every text in the library's code, with `...` for each value in it."""
+    texts = []
+    for path in Path(transferkit.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in parts))
+    return texts
+
+
+def test_messages_that_troubleshooting_quotes_are_raised() -> None:
+    """Each message in the table of docs/how-to/troubleshooting.md is one that the library has."""
+    page = (ROOT / "docs" / "how-to" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    texts = messages_of_the_library()
+    assert len(quoted) > 20
+    patterns = {message: re.compile(".*".join(map(re.escape, message.split("..."))), re.DOTALL) for message in quoted}
+    assert [message for message, pattern in patterns.items() if not any(map(pattern.search, texts))] == []

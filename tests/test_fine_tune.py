@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 
 import numpy as np
 import pytest
@@ -11,10 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
 from tiny import CLASSES, make_backbone, make_images, weights_of
+from transferkit import fine_tuning
 from transferkit.errors import ArgumentError, CacheError, TransferKitError
 from transferkit.training.progress import BestWeights
-
-fine_tuning = sys.modules["transferkit.fine_tune"]  # the package has the function under this name
 
 PLAIN = {"device": "cpu", "precision": "fp32", "verbose": 0}
 

@@ -76,11 +76,12 @@ def test_exactly_the_parameters_before_a_layer_are_frozen(layer: str) -> None:
 @pytest.mark.parametrize(("block", "place"), [(1, 0), (2, 5), (3, 10), (4, 17), (5, 24)])
 def test_a_block_its_first_layer_and_its_module_are_one_boundary(block: int, place: int) -> None:
     """A block, its first convolution and torchvision's features.N freeze the same."""
+    names = dict(meta_backbone("vgg16").named_parameters())
     expected = [f"features.{n}.{kind}" for n in range(place) for kind in ("weight", "bias")]
 
     for layer in (f"block{block}", f"block{block}_conv1", f"features.{place}"):
         frozen = frozen_names(tk.freeze_until(meta_backbone("vgg16"), layer))
-        assert frozen == [name for name in expected if name in dict(meta_backbone("vgg16").named_parameters())]
+        assert frozen == [name for name in expected if name in names]
 
 
 def test_block5_of_vgg16_leaves_three_convolutions() -> None:

@@ -481,33 +481,6 @@ def test_an_own_head_for_other_layers_is_refused(backbone: tk.Backbone) -> None:
 
 # --- split
 
-BOUNDARIES = [
-    *(f"block{block}_{kind}" for block in range(1, 6) for kind in ("conv1", "bn1", "relu1", "pool")),
-    *("head", "head.logits", None),
-]
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("layer", BOUNDARIES)
-def test_suffix_after_prefix_is_the_model(make_backbone: Maker, layer: str | None, *, training: bool) -> None:
-    """For every boundary suffix(prefix(x)) is model(x) bit for bit, the prefix has nothing to train, and running
-    the suffix does not overwrite what the prefix gave.
-    """
-    model = tk.attach_head(make_backbone(batch_norm=True), 3, hidden=(16,))
-    tk.freeze_until(model, layer).train(training)
-    images = torch.randn(4, 3, 32, 32)
-    prefix, suffix = model.split()
-    expected = copy.deepcopy(model)(images)  # a copy: in training mode a call moves batch norm's statistics
-
-    features = prefix(images)
-    kept = features.clone()
-    got = suffix(features)
-
-    assert torch.equal(got, expected)
-    assert torch.equal(features, kept)
-    assert not any(parameter.requires_grad for parameter in prefix.parameters())
-    assert [*prefix, *suffix] == [*model.backbone.features, model.head]
-
 
 @pytest.mark.parametrize(
     ("layer", "length"), [("block1", 0), ("block2", 5), ("block3", 10), ("block4", 17), ("block5", 24), ("head", 31)]

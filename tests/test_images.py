@@ -211,7 +211,7 @@ def test_a_file_and_an_image_turned_as_the_warning_says_are_upright():
 EXIF = [b"", b"Exif\0\0" + b"garbage!" * 4, b"Exif\0\0II*\0", b"MM\0*\0\0\0\x08\xff\xff", b"\0" * 40, "text"]
 
 
-@pytest.mark.parametrize("exif", [*EXIF, *range(60)], ids=lambda exif: str(exif)[:12])
+@pytest.mark.parametrize("exif", [*EXIF, *range(12)], ids=lambda exif: str(exif)[:12])
 @pytest.mark.filterwarnings("ignore")
 def test_unreadable_exif_is_no_orientation(exif):
     """Whatever a camera wrote into the EXIF block, the pixels are used as they are stored."""

@@ -45,8 +45,8 @@ def broken_torchvision(folder: Path, statement: str) -> Path:
     ids=["operator", "symbol", "library", "missing"],
 )
 def test_a_torchvision_for_another_torch_is_explained(tmp_path: Path, statement: str) -> None:
-    """Importing transferkit with a torchvision that does not load says why, both versions, and what to install."""
-    done = run_python("import transferkit", broken_torchvision(tmp_path, statement))
+    """A torchvision that does not load is told when the library is first used: why, both versions, what to install."""
+    done = run_python("from transferkit import Trainer", broken_torchvision(tmp_path, statement))
     last = done.stderr.strip().splitlines()[-1]
 
     assert done.returncode == 1

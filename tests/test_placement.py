@@ -70,7 +70,7 @@ def test_forward_pass_and_loss_stay_on_the_card(card: tk.Device, boundary: str |
     total = kind.sum(logits, targets) / kind.total_weight(targets)
     sums = Sums(CARD)
     correct = count_correct(logits, targets, 0.5 if loss == "binary" else None)
-    sums.add(total.detach(), correct, logits, targets)
+    sums.add(total.detach(), correct, len(images), logits=logits, targets=targets)
     assert (logits.device, total.device, logits.shape) == (CARD, CARD, (4, 3))
 
 

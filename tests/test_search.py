@@ -32,7 +32,7 @@ from transferkit.errors import (
 )
 from transferkit.model.freezing import first_trainable
 from transferkit.results.history import EpochReport, History
-from transferkit.search import SearchResult, Trial
+from transferkit.searching import SearchResult, Trial
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_images_resized_in_memory_train_as_files_do(search, folder, monkeypatch)
     space = {"lr": [1e-2], "freeze_until": ["block5"], "epochs": [2], "batch_size": [4], "augment": [["flip", "crop"]]}
     dataset = ImageFolder(folder)
     in_memory = search(space, dataset, validation_split=0.4)
-    monkeypatch.setattr(sys.modules["transferkit.search"], "resized", lambda *_, **__: None)
+    monkeypatch.setattr(sys.modules["transferkit.searching"], "resized", lambda *_, **__: None)
     from_files = search(space, dataset, validation_split=0.4)
     assert figures(in_memory.trials[0].history) == figures(from_files.trials[0].history)
     assert differences(in_memory.best_model_.state_dict(), from_files.best_model_.state_dict()) == []
@@ -385,30 +385,39 @@ def test_what_cannot_be_trained_together_is_trained_alone(search, data, alone, p
 
 
 def test_a_head_of_ones_own_is_trained_alone(search, data, alone):
-    """A head that may do anything, and one with hooks."""
+    """A head that may do anything, one with hooks, and one behind a frozen layer with hooks, which is not cached."""
 
     class Own(torch.nn.Sequential):
         pass
 
-    def hooked():
-        model = search.build()
-        model.head.logits.register_forward_hook(lambda *_: None)
+    def hooked(name):
+        model = copy.deepcopy(search.build())
+        model.get_submodule(name).register_forward_hook(lambda *_: None)
         return model
 
-    for build in (lambda: search.build(head=Own(torch.nn.Flatten(), torch.nn.LazyLinear(3))), hooked):
+    own = Own(torch.nn.Flatten(), torch.nn.LazyLinear(3))
+    builds = [partial(search.build, head=own), partial(hooked, "head.logits"), partial(hooked, "backbone.features.0")]
+    for build in builds:
         search({"lr": [1e-3, 1e-2], "freeze_until": ["head"], "epochs": [1]}, data, build=build, validation_data=data)
-    assert len(alone) == 4
+    assert len(alone) == 6
 
 
-def test_a_head_that_diverges_does_not_touch_the_others(search, data, alone):
+def jumps(logits, targets):
+    """A loss that is infinite where its gradient is not."""
+    far = logits.detach().abs().max() > 5
+    return torch.nn.functional.cross_entropy(logits, targets) + torch.where(far, torch.inf, 0.0)
+
+
+@pytest.mark.parametrize(("rates", "loss"), [([1e-2, 1e38, 1e-3], None), ([1e-3, 1.0, 1e-4], jumps)])
+def test_a_head_that_diverges_does_not_touch_the_others(search, data, alone, rates, loss):
     """It is trained alone, which finds the reason; those trained with it are as they would be without it."""
-    space = {"lr": [1e-2, 1e38, 1e-3], "freeze_until": ["head"], "optimizer": ["sgd"], "epochs": [3], "batch_size": [8]}
-    result = search(space, data, validation_data=data)
+    space = {"lr": rates, "freeze_until": ["head"], "optimizer": ["sgd"], "loss": [loss], "epochs": [3]}
+    result = search({**space, "batch_size": [8]}, data, validation_data=data)
     assert len(alone) == 1
     assert "is infinite, NaN or too large, first in" in result.trials[1].error
     for trial in (result.trials[0], result.trials[2]):
         fit = {"epochs": 3, "batch_size": 8, "validation_data": data}
-        _, history = by_hand(search.build, data, lr=trial.params["lr"], optimizer="sgd", fit=fit)
+        _, history = by_hand(search.build, data, lr=trial.params["lr"], optimizer="sgd", loss=loss, fit=fit)
         assert figures(trial.history) == rounded(history)
 
 
@@ -477,6 +486,9 @@ def test_no_trial_begins_when_the_time_is_over(search, data, alone):
     space = {"lr": [1e-3, 1e-2, 1e-1], "freeze_until": ["block5"], "epochs": [1]}
     result = search(space, data, validation_data=data, budget=1e-9)
     assert (result.trials, result.best_model_, alone) == ([], None, [])
+    assert result.cv_results_["params"] == []
+    with pytest.raises(NonFiniteError, match="every one of 0 trials failed"):
+        result.best_params_  # noqa: B018
     assert len(search(space, data, validation_data=data, budget=1000).trials) == 3
     with pytest.raises(ArgumentError, match="budget=-1"):
         search(space, data, validation_data=data, budget=-1)
@@ -516,7 +528,7 @@ def test_a_search_goes_on_where_it_was_killed(search, data, tmp_path, monkeypatc
     whole = search(space, data, validation_data=data)
     begun = []
     for name in ("_train", "_train_together"):
-        made = getattr(sys.modules["transferkit.search"]._Trials, name)
+        made = getattr(sys.modules["transferkit.searching"]._Trials, name)
 
         def noted(self, *given, made=made):
             begun.append(given)
@@ -524,7 +536,7 @@ def test_a_search_goes_on_where_it_was_killed(search, data, tmp_path, monkeypatc
                 raise KeyboardInterrupt
             made(self, *given)
 
-        monkeypatch.setattr(sys.modules["transferkit.search"]._Trials, name, noted)
+        monkeypatch.setattr(sys.modules["transferkit.searching"]._Trials, name, noted)
     with pytest.raises(KeyboardInterrupt):
         search(space, data, validation_data=data, folder=tmp_path / "runs")
     result = search(space, data, validation_data=data, folder=tmp_path / "runs")
@@ -537,20 +549,6 @@ def test_a_search_goes_on_where_it_was_killed(search, data, tmp_path, monkeypatc
     assert len(begun) == 7
     assert again.cv_results_ == result.cv_results_
     assert differences(again.best_model_.state_dict(), whole.best_model_.state_dict()) == []
-
-
-def test_best_weights_that_were_not_saved_are_trained_again(search, data, tmp_path, alone):
-    """A process that ended between the two files: the trial whose weights are missing is made once more."""
-    space = {"lr": [1e-30, 1e-2], "freeze_until": ["block5"], "epochs": [4]}
-    whole = search(space, data, validation_data=data, folder=tmp_path)
-    assert whole.best_index_ == 1
-    other = search({**space, "lr": [1e-30]}, data, validation_data=data, folder=tmp_path / "other")
-    shutil.copy(tmp_path / "other" / "best.pt", tmp_path / "best.pt")
-    alone.clear()
-    result = search(space, data, validation_data=data, folder=tmp_path)
-    assert len(alone) == 1
-    assert differences(result.best_model_.state_dict(), whole.best_model_.state_dict()) == []
-    assert other.best_index_ == 0
 
 
 def test_a_folder_of_another_search_is_refused(search, data, tmp_path, make_backbone):
@@ -569,8 +567,8 @@ def test_a_folder_of_another_search_is_refused(search, data, tmp_path, make_back
     ]:
         with pytest.raises(ArgumentError, match=message):
             search({**space, **other}, train, **{**given, **changes})
-    (tmp_path / "trials.json").write_text("{")
-    with pytest.raises(CheckpointError, match="Delete the folder to begin anew"):
+    (tmp_path / "search.pt").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot read .*search\.pt"):
         search(space, data, **given)
 
 

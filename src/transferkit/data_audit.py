@@ -24,7 +24,7 @@ from transferkit.data.inputs import Images
 from transferkit.data.open import open_data
 from transferkit.data.preprocessing import Preprocessing
 from transferkit.data.samples import path_of
-from transferkit.data.sources import Batch, Source
+from transferkit.data.sources import Batch, DatasetSource, Source
 from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError
 from transferkit.features.cache import FeatureCache, open_folder
@@ -174,7 +174,14 @@ class _Images:
             self.sizes[indices] = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)
             self.targets[indices] = class_indices(targets)
             self.raw = not (isinstance(images, Tensor) and images.is_floating_point())
-            yield _shrunk(images, preprocess), targets, indices
+            yield self._as_others_read(images, preprocess), targets, indices
+
+    def _as_others_read(self, images: Images, preprocess: Preprocessing | None) -> Images:
+        """Return images in as many pixels as the source would have had: features in a folder are found by them."""
+        if preprocess is None or not isinstance(self.source, DatasetSource):
+            return images
+        shrunk = [preprocess.shrink(image) for image in images]
+        return torch.stack(shrunk) if len({image.shape for image in shrunk}) == 1 else shrunk
 
     def label(self, index: int) -> str:
         return self.classes[int(self.targets[index])]
@@ -198,14 +205,6 @@ class _Images:
         """Return the images whose score is far from 0, the farthest first."""
         order = scores.abs().argsort(descending=True, stable=True)[: int((scores.abs() > FAR).sum())]
         return [self.finding(kind, index, float(scores[index]), detail(index)) for index in order.tolist()]
-
-
-def _shrunk(images: Images, preprocess: Preprocessing | None) -> Images:
-    """Return images in no more pixels than a preprocessing needs, as a source does."""
-    if preprocess is None:
-        return images
-    shrunk = [preprocess.shrink(image) for image in images]
-    return torch.stack(shrunk) if len({image.shape for image in shrunk}) == 1 else shrunk
 
 
 def held_out(

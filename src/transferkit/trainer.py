@@ -248,7 +248,8 @@ class Trainer:
         self._training.optimizer, self._training.optimizer_mode = build_optimizer(value, self.model, None, None), "eval"
 
     @property
-    def training(self) -> Training:  # what functions of other modules take of a trainer
+    def training(self) -> Training:
+        """What a run changes and needs, for functions of the library's other modules."""
         return self._training
 
     @property
@@ -742,6 +743,7 @@ class Trainer:
 
         Raises:
             ArgumentError: When `learn_known` was not called since the model was trained.
+            NonFiniteError: When the model makes infinity or NaN of an image.
         """
         with self._passing(images, batch_size, num_workers, with_targets=False) as (network, batches):
             return predict_known(network, batches, training=self._training)[1]

@@ -284,8 +284,7 @@ OPTIMIZERS = ["adam", "adamw", "rmsprop", functools.partial(torch.optim.Adagrad,
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
-@pytest.mark.parametrize("clip_grad_norm", [None, 1.0])
-@pytest.mark.parametrize("scale", [1e20, 1e30, 1e37])
+@pytest.mark.parametrize(("scale", "clip_grad_norm"), [(1e20, None), (1e30, 1.0), (1e37, None)])
 def test_a_gradient_whose_square_overflows_is_not_applied(make_backbone, data, optimizer, clip_grad_norm, scale):
     """It would make second moments infinite for good, or be clipped to nothing: the step is an error that names it."""
     model = tk.freeze_until(tk.attach_head(make_backbone(), CLASSES, head=Scaled(scale, 2)), "head")
@@ -506,8 +505,8 @@ FUSED = {
 }
 
 
-@pytest.mark.parametrize("gradient", [1.0, math.nan, math.inf])
-@pytest.mark.parametrize("made", [0, 1, 3])
+@pytest.mark.parametrize("gradient", [1.0, math.nan])
+@pytest.mark.parametrize("made", [0, 2])
 @pytest.mark.parametrize("name", FUSED)
 def test_a_fused_step_is_made_only_where_it_may(name, made, gradient):
     """After a step that may not be made, weights and every later step are those of an optimizer without it."""

@@ -14,6 +14,7 @@ SAME = 0.2  # two images are copies if their thumbnails differ by less than this
 
 _LEAST_CONTRAST = 1.0  # grey levels; images with less have no content to compare
 _BLOCK_NUMBERS = 2**24  # of distances that are held at a time
+_PAIRS = 2**16  # of thumbnails that are compared at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +63,16 @@ def find_copies(small: Tensor, reference: Tensor | None = None) -> list[Copy]:
     for rows, columns in _near(small[first], others[firsts], within=reference is None):
         indices, of = first[rows], firsts[columns]
         differences, mirrored = _differences(small[indices], others[of])
-        for pair in zip(indices.tolist(), of.tolist(), differences.tolist(), mirrored.tolist(), strict=True):
+        same = differences < SAME
+        for pair in zip(*(each[same].tolist() for each in (indices, of, differences, mirrored)), strict=True):
             copy = Copy(*pair)
-            if copy.difference < SAME and (copy.index not in found or copy.of < found[copy.index].of):
+            if copy.index not in found or copy.of < found[copy.index].of:
                 found[copy.index] = copy
-    for index, same in enumerate(same_as):  # the same thumbnail as an earlier image
-        if same != index and reference is None:
-            found[index] = Copy(index, same, 0.0, mirrored=False)
-        elif same in found:
-            found[index] = replace(found[same], index=index)
+    for index, earlier in enumerate(same_as):  # an image with the same thumbnail, or itself
+        if earlier != index and reference is None:
+            found[index] = Copy(index, earlier, 0.0, mirrored=False)
+        elif earlier in found:
+            found[index] = replace(found[earlier], index=index)
     return [found[index] for index in sorted(found)]
 
 
@@ -96,7 +98,7 @@ def _near(small: Tensor, others: Tensor, *, within: bool) -> Iterator[tuple[Tens
         if within:
             pairs = pairs[:, pairs[1] < pairs[0]]
         if pairs.numel():
-            yield pairs[0], pairs[1]
+            yield from ((part[0], part[1]) for part in torch.split(pairs, _PAIRS, dim=1))
 
 
 def _even(small: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ class Display:
 
     def __init__(self, verbose: int) -> None:
         if verbose not in (0, 1, 2):
-            raise ArgumentError(f"verbose={verbose!r} is not known: expected 0 (nothing), 1 (lines, bars) or 2.")
+            expected = "0 (nothing), 1 (lines and bars) or 2 (lines only)"
+            raise ArgumentError(f"verbose={verbose!r} is not known: expected {expected}.")
         self.verbose = int(verbose)
         self._tqdm = _find_tqdm() if verbose == 1 else None
 

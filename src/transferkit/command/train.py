@@ -15,7 +15,7 @@ from transferkit.command.images import open_training
 from transferkit.command.report import report
 from transferkit.data_audit import audit
 from transferkit.errors import ArgumentError
-from transferkit.fine_tune import fine_tune
+from transferkit.fine_tuning import fine_tune
 from transferkit.saving.model import save_model
 from transferkit.trainer import Trainer
 

@@ -129,7 +129,8 @@ def names_in(labels: Any) -> list[str] | None:
     for index, value in enumerate(values):
         if not isinstance(value, str):
             raise TargetError(
-                f"label {value!r} at index {index} is missing, or no name as the others are: leave that image out, or name it."
+                f"label {value!r} at index {index} is missing, or no name as the others are: leave that image out, or "
+                "name it."
             )
     return values
 

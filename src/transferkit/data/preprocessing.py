@@ -48,8 +48,8 @@ class Preprocessing:
             (`VGG16_Weights.IMAGENET1K_V1.transforms()`): the shorter side becomes 256/224 of `image_size`, the middle
             is kept, and sizes are truncated. `"letterbox"` resizes the longer side to `image_size` and adds bars of
             the mean colour. `"squash"` resizes both sides, so that nothing is lost but the proportions.
-        scaled_decoding: Whether JPEG files are decoded at a half, a quarter or an eighth of their size where that is at
-            least twice what they are resized to; never for `"torchvision"`.
+        scaled_decoding: Whether a JPEG file is decoded at an eighth, a quarter or half of its size if that divides both
+            sides and is at least twice the size it is resized to. Never for `"torchvision"`.
 
     Raises:
         ArgumentError: `geometry` is none of these.
@@ -131,10 +131,13 @@ class Preprocessing:
         return self._scale(image[None], high, wide)[0]  # what is cut already would be resized once more
 
     def request_size(self, file: Image.Image) -> None:
-        """Let an image file whose pixels have not been decoded be decoded at a size that is enough, if it is a JPEG."""
+        """Let a file that has not been decoded yet be decoded at the size that `scaled_decoding` allows."""
         if self.scaled_decoding and self.geometry != "torchvision":
-            high, wide = self._sides_of(file.height, file.width)
-            file.draft(None, (2 * wide, 2 * high))
+            (width, height), (high, wide) = file.size, self._sides_of(file.height, file.width)
+            most = min(width // (2 * wide), height // (2 * high))
+            # rounded sides would change the proportions, and so what is cut out
+            scale = next((each for each in (8, 4, 2) if each <= most and width % each == height % each == 0), 1)
+            file.draft(None, (width // scale, height // scale))
 
     def _scale(self, images: Tensor, high: int, wide: int) -> Tensor:
         if images.shape[2:] == (high, wide):

@@ -38,7 +38,7 @@ def resized(
         return None
     images, targets = [], []
     try:
-        for batch, batch_targets, _ in source.batches(32, seed=None, order=None):
+        for batch, batch_targets, _ in source.batches(32, seed=None, order=None, preprocess=preprocess):
             if isinstance(batch, Tensor) and batch.is_floating_point():
                 return None
             images.append(preprocess.resize(device.move(batch)).cpu())

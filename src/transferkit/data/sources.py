@@ -84,9 +84,7 @@ class ArraySource:
         if targets is not None and len(self.targets) != self.num_images:
             raise TargetError(f"{self.num_images} images but {len(self.targets)} targets: expected one for each.")
 
-    def batches(
-        self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
-    ) -> Iterator[Batch]:
+    def batches(self, batch_size: Sizes, *, order: Tensor | None, **_: Any) -> Iterator[Batch]:
         for indices in _in_batches(order, self.num_images, batch_size):
             yield self.images[indices], self.targets[indices] if len(self.targets) else _NO_TARGETS, indices.tolist()
 
@@ -196,9 +194,7 @@ class LoaderSource:
                 f"batch_size {loader.batch_size}, drop_last={loader.drop_last}. Expected 1 batch or more."
             )
 
-    def batches(
-        self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
-    ) -> Iterator[Batch]:
+    def batches(self, batch_size: Sizes, **_: Any) -> Iterator[Batch]:
         first = 0
         for number, batch in enumerate(_made_by(self.loader)):
             what = f"batch {number} of the DataLoader"
@@ -311,10 +307,8 @@ class SubsetSource:
         self.indices = indices
         self.num_images = len(indices)
 
-    def batches(
-        self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
-    ) -> Iterator[Batch]:
-        return self.source.batches(batch_size, seed=seed, order=self._in_source(order), preprocess=preprocess)
+    def batches(self, batch_size: Sizes, *, order: Tensor | None, **how: Any) -> Iterator[Batch]:
+        return self.source.batches(batch_size, order=self._in_source(order), **how)
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
         return self.source.why_not_repeatable(self._in_source(indices))

@@ -14,7 +14,6 @@ from transferkit.base.arguments import fraction, whole_number
 from transferkit.data.open import open_data
 from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError, printable
-from transferkit.results.calibration import expected_calibration_error
 from transferkit.results.figures import open_axes
 from transferkit.results.gallery import WRONG, draw_images, read_pixels
 from transferkit.results.tabular import html_table, text_table
@@ -56,6 +55,21 @@ def confusion_matrix(targets: npt.ArrayLike, predicted: npt.ArrayLike, num_class
         raise ArgumentError(f"{len(true)} targets but {len(guessed)} predicted: expected one for each image.")
     pairs = true.astype(np.int64) * num_classes + guessed.astype(np.int64)
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes).astype(np.int64)
+
+
+def expected_calibration_error(probabilities: npt.NDArray[np.float64], targets: Integers, *, bins: int = 15) -> float:
+    """Return the mean distance between confidence and accuracy, 0 to 1, over bins of equal width (Guo et al., 2017).
+
+    Targets are class indices `(N,)`, and the confidence of an image is the largest of its probabilities `(N, K)`. Or
+    they are labels `(N, K)`, 0 and 1: each label is a case of its own, and right where the image has it.
+    """
+    if targets.ndim == 2:
+        confidence, right = probabilities.ravel(), (targets >= 0.5).ravel()
+    else:
+        confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
+    bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # (0, 1/bins], (1/bins, 2/bins], ...
+    distances = np.abs(np.bincount(bin_of, right - confidence, minlength=bins))  # in each bin, times its size
+    return float(distances.sum() / len(confidence))
 
 
 class ClassFigures(NamedTuple):

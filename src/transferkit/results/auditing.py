@@ -2,9 +2,8 @@
 
 import csv
 import os
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,15 +60,14 @@ class Audit:
         findings: All of them, in the order of `KINDS`.
         assessment: What the solved head made of each training image in the fold that left it out. Its
             `confusion_matrix()` tells which classes are mixed up.
-        precision: Of the check: fraction of labels exchanged on purpose among as many that looked worst. None if
-            there was none.
+        precision: Of the check: fraction of labels exchanged on purpose among as many that looked worst.
         sources: The training and the validation images, for pictures.
     """
 
     findings: list[Finding]
     assessment: Assessment
-    precision: float | None = None
-    sources: Sequence[Source] = field(default=())
+    precision: float
+    sources: Sequence[Source]
 
     def of(self, kind: str) -> list[Finding]:
         """Return the findings of one kind, such as "label"; an unknown one is an `ArgumentError`."""
@@ -96,17 +94,16 @@ class Audit:
         return draw_images(images, titles, colors=[WRONG] * len(found), ax=ax)
 
     def __str__(self) -> str:
-        counts = Counter(finding.kind for finding in self.findings)
         count = len(self.assessment.targets)
         lines = [f"{count:,} images, accuracy {self.assessment.accuracy:.4f} of a head that did not see them"]
         for kind, what in KINDS.items():
-            lines.append(f"{counts[kind]:6,}  {what}")
-            lines += [f"        {each.path or f'image {each.index}'}: {each.detail}" for each in self.of(kind)[:3]]
-        if self.precision is not None:
-            lines.append(
-                f"Look before you delete: when 5 % of the labels were exchanged on purpose, {self.precision:.0%} of as "
-                "many labels that looked worst were those. The others are hard images, from which a model learns most."
-            )
+            found = self.of(kind)
+            lines.append(f"{len(found):6,}  {what}")
+            lines += [f"        {each.path or f'image {each.index}'}: {each.detail}" for each in found[:3]]
+        lines.append(
+            f"Look before you delete: when 5 % of the labels were exchanged on purpose, {self.precision:.0%} of as "
+            "many labels that looked worst were those. The others are hard images, from which a model learns most."
+        )
         pairs = [f"{true} for {guess} ({times})" for true, guess, times in self.assessment.most_confused(3)]
         lines.append(f"classes most often mixed up (true for predicted): {', '.join(pairs) or 'none'}")
         return "\n".join(lines)

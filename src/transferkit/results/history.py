@@ -60,9 +60,7 @@ class EpochReport:
     @property
     def figures(self) -> dict[str, float]:
         """Every figure that was measured, by name, in the order training, validation, others."""
-        own = {name: value for name, value in vars(self).items() if value is not None}
-        known = [name for name in self.__dataclass_fields__ if name in own]
-        return {name: own[name] for name in [*known, *(name for name in own if name not in known)]}
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, EpochReport) and vars(self) == vars(other)

@@ -100,11 +100,15 @@ def _described(state: Mapping[str, Any]) -> dict[str, Any]:
     default = POOLING if state["layers"] else FLATTEN  # of a head of the user's own
     return {
         "backbone": state["backbone"],
-        "preprocessing": asdict(Preprocessing(**state["preprocessing"])),
+        "preprocessing": asdict(_preprocessing(state)),
         "labels of an image:": "one" if state["threshold"] is None else "several",
         "layers": state["layers"],
         "pooling": state["head"].get("pooling") if state["head"] else default,
     }
+
+
+def _preprocessing(state: Mapping[str, Any]) -> Preprocessing:
+    return Preprocessing(**{"scaled_decoding": False, **state["preprocessing"]})  # older files do not say it
 
 
 def check_loadable(model: object) -> None:
@@ -160,7 +164,7 @@ def _check_description(state: Mapping[str, Any]) -> Preprocessing:
     if len(state["classes"]) < 2:
         raise CheckpointError(f"the checkpoint has {len(state['classes'])} classes: expected 2 or more.")
     try:
-        found = Preprocessing(**{"scaled_decoding": False, **state["preprocessing"]})  # older files do not say it
+        found = _preprocessing(state)
         usable = all(isinstance(part, tuple) and len(part) == 3 for part in (found.mean, found.std, found.channels))
         usable = usable and all(type(number) is float and math.isfinite(number) for number in (*found.mean, *found.std))
         usable = usable and min(found.std) > 0 and sorted(map(str, found.channels)) == [*"012"]
@@ -171,8 +175,8 @@ def _check_description(state: Mapping[str, Any]) -> Preprocessing:
     if not usable:
         raise CheckpointError(
             f"the checkpoint has the preprocessing {shown(dict(state['preprocessing']))}: expected three finite means, "
-            "three standard deviations above 0, an order of three channels and an image_size of "
-            f"{MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE:,} pixels."
+            "three standard deviations above 0, an order of three channels, an image_size of "
+            f"{MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE:,} pixels and, for scaled_decoding, True or False."
         )
     return found
 

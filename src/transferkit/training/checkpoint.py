@@ -5,29 +5,18 @@ import re
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from transferkit.base.arguments import whole_number
 from transferkit.base.calls import explained
 from transferkit.base.files import kind_of, lock_folder
 from transferkit.base.processes import rank
 from transferkit.errors import ArgumentError, CheckpointError, CheckpointTypeError, CheckpointWriteError
-from transferkit.model.head import TransferModel
 from transferkit.results.history import EpochReport
 from transferkit.saving.archive import check_plain, read_checkpoint, write_checkpoint
 from transferkit.saving.model import frozen_path, leave_out_frozen
 
 _NAME = re.compile(r"step-(\d+)\.pt")
-
-
-class Resumable(Protocol):
-    """What `Checkpoint` saves: a `Trainer`."""
-
-    model: TransferModel
-    global_step: int
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
 
 
 @explained
@@ -81,17 +70,17 @@ class Checkpoint:
                 f"checkpoints cannot be kept in {folder}: {error}. Expected a folder."
             ) from error
 
-    def __call__(self, trainer: Resumable, report: EpochReport) -> None:
+    def __call__(self, trainer: Any, report: EpochReport) -> None:
         """Save after every `every_epochs` epochs."""
         if (report.epoch + 1) % self.every_epochs == 0:
             self.try_to_save(trainer)
 
-    def after_step(self, trainer: Resumable) -> None:
+    def after_step(self, trainer: Any) -> None:
         """Save after every `every_steps` steps."""
         if self.every_steps is not None and trainer.global_step % self.every_steps == 0:
             self.try_to_save(trainer)
 
-    def try_to_save(self, trainer: Resumable) -> Path | None:
+    def try_to_save(self, trainer: Any) -> Path | None:
         """Save, and return the path, or `None` if that failed: then warn and keep the error in `failure`."""
         if rank():  # the first of several processes saves; they have the same state
             return None
@@ -104,7 +93,7 @@ class Checkpoint:
         self.failure = None
         return path
 
-    def save(self, trainer: Resumable) -> Path:
+    def save(self, trainer: Any) -> Path:
         """Write the state of a trainer, then remove older checkpoints; return the path.
 
         Raises:
@@ -141,7 +130,7 @@ class Checkpoint:
             return steps_in(self.folder)
         return []
 
-    def on_stop(self, trainer: Resumable) -> Path | None:
+    def on_stop(self, trainer: Any) -> Path | None:
         """Save a run that something ends early; return the file's path, None if that failed."""
         return self.try_to_save(trainer)
 

@@ -16,7 +16,7 @@ from transferkit.base.randomness import derive_seed, seeded
 from transferkit.compute.finite import MAX_GRADIENT
 from transferkit.data.sources import epoch_order
 from transferkit.features.feed import Feed
-from transferkit.features.prefix import is_intercepted
+from transferkit.features.prefix import is_intercepted, pure_prefix
 from transferkit.model.head import Standardize
 from transferkit.model.modes import begin_training, evaluating
 from transferkit.results.history import EpochReport, History
@@ -65,6 +65,7 @@ def how_many_together(training: Training) -> int:
     layers = [head, *head.children()]
     usable = (
         len(suffix) == 1
+        and not pure_prefix(training.model)[1]
         and type(head) is nn.Sequential
         and len(head) > 1
         and isinstance(head[0], nn.Flatten)
@@ -106,16 +107,18 @@ def train_heads(runs: Sequence[HeadRun], *, interrupts: Interrupts) -> Iterator[
                 correct += torch.stack([count_correct(own, targets, model.threshold) for own in logits])
                 finite &= batch_finite
                 count, step = count + len(targets), step + 1
+        for weight in stack.weights.values():
+            finite &= weight.detach().flatten(1).isfinite().all(dim=1)
         val_losses, val_accuracies = stack.validate(cast("Feed", run.validation), interrupts)
         seconds = (time.perf_counter() - started) / len(running)
-        for index, (head, ok) in enumerate(zip(running, (finite & stack.finite()).tolist(), strict=True)):  # host sync
-            lr = stack.optimizer.param_groups[index]["lr"]
-            loss, accuracy = losses[index].item() / count, correct[index].item() / count
+        for index, (head, ok) in enumerate(zip(running, finite.tolist(), strict=True)):  # host sync
             if ok:
+                lr = stack.optimizer.param_groups[index]["lr"]
+                loss, accuracy = losses[index].item() / count, correct[index].item() / count
                 report = EpochReport(epoch, loss, accuracy, lr, seconds, val_losses[index], val_accuracies[index])
                 head.history.reports.append(report)
                 if head.history.best_epoch == epoch:
-                    head.best = stack.weights_of(index)
+                    head.best = {name: own.detach()[index].clone() for name, own in stack.weights.items()}
             head.failed = not ok
             yield head
         keep = [index for index, head in enumerate(running) if not head.failed and epoch + 1 < head.run.num_epochs]
@@ -195,15 +198,6 @@ class _Stack:
         every = torch.cat(losses, dim=1).cpu().double()  # host sync: once an epoch
         right = torch.stack(correct).sum(dim=0).cpu().double() / every.shape[1]
         return every.mean(dim=1).tolist(), right.tolist()
-
-    def finite(self) -> Tensor:
-        """Return whether all weights of each head are finite, bool `(H,)`."""
-        parts = [weight.detach().flatten(1).isfinite().all(dim=1) for weight in self.weights.values()]
-        return torch.stack(parts).all(dim=0)
-
-    def weights_of(self, index: int) -> dict[str, Tensor]:
-        """Return a copy of one head's weights."""
-        return {name: weight.detach()[index].clone() for name, weight in self.weights.items()}
 
     def keep(self, heads: list[int]) -> None:
         """Drop all heads but some."""

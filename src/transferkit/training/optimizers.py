@@ -55,9 +55,10 @@ def build_optimizer(
         take_rates(optimizer)
         return optimizer
     if isinstance(optimizer, str):
+        name = one_of("optimizer", optimizer, OPTIMIZERS)
         if lr is None:
-            lr = SGD_LR if optimizer == "sgd" else LR
-        optimizer = OPTIMIZERS[one_of("optimizer", optimizer, OPTIMIZERS)]
+            lr = SGD_LR if name == "sgd" else LR
+        optimizer = OPTIMIZERS[name]
     if not callable(optimizer):
         expected = f"a name ({', '.join(OPTIMIZERS)}), an optimizer class or an optimizer"
         raise ArgumentError(f"optimizer={optimizer!r} cannot be used: expected {expected}.")

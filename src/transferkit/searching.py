@@ -3,7 +3,6 @@
 import copy
 import inspect
 import itertools
-import json
 import math
 import random
 import re
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +19,6 @@ from torch import nn
 from transferkit.base.arguments import positive, whole_number
 from transferkit.base.calls import explained
 from transferkit.base.display import QUIET, Display
-from transferkit.base.files import atomic_write
 from transferkit.base.processes import alone, broadcast, clock, exchange, together, world_size
 from transferkit.base.processes import rank as rank_of_process
 from transferkit.base.randomness import derive_seed, seeded
@@ -33,7 +31,6 @@ from transferkit.data.selection import split_validation
 from transferkit.data.sources import Source
 from transferkit.errors import (
     ArgumentError,
-    CheckpointError,
     NonFiniteError,
     OutOfMemoryError,
     TransferKitError,
@@ -56,7 +53,7 @@ PER_HEAD = ("lr", "weight_decay", "schedule", "clip_grad_norm", "epochs")
 """What heads may differ in that are trained together."""
 
 EPOCHS: int = inspect.signature(Trainer.fit).parameters["epochs"].default
-TABLE, BEST = "trials.json", "best.pt"
+FILE = "search.pt"
 TRAINER = tuple(name for name in inspect.signature(Trainer).parameters if name not in ("model", *FIXED))
 
 _FAILURES = (TransferKitError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError)
@@ -104,7 +101,8 @@ class SearchResult:
         """
         best = max((trial.score for trial in self.trials if not math.isnan(trial.score)), default=None)
         if best is None:
-            raise NonFiniteError(f"every one of {len(self.trials)} trials failed; the first: {self.trials[0].error}")
+            reason = f"; the first: {self.trials[0].error}" if self.trials else ""
+            raise NonFiniteError(f"every one of {len(self.trials)} trials failed{reason}")
         return [trial.score for trial in self.trials].index(best)
 
     @property
@@ -125,7 +123,7 @@ class SearchResult:
         """
         return {
             "params": [trial.params for trial in self.trials],
-            **{f"param_{name}": [trial.params[name] for trial in self.trials] for name in self.trials[0].params},
+            **{f"param_{name}": [trial.params[name] for trial in self.trials] for name in self._names},
             "score": [trial.score for trial in self.trials],
             "seconds": [trial.seconds for trial in self.trials],
             "error": [trial.error for trial in self.trials],
@@ -145,7 +143,11 @@ class SearchResult:
             ]
             for trial in self._ranked()
         ]
-        return html_table([*self.trials[0].params, "validation accuracy", "seconds"], rows)
+        return html_table([*self._names, "validation accuracy", "seconds"], rows)
+
+    @property
+    def _names(self) -> list[str]:
+        return list(self.trials[0].params) if self.trials else []
 
     def _ranked(self) -> list[Trial]:
         return sorted(
@@ -213,7 +215,7 @@ def search(
     Raises:
         ArgumentError: When the space is empty or cannot be used, `Trainer` refuses one of its values, there is no
             validation data, `build` takes other names, or `folder` holds another search.
-        CheckpointError: When a file in `folder` is damaged.
+        CheckpointError: When the file in `folder` is damaged.
         TransferKitError: When no trial succeeds: what the first raised, if that was neither a number nor memory.
 
     Example:
@@ -249,7 +251,7 @@ def search(
     rounds = [(len(sets), {})] if reduction_factor is None else _rounds(sets, reduction_factor)
     place = find_device(device, precision)
     settings = {"device": place, "cache": cache, "seed": seed}
-    given = _Data(train, validation_data, validation_split, num_workers)
+    given = (train, validation_data, validation_split, num_workers)
     trials = _Trials(build, given, settings, display, end, None if folder is None else Path(folder))
     trials.begin(sets, [rounds, seed, validation_split, str(place)])
     for count, epochs in rounds:
@@ -269,21 +271,12 @@ class _Run:
         return [number for numbers in self.numbers.values() for number in numbers]
 
 
-class _Data(NamedTuple):
-    """The data as the user passed it."""
-
-    train: object
-    validation: object
-    split: float | None
-    num_workers: int
-
-
 @dataclass(eq=False)
 class _Trials:
     """The trials made so far, and how others are made."""
 
     build: Callable[..., TransferModel]
-    data: _Data
+    data: tuple[object, object, float | None, int]  # training, validation, split, workers
     settings: Mapping[str, Any]
     display: Display
     end: float
@@ -292,9 +285,8 @@ class _Trials:
     sources: dict[Any, list[Source]] = field(default_factory=dict)
     sets: list[dict[str, Any]] = field(default_factory=list)
     made: dict[int, Trial] = field(default_factory=dict)
-    held: dict[int, dict[str, Any]] = field(default_factory=dict)  # in the folder, not asked for yet
+    held: dict[str, Any] = field(default_factory=dict)  # what the folder held at the start
     best: tuple[float, int] = (-1.0, 0)
-    saved: tuple[float, int] = (-1.0, 0)
     best_model: TransferModel | None = None
     features: Trainer | None = None
     refused: Exception | None = None
@@ -311,7 +303,7 @@ class _Trials:
             self.facts += [*facts, derive_seed(re.sub(" at 0x[0-9a-f]+", "", repr(sets)))]
             self.facts += [[source.num_images, source.digest()] for source in self._open(trainer)]
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.held = broadcast(_read_trials(self.folder, self.facts), "trials")
+            self.held = broadcast(_read_search(self.folder, self.facts), "trials")
 
     def best_of(self, sets: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """Return the best of the sets that were tried last, in their order; before the first trial all of them."""
@@ -331,7 +323,7 @@ class _Trials:
         with self.display.bar("search", len(sets), unit="trials") as bar:
             for group in groups:
                 trainer = self._trainer(group[0].params) if len(group) > 1 else None
-                size = 1 if trainer is None else how_many_together(trainer._training)
+                size = 1 if trainer is None else how_many_together(trainer.training)
                 for part in (group[start : start + size] for start in range(0, len(group), size)):
                     if clock() > self.end:
                         return
@@ -353,7 +345,7 @@ class _Trials:
         """Return a trainer of a model, by default of a new one."""
         if model is None:
             model = _build(self.build, params, self.settings["seed"])
-            model.classes = learn_names(self.data.train, model.classes)  # the images in memory have no names
+            model.classes = learn_names(self.data[0], model.classes)  # the images in memory have no names
             if FREEZE in params:
                 freeze_until(model, params[FREEZE])
         given = {name: value for name, value in params.items() if name in TRAINER}
@@ -364,18 +356,18 @@ class _Trials:
 
     def _open(self, trainer: Trainer) -> list[Source]:
         """Return training and validation images, read once if they fit into memory."""
-        model, num_workers = trainer.model, self.data.num_workers
+        model, (train, validation, split, num_workers) = trainer.model, self.data
         key = (model.backbone.preprocess, model.threshold)
         if key not in self.sources:
             read = partial(resized, classes=model.classes, preprocess=key[0], device=trainer.device)
-            given = [data for data in (self.data.train, self.data.validation) if data is not None]
-            given[1:] = [without_loader(data, num_workers)[0] for data in given[1:]]
-            given = [read(data, num_workers=num_workers) or data for data in given]
-            opened = [trainer._open_source(data, num_workers) for data in given]
-            if self.data.split is not None:
-                several = model.threshold is not None
-                opened = [*split_validation(opened[0], self.data.split, trainer.seed, multi_label=several)]
-            self.sources[key] = opened
+            self.sources[key] = [
+                trainer._open_source(read(data, num_workers=workers) or data, workers)
+                for data, workers in ((train, num_workers), without_loader(validation, num_workers))
+                if data is not None
+            ]
+            if split is not None:
+                several, [source] = model.threshold is not None, self.sources[key]
+                self.sources[key] = [*split_validation(source, split, trainer.seed, multi_label=several)]
         return self.sources[key]
 
     def _train(self, run: _Run) -> None:
@@ -414,7 +406,7 @@ class _Trials:
             with alone(), trainer._alone("fit"), trainer._interrupts:
                 heads: dict[HeadRun, _Run] = {}
                 for run in runs:
-                    training, size = self._trainer(run.params, trainer.model)._training, params.get("batch_size")
+                    training, size = self._trainer(run.params, trainer.model).training, params.get("batch_size")
                     opened = open_run(training, *feeds, epochs=max(run.numbers), batch_size=size)
                     check_schedule(opened.schedule, opened.num_steps)
                     opened.check_feeds()
@@ -449,9 +441,10 @@ class _Trials:
         error = "validation loss was never finite: try a lower learning rate." if math.isnan(score) else ""
         seconds = (clock() - started) / share
         for number in run.numbers.get(len(history.reports), []):
-            self._add(number, Trial(self.sets[number], History([*history.reports]), score, seconds, error))
-            if (rank := (score, -number)) > self.best:  # of equal ones the first, as in best_index_; never NaN
-                self.best, self.best_model = rank, model()
+            if number not in self.made:
+                self._add(number, Trial(self.sets[number], History([*history.reports]), score, seconds, error))
+                if (rank := (score, -number)) > self.best:  # of equal ones the first, as in best_index_; never NaN
+                    self.best, self.best_model = rank, model()
 
     def _fail(self, runs: Sequence[_Run], failure: Exception, started: float) -> None:
         """Record the reason why the rest of the trials of some runs failed."""
@@ -469,61 +462,41 @@ class _Trials:
         self.display.say(f"trial {len(self.made)} of {len(self.sets)}  {_line(trial)}{left}")
 
     def _recall(self) -> None:
-        """Take what the folder holds: the trials, and the model of the best, which is made again if that is missing."""
-        held = {number: self.held.pop(number) for number in [*self.held] if number < len(self.sets)}
-        self.made |= {number: Trial(self.sets[number], **rest) for number, rest in held.items()}
-        ranks = [(trial.score, -number) for number, trial in self.made.items() if not math.isnan(trial.score)]
-        if self.folder is None or (rank := max(ranks, default=self.best)) <= self.best:
-            return
-        found = broadcast(read_checkpoint(self.folder / BEST) if rank_of_process() == 0 else {}, "the best model")
-        if found["number"] == -rank[1]:
-            model = self._trainer(self.sets[-rank[1]]).model
-            self.best, self.best_model = rank, _with_weights(model, found["weights"])
-        else:
-            del self.made[-rank[1]]
+        """Take over the trials that the folder holds, and the best model."""
+        for number, (reports, *rest) in enumerate(self.held.get("trials", [])[: len(self.sets)]):
+            if reports is not None:
+                history = History([_report(figures) for figures in reports])
+                self.made[number] = Trial(self.sets[number], history, *rest)
+        number = self.held.get("best", math.inf)
+        if number in self.made and (rank := (self.made[number].score, -number)) > self.best:
+            model = self._trainer(self.sets[number]).model
+            self.best, self.best_model = rank, _with_weights(model, self.held["weights"])
 
     def _save(self) -> None:
         if self.folder is None or rank_of_process():
             return
-        if self.best_model is not None and self.best != self.saved:
-            weights = trainable_state(self.best_model)
-            write_checkpoint(self.folder / BEST, {"number": -self.best[1], "weights": weights})
-            self.saved = self.best
-        trials = {
-            number: {
-                "history": [vars(report) for report in trial.history.reports],
-                **{name: getattr(trial, name) for name in ("score", "seconds", "error")},
-            }
-            for number, trial in self.made.items()
-        }
-        with atomic_write(self.folder / TABLE) as file:
-            file.write(json.dumps({"facts": self.facts, "trials": trials}).encode())
+        every = [self.made.get(number) for number in range(len(self.sets))]
+        trials = [
+            [None]
+            if trial is None
+            else [[vars(report) for report in trial.history.reports], trial.score, trial.seconds, trial.error]
+            for trial in every
+        ]
+        state: dict[str, Any] = {"search": self.facts, "trials": trials}
+        if self.best_model is not None:
+            state |= {"best": -self.best[1], "weights": trainable_state(self.best_model)}
+        write_checkpoint(self.folder / FILE, state)
 
 
-def _read_trials(folder: Path, facts: list[Any]) -> dict[int, dict[str, Any]]:
-    """Return what a folder holds of each trial but its parameters, by its number.
-
-    Raises:
-        ArgumentError: When they are of another search.
-        CheckpointError: When the file is damaged.
-    """
-    if not (path := folder / TABLE).exists():
-        return {}
-    try:
-        table = json.loads(path.read_bytes())
-        same = table["facts"] == json.loads(json.dumps(facts))
-        found = {
-            int(number): {**trial, "history": History([_report(figures) for figures in trial["history"]])}
-            for number, trial in table["trials"].items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"cannot read {path}: {error!r}. Delete the folder to begin anew.") from error
-    if not same:
+def _read_search(folder: Path, facts: list[Any]) -> dict[str, Any]:
+    """Return what a folder holds of a search; `ArgumentError` if it is another one."""
+    held = read_checkpoint(folder / FILE) if (folder / FILE).exists() else {}
+    if held.get("search", facts) != facts:
         raise ArgumentError(
             f"folder={str(folder)!r} holds another search: expected the same models, space, data, seed and device. "
             "Name another folder."
         )
-    return found
+    return held
 
 
 def _report(figures: dict[str, Any]) -> EpochReport:

@@ -1,0 +1,174 @@
+"""From a folder of JPEG photographs to features: what each stage takes, and how busy the convolutions are.
+
+    python benchmarks/photographs.py --data photos/ [--images 60] [--megapixels 1 3 12] [--peers]
+    python benchmarks/photographs.py --data photos/ --accuracy
+
+The photographs are the JPEG files in and below the folder, enlarged, or shapes if no folder is given; both with the
+grain of a camera, at quality 90. Stages are timed one after the other, without threads; `features` is one call of
+`cache_features`, and the convolutions' share of it says how busy they are. Of a VGG16 with random weights, at 224 px.
+
+`--peers` adds the way from before images were resized where they are read, and a plain PyTorch loop over torchvision's
+transforms and a `DataLoader`, whose convolutions are the library's own. `--accuracy` solves a head on half
+of the photographs of each class, of 1 megapixel at 64 px, with and without scaled decoding, and says how far the pixels
+are apart.
+"""
+
+import argparse
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+from torchvision.datasets import ImageFolder
+from torchvision.models import VGG16_Weights
+from torchvision.transforms.v2 import functional as transforms
+
+import transferkit as tk
+from transferkit.data.images import as_image, open_image
+from transferkit.features.chunks import image_digests
+from transferkit.features.feed import Frozen
+from transferkit.features.prefix import Prefix
+
+WEIGHTS = Path(__file__).parent.parent / "examples/assets/vgg16_imagenet_features_bf16.pt"
+
+
+def photograph(number: int, megapixels: float, file: Path | None) -> Image.Image:
+    """Return a photograph of 4:3: a file enlarged, or shapes; with grain."""
+    draw = np.random.default_rng(number)
+    height = round((megapixels * 1e6 * 3 / 4) ** 0.5 / 24) * 24  # the sides of cameras are multiples of 8
+    width = height * 4 // 3
+    small = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8)) if file is None else Image.open(file)
+    large = small.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    grain = draw.normal(0, 8, (256, 256, 3)).astype(np.int16)  # a tile of it: drawing 36 million numbers takes seconds
+    grain = np.tile(grain, (height // 256 + 1, width // 256 + 1, 1))[:height, :width]
+    return Image.fromarray((np.asarray(large) + grain).clip(0, 255).astype(np.uint8))
+
+
+def make_folder(root: Path, megapixels: float, files: list[Path | None]) -> ImageFolder:
+    """Write the photographs into a folder for each class."""
+    for number, file in enumerate(files):
+        path = root / ("ab"[number % 2] if file is None else file.parent.name) / f"{number:05}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photograph(number, megapixels, file).save(path, quality=90)
+    return ImageFolder(root)
+
+
+class Stages:
+    """Seconds that each stage takes in all."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - started
+
+
+def one_by_one(model: tk.TransferModel, data: ImageFolder, prefix: Prefix, *, before: bool = False) -> dict[str, float]:
+    """Do what the library does, one stage after the other; or what it did before."""
+    preprocess, stages, images = model.backbone.preprocess, Stages(), []
+    for start in range(0, len(data), prefix.batch_size):
+        for path, _ in data.samples[start : start + prefix.batch_size]:
+            with stages.timed("decode"):
+                decoded = open_image(path, 0, prepare=None if before else preprocess.request_size)
+            with stages.timed("to array"):
+                pixels = transforms.pil_to_tensor(decoded.convert("RGB")) if before else as_image(decoded, 0)
+            with stages.timed("resize"):
+                images.append(pixels if before else preprocess.shrink(pixels))
+        with stages.timed("stack"):
+            batch = torch.stack(images)
+        with stages.timed("digest"):
+            image_digests(batch)
+        if before:
+            with stages.timed("resize"):
+                batch = preprocess.resize(batch)
+        with stages.timed("normalize"):
+            inputs = preprocess.normalize(prefix.device.move(batch))
+        with stages.timed("prefix"):
+            prefix(inputs)
+            prefix.device.synchronize()
+        images.clear()
+    return stages.seconds
+
+
+def with_loader(data: ImageFolder, prefix: Prefix, workers: int) -> None:
+    """Compute features as a plain PyTorch program does: torchvision's transforms in a `DataLoader`."""
+    folder = ImageFolder(data.root, transform=VGG16_Weights.IMAGENET1K_V1.transforms())
+    for images, _ in DataLoader(folder, batch_size=prefix.batch_size, num_workers=workers):
+        prefix(prefix.device.move(images))
+    prefix.device.synchronize()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def measure(root: Path, megapixels: float, files: list[Path | None], device: tk.Device, *, peers: bool) -> None:
+    """Print a table of one size."""
+    data = make_folder(root, megapixels, files)
+    model = tk.freeze_until(tk.attach_head(tk.load_backbone("vgg16", weights=None), data.classes), "head")
+    prefix, _, _ = Frozen(device.prepare(model), device).split()
+    assert prefix is not None
+    one_by_one(model, data, prefix)  # warm up
+    stages = one_by_one(model, data, prefix)
+    rows = {"features": seconds(lambda: tk.cache_features(model, data, device=device))}
+    if peers:
+        rows["before, one after the other"] = sum(one_by_one(model, data, prefix, before=True).values())
+        rows |= {f"PyTorch, {n} workers": seconds(lambda n=n: with_loader(data, prefix, n)) for n in (0, 2)}
+    size = sum(Path(path).stat().st_size for path, _ in data.samples) / len(data) / 1e6
+    print(f"\n{megapixels:g} megapixels, {len(data)} files of {size:.1f} MB\n")
+    print("| | ms an image | prefix |\n|---|--:|--:|")
+    for name, total in [*stages.items(), *rows.items()]:
+        share = f"{stages['prefix'] / total:.0%}" if name in rows else ""
+        print(f"| {name} | {1000 * total / len(data):.1f} | {share} |", flush=True)
+
+
+def accuracy(root: Path, files: list[Path | None]) -> None:
+    """Print what scaled decoding changes: pixels, and the accuracy of a solved head."""
+    data, found = make_folder(root, 1, files), []
+    halves = [Subset(data, range(start, len(data), 2)) for start in (0, 1)]
+    for scaled in (False, True):
+        backbone = tk.load_backbone("vgg16", weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=64)
+        backbone.preprocess = preprocess = replace(backbone.preprocess, scaled_decoding=scaled)
+        trainer = tk.Trainer(tk.freeze_until(tk.attach_head(backbone, data.classes), "head"))
+        trainer.solve(halves[0], verbose=0)
+        print(f"scaled_decoding={scaled}: accuracy {trainer.evaluate(halves[1])['accuracy']:.4f}", flush=True)
+        opened = (open_image(path, 0, prepare=preprocess.request_size) for path, _ in data.samples[::10])
+        found.append(torch.stack([preprocess.shrink(as_image(image, 0)) for image in opened]).int())
+    apart = (found[0] - found[1]).abs()
+    print(f"grey levels apart: {apart.max()} at most, {apart.float().mean():.2f} on average")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--images", type=int, default=60)
+    parser.add_argument("--megapixels", type=float, nargs="+", default=[1, 3, 12])
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--accuracy", action="store_true")
+    options = parser.parse_args()
+    files: list[Path | None] = [None] * options.images
+    if options.data is not None:
+        every = sorted(options.data.rglob("*.jpg"))
+        files = [every[number * len(every) // options.images] for number in range(options.images)]
+    with tempfile.TemporaryDirectory() as root:
+        if options.accuracy:
+            accuracy(Path(root), files)
+            return
+        for megapixels in options.megapixels:
+            measure(Path(root) / str(megapixels), megapixels, files, tk.Device(), peers=options.peers)
+
+
+if __name__ == "__main__":
+    main()
