@@ -152,6 +152,12 @@ def test_what_cannot_be_done_together_is_refused(found):
 
 
 @pytest.mark.slow
+def test_the_clock_of_the_first_process_decides_what_a_budget_allows(found):
+    """With seconds to keep to, both processes train the same, and come to the same."""
+    assert found[2, 0]["hurried"] == found[2, 1]["hurried"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["fill1", "step1", "save0"])
 def test_a_process_that_is_killed_ends_all_and_a_restart_resumes(tmp_path, where):
     """All end at once; `--max-restarts` goes on from the last checkpoint, to the result of an undisturbed run."""
