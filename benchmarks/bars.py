@@ -28,7 +28,8 @@ STEP_S = 0.030  # the shortest step in docs/performance.md: a head of 4096-4096-
 
 def measure(file: Any = None) -> dict[str, float]:
     sums = Sums(torch.device("cpu"))
-    sums.add(torch.tensor(1.0), torch.tensor(3), 32)
+    none = torch.empty(0)
+    sums.add(torch.tensor(1.0), torch.tensor(3), 32, logits=none, targets=none)
     bar = Bar(lambda: tqdm(total=STEPS * 32, file=file, leave=False))
 
     def figures() -> str:

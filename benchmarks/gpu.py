@@ -237,6 +237,8 @@ def main() -> None:
     size = ["--image-size", str(image_size), "--repetitions", "3" if options.smoke else "9"]
     own = [sys.executable, str(here), "--device", options.device, *(["--smoke"] if options.smoke else [])]
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(here.parent.parent / "tests")]
+    if options.device == "cpu":
+        tests.append("--collect-only")  # they need CUDA
     commands = {
         "tests": tests,
         "limits": [sys.executable, str(here.parent / "limits.py"), *size, "--json", str(limits)],

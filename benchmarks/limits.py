@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import transferkit as tk
-from transferkit.features.file import FeatureFile
+from transferkit.features.file import DIGEST_BYTES, write_features
 from transferkit.features.prefix import Prefix
 
 BATCH_SIZE = 32
@@ -82,8 +82,8 @@ def prefix(device: tk.Device, image_size: int, frozen_until: str) -> tuple[Calla
 
 def file_of_features(folder: Path) -> tuple[Callable[[], object], float, float]:
     """Return opening a file of features, digest included; its bytes are read once."""
-    file = FeatureFile(folder, "0" * 64)
-    file.write([torch.zeros(COPY_BYTES // 2, dtype=torch.bfloat16)], (COPY_BYTES // 2,), torch.bfloat16)
+    features = torch.zeros(1, COPY_BYTES // 2, dtype=torch.bfloat16)
+    file = write_features(folder, "0" * 64, [bytes(DIGEST_BYTES)], features)
     return file.read, 0.0, COPY_BYTES
 
 

@@ -1,6 +1,6 @@
 """What several processes cost and bring: bytes sent in a step, and the fill of the cache.
 
-    torchrun --nproc-per-node=2 benchmarks/processes.py    and    python benchmarks/processes.py
+    torchrun --standalone --nproc-per-node=2 benchmarks/processes.py    and    python benchmarks/processes.py
 
 Both with OMP_NUM_THREADS=1. Each prints one line of JSON: seconds of the fill, and bytes of a step by what trains.
 """
@@ -49,6 +49,7 @@ def main() -> None:
     size = options.image_size
     images = torch.randint(0, 256, (options.images, 3, size, size), dtype=torch.uint8, generator=generator)
     targets = torch.arange(options.images) % 10
+    torch.manual_seed(0)  # the same weights in each process
     backbone = tk.load_backbone("vgg16", weights=None, image_size=size)
     model = tk.freeze_until(tk.attach_head(backbone, 10), "head")
     tk.cache_features(model, (images[:8], targets[:8]), device="cpu", precision="fp32")  # warms up

@@ -82,7 +82,7 @@ def test_example_runs_and_learns(example: str, tmp_path: Path) -> None:
     library, shown = PRINTED[example]
     peer(library)
     name, *arguments = example.split()
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if arguments else []
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if arguments else []
     command = [sys.executable, *launch, str(EXAMPLES / f"{name}.py"), *arguments]
     result = subprocess.run(command, cwd=tmp_path, env=offline(tmp_path), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

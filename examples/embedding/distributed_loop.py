@@ -1,6 +1,6 @@
 """A loop of your own in several processes: DistributedDataParallel or FSDP2 around what trains, features from a cache.
 
-Run from a clone: torchrun --nproc-per-node=2 examples/embedding/distributed_loop.py ddp
+Run from a clone: torchrun --standalone --nproc-per-node=2 examples/embedding/distributed_loop.py ddp
 or fsdp2 instead of ddp
 """
 

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 def start(script: str, size: int, *arguments: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     """Run a script beside this file in so many processes."""
-    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={size}", f"--max-restarts={restarts}"]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", f"--max-restarts={restarts}"]
     command = [sys.executable, *(launch if size > 1 else []), str(HERE / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600, check=False)
 
@@ -149,6 +149,12 @@ def test_what_cannot_be_done_together_is_refused(found):
     for name, pattern in expected.items():
         assert re.match(pattern, found[2, 0][name]), found[2, 0][name]
         assert "nothing was raised" not in found[2, 1][name]
+
+
+@pytest.mark.slow
+def test_the_clock_of_the_first_process_decides_what_a_budget_allows(found):
+    """With seconds to keep to, both processes train the same, and come to the same."""
+    assert found[2, 0]["hurried"] == found[2, 1]["hurried"]
 
 
 @pytest.mark.slow
