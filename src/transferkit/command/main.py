@@ -60,9 +60,7 @@ def _names(text: str) -> list[str] | None:
     return None if text.lower() == "none" else text.split(",")
 
 
-Options = Mapping[str, tuple[Callable[[str], Any], str]]
-"""By name: what reads the value (`bool` for an option without one), and help."""
-
+Options = Mapping[str, tuple[Callable[[str], Any], str]]  # what reads a value (bool: there is none), and help
 COMPUTING: Options = {
     "device": (str, "auto, cuda, cuda:1, mps or cpu (default: auto)"),
     "precision": (str, "auto, bf16, fp16 or fp32 (default: auto)"),

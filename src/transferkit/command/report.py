@@ -23,8 +23,7 @@ from transferkit.trainer import Trainer
 MOST_CLASSES = 25  # a wider confusion matrix cannot be read
 NUM_SHOWN = 24  # images, and pairs of classes
 FEW = 6  # findings of a kind
-THUMBNAIL = 192  # pixels
-BINS = 10  # of probabilities
+THUMBNAIL, BINS = 192, 10  # pixels; of probabilities
 
 
 def report(

@@ -21,8 +21,7 @@ from transferkit.trainer import Trainer
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 
-INDIFFERENT = ("command", "folder", "json", "no_audit", "num_workers", "verbose")
-"""Options that the model does not depend on."""
+INDIFFERENT = ("command", "folder", "json", "no_audit", "num_workers", "verbose")  # the model does not depend on them
 
 
 def run_train(options: Options) -> Shown:
