@@ -28,6 +28,7 @@ from transferkit.analysis.labels import exchange_labels, label_probabilities
 from transferkit.base.display import Display
 from transferkit.data.open import open_data
 from transferkit.data_audit import find_exchanged, held_out, outlyingness
+from transferkit.features.cache import FeatureCache
 from transferkit.features.dataset import features_of
 from transferkit.linear.table import Table
 
@@ -40,7 +41,8 @@ FIRST = 100
 
 def table_of(data: object, backbone: tk.Backbone) -> tuple[Table, torch.Tensor, int]:
     model = tk.freeze_until(tk.attach_head(backbone, data.dataset.classes), "head")
-    features = features_of(model, open_data(data, model.classes), device=tk.Device(), display=Display(0))
+    source, device = open_data(data, model.classes), tk.Device()
+    features = features_of(model, source, device=device, cache=FeatureCache(device, None), display=Display(0))
     return Table.of_features(features, columns=model.columns), features.targets.cpu(), len(model.classes)
 
 

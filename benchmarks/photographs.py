@@ -8,12 +8,17 @@ grain of a camera, at quality 90. Stages are timed one after the other, without 
 `cache_features`, and the convolutions' share of it says how busy they are. Of a VGG16 with random weights, at 224 px.
 
 `--peers` adds the way from before images were resized where they are read, and a plain PyTorch loop over torchvision's
-transforms and a `DataLoader`, whose convolutions are the library's own. `--accuracy` solves a head on half
-of the photographs of each class, of 1 megapixel at 64 px, with and without scaled decoding, and says how far the pixels
-are apart.
+transforms and a `DataLoader`, whose convolutions are the library's own.
+
+`--accuracy` solves a head on half of the photographs of each class, of 1 megapixel at 64 px, with and without scaled
+decoding, and says how far the pixels are apart.
+
+`--processor-time`, with OMP_NUM_THREADS=1, takes the process's time on all cores, not the clock's, which a busy machine
+changes little. The share of the convolutions in it is what idle cores reach with as many threads that read.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -36,6 +41,7 @@ from transferkit.features.chunks import image_digests
 from transferkit.features.feed import Frozen
 from transferkit.features.prefix import Prefix
 
+CLOCK = time.process_time if "--processor-time" in sys.argv else time.perf_counter
 WEIGHTS = Path(__file__).parent.parent / "examples/assets/vgg16_imagenet_features_bf16.pt"
 
 
@@ -68,9 +74,9 @@ class Stages:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started = CLOCK()
         yield
-        self.seconds[name] += time.perf_counter() - started
+        self.seconds[name] += CLOCK() - started
 
 
 def one_by_one(model: tk.TransferModel, data: ImageFolder, prefix: Prefix, *, before: bool = False) -> dict[str, float]:
@@ -109,9 +115,9 @@ def with_loader(data: ImageFolder, prefix: Prefix, workers: int) -> None:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    started = CLOCK()
     call()
-    return time.perf_counter() - started
+    return CLOCK() - started
 
 
 def measure(root: Path, megapixels: float, files: list[Path | None], device: tk.Device, *, peers: bool) -> None:
@@ -125,7 +131,8 @@ def measure(root: Path, megapixels: float, files: list[Path | None], device: tk.
     rows = {"features": seconds(lambda: tk.cache_features(model, data, device=device))}
     if peers:
         rows["before, one after the other"] = sum(one_by_one(model, data, prefix, before=True).values())
-        rows |= {f"PyTorch, {n} workers": seconds(lambda n=n: with_loader(data, prefix, n)) for n in (0, 2)}
+        workers = (0,) if CLOCK is time.process_time else (0, 2)
+        rows |= {f"PyTorch, {n} workers": seconds(lambda n=n: with_loader(data, prefix, n)) for n in workers}
     size = sum(Path(path).stat().st_size for path, _ in data.samples) / len(data) / 1e6
     print(f"\n{megapixels:g} megapixels, {len(data)} files of {size:.1f} MB\n")
     print("| | ms an image | prefix |\n|---|--:|--:|")
@@ -157,6 +164,7 @@ def main() -> None:
     parser.add_argument("--megapixels", type=float, nargs="+", default=[1, 3, 12])
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--accuracy", action="store_true")
+    parser.add_argument("--processor-time", action="store_true")
     options = parser.parse_args()
     files: list[Path | None] = [None] * options.images
     if options.data is not None:

@@ -44,9 +44,9 @@ copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
 nitpick_ignore = [
-    ("py:class", "transferkit.training.checkpoint.Resumable"),  # a protocol, described in words
-    ("py:class", "transferkit.training.loss.Loss"),  # a protocol, too
-    ("py:class", "transferkit.data.sources.Source"),  # and another
+    ("py:class", "transferkit.data.sources.Source"),  # a protocol, described in words
+    ("py:class", "transferkit.training.loss.FunctionLoss"),  # what a function of the user becomes
+    ("py:class", "transferkit.training.training.Training"),  # for the library's own modules
 ]
 nitpick_ignore_regex = [("py:class", r"transferkit\.[\w.]+\._\w+")]  # type variables
 

@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 import zipfile
@@ -135,3 +136,16 @@ def images_seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(Prefix, "__call__", counted)
     return seen
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real disk of 256 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only the superuser can mount a small disk")
+    yield folder
+    gc.collect()  # mapped files hold the disk
+    subprocess.run(["umount", folder], check=True)

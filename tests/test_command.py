@@ -476,7 +476,7 @@ def test_two_folders_for_one_part_are_refused(tmp_path, capsys):
         write_images(tmp_path / part, 6)
     status, _, err = run(capsys, "train", tmp_path, *QUICK)
     assert status == 2
-    assert "expected one folder for each of train, val and test" in err
+    assert "needs one folder for each of train, val, test" in err
 
 
 def test_a_class_may_be_called_test(tmp_path):

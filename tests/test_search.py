@@ -385,7 +385,7 @@ def test_what_cannot_be_trained_together_is_trained_alone(search, data, alone, p
 
 
 def test_a_head_of_ones_own_is_trained_alone(search, data, alone):
-    """A head that may do anything, one with hooks, and one behind a frozen layer with hooks, which is not cached."""
+    """What attach_head did not build, or somebody changed since, and what has hooks or is behind a layer with hooks."""
 
     class Own(torch.nn.Sequential):
         pass
@@ -395,11 +395,35 @@ def test_a_head_of_ones_own_is_trained_alone(search, data, alone):
         model.get_submodule(name).register_forward_hook(lambda *_: None)
         return model
 
-    own = Own(torch.nn.Flatten(), torch.nn.LazyLinear(3))
-    builds = [partial(search.build, head=own), partial(hooked, "head.logits"), partial(hooked, "backbone.features.0")]
-    for build in builds:
-        search({"lr": [1e-3, 1e-2], "freeze_until": ["head"], "epochs": [1]}, data, build=build, validation_data=data)
-    assert len(alone) == 6
+    def changed(change):
+        model = search.build(hidden=(4,))
+        change(model.head)
+        return model
+
+    def replaced():
+        model = search.build()
+        model.head = Own(*model.head)
+        return model
+
+    builds = [
+        partial(search.build, head=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(3))),
+        replaced,
+        partial(changed, lambda head: setattr(head, "relu1", torch.nn.GELU())),
+        partial(changed, lambda head: head.fc1.requires_grad_(requires_grad=False)),
+        partial(hooked, "head.logits"),
+        partial(hooked, "backbone.features.0"),
+    ]
+    search.backbone.requires_grad_(requires_grad=False)  # not by the space, which would thaw the whole head
+    for number, build in enumerate(builds, start=1):
+        search({"lr": [1e-3, 1e-2], "epochs": [1]}, data, build=build, validation_data=data)
+        assert len(alone) == 2 * number
+
+
+def test_heads_whose_gradients_are_scaled_train_alone(search, data, alone, half_device):
+    """In fp16 each has a scale of its own."""
+    space = {"lr": [1e-3, 1e-2], "epochs": [1], "freeze_until": ["head"]}
+    search(space, data, validation_data=data, device=half_device, precision="auto")
+    assert len(alone) == 2
 
 
 def jumps(logits, targets):

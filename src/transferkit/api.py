@@ -8,48 +8,39 @@ from transferkit.compute.device import Device as Device
 from transferkit.data.preprocessing import Preprocessing as Preprocessing
 from transferkit.data_audit import audit as audit
 from transferkit.errors import TransferKitError as TransferKitError
-from transferkit.explaining import explain as explain
-from transferkit.explaining import nearest_images as nearest_images
-from transferkit.explaining import plot_explanations as plot_explanations
-from transferkit.explaining import show_batch as show_batch
-from transferkit.features.dataset import FeatureDataset as FeatureDataset
-from transferkit.features.dataset import cache_features as cache_features
+from transferkit.explaining import (
+    explain as explain,
+    nearest_images as nearest_images,
+    plot_explanations as plot_explanations,
+    show_batch as show_batch,
+)
+from transferkit.features.dataset import FeatureDataset as FeatureDataset, cache_features as cache_features
 from transferkit.fine_tuning import fine_tune as fine_tune
 from transferkit.linear.choice import LinearHead as LinearHead
-from transferkit.model.backbone import Backbone as Backbone
-from transferkit.model.backbone import load_backbone as load_backbone
+from transferkit.model.backbone import Backbone as Backbone, load_backbone as load_backbone
 from transferkit.model.export import WithPreprocessing as WithPreprocessing
 from transferkit.model.freezing import freeze_until as freeze_until
-from transferkit.model.head import TransferModel as TransferModel
-from transferkit.model.head import attach_head as attach_head
+from transferkit.model.head import TransferModel as TransferModel, attach_head as attach_head
 from transferkit.probing import probe as probe
-from transferkit.results.assessment import Assessment as Assessment
-from transferkit.results.assessment import confusion_matrix as confusion_matrix
-from transferkit.results.assessment import plot_confusion_matrix as plot_confusion_matrix
-from transferkit.results.assessment import plot_predictions as plot_predictions
+from transferkit.results.assessment import (
+    Assessment as Assessment,
+    confusion_matrix as confusion_matrix,
+    plot_confusion_matrix as plot_confusion_matrix,
+    plot_predictions as plot_predictions,
+)
 from transferkit.results.auditing import Audit as Audit
-from transferkit.results.history import EpochReport as EpochReport
-from transferkit.results.history import History as History
-from transferkit.results.lr_sweep import LearningRateSweep as LearningRateSweep
-from transferkit.results.lr_sweep import plot_lr_find as plot_lr_find
-from transferkit.results.probing import Probe as Probe
-from transferkit.results.probing import plot_probe as plot_probe
-from transferkit.results.summary import Summary as Summary
-from transferkit.results.summary import summary as summary
-from transferkit.saving.model import load_model as load_model
-from transferkit.saving.model import save_model as save_model
-from transferkit.searching import SearchResult as SearchResult
-from transferkit.searching import Trial as Trial
-from transferkit.searching import search as search
+from transferkit.results.history import EpochReport as EpochReport, History as History
+from transferkit.results.lr_sweep import LearningRateSweep as LearningRateSweep, plot_lr_find as plot_lr_find
+from transferkit.results.probing import Probe as Probe, plot_probe as plot_probe
+from transferkit.results.summary import Summary as Summary, summary as summary
+from transferkit.saving.model import load_model as load_model, save_model as save_model
+from transferkit.searching import SearchResult as SearchResult, Trial as Trial, search as search
 from transferkit.trainer import Trainer as Trainer
 from transferkit.training.averaging import WeightAverage as WeightAverage
-from transferkit.training.callbacks import EarlyStopping as EarlyStopping
-from transferkit.training.callbacks import GradualUnfreezing as GradualUnfreezing
+from transferkit.training.callbacks import EarlyStopping as EarlyStopping, GradualUnfreezing as GradualUnfreezing
 from transferkit.training.checkpoint import Checkpoint as Checkpoint
-from transferkit.training.loggers import CSVLogger as CSVLogger
-from transferkit.training.loggers import TensorBoardLogger as TensorBoardLogger
-from transferkit.training.loss import BinaryCrossEntropy as BinaryCrossEntropy
-from transferkit.training.loss import CrossEntropy as CrossEntropy
+from transferkit.training.loggers import CSVLogger as CSVLogger, TensorBoardLogger as TensorBoardLogger
+from transferkit.training.loss import BinaryCrossEntropy as BinaryCrossEntropy, CrossEntropy as CrossEntropy
 from transferkit.training.optimizers import discriminative_lr as discriminative_lr
 from transferkit.training.schedules import warmup as warmup
 from transferkit.training.step import Step as Step

@@ -1,12 +1,10 @@
 """Files of features under flipped bits, kills, full disks and company: whole and right, or not used."""
 
-import gc
 import hashlib
 import json
 import os
 import shutil
 import signal
-import subprocess
 import threading
 import time
 
@@ -63,23 +61,6 @@ def names(folder):
 def the_file(folder):
     (path,) = folder.glob("*.features")
     return path
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real disk of 256 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if (
-        os.geteuid() != 0
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True, check=False
-        ).returncode
-    ):
-        pytest.skip("only the superuser can mount a small disk")
-    yield folder
-    gc.collect()
-    subprocess.run(["umount", folder], check=True)
 
 
 # ---- a file that somebody writes to while it is mapped

@@ -207,22 +207,6 @@ def shared_folder():
         yield Path(folder)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real disk of 256 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if (
-        os.geteuid() != 0
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True, check=False
-        ).returncode
-    ):
-        pytest.skip("only the superuser can mount a small disk")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 def as_somebody_else(action):
     """Run in a forked process of another user; return what it returned, or the class and text of its error."""
     if os.geteuid() != 0:

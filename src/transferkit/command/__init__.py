@@ -1,4 +1,1 @@
-"""The command `transferkit`: thin over the library's public names, none of which imports it.
-
-Help, results, run folders and reports, a file each.
-"""
+"""The command `transferkit`: thin over the library's public names, none of which imports it."""

@@ -24,8 +24,9 @@ def open_parts(folder: Path) -> dict[str, ImageFolder]:
     parents = sorted(path for path in folder.iterdir() if path.is_dir() and any(map(Path.is_dir, path.iterdir())))
     named = [(part, path) for part, names in PARTS.items() for path in parents if path.name.lower() in names]
     if len(named) > len(dict(named)):
-        paths = ", ".join(str(path) for _, path in named)
-        raise ArgumentError(f"there are {paths}: expected one folder for each of train, val and test.")
+        raise ArgumentError(
+            f"{folder} needs one folder for each of train, val, test: {', '.join(str(p) for _, p in named)}."
+        )
     parts = {part: _open(path) for part, path in named} or {"train": _open(folder)}
     first, *others = parts.values()
     for other in others:

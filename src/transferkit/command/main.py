@@ -47,9 +47,6 @@ PREDICT = """\
 Predict the classes of images: a line of path, class and probability for each.
 With --json each image has the probabilities of all classes, the most probable first.
 """
-EVALUATE = "Compare predictions with labels: those of test/, else of val/, else of all images."
-EXPORT = "Write model and preprocessing as one program, which torch or ONNX runs without transferkit."
-INFO = "Describe a model or, without one, versions and device."
 
 DATA = {"DATA": ("folder of images", None)}
 MODEL = {"MODEL": ("run folder, or file of transferkit.save_model", None)}
@@ -63,15 +60,12 @@ def _names(text: str) -> list[str] | None:
     return None if text.lower() == "none" else text.split(",")
 
 
-Options = Mapping[str, tuple[Callable[[str], Any], str]]
-"""By name: what reads the value (`bool` for an option without one), and help."""
-
-JSON: Options = {"json": (bool, "show results as JSON")}
+Options = Mapping[str, tuple[Callable[[str], Any], str]]  # what reads a value (bool: there is none), and help
 COMPUTING: Options = {
     "device": (str, "auto, cuda, cuda:1, mps or cpu (default: auto)"),
     "precision": (str, "auto, bf16, fp16 or fp32 (default: auto)"),
+    "num_workers": (int, "processes that read images (default: 0)"),
 }
-READING: Options = {"num_workers": (int, "processes that read images (default: 0)")}
 NETWORK: Options = {
     "name": (str, "vgg11, vgg13, vgg16, vgg19, or one of these with _bn (default: vgg16)"),
     "weights": (
@@ -105,7 +99,6 @@ COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str | None]], Options]
             "no_audit": (bool, "leave out the audit of the training images"),
             **NETWORK,
             **COMPUTING,
-            **READING,
         },
     ),
     "predict": (
@@ -115,17 +108,20 @@ COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str | None]], Options]
             "unknown": (str, "name for images unlike the training images; needs a model of train --rejected"),
             "on_bad_image": (str, "nan gives no class to an image that cannot be read (default: raise)"),
             **COMPUTING,
-            **READING,
         },
     ),
-    "evaluate": (EVALUATE, {**MODEL, **DATA}, {**COMPUTING, **READING}),
-    "audit": (AUDIT, DATA, {"to_csv": (Path, "file for all findings"), **NETWORK, **COMPUTING, **READING}),
+    "evaluate": (
+        "Compare predictions with labels: those of test/, else of val/, else of all images.",
+        {**MODEL, **DATA},
+        COMPUTING,
+    ),
+    "audit": (AUDIT, DATA, {"to_csv": (Path, "file for all findings"), **NETWORK, **COMPUTING}),
     "export": (
-        EXPORT,
+        "Write model and preprocessing as one program, which torch or ONNX runs without transferkit.",
         {**MODEL, "FILE": ("FILE.pt2 for torch.export, or FILE.onnx", None)},
         {"unknown": (bool, "the program tells also how unlike the training images each image is, above 0 unknown")},
     ),
-    "info": (INFO, {"MODEL": (MODEL["MODEL"][0], "?")}, {}),
+    "info": ("Describe a model or, without one, versions and device.", {"MODEL": (MODEL["MODEL"][0], "?")}, {}),
 }
 
 
@@ -144,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
         part = commands.add_parser(name, help=first, description=about, usage=usage, **formats)
         for path, (text, count) in paths.items():
             part.add_argument(path, type=Path, nargs=count, help=text)
-        for option, (kind, text) in {**options, **JSON}.items():
+        for option, (kind, text) in {**options, "json": (bool, "show results as JSON")}.items():
             how: dict[str, Any] = {"action": "store_true"}
             if kind is not bool:
                 how = {"type": kind, "metavar": option.upper().split("_")[-1]}

@@ -5,7 +5,6 @@ import io
 import shlex
 from collections.abc import Iterable, Mapping
 from html import escape
-from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -24,8 +23,7 @@ from transferkit.trainer import Trainer
 MOST_CLASSES = 25  # a wider confusion matrix cannot be read
 NUM_SHOWN = 24  # images, and pairs of classes
 FEW = 6  # findings of a kind
-THUMBNAIL = 192  # pixels
-BINS = 10  # of probabilities
+THUMBNAIL, BINS = 192, 10  # pixels; of probabilities
 
 
 def report(
@@ -46,7 +44,7 @@ def report(
         "the head sees": ", ".join(trainer.model.layers) or "the last block",
         "at the end": f"{describe_frozen(trainer.model)}; on {trainer.device}",
     }
-    page = Template(resources.files("transferkit.command").joinpath("report.html").read_text(encoding="utf-8"))
+    page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     return page.substitute(
         title=f"{escape(folder.name)}: {assessment.accuracy:.1%} right",
         summary=f"{len(assessment.classes)} classes. {in_words(assessment).capitalize()} that {seen}.",
@@ -96,14 +94,11 @@ def _confusion(assessment: Assessment) -> str:
 def _worst(images: Any, assessment: Assessment) -> str:
     predicted, targets, names = assessment.predicted, assessment.targets, assessment.classes
     wrong = [index for index in assessment.worst(len(targets)) if predicted[index] != targets[index]]
-    shown = [
-        (
-            path_of(images, int(index)),
-            f'{escape(names[targets[index]])}<br><span class="bad">predicted {escape(names[predicted[index]])} '
-            f"{assessment.probabilities[index, predicted[index]]:.2f}</span>",
-        )
-        for index in wrong[:NUM_SHOWN]
-    ]
+    shown = []
+    for index in wrong[:NUM_SHOWN]:
+        guess, probability = escape(names[predicted[index]]), assessment.probabilities[index, predicted[index]]
+        said = f'{escape(names[targets[index]])}<br><span class="bad">predicted {guess} {probability:.2f}</span>'
+        shown.append((path_of(images, int(index)), said))
     return f"<p>{len(wrong):,} of {len(targets):,} are wrong.</p>{_gallery(shown)}"
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch.utils.data import ConcatDataset
 
-from transferkit.base.files import atomic_write
 from transferkit.command import actions
 from transferkit.command.actions import MODEL, Options, Shown, figures, given, in_words, read_backbone, to_json
 from transferkit.command.images import open_training
@@ -22,8 +21,7 @@ from transferkit.trainer import Trainer
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 
-INDIFFERENT = ("command", "folder", "json", "no_audit", "num_workers", "verbose")
-"""Options that the model does not depend on."""
+INDIFFERENT = ("command", "folder", "json", "no_audit", "num_workers", "verbose")  # the model does not depend on them
 
 
 def run_train(options: Options) -> Shown:
@@ -41,7 +39,7 @@ def run_train(options: Options) -> Shown:
     }
     _check_folder(folder, json.loads(to_json(settings)))
     (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    _write(folder / actions.SETTINGS, to_json(settings))
+    (folder / actions.SETTINGS).write_text(to_json(settings))
 
     how = {**given(fine_tune, options), "folder": folder / CHECKPOINTS, "on_bad_image": "raise"}
     trainer = fine_tune(backbone, images["train"], images["val"], **how)
@@ -55,10 +53,11 @@ def run_train(options: Options) -> Shown:
         how = {**given(audit, options), "device": trainer.device, "cache": trainer}
         found = audit(read_backbone(options), images["train"], others, **how)
         found.to_csv(folder / "audit.csv")
-    _write(folder / "history.json", to_json({} if trainer.history is None else trainer.history.history))
-    _write(folder / actions.ASSESSMENT, to_json(figures(assessment)))
+    history = {} if trainer.history is None else trainer.history.history
+    (folder / "history.json").write_text(to_json(history))
+    (folder / actions.ASSESSMENT).write_text(to_json(figures(assessment)))
     page = report(folder, settings=settings, images=images, trainer=trainer, assessment=assessment, audit=found)
-    _write(folder / REPORT, page)
+    (folder / REPORT).write_text(page, encoding="utf-8")
     shutil.rmtree(folder / CHECKPOINTS)  # nothing is left to continue
     text = f"{in_words(assessment)}\nmodel   {folder / MODEL}\nreport  {folder / REPORT}"
     return text, {"folder": str(folder), **figures(assessment)}
@@ -81,8 +80,3 @@ def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
             )
     else:
         shutil.rmtree(kept, ignore_errors=True)  # there is nothing to continue
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as file:
-        file.write(text.encode())

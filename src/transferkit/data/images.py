@@ -46,10 +46,6 @@ def as_images(images: object) -> Tensor:
 
     Raises:
         ImageError: The shape, dtype or channel count is not one of these. The message has the line that converts them.
-
-    Example:
-        >>> as_images(np.zeros((5, 32, 48, 3), np.uint8)).shape
-        torch.Size([5, 3, 32, 48])
     """
     return _channels_second(images, "images", 4)
 

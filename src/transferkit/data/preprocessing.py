@@ -114,17 +114,9 @@ class Preprocessing:
         return self._cut(self._scale(images, high, wide))
 
     def shrink(self, image: Tensor) -> Tensor:
-        """Return an image with fewer pixels that `resize` makes the same of, or the image if it has no more than that.
-
-        Args:
-            image: `(3, H, W)` on the CPU. One that is preprocessed (float) is returned as it is.
-
-        Example:
-            >>> CONVENTIONS["KERAS"].shrink(torch.zeros(3, 3000, 4000, dtype=torch.uint8)).shape
-            torch.Size([3, 224, 224])
-        """
+        """Return a raw image `(3, H, W)` on the CPU in no more pixels than `resize` needs to give the same."""
         high, wide = self._sides_of(*image.shape[1:])
-        if image.dtype != torch.uint8 or high * wide >= image.shape[1] * image.shape[2]:
+        if image.dtype != torch.uint8 or high * wide >= image[0].numel():  # preprocessed, or small enough
             return image
         if self.geometry != "torchvision":
             return self.resize(image[None])[0]
@@ -140,8 +132,6 @@ class Preprocessing:
             file.draft(None, (width // scale, height // scale))
 
     def _scale(self, images: Tensor, high: int, wide: int) -> Tensor:
-        if images.shape[2:] == (high, wide):
-            return images
         if self.weight_bits and images.device.type == "cpu":
             return resize_as_pillow(images, high, wide)
         from torchvision.transforms.v2 import functional as transforms  # takes 0.2 s: not at import

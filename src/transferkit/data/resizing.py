@@ -13,12 +13,7 @@ _MAX_WEIGHT = 2**15 - 0.5  # beyond it a weight would not round to an int16
 
 
 def resize_as_pillow(images: Tensor, height: int, width: int) -> Tensor:
-    """Return images, uint8 `(N, 3, H, W)` on the CPU, resized by Pillow to `(N, 3, height, width)`.
-
-    Example:
-        >>> resize_as_pillow(torch.zeros(2, 3, 48, 60, dtype=torch.uint8), 32, 40).shape
-        torch.Size([2, 3, 32, 40])
-    """
+    """Return images, uint8 `(N, 3, H, W)` on the CPU, resized by Pillow to `(N, 3, height, width)`."""
     resized = np.empty((len(images), height, width, 3), np.uint8)
     for number, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         # one dimension after the other: which comes first, and so what is rounded first, depends on Pillow's version
@@ -39,11 +34,6 @@ def resize_to_middle(images: Tensor, new: tuple[int, int], size: int, *, bits: i
     Returns:
         uint8 `(N, 3, size, size)`: what `torchvision.transforms.v2.functional.resize` and `center_crop` give, bit for
         bit for a PIL image if `bits` is `PILLOW_BITS`, and for a tensor if it is None and the CPU has AVX2.
-
-    Example:
-        >>> images = torch.randint(0, 256, (1, 3, 2, 1_000_000), dtype=torch.uint8)  # 336 GB when resized
-        >>> resize_to_middle(images, (224, 112_000_000), 224).shape
-        torch.Size([1, 3, 224, 224])
     """
     rows, columns = (_reach(old, side, size) for old, side in zip(images.shape[2:], new, strict=True))
     place = torch.device("cpu") if images.device.type == "mps" else images.device  # MPS has no float64

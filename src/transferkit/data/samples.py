@@ -41,16 +41,16 @@ class Samples:
     Args:
         dataset: The user's data set.
         with_targets: Whether samples are pairs of image and target.
-        preprocess: What will be applied to the images, which then come in no more pixels than it needs; None gives all.
     """
 
-    def __init__(self, dataset: Any, *, with_targets: bool, preprocess: Preprocessing | None = None) -> None:
+    preprocess: Preprocessing | None = None  # what will be applied to the images; None asks for all pixels
+
+    def __init__(self, dataset: Any, *, with_targets: bool) -> None:
         self.dataset = dataset
         self.with_targets = with_targets
-        self.preprocess = preprocess
 
     def for_input(self, preprocess: Preprocessing | None) -> "Samples":
-        """Return the same samples with another `preprocess`."""
+        """Return these samples with images in no more pixels than `preprocess` needs."""
         other = copy.copy(self)
         other.preprocess = preprocess
         return other
@@ -147,12 +147,7 @@ def _undrawn() -> tuple[float, ...]:
 
 
 def evenly_spaced(count: int, indices: Tensor | None = None) -> list[int]:
-    """Return at most `NUM_CHECKED` of `indices`, spread evenly; of 0 to `count - 1` if None.
-
-    Example:
-        >>> evenly_spaced(3), len(evenly_spaced(1000)), evenly_spaced(1000, torch.tensor([7, 8]))
-        ([0, 1, 2], 16, [7, 8])
-    """
+    """Return at most `NUM_CHECKED` of `indices`, spread evenly; of 0 to `count - 1` if None."""
     count = count if indices is None else len(indices)
     rows = sorted({round(part * (count - 1) / (NUM_CHECKED - 1)) for part in range(NUM_CHECKED)})
     return rows if indices is None else [int(indices[row]) for row in rows]

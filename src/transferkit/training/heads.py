@@ -31,7 +31,7 @@ from transferkit.training.training import Training
 TOGETHER = 2**24
 """Numbers that the weights of heads trained together may have: larger heads are limited by their own weights."""
 
-_LAYERS = (nn.Flatten, Standardize, nn.Linear, nn.ReLU, nn.Dropout)
+_LAYERS = (Standardize, nn.Linear, nn.ReLU, nn.Dropout)
 _OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop)
 
 
@@ -61,15 +61,14 @@ def how_many_together(training: Training) -> int:
     Together are heads on a frozen backbone, of the layers that `attach_head` builds, with an optimizer of torch that
     treats each number by itself, without metrics, skipped steps, micro-batches and gradient scaling.
     """
-    head, suffix = training.model.head, training.model.split()[1]
+    model, head = training.model, training.model.head
     layers = [head, *head.children()]
     usable = (
-        len(suffix) == 1
-        and not pure_prefix(training.model)[1]
+        len(model.split()[1]) == 1
+        and not pure_prefix(model)[1]
+        and model.head_arguments is not None  # attach_head built it
         and type(head) is nn.Sequential
-        and len(head) > 1
-        and isinstance(head[0], nn.Flatten)
-        and all(type(layer) in _LAYERS for layer in layers[1:])
+        and all(type(layer) in _LAYERS for layer in head[1:])
         and not any(is_intercepted(layer) or nn.utils.parametrize.is_parametrized(layer) for layer in layers)
         and all(parameter.requires_grad for parameter in head.parameters())
         and type(training.optimizer) in _OPTIMIZERS
