@@ -40,7 +40,13 @@ def start() -> None:
     several = distributed.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(backend, timeout=TIMEOUT)
+        from torch.distributed.distributed_c10d import PrefixStore  # not in every build of torch
+        from torch.distributed.rendezvous import rendezvous
+
+        store, own, size = next(rendezvous("env://", timeout=TIMEOUT))
+        # after a restart torchrun's store may still have the addresses of the processes before
+        store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        distributed.init_process_group(backend, store=store, rank=own, world_size=size, timeout=TIMEOUT)
         atexit.register(_leave)
 
 
