@@ -21,8 +21,8 @@ def main() -> None:
     device = tk.Device("auto")  # under torchrun each process takes a GPU of its own
     distributed.init_process_group("nccl" if device.torch_device.type == "cuda" else "gloo")
     torch.manual_seed(0)  # the same head in each process
-    images, targets, classes = read_images("train", per_class=50)
-    test = read_images("test", per_class=25)[:2]
+    images, targets, classes = read_images("train", per_class=25)
+    test = read_images("test", per_class=10)[:2]
     backbone = tk.load_backbone("vgg16", weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=32)
     model = tk.freeze_until(tk.attach_head(backbone, classes, hidden=(64,)), "head")
     before = [value.clone() for value in model.split()[0].state_dict().values()]
