@@ -294,9 +294,7 @@ def test_clipping_limits_the_gradient(gradient, applied):
     assert parameter.item() == pytest.approx(-applied, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "norm", [0.0, 0.9, 1 - 2e-6, 1 - 1e-6, 1 - 5e-7, 1.0, 7.0, float("inf"), float("nan")]
-)
+@pytest.mark.parametrize("norm", [0.0, 0.9, 1 - 2e-6, 1 - 1e-6, 1 - 5e-7, 1.0, 7.0, float("inf"), float("nan")])
 def test_clipping_has_the_bits_of_torchs_own(norm):
     """Gradients are those of torch.nn.utils.clip_grad_norm_, to the last bit, on either side of the limit."""
     device = tk.Device("cpu", "fp32")

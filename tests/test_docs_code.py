@@ -1,16 +1,13 @@
 """The code on the pages of docs/ runs as it stands."""
 
 import multiprocessing
-import os
 import re
-import warnings
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
-import torch
 
-from tiny import offline
+from tiny import run_script
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -43,19 +40,6 @@ def test_blocks_of_code_keep_their_lines(tmp_path: Path) -> None:
     assert script(page).splitlines() == ["", "", "", "x = 1", *[""] * 9, "x / 0"]
 
 
-def run_page(page: Path, folder: Path, environment: dict[str, str]) -> None:
-    """Run a page's blocks in a folder, in a process that has imported what they import; print an error and end."""
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    printed = os.open("printed.txt", os.O_CREAT | os.O_WRONLY)
-    os.dup2(printed, 1)
-    os.dup2(printed, 2)
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    exec(compile(script(page), str(page), "exec"), {"__name__": "__main__"})
-
-
 @pytest.fixture(scope="module")
 def processes() -> ForkServerContext:
     """Makes processes that have imported torch, torchvision and the library already: three seconds for each page."""
@@ -70,7 +54,7 @@ def test_code_of_a_page_runs(page: Path, tmp_path: Path, small_assets: Path, pro
     """A page's Python blocks run, one after the other, from the root of a clone, offline, without a warning."""
     all_images = re.search(r"\b2000\b|\brare\b|\bassert\b", script(page))  # it takes some itself, or states a bound
     (tmp_path / "examples").symlink_to(ROOT / "examples" if all_images else small_assets.parent)
-    process = processes.Process(target=run_page, args=(page, tmp_path, offline(tmp_path)))
+    process = processes.Process(target=run_script, args=(script(page), str(page), tmp_path))
     process.start()
     process.join()
     assert process.exitcode == 0, (tmp_path / "printed.txt").read_text()

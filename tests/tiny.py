@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -127,6 +128,18 @@ def offline(home: Path) -> dict[str, str]:
     settings = {"OMP_NUM_THREADS": "1", "http_proxy": nobody, "https_proxy": nobody}
     path = {name: os.environ[name] for name in ["PYTHONPATH"] if name in os.environ}  # where the library may be
     return {"PATH": "/usr/bin:/bin", "HOME": str(home), **settings, **path}
+
+
+def run_script(code: str, name: str, folder: Path) -> None:
+    """Become a process that runs code in a folder, offline, with warnings as errors; it prints into `printed.txt`."""
+    os.chdir(folder)
+    printed = os.open("printed.txt", os.O_CREAT | os.O_WRONLY)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    os.environ.update(offline(folder))
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    exec(compile(code, name, "exec"), {"__name__": "__main__"})
 
 
 def python(program: str, *arguments: object, timeout: float = 120) -> str:
