@@ -136,7 +136,7 @@ class Device:
             _spoil_unless(finite, optimizer)
         if clip_grad_norm is not None:
             self.scaler.unscale_(optimizer)  # first: the limit is for unscaled gradients
-            _clip(parameters_of(optimizer), clip_grad_norm)
+            nn.utils.clip_grad_norm_(parameters_of(optimizer), clip_grad_norm)
         if finite is None or self.scaler.is_enabled():
             self.scaler.step(optimizer)
             self.scaler.update()
@@ -191,13 +191,6 @@ def find_device(device: str | torch.device | Device, precision: str) -> Device:
     if precision not in ("auto", device.precision):
         raise ArgumentError(f"precision={precision!r} contradicts {device}: say it in one place.")
     return device
-
-
-def _clip(parameters: list[nn.Parameter], largest: float) -> None:
-    """Do what `torch.nn.utils.clip_grad_norm_` does, to the last bit, without multiplying all gradients by 1."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if norm.device.type != "cpu" or not bool(norm + 1e-6 <= largest):  # elsewhere the host would wait
-        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
 
 
 def step_where(finite: Tensor, optimizer: Any) -> None:
