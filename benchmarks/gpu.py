@@ -13,6 +13,7 @@ changes no time. Accuracy is reported only for `fine_tune`, on the 500 test imag
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -24,7 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from job import BATCH_SIZE, JOBS, WEIGHTS, Data, read_data
+from job import BATCH_SIZE, JOBS, WEIGHTS, Data, Job, read_data
+from peers import with_transferkit
 from peers.machine import describe_machine
 from peers.torch_parts import VALIDATION_BATCH_SIZE, ImageDataset, build_fast_model, trainable
 from torch import nn
@@ -57,52 +59,34 @@ def used_bytes(device: str) -> int | None:
     return torch.cuda.max_memory_allocated() if device == "cuda" else None
 
 
-def transferkit(device: str, data: Data, image_size: int) -> dict[str, Any]:
-    """The library at its defaults, with the job's constant rate."""
-    torch.manual_seed(0)
-    backbone = tk.load_backbone(weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=image_size)
-    model = tk.freeze_until(tk.attach_head(backbone, 10, hidden=(4096, 4096), pooling="flatten"), "head")
-    trainer = tk.Trainer(model, lr=JOB.lr, schedule="constant", clip_grad_norm=None, device=device)
-    synchronize(device)
-    started = time.perf_counter()
-    history = trainer.fit(
-        (data.train_images, data.train_targets),
-        validation_data=(data.validation_images, data.validation_targets),
-        epochs=JOB.epochs,
-        batch_size=BATCH_SIZE,
-        verbose=0,
-    )
-    synchronize(device)
-    seconds = time.perf_counter() - started
-    return {"total_s": seconds, "epoch_s": history.history["epoch_s"], "memory_bytes": used_bytes(device)}
+def transferkit(device: str, data: Data, job: Job) -> dict[str, Any]:
+    """The library as in `compare.py`."""
+    record = with_transferkit.train(job, data, device=device)
+    return {"total_s": record.total_s, "epoch_s": record.epoch_s, "memory_bytes": used_bytes(device)}
 
 
-def loaders(data: Data, image_size: int) -> tuple[DataLoader, DataLoader]:
+def loaders(data: Data, job: Job) -> tuple[DataLoader, DataLoader]:
     """Return loaders as the tuning guide has them: a worker for each core, pinned memory, workers that stay."""
     common: dict[str, Any] = {"num_workers": min(16, os.cpu_count() or 1), "persistent_workers": True}
     common["pin_memory"] = torch.cuda.is_available()
-    train = ImageDataset(data.train_images, data.train_targets, image_size)
-    validation = ImageDataset(data.validation_images, data.validation_targets, image_size)
+    train = ImageDataset(data.train_images, data.train_targets, job.image_size)
+    validation = ImageDataset(data.validation_images, data.validation_targets, job.image_size)
     return (
         DataLoader(train, batch_size=BATCH_SIZE, shuffle=True, **common),
         DataLoader(validation, batch_size=VALIDATION_BATCH_SIZE, **common),
     )
 
 
-def fast_model(image_size: int) -> nn.Sequential:
-    return build_fast_model(JOBS["head224"] if image_size == 224 else JOBS["head64"])
-
-
 def estimate(epoch_s: list[float]) -> float:
     return epoch_s[0] + (JOB.epochs - 1) * epoch_s[-1]
 
 
-def pytorch(device: str, data: Data, image_size: int) -> dict[str, Any]:
+def pytorch(device: str, data: Data, job: Job) -> dict[str, Any]:
     """Plain PyTorch at its best: workers, bf16, channels-last, frozen layers cast once and run without gradients."""
-    body, head = fast_model(image_size).to(device)
-    optimizer = torch.optim.Adam(trainable(head), lr=JOB.lr, fused=True)
+    body, head = build_fast_model(job).to(device)
+    optimizer = torch.optim.Adam(trainable(head), lr=job.lr, fused=True)
     epoch_s: list[float] = []
-    train, validation = loaders(data, image_size)
+    train, validation = loaders(data, job)
 
     def logits(batch: torch.Tensor) -> torch.Tensor:
         batch = batch.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
@@ -126,13 +110,13 @@ def pytorch(device: str, data: Data, image_size: int) -> dict[str, Any]:
     return {"total_s": estimate(epoch_s), "epoch_s": epoch_s, "memory_bytes": used_bytes(device)}
 
 
-def lightning(device: str, data: Data, image_size: int) -> dict[str, Any]:
+def lightning(device: str, data: Data, job: Job) -> dict[str, Any]:
     """Lightning with its bf16 precision, the same model and the same loaders."""
     from lightning import Trainer
     from peers.with_lightning import Classifier
 
-    train, validation = loaders(data, image_size)
-    module = Classifier(fast_model(image_size), JOB.lr, channels_last=True, fused=True)
+    train, validation = loaders(data, job)
+    module = Classifier(build_fast_model(job), job.lr, channels_last=True, fused=True)
     seconds = []
     for epochs in (1, 2):
         trainer = Trainer(
@@ -152,12 +136,12 @@ def lightning(device: str, data: Data, image_size: int) -> dict[str, Any]:
     return {"total_s": estimate(epoch_s), "epoch_s": epoch_s, "memory_bytes": used_bytes(device)}
 
 
-def fine_tune(device: str, data: Data, image_size: int) -> dict[str, Any]:
+def fine_tune(device: str, data: Data, job: Job) -> dict[str, Any]:
     """`fine_tune` on the 2,000 images of the repository."""
     count = len(data.train_images) // CROPS if len(data.train_images) > 2000 else len(data.train_images)
     start = count * (CROPS // 2) if len(data.train_images) > count else 0  # the crop in the middle is the whole image
     middle = slice(start, start + count)
-    backbone = tk.load_backbone(weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=image_size)
+    backbone = tk.load_backbone(weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=job.image_size)
     started = time.perf_counter()
     trainer = tk.fine_tune(backbone, (data.train_images[middle], data.train_targets[middle]), device=device, verbose=0)
     seconds = time.perf_counter() - started
@@ -165,7 +149,7 @@ def fine_tune(device: str, data: Data, image_size: int) -> dict[str, Any]:
     return {"total_s": seconds, "accuracy": found.accuracy, "memory_bytes": used_bytes(device)}
 
 
-PARTS: dict[str, Callable[[str, Data, int], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[str, Data, Job], dict[str, Any]]] = {
     "transferkit": transferkit,
     "pytorch": pytorch,
     "lightning": lightning,
@@ -219,7 +203,8 @@ def main() -> None:
     options = parser.parse_args()
     image_size = 64 if options.smoke else 224
     if options.part:
-        print(json.dumps(PARTS[options.part](options.device, images(smoke=options.smoke), image_size)))
+        job = dataclasses.replace(JOB, image_size=image_size)
+        print(json.dumps(PARTS[options.part](options.device, images(smoke=options.smoke), job)))
         return
     end = time.monotonic() + LIMIT_S
     options.out.mkdir(parents=True, exist_ok=True)
