@@ -340,6 +340,7 @@ TOGETHER = {
     "hidden": {"head": {"hidden": (8, 6), "dropout": 0.5}},
     "dropped features": {"head": {"dropout": 0.5}, "trainer": {"optimizer": "adamw"}},
     "flat": {"head": {"hidden": (8,), "pooling": "flatten"}, "trainer": {"optimizer": "sgd"}},
+    "without momentum": {"trainer": {"optimizer": torch.optim.SGD}},
     "augmented": {"fit": {"augment": ["flip"]}, "trainer": {"optimizer": "rmsprop"}},
     "views": {"fit": {"augment": ["flip"], "n_views": 2}, "trainer": {"loss": tk.CrossEntropy(label_smoothing=0.1)}},
     "weighed": {"trainer": {"loss": tk.CrossEntropy(class_weights="balanced")}},

@@ -209,4 +209,4 @@ class _Stack:
         for group, *own in zip(self.optimizer.param_groups, *views, strict=True):
             before, group["params"] = group["params"], [*map(nn.Parameter, own)]
             for old, new in zip(before, group["params"], strict=True):
-                self.optimizer.state[new] = self.optimizer.state.pop(old)
+                self.optimizer.state[new] = self.optimizer.state.pop(old, {})  # SGD without momentum has none
