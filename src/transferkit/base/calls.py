@@ -59,16 +59,7 @@ _ELSEWHERE = {
 def explained(called: _Called) -> _Called:
     """Let a function, or a class with the methods that have options, say what to write where a call does not fit.
 
-    A call that fits costs nothing more.
-
-    Example:
-        >>> @explained
-        ... def fit(data, *, lr=0.1):
-        ...     return lr
-        >>> fit([], learning_rate=0.2)
-        Traceback (most recent call last):
-            ...
-        transferkit.errors.CallError: fit has no argument learning_rate: write lr=.
+    `fit(data, learning_rate=0.2)` is then a `CallError`: "fit has no argument learning_rate: write lr=."
     """
     if not inspect.isclass(called):
         return cast("_Called", _explained(called, called.__name__))

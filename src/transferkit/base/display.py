@@ -43,7 +43,6 @@ class Bar:
             self._due = time.perf_counter() + REDRAW_S
 
     def close(self) -> None:
-        """Remove the bar."""
         if self._drawn is not None:
             self._drawn.close()
 
@@ -72,7 +71,7 @@ class Display:
         if self.verbose == 0 or sys.stdout is None or rank():  # of several processes the first prints
             return
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        text = "\n".join(_fitted(printable(line))).encode(encoding, "backslashreplace").decode(encoding)
+        text = _in_rows(printable(line)).encode(encoding, "backslashreplace").decode(encoding)
         with suppress(OSError):  # a full disk or a reader that has gone away ends no run
             if self._tqdm is None:
                 print(text, flush=True)  # noqa: T201
@@ -94,14 +93,14 @@ class Display:
 QUIET = Display(0)
 
 
-def _fitted(line: str) -> list[str]:
+def _in_rows(line: str) -> str:
     """Break a line that is wider than the terminal, or 80 columns elsewhere, between figures, two spaces apart."""
     rows, width = [""], shutil.get_terminal_size().columns if sys.stdout.isatty() else COLUMNS
     for part in re.split("(?=  )", line):
         if rows[-1] and len(rows[-1] + part) > width:
             rows.append("")
         rows[-1] += part
-    return rows
+    return "\n".join(rows)
 
 
 def in_notebook() -> bool:

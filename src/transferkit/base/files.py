@@ -26,12 +26,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """Return what is at a path: `"a file"`, `"a folder"`, `"a pipe or device"`, `"nothing"`, or why nothing can be.
-
-    Example:
-        >>> kind_of("/"), kind_of("x" * 300)
-        ('a folder', 'nothing (File name too long)')
-    """
+    """Return what is at a path: `"a file"`, `"a folder"`, `"a pipe or device"`, `"nothing"`, or why nothing can be."""
     try:
         mode = Path(path).stat().st_mode
     except FileNotFoundError:

@@ -40,12 +40,6 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
     The process has one of each: a thread waits until no other one is inside, so that both draw their own numbers. The
     generator of a CUDA `device` is seeded too.
-
-    Example:
-        >>> with seeded(1):
-        ...     first = torch.rand(1)
-        >>> with seeded(1):
-        ...     assert torch.equal(torch.rand(1), first)
     """
     cuda = device if device is not None and device.type == "cuda" else None
     with _LOCK[0]:

@@ -37,12 +37,6 @@ _GLOBALS = {
 
 _OLD_PICKLES, _CONTENT = 5, 3  # before torch 1.6: a magic number, a version, the writer's system, content, storages
 
-_ZIP, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
-
-_ZIPS = "it may be an archive of another program, such as a .keras or .npz file"
-_HDF5 = "it is an HDF5 file, as Keras writes: copy its arrays into a state dict"
-_SAFETENSORS = "it is a safetensors file: pass the state dict that safetensors.torch.load_file(path) returns"
-
 
 def read_torch_file(path: Path, *, mmap: bool = False, legacy: Callable[[], None] | None = None) -> object:
     """Read a file that `torch.save` wrote, with its tensors on the CPU. No code in the file runs.
@@ -59,7 +53,7 @@ def read_torch_file(path: Path, *, mmap: bool = False, legacy: Callable[[], None
     with _one_line_errors(), open_file(path) as file:
         begin = file.read(9)
         file.seek(0)
-        if begin.startswith(_ZIP):
+        if begin.startswith(b"PK\x03\x04"):
             check_archive(file)  # 0.3 s for 528 MB
         else:
             _check_old_format(file, begin)
@@ -114,7 +108,8 @@ def check_archive(file: BinaryIO) -> None:
         names = [member.orig_filename for member in members]
         known = [_MEMBER.fullmatch(name) for name in names]
         if strange := [name for name, found in zip(names, known, strict=True) if not found]:
-            raise ValueError(f"it has the part {strange[0]!r}, which torch.save does not write: {_ZIPS}")
+            other = "it may be an archive of another program, such as a .keras or .npz file"
+            raise ValueError(f"it has the part {strange[0]!r}, which torch.save does not write: {other}")
         if len({found[1] for found in known if found}) > 1:
             raise ValueError("its parts are in several folders, which torch.save does not write")
         if len(set(names)) != len(names):
@@ -138,7 +133,7 @@ def _check_ends(file: BinaryIO, size: int) -> None:
     file.seek(max(0, size - 98))
     end = file.read().rjust(98)  # 56 bytes and 20 of zip64, then 22
     signature, _, _, here, total, length, start, comment = struct.unpack("<4s4H2LH", end[-22:])
-    if signature != _ZIP_END or comment or here != total:
+    if signature != b"PK\x05\x06" or comment or here != total:
         raise ValueError("it is cut short, or has bytes behind its archive")
     tail = 22
     if end[56:60] == b"PK\x06\x07":
@@ -167,8 +162,10 @@ def _check_pickle(pickled: bytes | BinaryIO, largest: float = math.inf) -> None:
 
 
 def _check_old_format(file: BinaryIO, begin: bytes) -> None:
-    if begin.startswith(b"\x89HDF") or begin.endswith(b"{"):
-        raise ValueError(_HDF5 if begin.startswith(b"\x89") else _SAFETENSORS)
+    if begin.startswith(b"\x89HDF"):
+        raise ValueError("it is an HDF5 file, as Keras writes: copy its arrays into a state dict")
+    if begin.endswith(b"{"):
+        raise ValueError("it is a safetensors file: pass the state dict that safetensors.torch.load_file(path) returns")
     if begin[:1] != b"\x80":
         raise ValueError("torch.save did not write it, or it is damaged")
     size = os.fstat(file.fileno()).st_size

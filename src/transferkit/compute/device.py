@@ -132,8 +132,10 @@ class Device:
             finite: bool `()`, on the device. If false, the update is skipped. Fused optimizers read it on the device
                 without a host sync, except on the first step. None always updates.
         """
-        if finite is not None and self.scaler.is_enabled():
-            _spoil_unless(finite, optimizer)
+        if finite is not None and self.scaler.is_enabled():  # NaN in a gradient makes the scaler skip, without a sync
+            gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None and p.numel()]
+            smallest = min(gradients, key=Tensor.numel)
+            smallest += torch.where(finite, 0.0, float("nan"))
         if clip_grad_norm is not None:
             self.scaler.unscale_(optimizer)  # first: the limit is for unscaled gradients
             nn.utils.clip_grad_norm_(parameters_of(optimizer), clip_grad_norm)
@@ -180,12 +182,7 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def find_device(device: str | torch.device | Device, precision: str) -> Device:
-    """Return the device that a call was given, or the one that its arguments describe.
-
-    Raises:
-        ArgumentError: A `Device` has another precision than the one asked for.
-        DeviceError: As in `Device`.
-    """
+    """Return the device that a call was given, which must not contradict `precision`, or the one described."""
     if not isinstance(device, Device):
         return Device(device, precision)
     if precision not in ("auto", device.precision):
@@ -210,25 +207,20 @@ def step_where(finite: Tensor, optimizer: Any) -> None:
         optimizer.step()
 
 
-def _spoil_unless(finite: Tensor, optimizer: Optimizer) -> None:
-    """Set a gradient to NaN if `finite` is false, so that the gradient scaler skips the step, without a host sync."""
-    gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None and p.numel()]
-    smallest = min(gradients, key=Tensor.numel)
-    smallest += torch.where(finite, 0.0, float("nan"))
-
-
 float32_products = ProcessSetting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
 """In which precision of torch's float32 matrix products are computed: "highest", "high" or "medium"."""
 
 
 def _resolve_device(device: str | torch.device) -> torch.device:
+    mps = torch.backends.mps.is_available()
+    available = [*(f"cuda:{index}" for index in range(torch.cuda.device_count())), *(["mps"] if mps else []), "cpu"]
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise DeviceError(
-            f"device {device!r} is not known to torch: expected one of {_available()}, 'auto' or a torch.device."
+            f"device {device!r} is not known to torch: expected one of {available}, 'auto' or a torch.device."
         ) from error
     if resolved.type != "cuda":
         resolved = torch.device(resolved.type)  # "cpu:0" is "cpu"
@@ -236,17 +228,12 @@ def _resolve_device(device: str | torch.device) -> torch.device:
         local = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun's: each process on a machine has a GPU of its own
         index = torch.cuda.current_device() or (local if local < torch.cuda.device_count() else 0)
         resolved = torch.device("cuda", index)
-    if str(resolved) not in _available():
+    if str(resolved) not in available:
         raise DeviceError(
-            f"device {str(resolved)!r} is not available on this machine: expected one of {_available()}. "
+            f"device {str(resolved)!r} is not available on this machine: expected one of {available}. "
             'Pass one of these, or device="auto".'
         )
     return resolved
-
-
-def _available() -> list[str]:
-    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    return [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
 
 def _resolve_precision(precision: str, device: torch.device) -> str:

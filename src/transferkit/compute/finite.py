@@ -12,7 +12,6 @@ from transferkit.errors import NonFiniteError
 MIN_SCALE = 1.0
 """Below this the fp16 gradient scale, which starts at 65,536, has collapsed: gradients overflow in every step."""
 
-
 SUM = "the sum of a gradient over the batch"
 
 MAX_GRADIENT = 1e15
@@ -51,18 +50,12 @@ class BufferCopies:
             for name, buffer in module.named_buffers(recurse=False)
         ]
 
-    def restore(self) -> None:
-        """Restore the buffers."""
-        with torch.no_grad():
-            for module, name, copy in self._copies:
-                module.get_buffer(name).copy_(copy)
-
-    def restore_unless(self, finite: Tensor) -> None:
-        """Restore the buffers if `finite`, bool `()`, is false, without a host sync."""
+    def restore(self, *, unless: Tensor | None = None) -> None:
+        """Restore the buffers, but not if `unless`, bool `()`, is true; there is no host sync."""
         with torch.no_grad():
             for module, name, copy in self._copies:
                 live = module.get_buffer(name)  # looked up again: the module may have assigned another
-                live.copy_(torch.where(finite, live, copy))
+                live.copy_(copy if unless is None else torch.where(unless, live, copy))
 
 
 def find_nonfinite(
@@ -84,6 +77,7 @@ def find_nonfinite(
     found: list[str] = []
     used = set(network.modules())
     names = {module: name for name, module in model.named_modules() if module in used and not list(module.children())}
+    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def note(module: nn.Module, _inputs: object, output: object) -> None:
         if isinstance(output, Tensor) and not found and not bool(output.isfinite().all()):
@@ -96,22 +90,17 @@ def find_nonfinite(
                 loss = loss_of(network(inputs), targets)
             if not found and not bool(loss.isfinite()):
                 found.append("the loss")
-            if found or (first := _first_gradient(loss, model)):
-                return found[0] if found else str(first)
+            if found:
+                return found[0]
+            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            for name, gradient in zip(weights, gradients, strict=True):
+                if gradient is not None and not bool((gradient.abs() < MAX_GRADIENT).all()):
+                    return f"the gradient of {name}"
     finally:
         for hook in hooks:
             hook.remove()
         buffers.restore()
     return SUM
-
-
-def _first_gradient(loss: Tensor, model: nn.Module) -> str | None:
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
-    for (name, _), gradient in zip(named, gradients, strict=True):
-        if gradient is not None and not bool((gradient.abs() < MAX_GRADIENT).all()):
-            return f"the gradient of {name}"
-    return None
 
 
 def check_weights(model: nn.Module) -> None:

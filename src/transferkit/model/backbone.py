@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 
-from transferkit.base.arguments import one_of, square
+from transferkit.base.arguments import one_of
 from transferkit.base.arrays import sha256_of
 from transferkit.base.calls import explain_missing, explained
 from transferkit.base.files import kind_of
@@ -171,7 +171,9 @@ def load_backbone(
         arXiv:1409.1556.
     """
     name = one_of("name", name, MODELS)
-    image_size = square(image_size)
+    pair: Any = image_size  # of equal numbers, as others write sizes
+    if isinstance(pair, tuple | list) and len(pair) > 1 and pair[0] == pair[1] and list(pair[2:]) in ([], [3]):
+        image_size = pair[0]
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < MIN_IMAGE_SIZE:
         raise ArgumentError(
             f"image_size={image_size!r} cannot be used: expected a whole number of {MIN_IMAGE_SIZE} pixels or more, "

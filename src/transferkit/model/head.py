@@ -37,15 +37,11 @@ class Standardize(nn.Module):
     first step; training does not change them.
     """
 
-    mean: Tensor
-    std: Tensor
-    num_images: Tensor
-
     def __init__(self, num_features: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(num_features))
-        self.register_buffer("std", torch.ones(num_features))
-        self.register_buffer("num_images", torch.zeros((), dtype=torch.int64))
+        self.mean = nn.Buffer(torch.zeros(num_features))
+        self.std = nn.Buffer(torch.ones(num_features))
+        self.num_images = nn.Buffer(torch.zeros((), dtype=torch.int64))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return standardised features, of the shape `(N, D)` that they have."""

@@ -22,21 +22,14 @@ class Novelty(nn.Module):
         threshold: Distance above which an image is unknown, `()`.
     """
 
-    mean: Tensor
-    axes: Tensor
-    centres: Tensor
-    within: Tensor
-    overall: Tensor
-    threshold: Tensor
-
     def __init__(self, num_features: int, num_axes: int, num_classes: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(num_features))
-        self.register_buffer("axes", torch.zeros(num_features, num_axes))
-        self.register_buffer("centres", torch.zeros(num_classes, num_axes))
-        self.register_buffer("within", torch.zeros(num_axes, num_axes))
-        self.register_buffer("overall", torch.zeros(num_axes, num_axes))
-        self.register_buffer("threshold", torch.zeros(()))
+        self.mean = nn.Buffer(torch.zeros(num_features))
+        self.axes = nn.Buffer(torch.zeros(num_features, num_axes))
+        self.centres = nn.Buffer(torch.zeros(num_classes, num_axes))
+        self.within = nn.Buffer(torch.zeros(num_axes, num_axes))
+        self.overall = nn.Buffer(torch.zeros(num_axes, num_axes))
+        self.threshold = nn.Buffer(torch.zeros(()))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the distance of each row of features `(N, D)` or `(N, C, h, w)`, less the threshold, float32 `(N,)`.
