@@ -11,7 +11,7 @@ def check_torchvision() -> None:
     try:
         import torchvision  # noqa: F401 - only to see whether it loads
     except (ImportError, RuntimeError, OSError) as error:
-        # a mismatch raises "operator torchvision::nms does not exist" (RuntimeError) or an undefined symbol (the others)
+        # a mismatch raises "operator torchvision::nms does not exist" (RuntimeError), or names an undefined symbol
         wanted = "two built for each other"
         try:
             got = f"torch {version('torch')} with torchvision {version('torchvision')}"

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -35,13 +36,7 @@ def build_augmentation(augment: Augment, image_size: int) -> Transform:
     }
     parts = augment if isinstance(augment, list | tuple) else [augment]
     chain = [part if callable(part) else known[one_of("augment", part, known)] for part in parts]
-
-    def transform(image: Tensor) -> Tensor:
-        for part in chain:
-            image = part(image)
-        return image
-
-    return transform
+    return lambda image: reduce(lambda changed, part: part(changed), chain, image)
 
 
 def describe_augmentation(augment: Augment) -> list[str]:
@@ -61,18 +56,17 @@ def augment_batch(transform: Transform, images: Tensor, indices: Sequence[int], 
         with seeded(derive_seed(seed, "augment", epoch, index), image.device):
             try:
                 augmented.append(transform(image))
-            except Exception as error:
+            except Exception as error:  # whatever a user's transform raises
                 raise ImageError(
                     f"augment failed on image {index}: {type(error).__name__}: {error}. It gets one raw image, uint8 "
                     f"{tuple(image.shape)}, without its target. CutMix and MixUp go into a DataLoader's collate_fn."
                 ) from error
-        result = augmented[-1]
-        if not isinstance(result, Tensor) or result.shape != image.shape or result.dtype != image.dtype:
-            got = (
-                f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
-            )
+        result: Any = augmented[-1]
+        form = f"{tuple(image.shape)} {image.dtype}"
+        got = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        if got != form:
             raise ImageError(
-                f"augment changed image {index} from {tuple(image.shape)} {image.dtype} to {got}: expected the same "
+                f"augment changed image {index} from {form} to {got}: expected the same "
                 "shape and dtype. Images are normalized afterwards."
             )
     return torch.stack(augmented)

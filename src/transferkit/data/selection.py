@@ -64,12 +64,7 @@ _MOST_NAMED = 100  # bad images after which the search for more ends
 
 
 def bad_image_limit(on_bad_image: str | float) -> float | None:
-    """Return the fraction of images that may be left out, None if none may; anything else is an `ArgumentError`.
-
-    Example:
-        >>> bad_image_limit("skip"), bad_image_limit(0.05), bad_image_limit("raise")
-        (0.01, 0.05, None)
-    """
+    """Return the fraction of images that may be left out, None if none may; anything else is an `ArgumentError`."""
     if isinstance(on_bad_image, Real) and not isinstance(on_bad_image, bool) and 0 <= on_bad_image <= 1:
         return float(on_bad_image)
     hint = "Or a number from 0 to 1: the fraction of images that may be left out."
@@ -82,12 +77,8 @@ def without_bad_images(
     """Read every image of a data set once, and return the data set without the images that cannot be used.
 
     So the images of a run and the number of steps in an epoch are fixed before the first step. Images in memory are
-    returned unchanged. `check` is called after each batch and may raise to stop.
-
-    Raises:
-        ImageError: More than one image and more than the fraction `limit` are bad. The message names the first 100.
-        ArgumentError: The data is a `DataLoader`.
-        EmptyDataError: Every image is bad.
+    returned unchanged. More bad images than one and the fraction `limit` are an `ImageError`, which names the first
+    100. `check` is called after each batch and may raise to stop.
     """
     if not isinstance(source, DatasetSource):
         if source.num_images is None:
