@@ -13,7 +13,6 @@ from torch import Tensor
 def tensor_from_array(array: npt.NDArray[Any]) -> Tensor:
     """Return a tensor that shares an array's memory where torch can, else a copy. The library never writes to it.
 
-    Torch reads no object arrays, such as a column of a table, no foreign byte order, long doubles or negative strides.
     What is no array of numbers, or masked, is a `TypeError`; elements that differ in shape are a `ValueError`.
     """
     if np.ma.is_masked(array):
@@ -30,10 +29,7 @@ def tensor_from_array(array: npt.NDArray[Any]) -> Tensor:
 
 
 class _Writeable:
-    """A read-only array, such as a memory map, as one that torch takes without a warning.
-
-    Ignoring the warning instead would change the process's filters, which is not safe in threads.
-    """
+    """A read-only array as one that torch takes without a warning: to filter warnings is not safe in threads."""
 
     def __init__(self, array: npt.NDArray[Any]) -> None:
         self._array = array  # keeps the memory

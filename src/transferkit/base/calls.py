@@ -98,7 +98,11 @@ def _explained(function: Callable[..., Any], shown: str) -> Callable[..., Any]:
 def _explanation(shown: str, signature: inspect.Signature, given: int, named: list[str], misfit: TypeError) -> str:
     own = {name: parameter for name, parameter in signature.parameters.items() if name != "self"}
     if unknown := [name for name in named if name not in own]:
-        return f"{shown} has no argument {unknown[0]}: {_advice(unknown[0], list(own))}"
+        ours = _find(unknown[0], _OTHER_NAMES) or unknown[0]
+        having = [name for name, function in _FUNCTIONS.items() if ours in inspect.signature(function).parameters]
+        elsewhere = f"{' and '.join(having[:3])} {'have' if having[1:] else 'has'} {ours}=." if having else ""
+        advice = f"write {ours}=." if ours in own else _find(unknown[0], _ADVICE) or elsewhere
+        return f"{shown} has no argument {unknown[0]}: {advice or close_matches(unknown[0], own)}"
     unnamed = [name for name, parameter in own.items() if parameter.kind is not parameter.KEYWORD_ONLY]
     given -= "self" in signature.parameters
     if given <= len(unnamed):
@@ -109,19 +113,6 @@ def _explanation(shown: str, signature: inspect.Signature, given: int, named: li
         f"{shown}({', '.join([*unnamed, *others])})."
         + (" Images and targets are one argument: fit((images, targets))." if "data" in unnamed else "")
     )
-
-
-def _advice(word: str, own: list[str]) -> str:
-    """Return what to write instead of an unknown argument."""
-    ours = _find(word, _OTHER_NAMES) or word
-    if ours in own:
-        return f"write {ours}=."
-    if advice := _find(word, _ADVICE):
-        return advice
-    having = [name for name, function in _FUNCTIONS.items() if ours in inspect.signature(function).parameters]
-    if having:
-        return f"{' and '.join(having[:3])} {'have' if having[1:] else 'has'} {ours}=."
-    return close_matches(word, own)
 
 
 def _find(word: str, table: dict[str, str]) -> str:

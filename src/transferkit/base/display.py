@@ -28,10 +28,7 @@ class Bar:
         self._due = 0.0
 
     def advance(self, count: int, figures: Callable[[], str] = str) -> None:
-        """Add to the count of images, and redraw the bar if `REDRAW_S` has passed.
-
-        `figures` returns text to show beside the bar. It may wait for the device, so it is called only for a redraw.
-        """
+        """Count images, and redraw the bar with `figures`, which may wait for the device, if `REDRAW_S` has passed."""
         if self._draw is None:
             return
         if self._drawn is None:
@@ -54,10 +51,7 @@ class Bar:
 
 
 class Display:
-    """Lines of text on standard output, and bars in a terminal or a notebook if `tqdm` is installed.
-
-    `verbose` 0 shows nothing, 1 lines and bars, 2 lines only.
-    """
+    """Lines of text, and bars if `tqdm` is installed; `verbose` 0 shows nothing, 1 lines and bars, 2 lines only."""
 
     def __init__(self, verbose: int) -> None:
         if verbose not in (0, 1, 2):

@@ -11,8 +11,8 @@ import torch
 class ProcessSetting:
     """A setting that torch has once in a process, changed for a while by any number of threads.
 
-    When the last of them is done, the value of before is back. While two threads want different values, the later one
-    has its own. `read` returns the value and `write` sets it.
+    When the last of them is done, the value of before is back. While two want different values, the later one has its
+    own.
     """
 
     def __init__(self, read: Callable[[], Any], write: Callable[[Any], None]) -> None:
@@ -44,10 +44,9 @@ _DEFAULT_DTYPE = ProcessSetting(torch.get_default_dtype, torch.set_default_dtype
 
 @contextmanager
 def own_surroundings() -> Iterator[None]:
-    """Compute inside as if no mode or default of torch had been changed outside; also a decorator.
+    """Compute inside with autograd, without autocast, in float32 and on the CPU, whatever is set outside.
 
-    `no_grad`, `inference_mode` and a foreign `autocast` are off, new tensors are float32 and on the CPU. All but the
-    default dtype belong to this thread alone.
+    Also a decorator. All but the default dtype belong to this thread alone.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))

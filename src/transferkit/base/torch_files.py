@@ -43,12 +43,8 @@ def read_torch_file(path: Path, *, mmap: bool = False, legacy: Callable[[], None
 
     With `mmap` the tensors are mapped, not copied: they change with the file, so the caller must not keep them.
     `legacy` is called before a file in the format of torch before 1.6 is read, which has no checksums and cannot be
-    mapped; None refuses such a file.
-
-    Raises:
-        ValueError: The file is damaged, malicious, or not a file that `torch.save` writes. The message is one line.
-        OSError: The file is missing, cannot be read, or is a folder, pipe or device.
-        MemoryError: There is not enough memory for its tensors.
+    mapped; None refuses such a file. A file that is damaged, malicious or of another kind is a `ValueError` of one
+    line, one that cannot be opened or read an `OSError`, one that does not fit into memory a `MemoryError`.
     """
     with _one_line_errors(), open_file(path) as file:
         begin = file.read(9)
@@ -84,13 +80,9 @@ def _one_line_errors() -> Iterator[None]:
 def check_archive(file: BinaryIO) -> None:
     """Verify the checksum of every part of an archive that `torch.save` wrote, once its size is known to be harmless.
 
-    torch itself verifies no checksum and inflates compressed parts. `weights_only=True` keeps code from running, but
-    does not keep a few bytes from filling the memory. torch and `zipfile` find the parts in different ways, so the file
-    must be one archive from its first byte to its last.
-
-    Raises:
-        ValueError: The file is no archive, a checksum is wrong, or it has what `torch.save` does not write.
-        OSError: The file cannot be read.
+    torch itself verifies no checksum and inflates compressed parts, so a few bytes could fill the memory. torch and
+    `zipfile` find the parts in different ways, so the file must be one archive from its first byte to its last. Any
+    other is a `ValueError`.
     """
     size = file.seek(0, 2)
     _check_ends(file, size)

@@ -1,7 +1,4 @@
-"""Where computation runs and in which precision.
-
-`Device` does not depend on `Trainer`: use it in your own training loop.
-"""
+"""Where computation runs and in which precision. `Device` works without `Trainer`, in your own training loop."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -250,10 +247,7 @@ def _resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def supported_precisions(device: torch.device) -> tuple[str, ...]:
-    """Return the precisions that `device` can train in, starting with the one that `"auto"` selects.
-
-    Any CPU and older CUDA cards support bf16 in software, slower than fp32.
-    """
+    """Return the precisions `device` can train in, that of `"auto"` first; bf16 in software is slower than fp32."""
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
         return ("bf16", "fp16", "fp32") if native else ("fp16", "fp32", "bf16")

@@ -19,10 +19,7 @@ MAX_GRADIENT = 1e15
 
 
 def gradients_are_finite(loss: Tensor, optimizer: Optimizer) -> Tensor:
-    """Return whether the loss is finite and no gradient is above `MAX_GRADIENT` or NaN, bool `()`, on the device.
-
-    Reads every gradient once, at memory bandwidth.
-    """
+    """Return whether the loss is finite and no gradient is above `MAX_GRADIENT` or NaN, bool `()`, on the device."""
     gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None and p.numel()]
     bounds = [loss.detach() * 0.0]  # NaN unless it is finite
     if loss.device.type == "cpu":  # aminmax reads 50 GB/s there, torch's norms 3
@@ -66,10 +63,9 @@ def find_nonfinite(
     model: nn.Module,
     device: Device,
 ) -> str:
-    """Name the first non-finite tensor of a step, by repeating its forward and backward passes.
+    """Name the first non-finite tensor of a step, by repeating its forward and backward passes with the weights it had.
 
-    `network` has the weights it had in that step, `parts` are inputs and targets of its micro-batches, `loss_of` maps
-    logits and targets to the loss. `model`, which contains the network, gives the names, `device` the precision.
+    `parts` are inputs and targets of its micro-batches; `model`, which contains the network, gives the names.
     """
     bad = [~inputs.flatten(1).isfinite().all(dim=1) for inputs, _ in parts]  # none if other processes have all images
     if bad and bool((rows := torch.cat(bad)).any()):
@@ -104,10 +100,7 @@ def find_nonfinite(
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise `NonFiniteError` if an epoch left an infinite number or NaN in what trains. Reads it once; a host sync.
-
-    A step is checked before its update, so what an update itself makes too large shows here.
-    """
+    """Raise `NonFiniteError` if an epoch's updates left infinity or NaN in what trains. Reads it once; a host sync."""
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad and value.numel()}
     for path, module in model.named_modules():
         if module.training:

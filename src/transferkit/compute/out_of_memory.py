@@ -32,7 +32,7 @@ def within_memory(
     """Return the result of `run(size)`, halving the size until memory suffices, and the size that did.
 
     `run` does the work, `what`, in parts of that many images; `undo` is called before each further try. Where memory
-    does not suffice for one image at a time, `OutOfMemoryError` is raised.
+    does not suffice for one image, `OutOfMemoryError` is raised.
     """
     while True:
         try:

@@ -19,12 +19,9 @@ Augment = str | Transform | Sequence[str | Transform]
 def build_augmentation(augment: Augment, image_size: int) -> Transform:
     """Return one transform of a raw image, uint8 `(3, S, S)`, that applies named augmentations and callables in turn.
 
-    Args:
-        augment: One or several of `"flip"` (left-right, with probability 0.5), `"crop"` (pads each side by an eighth
-            of the size with its reflection, then crops at random), `"color"` (changes brightness, contrast and
-            saturation by up to 20 %), `"trivial"` (TrivialAugment: Müller and Hutter, 2021, arXiv:2103.10158), or
-            callables such as torchvision's `transforms.v2`. Anything else is an `ArgumentError`.
-        image_size: S, in pixels.
+    The names are `"flip"` (left-right, with probability 0.5), `"crop"` (pads each side by an eighth of the size with
+    its reflection, then crops at random), `"color"` (changes brightness, contrast and saturation by up to 20 %) and
+    `"trivial"` (TrivialAugment: Müller and Hutter, 2021, arXiv:2103.10158).
     """
     from torchvision.transforms import v2  # takes 0.2 s: not at import
 
@@ -46,10 +43,10 @@ def describe_augmentation(augment: Augment) -> list[str]:
 
 
 def augment_batch(transform: Transform, images: Tensor, indices: Sequence[int], *, seed: int, epoch: int) -> Tensor:
-    """Return a batch, uint8 `(N, 3, S, S)`, in which each image is transformed under its own seed.
+    """Return a batch, uint8 `(N, 3, S, S)`, in which each image, by its index in the data set, has a seed of its own.
 
-    torchvision's transforms draw once per call: on a whole batch they would flip all images or none. `indices` are the
-    places of the images in the data set. A transform that fails, or changes shape or dtype, is an `ImageError`.
+    torchvision's transforms draw once per call: on a whole batch they would flip all images or none. A transform that
+    fails, or changes shape or dtype, is an `ImageError`.
     """
     augmented = []
     for image, index in zip(images, indices, strict=True):

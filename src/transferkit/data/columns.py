@@ -39,10 +39,7 @@ def find_column(names: Sequence[Any], kind: str) -> Any:
 
 
 def image_and_target(sample: Any, what: str) -> tuple[Any, Any]:
-    """Return the image and the label of a sample, or the images and labels of a batch: a pair, or parts with names.
-
-    `what` is the sample, for the message of the `TargetError` if it is neither, or names do not say which is the label.
-    """
+    """Return image and label of a sample or batch; a `TargetError` about `what` says how to make a pair of it."""
     parts = _named(sample)
     names = list(parts)
     image, label = find_column(names, "image"), find_column(names, "label")
@@ -75,10 +72,7 @@ def image_of(sample: Any) -> Any:
 
 
 def as_columns(data: Any) -> Any:
-    """Return a table, a dict of columns or a list of rows as a pair (images, labels); anything else unchanged.
-
-    Names that do not say which columns are meant, and rows that are no pairs, are refused.
-    """
+    """Return a table, a dict of columns or a list of rows as a pair (images, labels); anything else unchanged."""
     if (names := column_names(data)) is not None:
         image, label = find_column(names, "image"), find_column(names, "label")
         if image is not None and label is not None:

@@ -23,7 +23,7 @@ class Inputs:
     """A source of images as the model sees it.
 
     Raw images cross to the device as uint8 and are resized, augmented by `transform` and normalised there. Preprocessed
-    images, float, pass unchanged. Augmentation and the data's own randomness depend on `seed` and on the view.
+    images, float, pass unchanged. What is random depends on `seed` and on the view, such as the number of the epoch.
     """
 
     source: Source
@@ -37,9 +37,8 @@ class Inputs:
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield model input, float `(N, 3, S, S)`, and targets of each batch, on the device, read one batch ahead.
 
-        `order` are places of the images in the source, int64; None reads them as they lie. `view` says which random
-        changes are drawn: the number of the epoch, as a rule. Preprocessed images of another size or normalization than
-        the weights expect, or that are to be augmented, are an `ImageError`.
+        `order` are places of the images in the source, int64; None reads them as they lie. Preprocessed images of
+        another size or normalization than the weights expect, or that are to be augmented, are an `ImageError`.
         """
         for images, targets, places in self.device.batches(self._checked(batch_size, order, view)):
             yield self.prepare(self._augment(images, places, view)), targets
@@ -47,9 +46,8 @@ class Inputs:
     def read(
         self, batch_size: Sizes, *, order: Tensor | None = None, view: int | None = 0
     ) -> Generator[tuple[Images, Tensor], None, None]:
-        """Yield the images that `prepare` makes model input of, and targets, which stay on the host.
+        """Yield the images that `prepare` makes model input of, on the device if they are augmented, and host targets.
 
-        The images are those of the source, on the host; with augmentation they are the augmented ones, on the device.
         With None as view, data that draws random numbers raises `CacheError`.
         """
         for images, targets, places in self._checked(batch_size, order, view):

@@ -88,13 +88,10 @@ class Preprocessing:
         return self.normalize(self.resize(images))
 
     def resize(self, images: Tensor | list[Tensor]) -> Tensor:
-        """Return images made square by the geometry: uint8 `(N, 3, image_size, image_size)`.
+        """Return images made square by the geometry: uint8 `(N, 3, image_size, image_size)`; errors as in `__call__`.
 
         Interpolation is bilinear with antialiasing, rounded to uint8, so an image gives the same pixels in any batch.
         Of an image much longer than wide only the middle is computed, which bounds memory.
-
-        Raises:
-            ImageError: As in `__call__`.
         """
         if isinstance(images, list):
             if not images:
@@ -139,7 +136,6 @@ class Preprocessing:
         return transforms.resize(images, [high, wide], antialias=True)  # type: ignore[no-any-return]
 
     def _cut(self, images: Tensor) -> Tensor:
-        """Return the middle of images `(N, 3, H, W)`, `image_size` high and wide, with bars where they are smaller."""
         size, (high, wide) = self.image_size, images.shape[2:]
         if (high, wide) == (size, size):
             return images
@@ -158,8 +154,7 @@ class Preprocessing:
     def resized_sides(self, sides: Tensor) -> Tensor:
         """Return height and width to which images are resized, before the middle is cut out or bars are added.
 
-        Args:
-            sides: Height and width of the images, float64 `(2,)`. A tensor, so that `torch.export` can trace this.
+        Like theirs, `sides`, they are float64 `(2,)`: a tensor, so that `torch.export` can trace this.
         """
         size = self.image_size
         if self.geometry == "squash":
@@ -192,29 +187,16 @@ class Preprocessing:
         return replace(self, image_size=image_size)
 
 
-def _to_255(*values: float) -> Triple:
-    red, green, blue = (255 * value for value in values)
-    return red, green, blue
-
-
 CONVENTIONS: dict[str, Preprocessing] = {
     convention.name: convention
     for convention in (
-        Preprocessing("IMAGENET1K_V1", _to_255(0.485, 0.456, 0.406), _to_255(0.229, 0.224, 0.225)),
-        Preprocessing("IMAGENET1K_FEATURES", _to_255(0.48235, 0.45882, 0.40784), _to_255(1 / 255, 1 / 255, 1 / 255)),
+        Preprocessing("IMAGENET1K_V1", (123.675, 116.28, 103.53), (255 * 0.229, 255 * 0.224, 255 * 0.225)),
+        Preprocessing("IMAGENET1K_FEATURES", (122.99925, 116.9991, 103.9992), (1.0, 1.0, 1.0)),
         Preprocessing("KERAS", (103.939, 116.779, 123.68), (1.0, 1.0, 1.0), channels=(2, 1, 0)),
     )
 }
 
 
 def find_convention(name: str) -> Preprocessing:
-    """Return the convention called `name`.
-
-    Raises:
-        ArgumentError: No convention has that name.
-
-    Example:
-        >>> find_convention("KERAS").mean
-        (103.939, 116.779, 123.68)
-    """
+    """Return the convention called `name`, or raise `ArgumentError`."""
     return CONVENTIONS[one_of("preprocessing", name, CONVENTIONS, hint="Or pass your own transferkit.Preprocessing.")]

@@ -19,10 +19,9 @@ def resized(
 ) -> tuple[Tensor, Tensor] | None:
     """Return raw images, uint8 `(N, 3, S, S)`, and targets, on which training gives the same weights as on the data.
 
-    Resizing leaves images of the right size unchanged, so every pixel is the same. It runs on the device, as in
-    training: another device may round some pixels differently. Where the data should be used directly, return None:
-    reading it again may give other images, it is in memory already, its images are preprocessed, resizing them again
-    would change them (`"torchvision"`), or they would not fit in memory.
+    They are resized on the device, as in training. Return None where the data should be used directly: reading it again
+    may give other images, it is in memory already, its images are preprocessed, resizing them again would change them
+    (`"torchvision"`), or they would not fit in memory.
     """
     source = open_data(data, classes, num_workers=num_workers)
     if preprocess.geometry == "torchvision" or isinstance(source, ArraySource):

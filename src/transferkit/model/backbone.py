@@ -181,16 +181,23 @@ def load_backbone(
         )
     weights = _find_weights(weights, name)
     convention = _find_preprocessing(preprocessing, weights, name)
-    convention = replace(
-        convention, image_size=image_size, geometry=convention.geometry if geometry is None else geometry
-    )
-    state = _read_weights(weights)
-
+    geometry = convention.geometry if geometry is None else geometry
+    convention = replace(convention, image_size=image_size, geometry=geometry)
+    state: Mapping[str, Tensor] | None = None
+    if isinstance(weights, str | os.PathLike | WeightsEnum):
+        state = read_state_dict(download(weights.url) if isinstance(weights, WeightsEnum) else weights)
+    elif weights is not None:
+        state = checked_state_dict(weights, _origin(weights))
     with torch.device("meta"):  # takes no memory for the classifier's 124 million parameters
         features: nn.Sequential = get_model_builder(name)(weights=None, init_weights=False).features
     features.to_empty(device="cpu")
+    for module in features:  # as torchvision does: He et al., 2015, arXiv:1502.01852
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type] # VGG's convolutions all have a bias
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
     backbone = Backbone(name, features, convention)
-    _initialize(features)
     if state is not None:
         convolutions = {key: value for key, value in state.items() if not key.startswith("classifier.")}
         load_exactly(backbone, convolutions, origin=_origin(weights))
@@ -235,12 +242,6 @@ def _find_weights(weights: object, name: str) -> object:
     return weights
 
 
-def _read_weights(weights: object) -> Mapping[str, Tensor] | None:
-    if isinstance(weights, str | os.PathLike | WeightsEnum):
-        return read_state_dict(download(weights.url) if isinstance(weights, WeightsEnum) else weights)
-    return None if weights is None else checked_state_dict(weights, _origin(weights))
-
-
 def _origin(weights: object) -> str:
     if isinstance(weights, str | os.PathLike | WeightsEnum):
         return str(weights)
@@ -265,13 +266,3 @@ def _layer_names(features: nn.Sequential) -> tuple[str, ...]:
         convolution += isinstance(module, nn.Conv2d)
         names.append(f"block{block}_{kind}{convolution}")
     return tuple(names)
-
-
-def _initialize(features: nn.Sequential) -> None:
-    """Initialize as torchvision does: convolutions as in He et al., 2015, arXiv:1502.01852."""
-    for module in features:
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type] # VGG's convolutions all have a bias
-        elif isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()

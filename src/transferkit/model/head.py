@@ -30,11 +30,11 @@ _DEPENDS_ON_MODE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutN
 
 
 class Standardize(nn.Module):
-    """Subtracts a mean from each feature and divides by a standard deviation, float32 `(D,)`, of `num_images` images.
+    """Subtracts the mean of each feature of `num_images` images and divides by its standard deviation, float32 `(D,)`.
 
-    Features of one kind are the means, or the maxima, of one layer's channels. What varies less than their median is
-    divided by that: it must not drown the others in an image where it does vary. `Trainer` measures both before its
-    first step; training does not change them.
+    `Trainer` measures both before its first step; training does not change them. What varies less than the median of
+    its kind, such as the means of one layer's channels, is divided by that: it must not drown the others in an image
+    where it does vary.
     """
 
     def __init__(self, num_features: int) -> None:
@@ -44,7 +44,6 @@ class Standardize(nn.Module):
         self.num_images = nn.Buffer(torch.zeros((), dtype=torch.int64))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return standardised features, of the shape `(N, D)` that they have."""
         return (features - self.mean) / self.std
 
 
@@ -126,7 +125,10 @@ class TransferModel(nn.Module):
         """
         layers = Layers([*self.backbone.features, self.head], self.pools)
         frozen = 0
-        while frozen < len(layers) and _is_frozen(layers[frozen]):
+        for layer in layers:
+            drawn = any(part.training for part in layer.modules() if isinstance(part, _DEPENDS_ON_MODE))
+            if drawn or any(parameter.requires_grad for parameter in layer.parameters()):
+                break
             frozen += 1
         return layers[:frozen], layers[frozen:]
 
@@ -286,10 +288,9 @@ def check_float32(model: nn.Module, *, trains: bool) -> None:
 
 
 def check_head(model: TransferModel) -> None:
-    """Run a head, if it or the image size is new, on zeros, in both modes, and put everything back that this changes.
+    """Raise `HeadMismatchError` for a head that does not make logits of the backbone's features; remember a good one.
 
-    One that does not take the backbone's features, or does not return logits, one for each class, is a
-    `HeadMismatchError`.
+    It runs on zeros, in both modes, and everything that this changes is put back.
     """
     if model.fits == (model.head, model.backbone.image_size):
         return
@@ -331,8 +332,3 @@ def check_head(model: TransferModel) -> None:
             "or sigmoid at its end."
         )
     model.fits = (head, model.backbone.image_size)
-
-
-def _is_frozen(layer: nn.Module) -> bool:
-    trains = any(parameter.requires_grad for parameter in layer.parameters())
-    return not trains and not any(m.training for m in layer.modules() if isinstance(m, _DEPENDS_ON_MODE))

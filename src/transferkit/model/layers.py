@@ -15,12 +15,7 @@ POOLINGS: dict[str, tuple[Callable[[Tensor, int], Tensor], ...]] = {
 
 
 class Pool(NamedTuple):
-    """How a layer's output is pooled over its positions, `(N, C, h, w)` to `(N, size, 1, 1)`.
-
-    Attributes:
-        name: `"avg"`, `"max"`, or `"avgmax"` for both, one after the other.
-        channels: C.
-    """
+    """How a layer's output of C channels is pooled over its positions, `(N, C, h, w)` to `(N, size, 1, 1)`."""
 
     name: str
     channels: int
@@ -82,7 +77,6 @@ class Layers(nn.Sequential):
         return self.pooled + sum(pool.size for place, pool in self.pools.items() if place < index)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return the output of the last layer, with what is pooled below it if more is to come."""
         return run_layers(list(self), inputs, self.pools, self.pooled)
 
 
@@ -101,17 +95,12 @@ def run_layers(layers: list[nn.Module], inputs: Tensor, pools: Mapping[int, Pool
     return _below(activation, parts)
 
 
-def _rows(pooled: int, channels: int, width: int) -> int:
-    """Return how many rows of an activation so many numbers take."""
-    return -(-pooled // (channels * width))
-
-
 def _below(activation: Tensor, pooled: list[Tensor]) -> Tensor:
     if not pooled:
         return activation
     _, channels, _, width = activation.shape
     numbers = torch.cat(pooled, dim=1).flatten(1)
-    rows = _rows(numbers.shape[1], channels, width)
+    rows = -(-numbers.shape[1] // (channels * width))
     numbers = functional.pad(numbers, (0, rows * width * channels - numbers.shape[1]))
     return torch.cat([activation, numbers.view(-1, rows, width, channels).permute(0, 3, 1, 2)], dim=2)
 
@@ -120,7 +109,7 @@ def _separate(inputs: Tensor, pooled: int) -> tuple[Tensor, list[Tensor]]:
     if not pooled:
         return inputs, []
     _, channels, _, width = inputs.shape
-    rows = _rows(pooled, channels, width)
+    rows = -(-pooled // (channels * width))
     numbers = inputs[:, :, -rows:].permute(0, 2, 3, 1).flatten(1)[:, :pooled]
     # with the strides that it would have without rows below it: other kernels would round otherwise
     channels_last = inputs.is_contiguous(memory_format=torch.channels_last)
@@ -132,12 +121,7 @@ _SHAPES = {"in_channels", "out_channels", "in_features", "out_features", "num_fe
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the type of each module by name, and the settings of torch's own that its weights' shapes do not tell.
-
-    Example:
-        >>> structure(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
-        {'': {'type': 'Sequential'}, '0': {'type': 'Linear'}, '1': {'type': 'Dropout', 'p': 0.5}}
-    """
+    """Return the type of each module by name, and the settings of torch's own that its weights' shapes do not tell."""
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         settings = vars(module) if type(module).__module__.startswith("torch.nn.modules.") else {}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from transferkit.errors import ModelInUseError
-from transferkit.model.freezing import stand_ins, stays_in_eval
+from transferkit.model.freezing import stays_in_eval
 
 
 @dataclass(slots=True)
@@ -28,10 +28,9 @@ _USES: dict[nn.Module, _Use] = {}
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Have a model in eval mode while any number of threads evaluate it; then each module has its mode back.
+    """Have a model in eval mode while any number of threads evaluate it; then each module has its own mode back.
 
-    `model.train(was_training)` would not do: it puts a layer that the user set to eval mode back into training mode,
-    and it would do so while another thread still evaluates. If another thread trains the model, `ModelInUseError`.
+    If another thread trains the model, `ModelInUseError`.
     """
     me, modules = threading.get_ident(), list(model.modules())
     with _CONDITION:
@@ -54,10 +53,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def changing(model: nn.Module) -> Iterator[None]:
-    """Let this thread alone use a model, once others that evaluate it are done; what is frozen may be shared.
-
-    If another thread trains the model, `ModelInUseError`.
-    """
+    """Let this thread alone use a model, but for what is frozen, once others that evaluate it are done."""
     me = threading.get_ident()
     modules = [module for module in model.modules() if module is model or not stays_in_eval(module)]
     with _CONDITION:
@@ -96,10 +92,7 @@ def _forget(modules: list[nn.Module]) -> None:
 
 
 def begin_training(model: Any) -> None:
-    """Put a model into training mode, except the layers that its user put into eval mode while the rest trained.
-
-    Their names are remembered in the model, because a run ends with everything in eval mode.
-    """
+    """Put a model into training mode, except the layers that its user put into eval mode while the rest trained."""
     modules = dict(model.named_modules())
     if model.training:  # or they are all in eval mode, and nobody chose
         parents = {name: modules[name.rpartition(".")[0]] for name in modules if name}
@@ -118,7 +111,7 @@ def begin_training(model: Any) -> None:
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Let modes be changed inside, and give each module back the mode it had."""
     modes = [(module, module.training) for module in model.modules()]
-    asked = [(stand_in, stand_in.mode) for stand_in in stand_ins(model)]
+    asked = [(vars(module)["train"], vars(module)["train"].mode) for module, _ in modes if stays_in_eval(module)]
     try:
         yield
     finally:

@@ -32,10 +32,7 @@ class Novelty(nn.Module):
         self.threshold = nn.Buffer(torch.zeros(()))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the distance of each row of features `(N, D)` or `(N, C, h, w)`, less the threshold, float32 `(N,)`.
-
-        Above 0 it counts as unknown.
-        """
+        """Return how unlike the training images features `(N, D)` are, float32 `(N,)`: above 0 it is unknown."""
         along = (features.flatten(1).float() - self.mean) @ self.axes
         white, centres = along @ self.within, self.centres @ self.within
         near = (white[:, None] - centres).square().sum(dim=2).min(dim=1).values

@@ -81,10 +81,7 @@ def _check_numbers(name: str, values: Mapping[str, Any]) -> None:
 
 
 def _state_after_a_step(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """Return what one of torch's optimizers stores of a parameter, with meta tensors of the right shapes and dtypes.
-
-    A step with a tiny parameter of as many dimensions tells, in less than a millisecond.
-    """
+    """Return what one of torch's optimizers stores of a parameter, as meta tensors: the step of a tiny one tells."""
     sizes = dict(enumerate(parameter.shape, start=2))  # the tiny one is 2 x 3 x ...
     tiny = nn.Parameter(torch.zeros(tuple(sizes), dtype=parameter.dtype, device=parameter.device))
     tiny.grad = torch.zeros_like(tiny)
