@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,16 +26,11 @@ def tensor_from_array(array: npt.NDArray[Any]) -> Tensor:
         array = array.astype(array.dtype.newbyteorder("="))
     if any(stride < 0 for stride in array.strides):
         array = np.ascontiguousarray(array)
-    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writeable(array)))
-
-
-class _Writeable:
-    """A read-only array as one that torch takes without a warning: to filter warnings is not safe in threads."""
-
-    def __init__(self, array: npt.NDArray[Any]) -> None:
-        self._array = array  # keeps the memory
+    if not array.flags.writeable:  # torch would warn, and to filter warnings is not safe in threads
         address, _ = array.__array_interface__["data"]
-        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
+        interface = {**array.__array_interface__, "data": (address, False)}
+        array = np.asarray(SimpleNamespace(__array_interface__=interface, keeps_the_memory=array))
+    return torch.from_numpy(array)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

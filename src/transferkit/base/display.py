@@ -68,7 +68,7 @@ class Display:
         text = _in_rows(printable(line)).encode(encoding, "backslashreplace").decode(encoding)
         with suppress(OSError):  # a full disk or a reader that has gone away ends no run
             if self._tqdm is None:
-                print(text, flush=True)  # noqa: T201
+                print(text, flush=True)  # noqa: T201 - what it is for
             else:
                 self._tqdm.write(text)
                 sys.stdout.flush()  # stdout may be a file or a pipe while the bar is in a terminal

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import os
+import pickle
 import random
 import threading
 import types
@@ -97,8 +98,4 @@ def _parts(value: Any) -> Iterable[object]:
 
 def state_of(generator: Any) -> object:
     """Return something that differs once a generator was drawn from."""
-    if isinstance(generator, torch.Generator):
-        return generator.get_state().tolist()
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    return repr(generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state())
+    return pickle.dumps(generator)

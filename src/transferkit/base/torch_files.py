@@ -67,7 +67,7 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except MemoryError as error:
         raise MemoryError("there is not enough memory for its tensors") from error
-    except Exception as error:
+    except Exception as error:  # whatever zipfile, pickletools and torch raise over a strange file
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # damage makes zipfile seek to nowhere: EINVAL
             raise
         if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # torch has no class for it on the CPU

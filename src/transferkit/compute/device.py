@@ -54,7 +54,13 @@ class Device:
 
     def __init__(self, device: str | torch.device = "auto", precision: str = "auto") -> None:
         self.torch_device = _resolve_device(device)
-        self.precision = _resolve_precision(precision, self.torch_device)
+        supported = supported_precisions(self.torch_device)
+        self.precision = supported[0] if precision == "auto" else one_of("precision", precision, PRECISIONS)
+        if self.precision not in supported:
+            raise DeviceError(
+                f"precision={precision!r} is not supported on {self.torch_device}: expected one of "
+                f'{", ".join(supported)}. Pass one of these, or precision="auto" (here {supported[0]}).'
+            )
         self.dtype = PRECISIONS[self.precision]
         self.scaler = torch.amp.GradScaler(self.torch_device.type, enabled=self.precision == "fp16")
         if self.torch_device.type == "cpu":
@@ -68,7 +74,7 @@ class Device:
 
         Such convolutions ran 1.2 to 1.4 times as fast on CPUs in every precision, and tensor cores use that layout.
         """
-        module.to(self.torch_device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module.to(self.torch_device, memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs lack it
         return module
 
     def move(self, data: _Data) -> _Data:
@@ -109,7 +115,7 @@ class Device:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar loss to those present, scaled in fp16 so that small ones do not underflow."""
         with self._tf32():
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call] # torch's
 
     def update(
         self, optimizer: Optimizer, *, clip_grad_norm: float | None = None, finite: Tensor | None = None
@@ -157,8 +163,7 @@ class Device:
     def memory(self) -> dict[str, int]:
         """Return the current `"free"` and `"total"` memory of the device, in bytes.
 
-        Raises:
-            DeviceError: The system does not report it: on MPS, and on a CPU under any system but Linux.
+        On MPS, and on a CPU under any system but Linux, nobody reports it: that is a `DeviceError`.
         """
         if self.torch_device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.torch_device)
@@ -231,19 +236,6 @@ def _resolve_device(device: str | torch.device) -> torch.device:
             'Pass one of these, or device="auto".'
         )
     return resolved
-
-
-def _resolve_precision(precision: str, device: torch.device) -> str:
-    supported = supported_precisions(device)
-    if precision == "auto":
-        return supported[0]
-    precision = one_of("precision", precision, PRECISIONS)
-    if precision not in supported:
-        raise DeviceError(
-            f"precision={precision!r} is not supported on {device}: expected one of {', '.join(supported)}. "
-            f'Pass one of these, or precision="auto" (here {supported[0]}).'
-        )
-    return precision
 
 
 def supported_precisions(device: torch.device) -> tuple[str, ...]:

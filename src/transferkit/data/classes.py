@@ -34,7 +34,8 @@ def class_names(data: object) -> dict[int, str] | None:
     data set inside only if its targets are those of that data set. Parts of a `ConcatDataset` with different names are
     a `HeadMismatchError`.
     """
-    labels = _label_names(data)
+    columns = as_columns(data)
+    labels = names_in(columns[1]) if isinstance(columns, tuple) and len(columns) == 2 else None
     return _names(data) if labels is None else dict(enumerate(sorted(set(labels))))
 
 
@@ -104,7 +105,7 @@ def check_classes(data: object, classes: Sequence[str]) -> None:
             _check_folders(part)
         left += [inner for inner in _wrapped(part) if id(inner) not in seen]
         seen.update(map(id, left))
-    names = None if _label_names(data) is not None else class_names(data)  # labels that are names are looked up
+    names = _names(data)  # none of labels that are names: they are looked up
     if names is None:
         return
     whole = sorted(names) == list(range(len(names)))
@@ -142,11 +143,6 @@ def _check_folders(data: DatasetFolder) -> None:
 def _listed(names: Mapping[int, str]) -> str:
     first = ", ".join(list(names.values())[:8])
     return f"{len(names)} classes ({first}{', ...' if len(names) > 8 else ''})"
-
-
-def _label_names(data: object) -> list[str] | None:
-    data = as_columns(data)
-    return names_in(data[1]) if isinstance(data, tuple) and len(data) == 2 else None
 
 
 def _names_of(data: Any) -> dict[int, str] | None:

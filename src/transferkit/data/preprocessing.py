@@ -13,6 +13,7 @@ differ by up to 0.7 of 255 in the red channel; use each with the weights of that
 """
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from PIL import Image
@@ -73,17 +74,10 @@ class Preprocessing:
         object.__setattr__(self, "geometry", known)  # as dataclasses set the fields of frozen ones
 
     def __call__(self, images: Tensor | list[Tensor]) -> Tensor:
-        """Return raw images as model input.
+        """Return raw images as model input, float32 `(N, 3, image_size, image_size)`, on the device that they are on.
 
-        Args:
-            images: uint8 `(N, 3, H, W)`, RGB, 0 to 255, of any size, on any device; or a list of images `(3, H, W)` of
-                different sizes.
-
-        Returns:
-            float32 `(N, 3, image_size, image_size)` on the same device.
-
-        Raises:
-            ImageError: The images have another shape or dtype, or the list is empty.
+        They are uint8 `(N, 3, H, W)`, RGB, 0 to 255, of any size; or a list of images `(3, H, W)` of different sizes.
+        Another shape or dtype, or an empty list, is an `ImageError`.
         """
         return self.normalize(self.resize(images))
 
@@ -133,7 +127,7 @@ class Preprocessing:
             return resize_as_pillow(images, high, wide)
         from torchvision.transforms.v2 import functional as transforms  # takes 0.2 s: not at import
 
-        return transforms.resize(images, [high, wide], antialias=True)  # type: ignore[no-any-return]
+        return cast("Tensor", transforms.resize(images, [high, wide], antialias=True))
 
     def _cut(self, images: Tensor) -> Tensor:
         size, (high, wide) = self.image_size, images.shape[2:]
@@ -145,7 +139,7 @@ class Preprocessing:
             top, left = round((size - high) / 2), round((size - wide) / 2)
             bars = [left, top, size - wide - left, size - high - top]
             images = transforms.pad(images, bars, fill=self.bar_colour)
-        return transforms.center_crop(images, [size, size])  # type: ignore[no-any-return]
+        return cast("Tensor", transforms.center_crop(images, [size, size]))
 
     def _sides_of(self, height: int, width: int) -> tuple[int, int]:
         high, wide = self.resized_sides(torch.tensor([height, width], dtype=torch.float64)).tolist()

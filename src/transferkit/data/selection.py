@@ -58,7 +58,6 @@ def _of_each_class(classes: Tensor, order: Tensor, share: float) -> Tensor:
     return torch.cat(held_out)
 
 
-POLICIES = ("raise", "skip")
 MAX_BAD_FRACTION = 0.01  # of the images that "skip" may leave out; it may always leave out one
 _MOST_NAMED = 100  # bad images after which the search for more ends
 
@@ -68,7 +67,7 @@ def bad_image_limit(on_bad_image: str | float) -> float | None:
     if isinstance(on_bad_image, Real) and not isinstance(on_bad_image, bool) and 0 <= on_bad_image <= 1:
         return float(on_bad_image)
     hint = "Or a number from 0 to 1: the fraction of images that may be left out."
-    return MAX_BAD_FRACTION if one_of("on_bad_image", on_bad_image, POLICIES, hint=hint) == "skip" else None
+    return MAX_BAD_FRACTION if one_of("on_bad_image", on_bad_image, ("raise", "skip"), hint=hint) == "skip" else None
 
 
 def without_bad_images(
@@ -87,10 +86,10 @@ def without_bad_images(
     bad: dict[int, str] = {}
     read = 0
     with closing(source.failures()) as found, display.bar("looking for bad images", source.num_images) as bar:
-        for number, failures in found:
-            bar.advance(number - read)
-            read = number
-            bad.update(failures)
+        for reasons in found:
+            bar.advance(len(reasons))
+            bad |= {index: reason for index, reason in enumerate(reasons, start=read) if reason is not None}
+            read += len(reasons)
             check()
             if len(bad) > max(_MOST_NAMED, limit * source.num_images):
                 break

@@ -41,14 +41,13 @@ class Source(Protocol):
     def batches(
         self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
     ) -> Iterator[Batch]:
-        """Yield each image once.
+        """Yield each image once, in batches of one size, or of a size each; a `DataLoader` has its own.
 
         Args:
-            batch_size: Images in a batch, or in each batch; a `DataLoader` has its own.
+            batch_size: Images in a batch.
             seed: Seeds the random transforms of a data set; None raises `CacheError` where it draws random numbers.
             order: Indices of the images, int64 `(N,)`; None keeps the order of the data set.
-            preprocess: What will be applied to the images. Those of a data set then come in no more pixels than it
-                needs; None gives them as they are.
+            preprocess: What will be applied to the images, which then come in no more pixels than it needs.
         """
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
@@ -153,15 +152,12 @@ class DatasetSource:
                 tensors |= {f"image {index}": image[0], f"target {index}": target}
         return sha256_of({name: _NO_TARGETS if value is None else value for name, value in tensors.items()})
 
-    def failures(self) -> Generator[tuple[int, dict[int, str]], None, None]:
-        """Read every sample; after each batch, yield the number read so far and the failures in it, by index."""
-        read = 0
+    def failures(self) -> Generator[list[str | None], None, None]:
+        """Read every sample; of each batch of them, yield why each cannot be used, or None if it can."""
         indices = [batch.tolist() for batch in _in_batches(None, self.num_images, _SCANNED)]
         keys: list[list[tuple[int, int | None]]] = [[(index, 0) for index in batch] for batch in indices]
         for batch in read_in_workers(self.samples, keys, num_workers=self.num_workers, seed=0):
-            failed = {read + row: sample for row, sample in enumerate(batch) if isinstance(sample, TransferKitError)}
-            read += len(batch)
-            yield read, {index: str(error).removesuffix(SKIP_HINT) for index, error in failed.items()}
+            yield [str(s).removesuffix(SKIP_HINT) if isinstance(s, TransferKitError) else None for s in batch]
 
 
 class LoaderSource:
@@ -175,12 +171,13 @@ class LoaderSource:
         self.read_targets = read_targets if with_targets else None
         self.num_images: int | None = None
         self.length = None
-        if hasattr(loader.dataset, "__len__"):
+        dataset: Any = loader.dataset
+        if hasattr(dataset, "__len__"):
             with suppress(TypeError):  # a sampler without a length
                 self.length = len(loader)
         if self.length == 0:
             raise EmptyDataError(
-                f"the DataLoader makes 0 batches: {len(loader.dataset)} images, "  # type: ignore[arg-type]
+                f"the DataLoader makes 0 batches: {len(dataset)} images, "
                 f"batch_size {loader.batch_size}, drop_last={loader.drop_last}. Expected 1 batch or more."
             )
 
@@ -221,7 +218,7 @@ def _made_by(loader: "DataLoader[Any]") -> Iterator[Any]:
         yield from loader
     except TransferKitError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a user's data set, collate_fn and workers raise
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         cause = lines[-1] if "Original Traceback" in str(error) else f"{type(error).__name__}: {lines[0]}"
         size = "" if loader.batch_size is None else f" and batch_size={loader.batch_size}"

@@ -94,13 +94,8 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor, pools: Mapping[int, Pool] | None = None) -> Tensor:
         """Return the features `(N, 512, H // 32, W // 32)` of preprocessed images `(N, 3, H, W)`.
 
-        Args:
-            images: Preprocessed.
-            pools: Return the pooled outputs of these layers instead, `(N, D, 1, 1)`, the last layer among them; see
-                `Layers`.
-
-        Raises:
-            ImageError: The images are raw (uint8), not of shape `(N, 3, H, W)`, or smaller than 32 pixels.
+        With `pools`, return the pooled outputs of these layers instead, `(N, D, 1, 1)`, the last layer among them; see
+        `Layers`. Images that are raw (uint8), not of that shape, or smaller than 32 pixels are an `ImageError`.
         """
         if isinstance(images, torch.fx.Proxy):  # symbolic tracing: there is no shape to look at
             return run_layers(list(self.features), images, pools if isinstance(pools, Mapping) else {})
@@ -120,8 +115,7 @@ class Backbone(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal digits, of name, preprocessing and weights, on any device.
 
-        Two backbones with the same fingerprint compute the same features. Each access reads all weights: 0.1 s for
-        VGG16.
+        Backbones of one fingerprint compute the same features. Each access reads all weights: 0.1 s for VGG16.
         """
         return sha256_of(self.state_dict(), begin=f"{self.name} {self.preprocess}")
 
@@ -136,7 +130,7 @@ def load_backbone(
     preprocessing: str | Preprocessing = "auto",
     geometry: str | None = None,
 ) -> Backbone:
-    """Load the convolutional part of a VGG network, without its classifier.
+    """Load the convolutional part of a VGG network (Simonyan and Zisserman, 2014, arXiv:1409.1556), not its classifier.
 
     Args:
         name: `"vgg11"`, `"vgg13"`, `"vgg16"`, `"vgg19"`, or one of these with `"_bn"` (batch norm).
@@ -165,10 +159,6 @@ def load_backbone(
         >>> images = torch.zeros(1, 3, 480, 640, dtype=torch.uint8)
         >>> backbone(backbone.preprocess(images)).shape
         torch.Size([1, 512, 2, 2])
-
-    References:
-        Simonyan and Zisserman, 2014, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
-        arXiv:1409.1556.
     """
     name = one_of("name", name, MODELS)
     pair: Any = image_size  # of equal numbers, as others write sizes

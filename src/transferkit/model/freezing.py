@@ -41,10 +41,10 @@ def _keep_statistics() -> None:
 
 def _freeze(module: nn.Module) -> None:
     if not stays_in_eval(module):
-        module.train = _StayInEval(module)  # type: ignore[method-assign]
+        module.train = _StayInEval(module)  # type: ignore[method-assign] # its purpose
     module.training = False
     if isinstance(module, _Norm):
-        module.reset_running_stats = _keep_statistics  # type: ignore[method-assign]
+        module.reset_running_stats = _keep_statistics  # type: ignore[method-assign] # its purpose
 
 
 @explained
@@ -53,7 +53,7 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
 
     Frozen parameters take no gradient, and frozen modules stay in eval mode even after `model.train()`: batch norm's
     statistics do not change and dropout is off. Layers that an earlier call froze and this one does not train again.
-    A second call with the same `layer` changes nothing.
+    A second call with the same `layer` changes nothing. Yosinski et al., 2014, arXiv:1411.1792, measured the effect.
 
     Args:
         model: A `Backbone`, a `TransferModel`, a module that contains a `Backbone`, or any module that registers its
@@ -73,9 +73,6 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
         >>> backbone = freeze_until(load_backbone(weights=None), "block2")  # block 1 has 1,792 + 36,928
         >>> sum(p.numel() for p in backbone.parameters() if not p.requires_grad)
         38720
-
-    References:
-        Yosinski et al., 2014, "How transferable are features in deep neural networks?", arXiv:1411.1792.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}: write freeze_until(model, 'head').")

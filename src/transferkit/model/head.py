@@ -173,9 +173,6 @@ def attach_head(
         >>> from transferkit import load_backbone
         >>> attach_head(load_backbone(weights=None), ["cat", "dog"]).head.logits.in_features  # 2 * (256 + 512 + 512)
         2560
-        >>> recipe = attach_head(load_backbone(weights=None), 10, hidden=(4096, 4096), pooling="flatten")
-        >>> recipe.head.fc1.in_features  # 512 * 7 * 7
-        25088
     """
     if not isinstance(backbone, Backbone):
         raise HeadMismatchError(

@@ -30,16 +30,12 @@ class Pool(NamedTuple):
 
 
 class Layers(nn.Sequential):
-    """Consecutive layers of a model: an `nn.Sequential` that may also pool the outputs of some layers.
+    """Consecutive layers of a model: an `nn.Sequential` that may also pool the outputs of some, by index in `pools`.
 
     Behind the last pooled layer the result is all that was pooled, concatenated: `(N, D, 1, 1)`. Layers that end before
     it return their activation with what is pooled so far in rows below it, `(N, C, h + r, w)`, so that one tensor holds
-    all that the following layers need. It can be cached, and cut at any layer: `layers[n:](layers[:n](x))` equals
-    `layers(x)`.
-
-    Attributes:
-        pools: How the output of a layer is pooled, by the index of the layer.
-        pooled: Numbers pooled by earlier layers, which lie below the input.
+    all that the following layers need, which are told how many numbers are `pooled`. It can be cached, and cut at any
+    layer: `layers[n:](layers[:n](x))` equals `layers(x)`.
 
     Example:
         >>> layers = Layers([nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1)], {0: Pool("avg", 4), 1: Pool("avg", 5)})

@@ -18,8 +18,7 @@ class _Use:
 
     evaluated_by: list[int] = field(default_factory=list)  # one more than once where blocks are nested
     mode: bool = False  # whether it was in training mode before the first of them
-    changed_by: int | None = None  # the thread that trains it
-    depth: int = 0  # in nested blocks of that thread
+    changed_by: list[int] = field(default_factory=list)  # the thread that trains it, likewise
 
 
 _CONDITION = threading.Condition()  # one for all models, because models share modules
@@ -59,8 +58,7 @@ def changing(model: nn.Module) -> Iterator[None]:
     with _CONDITION:
         uses = _uses(modules, me)
         for use in uses:
-            use.changed_by = me
-            use.depth += 1
+            use.changed_by.append(me)
     try:
         with _CONDITION:
             _CONDITION.wait_for(lambda: all(thread == me for use in uses for thread in use.evaluated_by))
@@ -68,14 +66,13 @@ def changing(model: nn.Module) -> Iterator[None]:
     finally:
         with _CONDITION:
             for use in uses:
-                use.depth -= 1
-                use.changed_by = me if use.depth else None
+                use.changed_by.remove(me)
             _forget(modules)
 
 
 def _uses(modules: list[nn.Module], me: int) -> list[_Use]:
     """Return the uses of modules, unless another thread changes one."""
-    if any(_USES[module].changed_by not in (None, me) for module in modules if module in _USES):
+    if any(thread != me for module in modules if module in _USES for thread in _USES[module].changed_by):
         raise ModelInUseError(
             "another thread trains this model or loads weights into it. Wait until that is done, or use a copy made "
             "before, Trainer(copy.deepcopy(model))."
@@ -86,7 +83,7 @@ def _uses(modules: list[nn.Module], me: int) -> list[_Use]:
 def _forget(modules: list[nn.Module]) -> None:
     """Drop the uses that ended, and wake those who wait for that."""
     for module in modules:
-        if not _USES[module].evaluated_by and not _USES[module].depth:
+        if not _USES[module].evaluated_by and not _USES[module].changed_by:
             del _USES[module]
     _CONDITION.notify_all()
 

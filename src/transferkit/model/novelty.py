@@ -10,26 +10,17 @@ from typing_extensions import Self
 class Novelty(nn.Module):
     """The relative Mahalanobis distance: how far features are from the nearest class, less how far they are from all.
 
-    Ren et al., 2021, arXiv:2106.09022. `Trainer.learn_known` fits it to training images. D features are projected on R
-    axes, for K classes.
-
-    Attributes:
-        mean: Of the training features, float32 `(D,)`.
-        axes: Principal axes of the standardised features, divided by their standard deviations, `(D, R)`.
-        centres: Mean of each class along the axes, `(K, R)`.
-        within: What whitens differences from a class's centre, `(R, R)`.
-        overall: What whitens differences from the mean of all, `(R, R)`.
-        threshold: Distance above which an image is unknown, `()`.
+    Ren et al., 2021, arXiv:2106.09022. `Trainer.learn_known` fits it to training images.
     """
 
     def __init__(self, num_features: int, num_axes: int, num_classes: int) -> None:
         super().__init__()
-        self.mean = nn.Buffer(torch.zeros(num_features))
-        self.axes = nn.Buffer(torch.zeros(num_features, num_axes))
-        self.centres = nn.Buffer(torch.zeros(num_classes, num_axes))
-        self.within = nn.Buffer(torch.zeros(num_axes, num_axes))
-        self.overall = nn.Buffer(torch.zeros(num_axes, num_axes))
-        self.threshold = nn.Buffer(torch.zeros(()))
+        self.mean = nn.Buffer(torch.zeros(num_features))  # of the training features
+        self.axes = nn.Buffer(torch.zeros(num_features, num_axes))  # principal ones, over their standard deviations
+        self.centres = nn.Buffer(torch.zeros(num_classes, num_axes))  # mean of each class along the axes
+        self.within = nn.Buffer(torch.zeros(num_axes, num_axes))  # whitens differences from a class's centre
+        self.overall = nn.Buffer(torch.zeros(num_axes, num_axes))  # whitens differences from the mean of all
+        self.threshold = nn.Buffer(torch.zeros(()))  # distance above which an image is unknown
 
     def forward(self, features: Tensor) -> Tensor:
         """Return how unlike the training images features `(N, D)` are, float32 `(N,)`: above 0 it is unknown."""

@@ -36,11 +36,11 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> 
     needed = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     try:
         if (free := shutil.disk_usage(path.parent).free) < needed + _PLAIN_BYTES:
-            raise OSError(f"it needs {needed / 1e6:,.0f} MB and {path.parent} has {free / 1e6:,.0f} MB free")  # noqa: TRY301
+            raise OSError(f"it needs {needed / 1e6:,.0f} MB and {path.parent} has {free / 1e6:,.0f} MB free")
         with atomic_write(path) as file:
             torch.save({"format": FORMAT, "versions": VERSIONS, **state}, file)
             if versions != [tensor._version for tensor in tensors]:
-                raise OSError("another thread changed its tensors meanwhile, save between two steps")  # noqa: TRY301
+                raise OSError("another thread changed its tensors meanwhile, save between two steps")
             check_archive(file)
     except (OSError, RuntimeError, ValueError) as error:  # torch raises RuntimeError where the disk is full
         raise CheckpointWriteError(

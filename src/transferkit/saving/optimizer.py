@@ -57,7 +57,7 @@ def _check_settings(kind: type[Optimizer], place: str, saved: Mapping[str, Any])
     numbers = [part for value in saved.values() for part in (value if isinstance(value, tuple | list) else [value])]
     try:
         if not all(math.isfinite(number) for number in numbers if isinstance(number, Real | Tensor)):
-            raise ValueError("a number is infinite or NaN")  # noqa: TRY301
+            raise ValueError("a number is infinite or NaN")
         settings = {key: value for key, value in saved.items() if key in known}
         kind([nn.Parameter(torch.zeros(2, 3))], **settings)
     except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -65,8 +65,17 @@ def _check_settings(kind: type[Optimizer], place: str, saved: Mapping[str, Any])
         raise CheckpointError(f"{wrong} Got {shown(dict(saved))}.") from error
 
 
-_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum")
-_NOT_NEGATIVE = (*_SQUARES, "step", "step_size", "eta")
+_NOT_NEGATIVE = [
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_inf",
+    "square_avg",
+    "acc_delta",
+    "sum",
+    "step",
+    "step_size",
+    "eta",
+]
 
 
 def _check_numbers(name: str, values: Mapping[str, Any]) -> None:
