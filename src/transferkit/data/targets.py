@@ -22,8 +22,8 @@ def as_targets(
     """Return targets as int64 `(N,)` or float32 `(N, num_classes)`; `TargetError` names the first that is neither.
 
     They are a tensor, an array or a sequence: class indices of any integer dtype, `(N,)` or `(N, 1)`, or one-hot or
-    soft rows `(N, num_classes)` of any dtype; with `multi_label`, rows of numbers from 0 to 1 alone. `indices` are those
-    of the targets in the data set, for the message; None if they are the whole data set.
+    soft rows `(N, num_classes)` of any dtype; with `multi_label`, rows of numbers from 0 to 1 alone. `indices` are
+    those of the targets in the data set, for the message; None if they are the whole data set.
     """
     try:
         if isinstance(targets, list) and any(isinstance(target, Tensor) for target in targets):
