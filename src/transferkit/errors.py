@@ -1,7 +1,6 @@
-"""Every error transferkit raises.
+"""Every error transferkit raises: what failed, what was got, what was expected and what to do.
 
-Each is a `TransferKitError` and a builtin error, so code that does not know transferkit can catch `ValueError` or
-`OSError` as usual. A message says what failed, what was got, what was expected and what to do.
+Each is a `TransferKitError` and a builtin error, so other code can catch `ValueError` or `OSError` as usual.
 """
 
 import difflib

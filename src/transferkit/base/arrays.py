@@ -12,10 +12,7 @@ from torch import Tensor
 
 
 def tensor_from_array(array: npt.NDArray[Any]) -> Tensor:
-    """Return a tensor that shares an array's memory where torch can, else a copy. The library never writes to it.
-
-    What is no array of numbers, or masked, is a `TypeError`; elements that differ in shape are a `ValueError`.
-    """
+    """Return an array of numbers as a tensor that nobody may write to; `TypeError` or `ValueError` if it is none."""
     if np.ma.is_masked(array):
         raise TypeError("some values are masked; fill them with .filled(value)")
     if array.dtype == object:

@@ -9,8 +9,7 @@ from transferkit.errors import CallError, MissingMethodError, close_matches
 
 _Called = TypeVar("_Called", bound=Callable[..., Any])
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {}
-"""Every public function by the name it is called by, so that an argument of another one can be named."""
+_FUNCTIONS: dict[str, Callable[..., Any]] = {}  # public ones, to name those that have an argument
 
 _OTHER_NAMES = {
     "lr": "learning_rate base_lr lr_max max_lr",
@@ -47,13 +46,12 @@ _ADVICE = {
     "lower is better for names that end in loss or error: leave it out.": "mode",
     "it shows nothing: leave it out.": "verbose",
 }
-_ELSEWHERE = {
+_ELSEWHERE = {  # what to write, and for which methods that others look for in a model
     "Trainer(model).{}(data)": "fit evaluate predict predict_proba predict_classes solve lr_find",
     "transferkit.{}(model)": "summary",
     "transferkit.{}_model(model, path)": "save",
     "{}_until(model, 'head')": "freeze",
 }
-"""What to write, and for which methods that others look for in a model."""
 
 
 def explained(called: _Called) -> _Called:

@@ -75,7 +75,6 @@ class Interrupts:
             raise interruption
 
     def watched(self, items: Iterable[_Item]) -> Iterator[_Item]:
-        """Yield the items, and `check` after each."""
         for item in items:
             yield item
             self.check()

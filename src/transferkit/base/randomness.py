@@ -34,12 +34,9 @@ def shuffled(count: int, seed: int) -> torch.Tensor:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed the generators of torch, numpy, Python and a CUDA `device` inside the block, and restore them afterwards.
-
-    The process has one of each: a thread waits until no other one is inside, so that both draw their own numbers.
-    """
+    """Seed the generators of torch, numpy, Python and a CUDA `device` inside the block, and restore them afterwards."""
     cuda = device if device is not None and device.type == "cuda" else None
-    with _LOCK[0]:
+    with _LOCK[0]:  # a thread waits until no other one is inside, so that both draw their own numbers
         states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - users' transforms draw from it
         cuda_state = torch.cuda.get_rng_state(cuda) if cuda else None
         try:

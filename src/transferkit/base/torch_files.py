@@ -118,10 +118,7 @@ def check_archive(file: BinaryIO) -> None:
 
 
 def _check_ends(file: BinaryIO, size: int) -> None:
-    """Check that an archive's own table of contents ends the file, lies where it says, and lists its first part first.
-
-    Otherwise `zipfile` and torch may each read another archive in the file.
-    """
+    """Check that a file is one archive from first byte to last, or `zipfile` and torch may each read another in it."""
     file.seek(max(0, size - 98))
     end = file.read().rjust(98)  # 56 bytes and 20 of zip64, then 22
     signature, _, _, here, total, length, start, comment = struct.unpack("<4s4H2LH", end[-22:])

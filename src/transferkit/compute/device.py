@@ -193,14 +193,11 @@ def find_device(device: str | torch.device | Device, precision: str) -> Device:
 
 
 def step_where(finite: Tensor, optimizer: Any) -> None:
-    """Make an optimizer's step if `finite`, bool `()`, is true; change nothing if it is false.
-
-    With a fused optimizer the host does not wait: the kernels read two attributes that `GradScaler` uses to report
-    overflows. The first step does wait: torch's fused SGD would leave its momentum uninitialized.
-    """
+    """Make an optimizer's step if `finite`, bool `()`, is true; change nothing if it is false."""
+    # torch's fused SGD would leave its momentum uninitialized on the first step
     has_state = all(p in optimizer.state for p in parameters_of(optimizer) if p.grad is not None)
     if has_state and getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # GradScaler's: no host sync
         try:
             optimizer.step()
         finally:

@@ -9,13 +9,9 @@ from torch.optim import Optimizer
 from transferkit.compute.device import Device, parameters_of
 from transferkit.errors import NonFiniteError
 
-MIN_SCALE = 1.0
-"""Below this the fp16 gradient scale, which starts at 65,536, has collapsed: gradients overflow in every step."""
-
 SUM = "the sum of a gradient over the batch"
-
-MAX_GRADIENT = 1e15
-"""Optimizers and clipping add up the squares of gradients: those of 100 million parameters of this size still fit."""
+MAX_GRADIENT = 1e15  # the sum of the squares of 100 million such gradients, for clipping, is still finite
+MIN_SCALE = 1.0  # of gradients in fp16, which starts at 65,536: below this they overflow in every step
 
 
 def gradients_are_finite(loss: Tensor, optimizer: Optimizer) -> Tensor:

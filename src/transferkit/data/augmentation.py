@@ -43,13 +43,9 @@ def describe_augmentation(augment: Augment) -> list[str]:
 
 
 def augment_batch(transform: Transform, images: Tensor, indices: Sequence[int], *, seed: int, epoch: int) -> Tensor:
-    """Return a batch, uint8 `(N, 3, S, S)`, in which each image, by its index in the data set, has a seed of its own.
-
-    torchvision's transforms draw once per call: on a whole batch they would flip all images or none. A transform that
-    fails, or changes shape or dtype, is an `ImageError`.
-    """
+    """Return a batch, uint8 `(N, 3, S, S)`, in which each image, by its index in the data set, has its own seed."""
     augmented = []
-    for image, index in zip(images, indices, strict=True):
+    for image, index in zip(images, indices, strict=True):  # a whole batch would be flipped, or none of it
         with seeded(derive_seed(seed, "augment", epoch, index), image.device):
             try:
                 augmented.append(transform(image))
@@ -70,7 +66,6 @@ def augment_batch(transform: Transform, images: Tensor, indices: Sequence[int], 
 
 
 def _describe(part: Any) -> str:
-    """Return a callable and its parameters as text that is the same in another process."""
     if (code := getattr(part, "__code__", None)) is not None:  # a function
         cells = [cell.cell_contents for cell in part.__closure__ or ()]
         part = (part.__qualname__, *code.co_consts, part.__defaults__, cells)

@@ -14,11 +14,9 @@ from transferkit.data.columns import as_columns, find_column, listed, names_in
 from transferkit.data.samples import Samples, evenly_spaced, listed_targets
 from transferkit.errors import ArgumentError, HeadMismatchError, TransferKitError
 
-SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"})
-"""Folders that hold the parts of a data set, not a class."""
-
-NO_CLASS = frozenset({"__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN"})
-"""Folders that programs make, beside those whose name begins with a dot."""
+# folders that hold the parts of a data set, and folders that programs make, beside those that begin with a dot
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
+NO_CLASS = {"__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN"}
 
 _KNOWN = """To evaluate a folder that lacks classes or sorts them otherwise, number its folders as the model does:
 class Known(torchvision.datasets.ImageFolder):
@@ -146,7 +144,6 @@ def _listed(names: Mapping[int, str]) -> str:
 
 
 def _names_of(data: Any) -> dict[int, str] | None:
-    """Return the names that a data set itself lists, by the index it gives them."""
     features = getattr(data, "features", None) if hasattr(data, "column_names") else None  # of Hugging Face
     if isinstance(features, Mapping):
         label = find_column(list(features), "label")

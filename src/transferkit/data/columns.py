@@ -168,7 +168,6 @@ def _are_images(values: Any) -> bool:
 
 
 def _named(sample: Any) -> Mapping[Any, Any]:
-    """Return the parts of a sample by name, none if they have no names."""
     if isinstance(sample, tuple) and hasattr(sample, "_fields"):
         return dict(zip(sample._fields, sample, strict=True))
     return sample if isinstance(sample, Mapping) else {}

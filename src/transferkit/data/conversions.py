@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-_WHITE = (255, 1023, 4095, 16383, 65535)
-"""Largest values of 8, 10, 12, 14 and 16 bits."""
+_WHITE = (255, 1023, 4095, 16383, 65535)  # largest values of 8, 10, 12, 14 and 16 bits
 
 
 def conversion(images: Any, name: str, *, ndim: int) -> str:

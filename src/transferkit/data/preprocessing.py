@@ -1,15 +1,8 @@
 """Raw uint8 images to VGG's input: the geometry that makes them square, and the conventions of weights.
 
-The three conventions that VGG's weights were trained with:
-
-| convention            | channels | scale  | mean                   | standard deviation |
-|-----------------------|----------|--------|------------------------|--------------------|
-| `IMAGENET1K_V1`       | RGB      | 0..1   | .485 .456 .406         | .229 .224 .225     |
-| `IMAGENET1K_FEATURES` | RGB      | 0..1   | .48235 .45882 .40784   | 1/255 each         |
-| `KERAS`               | BGR      | 0..255 | 103.939 116.779 123.68 | 1                  |
-
-The second and third belong to the same network: only the channel order of the first convolution differs. (Their means
-differ by up to 0.7 of 255 in the red channel; use each with the weights of that name.)
+Two of VGG's three conventions, `IMAGENET1K_FEATURES` and `KERAS`, belong to the same network: only the channel order of
+the first convolution differs. (Their means differ by up to 0.7 in the red channel; use each with the weights of that
+name.)
 """
 
 from dataclasses import dataclass, replace
@@ -30,8 +23,7 @@ Triple = tuple[float, float, float]
 
 GEOMETRIES = ("crop", "torchvision", "letterbox", "squash")
 
-MOST_PIXELS = 8
-"""How many times as many pixels as the result an image may have when it is resized, before its middle is cut out."""
+MOST_PIXELS = 8  # times those of the result may a resized image have before its middle is cut out
 
 
 @dataclass(frozen=True)
@@ -185,7 +177,7 @@ CONVENTIONS: dict[str, Preprocessing] = {
     convention.name: convention
     for convention in (
         Preprocessing("IMAGENET1K_V1", (123.675, 116.28, 103.53), (255 * 0.229, 255 * 0.224, 255 * 0.225)),
-        Preprocessing("IMAGENET1K_FEATURES", (122.99925, 116.9991, 103.9992), (1.0, 1.0, 1.0)),
+        Preprocessing("IMAGENET1K_FEATURES", (122.99925, 116.9991, 103.9992), (1.0, 1.0, 1.0)),  # divided by 255: 0..1
         Preprocessing("KERAS", (103.939, 116.779, 123.68), (1.0, 1.0, 1.0), channels=(2, 1, 0)),
     )
 }

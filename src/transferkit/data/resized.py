@@ -10,8 +10,7 @@ from transferkit.data.preprocessing import Preprocessing
 from transferkit.data.sources import ArraySource
 from transferkit.errors import CacheError
 
-MEMORY_SHARE = 0.25
-"""Fraction of the free host memory that the resized images may take."""
+MEMORY_SHARE = 0.25  # of the free host memory may the resized images take
 
 
 def resized(

@@ -21,11 +21,8 @@ from transferkit.data.targets import as_targets
 from transferkit.data.workers import read_in_workers
 from transferkit.errors import ArgumentError, EmptyDataError, ImageError, TargetError, TransferKitError
 
-Sizes = int | list[int]
-"""Images in a batch, or in each batch."""
-
-Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]
-"""Images, targets (empty, `(0,)`, if not requested) and the images' indices in the data set."""
+Sizes = int | list[int]  # images in a batch, or in each batch
+Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]  # images, targets, or none `(0,)`, and indices in the data set
 
 _SCANNED = 32  # images read at a time outside of epochs; a signal is checked between batches
 _NO_TARGETS = torch.empty(0, dtype=torch.int64)
@@ -41,13 +38,11 @@ class Source(Protocol):
     def batches(
         self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
     ) -> Iterator[Batch]:
-        """Yield each image once, in batches of one size, or of a size each; a `DataLoader` has its own.
+        """Yield each image once; a `DataLoader` has batches of its own.
 
-        Args:
-            batch_size: Images in a batch.
-            seed: Seeds the random transforms of a data set; None raises `CacheError` where it draws random numbers.
-            order: Indices of the images, int64 `(N,)`; None keeps the order of the data set.
-            preprocess: What will be applied to the images, which then come in no more pixels than it needs.
+        `seed` seeds the random transforms of a data set; None raises `CacheError` where it draws random numbers.
+        `order` are indices of images, int64 `(N,)`; None keeps that of the data set. For `preprocess`, images come in
+        no more pixels than it needs.
         """
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:

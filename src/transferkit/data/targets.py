@@ -1,7 +1,7 @@
-"""The forms of targets that the library accepts, and the ones it uses.
+"""The forms of targets that the library accepts, and the ones it uses: class indices, int64 `(N,)`, or rows, float32.
 
-Targets are class indices, int64 `(N,)`, or one row for each image, float32 `(N, K)`: probabilities that sum to one or,
-where an image may have several labels, a number from 0 to 1 for each label.
+A row `(K,)` has probabilities that sum to one or, where an image may have several labels, a number from 0 to 1 for
+each label.
 """
 
 from collections.abc import Iterable, Sequence

@@ -18,14 +18,11 @@ _PAST_LAST_LAYER = "(past the last layer)"  # the boundary that freezes everythi
 
 
 class _StayInEval:
-    """Replaces a frozen module's `train` method: `model.train()` leaves its batch norm and dropout in eval mode.
-
-    `mode` is the requested mode, which the module gets when it is unfrozen.
-    """
+    """Replaces a frozen module's `train` method: `model.train()` leaves its batch norm and dropout in eval mode."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.mode = module.training
+        self.mode = module.training  # the requested mode, which the module gets when it is unfrozen
 
     def __call__(self, mode: bool = True) -> nn.Module:  # noqa: FBT001, FBT002 - torch's signature
         self.mode = mode

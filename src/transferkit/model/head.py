@@ -5,7 +5,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +105,7 @@ class TransferModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits `(N, len(classes))` of preprocessed images, float `(N, 3, H, W)`."""
         features = self.backbone(images, self.pools) if self.pools else self.backbone(images)
-        logits: Tensor = self.head(features)
-        return logits
+        return cast("Tensor", self.head(features))
 
     def split(self) -> tuple[Layers, Layers]:
         """Return prefix and suffix, split where training begins: `suffix(prefix(x))` equals `model(x)`.
@@ -285,16 +284,13 @@ def check_float32(model: nn.Module, *, trains: bool) -> None:
 
 
 def check_head(model: TransferModel) -> None:
-    """Raise `HeadMismatchError` for a head that does not make logits of the backbone's features; remember a good one.
-
-    It runs on zeros, in both modes, and everything that this changes is put back.
-    """
+    """Raise `HeadMismatchError` for a head that makes no logits of the backbone's features; remember a good one."""
     if model.fits == (model.head, model.backbone.image_size):
         return
     head, shape, num_classes = model.head, _feature_shape(model.backbone, model.pools), len(model.classes)
     features = torch.zeros(2, *shape, device=next(model.parameters()).device)
     buffers = {name: buffer.clone() for name, buffer in head.named_buffers() if not is_lazy(buffer)}
-    try:
+    try:  # everything that this changes is put back
         with modes_kept(head), seeded(0, features.device):
             outputs = [head.train(mode)(features) for mode in (True, False)]
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, MemoryError) as error:

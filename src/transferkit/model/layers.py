@@ -22,7 +22,6 @@ class Pool(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Numbers that an image gives."""
         return self.channels * len(POOLINGS[self.name])
 
     def __call__(self, activation: Tensor) -> Tensor:

@@ -14,9 +14,7 @@ from transferkit.model.freezing import stays_in_eval
 
 @dataclass(slots=True)
 class _Use:
-    """The threads that use a module now."""
-
-    evaluated_by: list[int] = field(default_factory=list)  # one more than once where blocks are nested
+    evaluated_by: list[int] = field(default_factory=list)  # threads, one more than once where blocks are nested
     mode: bool = False  # whether it was in training mode before the first of them
     changed_by: list[int] = field(default_factory=list)  # the thread that trains it, likewise
 
@@ -27,10 +25,7 @@ _USES: dict[nn.Module, _Use] = {}
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Have a model in eval mode while any number of threads evaluate it; then each module has its own mode back.
-
-    If another thread trains the model, `ModelInUseError`.
-    """
+    """Have a model in eval mode while any number of threads evaluate it; then each module has its own mode back."""
     me, modules = threading.get_ident(), list(model.modules())
     with _CONDITION:
         for use, module in zip(_uses(modules, me), modules, strict=True):
@@ -71,7 +66,6 @@ def changing(model: nn.Module) -> Iterator[None]:
 
 
 def _uses(modules: list[nn.Module], me: int) -> list[_Use]:
-    """Return the uses of modules, unless another thread changes one."""
     if any(thread != me for module in modules if module in _USES for thread in _USES[module].changed_by):
         raise ModelInUseError(
             "another thread trains this model or loads weights into it. Wait until that is done, or use a copy made "
@@ -81,7 +75,6 @@ def _uses(modules: list[nn.Module], me: int) -> list[_Use]:
 
 
 def _forget(modules: list[nn.Module]) -> None:
-    """Drop the uses that ended, and wake those who wait for that."""
     for module in modules:
         if not _USES[module].evaluated_by and not _USES[module].changed_by:
             del _USES[module]

@@ -114,11 +114,9 @@ def checked_state_dict(content: object, origin: str) -> dict[str, Tensor]:
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Copy `state` into `module`, in its floating-point dtype, if every name and shape fits; else `WeightsError`.
-
-    Batch norm's `num_batches_tracked` may be missing, as in files from before torch 0.4.1, and is then 0.
-    """
+    """Copy `state` into `module`, in its floating-point dtype, if every name and shape fits; else `WeightsError`."""
     own = module.state_dict()
+    # missing in files from before torch 0.4.1
     counts = {key: torch.zeros_like(own[key]) for key in own if key.endswith(".num_batches_tracked")}
     state = {**counts, **state}
     if faults := differences(own, state):

@@ -188,7 +188,6 @@ def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
 
 
 def _structure(model: TransferModel) -> dict[str, dict[str, Any]]:
-    """Return the structure of backbone and head; a model may have learnt what it knows or not."""
     return {name: settings for name, settings in structure(model).items() if name != NOVELTY[:-1]}
 
 
@@ -214,10 +213,7 @@ def leave_out_frozen(state: Mapping[str, Any], model: TransferModel) -> tuple[di
 
 
 def put_back(state: dict[str, Any], path: Path, *others: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return a model's state with the frozen weights that its file lacks, told by their SHA-256.
-
-    They are those of `others`, weights of live models, or of a file in the folder of `path`.
-    """
+    """Return a model's state with the frozen weights that its file lacks: of live models, `others`, or of a file."""
     _check_description(state)
     if not state["left_out"]:
         return state

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from transferkit.compute.device import parameters_of
 from transferkit.errors import CheckpointError
 from transferkit.saving.archive import check_parts, check_ranges, shown
 
@@ -128,12 +129,8 @@ def _kind(value: object) -> str:
 def load_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
     """Assign a saved optimizer, which `check_optimizer_state` has accepted, to a live one."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    in_order = [names[id(parameter)] for parameter in parameters_of(optimizer)]  # as torch numbers them
+    numbered = {number: state["state"][name] for number, name in enumerate(in_order) if name in state["state"]}
     live = optimizer.state_dict()["param_groups"]
-    numbered = {
-        number: state["state"][names[id(parameter)]]
-        for group, live_group in zip(optimizer.param_groups, live, strict=True)
-        for parameter, number in zip(group["params"], live_group["params"], strict=True)
-        if names[id(parameter)] in state["state"]
-    }
     groups = [{**saved, "params": group["params"]} for saved, group in zip(state["groups"], live, strict=True)]
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})
