@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import os
-import pickle
 import random
 import threading
 import types
@@ -95,4 +94,8 @@ def _parts(value: Any) -> Iterable[object]:
 
 def state_of(generator: Any) -> object:
     """Return something that differs once a generator was drawn from."""
-    return pickle.dumps(generator)
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().tolist()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return repr(generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state())

@@ -20,7 +20,7 @@ _ALIKE = 0.002  # conventions differ by more in the proportions of their standar
 
 
 def check_normalized(images: Tensor, preprocess: Preprocessing) -> None:
-    """Refuse float32 images `(N, 3, H, W)`, on the host, that cannot come from a preprocessing; warn of unlikely ones."""
+    """Refuse float32 images `(N, 3, H, W)`, on the host, that cannot come from preprocessing; warn of unlikely ones."""
     pixels = images.flatten(2)
     pixels = pixels[:, :, :: max(1, pixels.shape[2] // _SAMPLED)]
     mean, std = (torch.tensor(values).view(3, 1) for values in (preprocess.mean, preprocess.std))
