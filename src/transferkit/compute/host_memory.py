@@ -12,10 +12,10 @@ _SETTINGS = {
 
 
 def keep_freed_blocks() -> bool:
-    """Stop glibc from returning freed blocks over 128 KiB to the system at once, and return whether that worked.
+    """Stop glibc from returning freed blocks over 128 KiB at once, and return whether that worked.
 
-    Mapping and clearing them anew takes half the time of a step that trains a 4096-4096 head on a CPU
-    (`benchmarks/host_memory.py`). The price: the process keeps its peak memory until it ends.
+    On a CPU that is half the time of a step that trains a 4096-4096 head (`benchmarks/host_memory.py`). The price: the
+    process keeps its peak memory until it ends.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -17,19 +17,14 @@ Augment = str | Transform | Sequence[str | Transform]
 
 
 def build_augmentation(augment: Augment, image_size: int) -> Transform:
-    """Return one transform of a raw image, uint8 `(3, S, S)`, that applies named augmentations and callables in turn.
-
-    The names are `"flip"` (left-right, with probability 0.5), `"crop"` (pads each side by an eighth of the size with
-    its reflection, then crops at random), `"color"` (changes brightness, contrast and saturation by up to 20 %) and
-    `"trivial"` (TrivialAugment: Müller and Hutter, 2021, arXiv:2103.10158).
-    """
+    """Return one transform of a raw image, uint8 `(3, S, S)`, that applies named augmentations and callables in turn."""
     from torchvision.transforms import v2  # takes 0.2 s: not at import
 
     known: dict[str, Transform] = {
         "flip": v2.RandomHorizontalFlip(),
         "crop": v2.RandomCrop(image_size, padding=image_size // 8, padding_mode="reflect"),
         "color": v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
-        "trivial": v2.TrivialAugmentWide(),
+        "trivial": v2.TrivialAugmentWide(),  # Müller and Hutter, 2021, arXiv:2103.10158
     }
     parts = augment if isinstance(augment, list | tuple) else [augment]
     chain = [part if callable(part) else known[one_of("augment", part, known)] for part in parts]

@@ -28,9 +28,7 @@ and pass Known(path, allow_empty=True)."""
 def class_names(data: object) -> dict[int, str] | None:
     """Return the class name of each index that the targets of a data set may have; None if it has no names.
 
-    Names are found inside `Subset`, `ConcatDataset` and `DataLoader`. A wrapper of the user's own has the names of the
-    data set inside only if its targets are those of that data set. Parts of a `ConcatDataset` with different names are
-    a `HeadMismatchError`.
+    Names are found inside other data sets. Parts of a `ConcatDataset` with different ones are a `HeadMismatchError`.
     """
     columns = as_columns(data)
     labels = names_in(columns[1]) if isinstance(columns, tuple) and len(columns) == 2 else None
@@ -50,14 +48,16 @@ def _names(data: object) -> dict[int, str] | None:
             )
         return parts[0] if parts else None
     inner = _wrapped(data)
-    if len(inner) == 1 and not isinstance(data, Subset | DataLoader):  # a wrapper, which may give other targets
+    if len(inner) != 1:
+        return None
+    if not isinstance(data, Subset | DataLoader):  # a wrapper of the user's own, which may give other targets
         if _length(data) is None or _length(data) != _length(inner[0]):
             return None
         one, other = _some_targets(data), _some_targets(inner[0])
         both = one.keys() & other.keys()
         if not both or any(not np.array_equal(one[index], other[index]) for index in both):
             return None
-    return _names(inner[0]) if len(inner) == 1 else None
+    return _names(inner[0])
 
 
 def find_classes(data: object, classes: Sequence[str] | int | None) -> Sequence[str] | int:

@@ -73,17 +73,15 @@ def bad_image_limit(on_bad_image: str | float) -> float | None:
 def without_bad_images(
     source: Source, limit: float, *, display: Display, check: Callable[[], None] = lambda: None
 ) -> Source:
-    """Read every image of a data set once, and return the data set without the images that cannot be used.
+    """Read every image of a data set once, and return the data set without those that cannot be used.
 
-    So the images of a run and the number of steps in an epoch are fixed before the first step. Images in memory are
-    returned unchanged. More bad images than one and the fraction `limit` are an `ImageError`, which names the first
-    100. `check` is called after each batch and may raise to stop.
+    More than one and the fraction `limit` are an `ImageError`. `check` is called after each batch, and may raise.
     """
     if not isinstance(source, DatasetSource):
         if source.num_images is None:
             raise ArgumentError('on_bad_image="skip" does not work with a DataLoader: pass its Dataset.')
         return source
-    bad: dict[int, str] = {}
+    bad: dict[int, str] = {}  # known before the first step: images and steps of an epoch stay the same
     read = 0
     with closing(source.failures()) as found, display.bar("looking for bad images", source.num_images) as bar:
         for reasons in found:

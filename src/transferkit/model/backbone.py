@@ -28,7 +28,6 @@ from transferkit.model.weights import (
 )
 
 MIN_IMAGE_SIZE = 32  # five pooling layers halve it to one pixel
-IMAGENET = "IMAGENET"  # what Keras calls the weights that torchvision has by default
 MODELS = ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
 
 
@@ -215,8 +214,8 @@ def _find_preprocessing(preprocessing: object, weights: object, name: str) -> Pr
 def _find_weights(weights: object, name: str) -> object:
     """Return the torchvision enum for a name of weights; check other values and return them unchanged."""
     known = get_model_weights(name)
-    if isinstance(weights, str) and weights.upper() in {**known.__members__, IMAGENET: None}:
-        return known["DEFAULT" if weights.upper() == IMAGENET else weights.upper()]
+    if isinstance(weights, str) and weights.upper() in (*known.__members__, "IMAGENET"):  # Keras's name of the default
+        return known["DEFAULT" if weights.upper() == "IMAGENET" else weights.upper()]
     if isinstance(weights, WeightsEnum) and not isinstance(weights, known):
         raise ArgumentError(
             f"weights={weights} are for another network: expected {', '.join(map(str, known))} for name={name!r}."

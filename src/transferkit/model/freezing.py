@@ -46,7 +46,7 @@ def _freeze(module: nn.Module) -> None:
 
 @explained
 def freeze_until(model: _Module, layer: str | None) -> _Module:
-    """Freeze every layer before `layer`; `layer` and all layers after it train.
+    """Freeze every layer before `layer`, in place, and return the model; `layer` and all layers after it train.
 
     Frozen parameters take no gradient, and frozen modules stay in eval mode even after `model.train()`: batch norm's
     statistics do not change and dropout is off. Layers that an earlier call froze and this one does not train again.
@@ -57,9 +57,6 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
             modules (`model.named_modules()`) in forward order.
         layer: A block (`"block5"`), a layer (`"block4_conv2"`), a module name (`"features.24"`), `"head"` (freezes
             the whole backbone), or None (freezes nothing).
-
-    Returns:
-        The same model, changed in place.
 
     Raises:
         UnknownLayerError: `model` has no such layer. The message lists close matches.

@@ -22,9 +22,7 @@ TIMEOUT_S = 30.0
 _CHUNK_BYTES = 1 << 20
 
 # A file name pins only the first eight digits. Where all digits are known they are compared.
-_FULL_SHA256 = {
-    "vgg16-397923af.pth": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
-}
+_FULL_SHA256 = {"vgg16-397923af.pth": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"}
 
 
 def download(url: str, folder: Path | None = None) -> Path:

@@ -273,15 +273,12 @@ def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bo
 def load_model(
     path: str | os.PathLike[str], *, head: nn.Module | None = None, backbone: Backbone | None = None
 ) -> TransferModel:
-    """Build the model that `Trainer.save` or `save_model` wrote, from the file alone and without a download.
+    """Build the model that `Trainer.save` or `save_model` wrote, on the CPU and in eval mode, without a download.
 
     Args:
         path: Of the file.
         head: A head built like that of the model, if it was your own.
         backbone: A backbone with the frozen weights, if they were left out. It becomes part of the model.
-
-    Returns:
-        The model, on the CPU and in eval mode.
 
     Raises:
         CheckpointError: The file is missing, damaged or no checkpoint; it has a head of your own and no `head` is
@@ -320,16 +317,14 @@ def _build(state: Mapping[str, Any], head: nn.Module | None, backbone: Backbone 
         preprocessing = _check_description(state)
         size = preprocessing.image_size
         backbone = load_backbone(state["backbone"], weights=None, image_size=size, preprocessing=preprocessing)
-    if head is not None:
-        return attach_head(backbone, state["classes"], layers=state["layers"] or None, head=head)
-    arguments, saved = state["head"], state["weights"]
-    # a head that is larger than its weights in the file is refused before any memory is allocated for it
-    if len(arguments.get("hidden", ())) > len(saved):
-        raise CheckpointError(f"the checkpoint describes a head of more layers than {len(saved)} weights.")
-    expected = _head_without_weights(backbone, state["layers"], arguments, len(state["classes"]))[1].state_dict()
-    weights = {name.removeprefix("head."): weight for name, weight in saved.items() if name.startswith("head.")}
-    if faults := differences(expected, weights):
-        raise CheckpointError(f"the checkpoint's weights do not fit the head that it describes: {faults}.")
+    arguments = state["head"] if head is None else {"head": head}
+    if head is None:  # one larger than its weights in the file is refused before any memory is allocated for it
+        saved = {name.removeprefix("head."): w for name, w in state["weights"].items() if name.startswith("head.")}
+        if len(arguments.get("hidden", ())) > (count := len(state["weights"])):
+            raise CheckpointError(f"the checkpoint describes a head of more layers than {count} weights.")
+        expected = _head_without_weights(backbone, state["layers"], arguments, len(state["classes"]))[1]
+        if faults := differences(expected.state_dict(), saved):
+            raise CheckpointError(f"the checkpoint's weights do not fit the head that it describes: {faults}.")
     return attach_head(backbone, state["classes"], layers=state["layers"] or None, **arguments)
 
 
