@@ -317,7 +317,7 @@ def _build(state: Mapping[str, Any], head: nn.Module | None, backbone: Backbone 
         preprocessing = _check_description(state)
         size = preprocessing.image_size
         backbone = load_backbone(state["backbone"], weights=None, image_size=size, preprocessing=preprocessing)
-    arguments = state["head"] if head is None else {"head": head}
+    arguments: dict[str, Any] = state["head"] if head is None else {"head": head}
     if head is None:  # one larger than its weights in the file is refused before any memory is allocated for it
         saved = {name.removeprefix("head."): w for name, w in state["weights"].items() if name.startswith("head.")}
         if len(arguments.get("hidden", ())) > (count := len(state["weights"])):
