@@ -17,7 +17,7 @@ Augment = str | Transform | Sequence[str | Transform]
 
 
 def build_augmentation(augment: Augment, image_size: int) -> Transform:
-    """Return one transform of a raw image, uint8 `(3, S, S)`, that applies augmentations in turn, named or callables."""
+    """Return one transform of a raw image, uint8 `(3, S, S)`, that applies several augmentations in turn."""
     from torchvision.transforms import v2  # takes 0.2 s: not at import
 
     known: dict[str, Transform] = {
