@@ -80,9 +80,8 @@ def _one_line_errors() -> Iterator[None]:
 def check_archive(file: BinaryIO) -> None:
     """Verify the checksum of every part of an archive that `torch.save` wrote, once its size is known to be harmless.
 
-    torch itself verifies no checksum and inflates compressed parts, so a few bytes could fill the memory. torch and
-    `zipfile` find the parts in different ways, so the file must be one archive from its first byte to its last. Any
-    other is a `ValueError`.
+    torch verifies none and inflates compressed parts, so a few bytes could fill the memory. Any other archive is a
+    `ValueError`.
     """
     size = file.seek(0, 2)
     _check_ends(file, size)

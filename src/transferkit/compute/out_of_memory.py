@@ -31,8 +31,8 @@ def within_memory(
 ) -> tuple[_Result, int]:
     """Return the result of `run(size)`, halving the size until memory suffices, and the size that did.
 
-    `run` does the work, `what`, in parts of that many images; `undo` is called before each further try. Where memory
-    does not suffice for one image, `OutOfMemoryError` is raised.
+    `run` does the work, `what`, in parts of that many images, and `undo` is called before each further try. Where one
+    image is too much, `OutOfMemoryError` is raised.
     """
     while True:
         try:

@@ -9,11 +9,7 @@ _WHITE = (255, 1023, 4095, 16383, 65535)  # largest values of 8, 10, 12, 14 and 
 
 
 def conversion(images: Any, name: str, *, ndim: int) -> str:
-    """Return statements that make raw images, uint8 with three channels, of an array or tensor; "" if none do.
-
-    `name` is the variable of the statements, such as "images = images[..., None].repeat(3, axis=-1)"; `ndim` is 4 for a
-    batch and 3 for one image.
-    """
+    """Return statements that make raw images of three channels of an array or tensor, called `name`; "" if none do."""
     lines = []
     values: Any
     if isinstance(images, Tensor):

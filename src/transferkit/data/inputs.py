@@ -19,10 +19,9 @@ Images = Tensor | list[Tensor]  # a batch `(N, 3, H, W)`, or raw images `(3, H, 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """A source of images as the model sees it.
+    """A source of images as the model sees it: raw ones are resized, augmented and normalised, float ones unchanged.
 
-    Raw images cross to the device as uint8 and are resized, augmented by `transform` and normalised there. Preprocessed
-    images, float, pass unchanged. What is random depends on `seed` and on the view, such as the number of the epoch.
+    What is random depends on `seed` and on the view, such as the number of the epoch.
     """
 
     source: Source

@@ -21,8 +21,7 @@ def split_validation(
 ) -> tuple[SubsetSource, SubsetSource]:
     """Split data at random, by `seed`, into training and validation images, both in the order of the data.
 
-    Each class with two images or more is in both, in the same proportion as far as whole images allow, but not where an
-    image may have several labels. A fraction that leaves one part empty is an error.
+    Each class with two images or more is in both, in proportion, unless an image may have several labels.
     """
     if fraction("validation_split", validation_split) == 0:
         raise ArgumentError("validation_split=0 leaves no validation images: expected a fraction, or None.")

@@ -238,19 +238,17 @@ def _origin(weights: object) -> str:
 
 def _layer_names(features: nn.Sequential) -> tuple[str, ...]:
     """Name each module by its block and its position there, as Keras names VGG's convolutions and pooling layers."""
-    kinds: dict[type[nn.Module], str] = {nn.Conv2d: "conv", nn.BatchNorm2d: "bn", nn.ReLU: "relu"}
+    kinds = {nn.Conv2d: "conv", nn.BatchNorm2d: "bn", nn.ReLU: "relu", nn.MaxPool2d: "pool"}
     names, block, convolution = [], 1, 0
     for index, module in enumerate(features):
-        if isinstance(module, nn.MaxPool2d):
-            names.append(f"block{block}_pool")
-            block, convolution = block + 1, 0
-            continue
         kind = next((kinds[known] for known in kinds if isinstance(module, known)), None)
         if kind is None:
             raise ArgumentError(
                 f"features[{index}] is a {type(module).__name__}: expected VGG's layers: Conv2d, BatchNorm2d, "
                 "ReLU and MaxPool2d."
             )
-        convolution += isinstance(module, nn.Conv2d)
-        names.append(f"block{block}_{kind}{convolution}")
+        convolution += kind == "conv"
+        names.append(f"block{block}_{kind}{'' if kind == 'pool' else convolution}")
+        if kind == "pool":
+            block, convolution = block + 1, 0
     return tuple(names)

@@ -33,8 +33,7 @@ class Standardize(nn.Module):
     """Subtracts the mean of each feature of `num_images` images and divides by its standard deviation, float32 `(D,)`.
 
     `Trainer` measures both before its first step; training does not change them. What varies less than the median of
-    its kind, such as the means of one layer's channels, is divided by that: it must not drown the others in an image
-    where it does vary.
+    its kind, such as the means of one layer, is divided by that, not to drown the others where it does vary.
     """
 
     def __init__(self, num_features: int) -> None:

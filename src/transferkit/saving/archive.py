@@ -110,8 +110,8 @@ def check_plain(state: object, error: type[CheckpointError]) -> list[Tensor]:
 def check_parts(state: object, parts: Any, *, origin: str, place: str = "") -> None:
     """Compare a nested state with a table of what it must hold; `CheckpointError` names the place of what differs.
 
-    A table is a tuple of the types that a value may have; a dict of the keys that a mapping must have, with `str` as
-    key for every key; or a list of one entry, for every item of a list. `origin` is the file.
+    A table is a tuple of the types that a value may have; a dict of the keys that a mapping must have, with `str` for
+    every key; or a list of one entry, for every item of a list. `origin` is the file.
     """
     kinds = parts if isinstance(parts, tuple) else (type(parts),)
     if not isinstance(state, kinds) or (isinstance(state, bool) and bool not in kinds):
