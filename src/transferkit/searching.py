@@ -18,7 +18,7 @@ from torch import nn
 
 from transferkit.base.arguments import positive, whole_number
 from transferkit.base.calls import explained
-from transferkit.base.display import QUIET, Display
+from transferkit.base.display import Display
 from transferkit.base.processes import alone, broadcast, clock, exchange, together, world_size
 from transferkit.base.processes import rank as rank_of_process
 from transferkit.base.randomness import derive_seed, seeded
@@ -43,7 +43,7 @@ from transferkit.results.tabular import html_table
 from transferkit.saving.archive import read_checkpoint, write_checkpoint
 from transferkit.trainer import Trainer
 from transferkit.training.heads import HeadRun, how_many_together, train_heads
-from transferkit.training.run import open_run, without_loader
+from transferkit.training.run import open_feed, open_run, open_source, without_loader
 from transferkit.training.schedules import check_schedule
 
 FREEZE = "freeze_until"
@@ -361,7 +361,7 @@ class _Trials:
         if key not in self.sources:
             read = partial(resized, classes=model.classes, preprocess=key[0], device=trainer.device)
             self.sources[key] = [
-                trainer._open_source(read(data, num_workers=workers) or data, workers)
+                open_source(trainer.training, read(data, num_workers=workers) or data, workers)
                 for data, workers in ((train, num_workers), without_loader(validation, num_workers))
                 if data is not None
             ]
@@ -377,7 +377,7 @@ class _Trials:
         source, held_out = self._open(trainer)
 
         def after_epoch(_: Trainer, __: object) -> None:
-            history, progress = trainer.history or History(), trainer._progress
+            history, progress = trainer.history or History(), trainer.training.progress
             if progress is not None and len(history.reports) < last:
                 record(history, partial(_with_weights, trainer.model, progress.best.state()))
 
@@ -397,21 +397,26 @@ class _Trials:
         runs = runs[rank_of_process() :: world_size()]  # of several processes each trains heads of its own
         with alone():
             started = clock()
-        feed = trainer._feeds(params.get("augment"), params.get("n_views"), QUIET)
         self.features = trainer
         try:
-            feeds = [feed(*pair) for pair in zip(self._open(trainer), ("training", "validation"), strict=True)]
+            train, held_out = self._open(trainer)
+            feeds = [
+                open_feed(trainer.training, train, augment=params.get("augment"), n_views=params.get("n_views")),
+                open_feed(trainer.training, held_out, "validation"),
+            ]
             for each in feeds if world_size() > 1 else ():
                 each.open(1)  # which computes the features together
-            with alone(), trainer._alone("fit"), trainer._interrupts:
+            with alone(), trainer.training.alone("fit"), trainer.training.interrupts:
                 heads: dict[HeadRun, _Run] = {}
                 for run in runs:
                     training, size = self._trainer(run.params, trainer.model).training, params.get("batch_size")
                     opened = open_run(training, *feeds, epochs=max(run.numbers), batch_size=size)
                     check_schedule(opened.schedule, opened.num_steps)
-                    opened.check_feeds()
+                    feeds[0].check()
+                    feeds[1].check()
+                    training.interrupts = trainer.training.interrupts
                     heads[HeadRun(training, opened)] = run
-                for head in train_heads([*heads], interrupts=trainer._interrupts) if heads else ():
+                for head in train_heads([*heads]) if heads else ():
                     weights = {f"head.{name}": weight for name, weight in head.best.items()}
                     model = partial(_with_weights, trainer.model, weights)
                     self._record(heads[head], started, head.history, model, share=len(runs))

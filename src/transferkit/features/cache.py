@@ -5,6 +5,7 @@ on. Nothing else counts, neither the image's place nor its file nor its data set
 or data, an image added to a data set costs one image, and any part of the cache is of use by itself.
 """
 
+import difflib
 import math
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -23,7 +24,7 @@ from transferkit.base.processes import broadcast, exchange, gather, rank, send, 
 from transferkit.compute.device import Device
 from transferkit.compute.host_memory import host_bytes
 from transferkit.data.inputs import Images, Inputs
-from transferkit.errors import CacheError
+from transferkit.errors import ArgumentError, CacheError
 from transferkit.features.chunks import CachedFeatures, Chunk, image_digests, together
 from transferkit.features.file import DIGEST_BYTES, SUFFIX, FeatureFile, open_features, write_features
 from transferkit.features.prefix import Prefix
@@ -51,6 +52,18 @@ def open_folder(path: str | PathLike[str] | None) -> Path | None:
             f"cache={str(path)!r} cannot be used: {error}. Expected a folder, or a place to make one."
         ) from error
     return folder
+
+
+def find_cache(cache: object) -> tuple[bool | str, Path | None]:
+    """Return when a trainer caches features, and its folder for files of them; see `Trainer`."""
+    if isinstance(cache, bool) or cache == "auto":
+        return cache, None
+    misspelt = isinstance(cache, str) and difflib.get_close_matches(
+        cache.lower(), ["auto", "true", "false"], cutoff=0.7
+    )
+    if not isinstance(cache, str | PathLike) or (misspelt and not Path(cache).exists()):
+        raise ArgumentError(f'cache={cache!r} cannot be used: expected "auto", True, False or a folder.')
+    return "auto", open_folder(cache)
 
 
 class FeatureCache:

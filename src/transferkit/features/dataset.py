@@ -147,4 +147,7 @@ def features_of(
         check_same({"images": source.num_images, "data": source.digest(), "backbone": digest}, "the features")
     inputs = Inputs(source, model.backbone.preprocess, device, transform, seed)
     frozen = Frozen(device.prepare(model), device)
-    return Feed(inputs, frozen, cache, mode=True, num_views=num_views, what="given", display=display).features()
+    feed = Feed(
+        inputs=inputs, frozen=frozen, cache=cache, mode=True, num_views=num_views, what="given", display=display
+    )
+    return feed.features()

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -22,6 +22,9 @@ from transferkit.features.prefix import NOTHING_FROZEN, Prefix, pure_prefix
 from transferkit.model.head import TransferModel
 
 Batches = Generator[tuple[Tensor, Tensor], None, None]
+
+CACHED_BATCH_SIZE = 256
+"""Images evaluated at once where their features are cached: there are no convolutions to take memory."""
 
 
 class Frozen:
@@ -45,53 +48,27 @@ class Frozen:
         return self._prefix, self.model.split()[1], ""
 
 
+@dataclass(eq=False, kw_only=True)
 class Feed:
-    """One source of a run, as its epochs read it.
+    """One source of a run, as its epochs read it."""
 
-    Args:
-        inputs: The images.
-        frozen: The model's frozen prefix.
-        cache: The cached features.
-        mode: `"auto"` caches features where that is safe, and says so where it is not; True raises there; False never
-            caches.
-        num_views: Fixed views of each image that epochs go through in turn; None draws each epoch anew.
-        what: What the images are for: `"training"` or `"validation"`.
-        display: Shows what is done.
+    inputs: Inputs
+    frozen: Frozen
+    cache: FeatureCache
+    mode: bool | str  # "auto" caches features where that is safe, and says so where not; True raises there; or False
+    num_views: int | None  # fixed views of each image, which epochs go through in turn; None draws each epoch anew
+    what: str  # the images are for: "training" or "validation"
+    display: Display
+    fill_s: float = 0.0  # seconds spent on features so far
+    _prefix: Prefix | None = None
+    _features: CachedFeatures | None = None
+    _said: set[str] = field(default_factory=set)
 
-    Attributes:
-        fill_s: Seconds spent on features so far.
-    """
-
-    def __init__(
-        self,
-        inputs: Inputs,
-        frozen: Frozen,
-        cache: FeatureCache,
-        *,
-        mode: bool | str,
-        num_views: int | None,
-        what: str,
-        display: Display,
-    ) -> None:
-        self.inputs = inputs
-        self.frozen = frozen
-        self.cache = cache
-        self.mode = mode
-        self.num_views = num_views
-        self.what = what
-        self.display = display
-        self.fill_s = 0.0
-        self._prefix: Prefix | None = None
-        self._features: CachedFeatures | None = None
-        self._said: set[str] = set()
-
-    def open_part(self, batch_size: int, *, cached_batch_size: int) -> tuple[nn.Module, Batches]:
-        """Return what `open` does, for this process's part of the images as they lie."""
+    def open_part(self, batch_size: int) -> tuple[nn.Module, Batches]:
+        """Return what `open` does, for this process's part of the images as they lie, in larger batches if cached."""
         count = self.inputs.source.num_images
-        if count is None or world_size() == 1:
-            return self.open(batch_size, cached_batch_size=cached_batch_size)
-        order = torch.arange(count)[part_of(count)]
-        return self.open(batch_size, order=order, cached_batch_size=cached_batch_size)
+        order = None if count is None or world_size() == 1 else torch.arange(count)[part_of(count)]
+        return self.open(batch_size, order=order, cached_batch_size=max(batch_size, CACHED_BATCH_SIZE))
 
     def open(
         self, batch_size: Sizes, *, order: Tensor | None = None, epoch: int = 0, cached_batch_size: int | None = None
@@ -99,8 +76,7 @@ class Feed:
         """Return the network and, for one epoch, the batches of its input and of targets, on the device.
 
         `batch_size` is that of all batches or of each; `cached_batch_size` another where features are cached. `order`
-        are places in the source, int64; None takes the images as they lie. Random changes depend on the epoch. A
-        `CacheError` where features cannot be cached and `mode` is True.
+        are places in the source, int64; None takes the images as they lie. Random changes depend on the epoch.
         """
         prefix, network, reason = self.frozen.split()
         self._follow_preprocessing()
@@ -139,10 +115,7 @@ class Feed:
         return self._fill(prefix)
 
     def _follow_preprocessing(self) -> None:
-        """Let images be preprocessed as the model's features are, if a callback gave it another preprocessing.
-
-        Augmented images cannot change their size: an `ArgumentError`.
-        """
+        """Let images be preprocessed as the model's features are, if a callback gave it another preprocessing."""
         preprocess, before = self.frozen.model.backbone.preprocess, self.inputs.preprocess
         if preprocess != before:
             if self.inputs.transform is not None and preprocess.image_size != before.image_size:
@@ -153,10 +126,7 @@ class Feed:
             self.inputs = replace(self.inputs, preprocess=preprocess)
 
     def _has_changed(self, epoch: int) -> bool:
-        """Return whether a file of cached features changed, or one of two images, others in each epoch, or its target.
-
-        A callback may change a data set during a run. All images are read again then.
-        """
+        """Return whether a file of features changed, or one of two images, others in each epoch: all are read again."""
         features = self._features
         if features is None or not features.is_intact():
             return features is not None

@@ -20,7 +20,7 @@ from transferkit.saving import optimizer as optimizer_state
 from transferkit.training.callback_list import CallbackList
 from transferkit.training.checkpoint import read_newest
 from transferkit.training.optimizers import LearningRate, find_lr, hold_parameters
-from transferkit.training.progress import Progress, check_progress
+from transferkit.training.progress import check_progress
 from transferkit.training.run import Run
 from transferkit.training.schedules import SCHEDULES, describe_schedule
 from transferkit.training.training import Training
@@ -38,7 +38,7 @@ RANGES = {**dict.fromkeys(COUNTERS, COUNTS), "micro_batch_size": (1, 2**63 - 1)}
 FREEZING = ("freeze_until", "frozen parameters")
 
 
-def training_state(training: Training, progress: Progress | None) -> dict[str, Any]:
+def training_state(training: Training) -> dict[str, Any]:
     """Return model, optimizer, counters and the current run as plain types and tensors, which are not copies."""
     hold_parameters(training.optimizer, training.model)
     return {
@@ -52,7 +52,7 @@ def training_state(training: Training, progress: Progress | None) -> dict[str, A
             "micro_batch_size": training.micro_batch_size,
             **_place(training),
         },
-        "run": None if progress is None else progress.state(),
+        "run": None if training.progress is None else training.progress.state(),
     }
 
 
@@ -121,7 +121,7 @@ def read_run(
     file, state = found
     moved = FREEZING if facts[FREEZING[1]] == state["model"]["frozen"] else ()  # in the run, and here by the same run
     check_progress(state.get("run"), facts, training.model.state_dict(), origin=str(file), but=moved)
-    callbacks.before_first_step(state["progress"]["global_step"], resumed_from=file)
+    callbacks.each("before_first_step", state["progress"]["global_step"], resumed_from=file)
     display.say(f"resumed from {file}")
     return state
 
