@@ -38,11 +38,12 @@ from transferkit.errors import (
 )
 from transferkit.model.freezing import find_boundary, freeze_until, trainable_state
 from transferkit.model.head import TransferModel
-from transferkit.results.history import EpochReport, History
+from transferkit.results.history import History
 from transferkit.results.tabular import html_table
 from transferkit.saving.archive import read_checkpoint, write_checkpoint
 from transferkit.trainer import Trainer
 from transferkit.training.heads import HeadRun, how_many_together, train_heads
+from transferkit.training.progress import report_of
 from transferkit.training.run import open_feed, open_run, open_source, without_loader
 from transferkit.training.schedules import check_schedule
 
@@ -442,7 +443,8 @@ class _Trials:
         self, run: _Run, started: float, history: History, model: Callable[[], TransferModel], *, share: int = 1
     ) -> None:
         """Record the trials that have as many epochs as a history."""
-        score = _score(history)
+        best = None if history.best_epoch is None else history.reports[history.best_epoch].val_accuracy
+        score = math.nan if best is None else best
         error = "validation loss was never finite: try a lower learning rate." if math.isnan(score) else ""
         seconds = (clock() - started) / share
         for number in run.numbers.get(len(history.reports), []):
@@ -470,7 +472,7 @@ class _Trials:
         """Take over the trials that the folder holds, and the best model."""
         for number, (reports, *rest) in enumerate(self.held.get("trials", [])[: len(self.sets)]):
             if reports is not None:
-                history = History([_report(figures) for figures in reports])
+                history = History([report_of(figures) for figures in reports])
                 self.made[number] = Trial(self.sets[number], history, *rest)
         number = self.held.get("best", math.inf)
         if number in self.made and (rank := (self.made[number].score, -number)) > self.best:
@@ -502,12 +504,6 @@ def _read_search(folder: Path, facts: list[Any]) -> dict[str, Any]:
             "Name another folder."
         )
     return held
-
-
-def _report(figures: dict[str, Any]) -> EpochReport:
-    report = EpochReport(*(figures[name] for name in EpochReport.__dataclass_fields__))
-    vars(report).update(figures)
-    return report
 
 
 def _with_weights(model: TransferModel, weights: Mapping[str, torch.Tensor] | None) -> TransferModel:
@@ -606,12 +602,6 @@ def _build(build: Callable[..., TransferModel], params: Mapping[str, Any], seed:
 def _depth(model: TransferModel, params: Mapping[str, Any]) -> int:
     boundary = find_boundary(model, params.get(FREEZE))
     return -1 if boundary is None else [name for name, _ in model.named_modules()].index(boundary)
-
-
-def _score(history: History) -> float:
-    best = history.best_epoch
-    accuracy = None if best is None else history.reports[best].val_accuracy
-    return math.nan if accuracy is None else accuracy
 
 
 def _line(trial: Trial) -> str:

@@ -35,22 +35,13 @@ _OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim
 
 @dataclass(eq=False, slots=True)
 class HeadRun:
-    """The run of one head among those that are trained together.
+    """The run of one head among those that are trained together, of one model and kind of optimizer, on one device."""
 
-    Attributes:
-        training: All of them have one model, device, seed and kind of optimizer. Learning rate, weight decay, schedule
-            and clipping are each head's own.
-        run: All of them have one source of data, batch size and loss; the number of epochs is each head's own.
-        history: The finished epochs.
-        best: The head's weights after the best of them, by name.
-        failed: Whether a number of it became infinite or NaN.
-    """
-
-    training: Training
-    run: Run
-    history: History = field(default_factory=History)
-    best: dict[str, Tensor] = field(default_factory=dict)
-    failed: bool = False
+    training: Training  # its rates, weight decay, schedule and clipping are each head's own
+    run: Run  # its data, batch size and loss are common; the number of epochs is each head's own
+    history: History = field(default_factory=History)  # the finished epochs
+    best: dict[str, Tensor] = field(default_factory=dict)  # the head's weights after the best of them, by name
+    failed: bool = False  # whether a number of it became infinite or NaN
 
 
 def how_many_together(training: Training) -> int:

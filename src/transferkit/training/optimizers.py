@@ -42,9 +42,7 @@ def build_optimizer(
 ) -> Optimizer:
     """Return an optimizer over all of a model's parameters, fused into one kernel where it can be; see `Trainer`.
 
-    `optimizer` is a name, a class, a `functools.partial` of one, or an optimizer already built over these parameters.
-    Without `lr` named optimizers have `LR` (`SGD_LR` for SGD), others their own default. One that takes no groups of
-    parameters, or needs a closure or sparse gradients, is an `ArgumentError`.
+    One that takes no groups of parameters, or needs a closure or sparse gradients, is an `ArgumentError`.
     """
     if isinstance(optimizer, Optimizer):
         if lr is not None or weight_decay is not None:
@@ -86,10 +84,7 @@ def build_optimizer(
 
 
 def parameter_groups(model: TransferModel) -> dict[str, list[nn.Parameter]]:
-    """Return the parameters of each block and of the head, by name, in the model's order.
-
-    What was added to the model elsewhere belongs to the head.
-    """
+    """Return the parameters of each block and of the head, to which all else belongs, in the model's order."""
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in model.backbone.blocks}
     for name, layer in zip(model.backbone.layer_names, model.backbone.features, strict=False):
         groups[name.split("_")[0]].extend(layer.parameters())
@@ -175,10 +170,7 @@ def has_scheduler(optimizer: Optimizer) -> bool:
 
 
 def hold_parameters(optimizer: Optimizer, model: TransferModel) -> None:
-    """Let the groups that `build_optimizer` made follow a model whose layers were replaced or added.
-
-    What the optimizer remembers of parameters that are gone is dropped. See `check_held` for what is refused.
-    """
+    """Let the groups that `build_optimizer` made, and its state, follow a model whose layers were replaced or added."""
     blocks, groups = parameter_groups(model), optimizer.param_groups
     named = [group.get("name") for group in groups[: len(blocks)]] == list(blocks)
     from_torch = type(optimizer).__module__.startswith("torch.optim.")  # others may keep parameters elsewhere, too
