@@ -209,7 +209,7 @@ def search(
         device: As in `Trainer`.
         precision: As in `Trainer`.
         cache: As in `Trainer`.
-        num_workers: Processes that read a `Dataset`.
+        num_workers: As in `Trainer.fit`.
         seed: Everything random depends on it: draws, the head's initial weights, the order of images.
         verbose: 1 shows a line for each trial, and a bar where it can be seen; 2 the lines alone; 0 nothing.
 

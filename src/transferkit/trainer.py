@@ -375,7 +375,7 @@ class Trainer:
             augment: As in `fit`; needs `n_views`.
             n_views: Fixed views of each image, each a row of its own.
             on_bad_image: As in `fit`.
-            num_workers: Processes that read a `Dataset`.
+            num_workers: As in `fit`.
             verbose: As in `fit`.
 
         Returns:
@@ -418,10 +418,7 @@ class Trainer:
         Probabilities of unseen images then say how often the model is right. No prediction of a class changes. The
         temperature is kept in the model: it is saved and exported with it. Further training sets it back to 1.
 
-        Args:
-            data: Labelled images that the model was not trained on, as in `fit`.
-            batch_size: 32 if None.
-            num_workers: Processes that read a `Dataset`.
+        The arguments are those of `evaluate`; the images are some that the model was not trained on.
 
         Raises:
             NonFiniteError: When the model makes infinity or NaN of an image.
@@ -451,8 +448,8 @@ class Trainer:
             validation_data: Images that the model was not trained on, to set the threshold by. None uses the training
                 images, each quarter measured by the other three.
             rejected: Share of known images that is called unknown, above 0 and below 1.
-            batch_size: 32 if None.
-            num_workers: Processes that read a `Dataset`.
+            batch_size: As in `evaluate`.
+            num_workers: As in `fit`.
 
         Returns:
             The threshold, a relative Mahalanobis distance.
@@ -521,7 +518,7 @@ class Trainer:
             lr_max: Learning rate of the head in the last step.
             augment: As in `fit`.
             n_views: As in `fit`.
-            num_workers: Processes that read a `Dataset`.
+            num_workers: As in `fit`.
             verbose: As in `fit`.
 
         Raises:

@@ -13,7 +13,6 @@ from contextlib import closing
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -150,7 +149,7 @@ class _Filling:
         self.display = display
         self.folder = cache.folder
         self.chunk: Chunk | None = None  # the one being filled
-        self.where: dict[str, int] = {}  # bytes of new features by where they are
+        self.where = Counter[str]()  # bytes of new features by where they are
         self.shape, self.dtype = prefix.outputs[-1]
         self.row_bytes = math.prod(self.shape) * self.dtype.itemsize
         batches = min(CHUNK_IMAGES, CHUNK_BYTES // self.row_bytes) // prefix.batch_size
@@ -178,9 +177,7 @@ class _Filling:
         if world_size() > 1:  # each looks at every so many chunks: these, and so files, do not depend on their number
             own = torch.cat([*self._chunks(count)[rank() :: world_size()], torch.arange(0)])
         total = (num_views or 1) * (count if own is None else len(own))
-        images: list[bytes] = []
-        targets: list[Tensor] = []
-        depths: list[int] = []
+        images, targets, depths = list[bytes](), list[Tensor](), list[int]()
         with self.display.bar("features", total) as bar:
             for view in [None] if num_views is None else range(num_views):
                 # closed at once, or a traceback that somebody holds would keep worker processes
@@ -193,12 +190,11 @@ class _Filling:
                         bar.advance(len(digests))
                         self.cache.check()
         self._close()
-        every_target = torch.cat(targets) if targets else None
+        whole = torch.cat(targets) if targets else torch.empty(0)
         if own is not None:
-            images, every_target = self._exchange(images, every_target, count, num_views or 1)
-        text = self._describe(depths)
-        self.display.say(f"features of {len(images):,} images: {text}")
-        first, *others = cast("Tensor", every_target).chunk(num_views or 1)
+            images, whole = self._exchange(images, whole if targets else None, count, num_views or 1)
+        self.display.say(f"features of {len(images):,} images: {self._describe(depths)}")
+        first, *others = whole.chunk(num_views or 1)
         if not all(torch.equal(first, other) for other in others):
             raise CacheError("the data set's targets change from view to view")
         return images, first
@@ -262,7 +258,7 @@ class _Filling:
                     self._close()
         self._add(depth, whole)
         if whole.images:
-            self.where = {f"memory of {place}": len(whole.images) * self.row_bytes}
+            self.where = Counter({f"memory of {place}": len(whole.images) * self.row_bytes})
 
     def _complete(self, batch: Images, digests: list[bytes], *, most: int) -> list[int]:
         """Compute the features that a batch lacks; return the depth behind which those of each image were known."""
@@ -349,7 +345,7 @@ class _Filling:
                 self.folder = None
         elif len(chunk.images) < room:
             chunk.features = chunk.features.clone()  # and let go of the room for images that were known
-        self.where[where] = self.where.get(where, 0) + len(chunk.images) * self.row_bytes
+        self.where[where] += len(chunk.images) * self.row_bytes
 
     def _describe(self, depths: list[int]) -> str:
         """Say how the features came about of images that were known behind so many layers, on all processes."""

@@ -95,7 +95,7 @@ def cache_features(
         seed: The views depend on it.
         device: As in `Trainer`.
         precision: As in `Trainer`.
-        num_workers: Processes that read a `Dataset`.
+        num_workers: As in `Trainer.fit`.
         verbose: As in `Trainer.fit`.
 
     Raises:

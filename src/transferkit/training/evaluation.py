@@ -134,7 +134,7 @@ def predict_known(
                 "after training."
             )
         logits, _, novelty = _outputs_of(network, batches, training)
-        return _finite_probabilities(logits, training.model), novelty.cpu().numpy()
+        return _finite_probabilities(logits, training.model), cast("Tensor", novelty).cpu().numpy()
 
 
 def calibrate(training: Training, data: object, batch_size: int | None, num_workers: int) -> float:
@@ -178,11 +178,8 @@ def learn_known(
 
 def assess(network: nn.Module, batches: Batches, *, training: Training) -> Assessment:
     """Return what a network in eval mode makes of every image; a number that is not finite is a `NonFiniteError`."""
-    model, novelty = training.model, None
-    if model.novelty is None:
-        logits, targets = logits_of(network, batches, training=training)
-    else:
-        logits, targets, novelty = _outputs_of(network, batches, training)
+    model = training.model
+    logits, targets, novelty = _outputs_of(network, batches, training)
     probabilities = _finite_probabilities(logits, model)
     logits = logits / model.temperature
     true = class_indices(targets) if model.threshold is None else targets >= 0.5
@@ -216,15 +213,18 @@ def head_inputs(network: nn.Module, batches: Batches, *, training: Training) -> 
     return features, targets
 
 
-def _outputs_of(network: nn.Module, batches: Batches, training: Training) -> Sequence[Tensor]:
-    """Return what `logits_of` does, and the novelty of each image, which the model has learnt."""
+def _outputs_of(network: nn.Module, batches: Batches, training: Training) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what `logits_of` does, and the novelty of each image, float32 `(N,)`; None if it was not learnt."""
     before, model, outputs = _without_head(network), training.model, []
+    if model.novelty is None:
+        return *logits_of(network, batches, training=training), None
     for inputs, targets in batches:
         features = evaluation_step(before, inputs, device=training.device)
         with torch.inference_mode():
-            novelty = cast("nn.Module", model.novelty)(features)
+            novelty = model.novelty(features)
         outputs.append((evaluation_step(model.head, features, device=training.device), targets, novelty))
-    return _whole(outputs, "logits", "targets", "novelty")
+    logits, known, novelty = _whole(outputs, "logits", "targets", "novelty")
+    return logits, known, novelty
 
 
 def _whole(outputs: Sequence[tuple[Tensor, ...]], *names: str) -> list[Tensor]:

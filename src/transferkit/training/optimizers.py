@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from transferkit.base.arguments import not_negative, one_of, positive
+from transferkit.compute.device import parameters_of
 from transferkit.errors import ArgumentError
 from transferkit.model.head import TransferModel
 
@@ -180,7 +181,7 @@ def hold_parameters(optimizer: Optimizer, model: TransferModel) -> None:
             group["params"] = [parameter for parameter in parameters if id(parameter) not in others]
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     check_held(optimizer, model, trainable)
-    held = {parameter for group in groups for parameter in group["params"]}
+    held = set(parameters_of(optimizer))
     for parameter in [key for key in optimizer.state if isinstance(key, torch.Tensor) and key not in held]:
         del optimizer.state[parameter]
     for group in groups if isinstance(optimizer, torch.optim.SGD) else []:  # fused, it refuses momentum of some alone
@@ -193,11 +194,9 @@ def hold_parameters(optimizer: Optimizer, model: TransferModel) -> None:
 def _check_step(optimizer: Optimizer) -> None:
     """Refuse an optimizer whose step cannot be made from dense gradients alone."""
     _, *arguments = inspect.signature(type(optimizer).step).parameters.values()  # a scheduler wraps that of the object
-    needs = ""
+    needs = "sparse gradients" if isinstance(optimizer, torch.optim.SparseAdam) else ""
     if any(a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD) for a in arguments):
         needs = "a closure that computes the loss again in each step"
-    elif isinstance(optimizer, torch.optim.SparseAdam):
-        needs = "sparse gradients"
     if needs:
         expected = "expected one that steps on dense gradients, such as torch.optim.AdamW"
         raise ArgumentError(f"optimizer {type(optimizer).__name__} needs {needs}: {expected}.")
@@ -206,7 +205,7 @@ def _check_step(optimizer: Optimizer) -> None:
 def check_held(optimizer: Optimizer, model: TransferModel, trainable: Mapping[str, nn.Parameter]) -> None:
     """Raise `ArgumentError` for an optimizer that holds parameters of another model, or lacks one that trains."""
     own = {id(parameter) for parameter in model.parameters()}
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    held = {id(parameter) for parameter in parameters_of(optimizer)}
     strangers = len(held - own)
     missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
     if strangers or missing:
