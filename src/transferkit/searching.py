@@ -298,13 +298,20 @@ class _Trials:
             trainer = self._trainer(group[0].params)
             for run in group[1:]:
                 self._trainer(run.params, trainer.model)
-            if self.folder is not None:
-                self.facts += [trainer.model.backbone.fingerprint, repr(trainer.model.head)]
-        if self.folder is not None:
-            self.facts += [*facts, derive_seed(re.sub(" at 0x[0-9a-f]+", "", repr(sets)))]
-            self.facts += [[source.num_images, source.digest()] for source in self._open(trainer)]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.held = broadcast(_read_search(self.folder, self.facts), "trials")
+            self.facts += [trainer.model.backbone.fingerprint, repr(trainer.model.head)]
+        if self.folder is None:
+            return
+        self.facts += [*facts, derive_seed(re.sub(" at 0x[0-9a-f]+", "", repr(sets)))]
+        self.facts += [[source.num_images, source.digest()] for source in self._open(trainer)]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / FILE
+        held = broadcast(read_checkpoint(file) if file.exists() else {}, "trials")
+        if held.get("search", self.facts) != self.facts:
+            raise ArgumentError(
+                f"folder={str(self.folder)!r} holds another search: expected the same models, space, data, seed and "
+                "device. Name another folder."
+            )
+        self.held = held
 
     def best_of(self, sets: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """Return the best of the sets that were tried last, in their order; before the first trial all of them."""
@@ -320,7 +327,13 @@ class _Trials:
         self._recall()
         groups = _plan({number: params for number, params in new.items() if number not in self.made})
         first = _build(self.build, self.sets[0], self.settings["seed"])
-        groups.sort(key=lambda group: _depth(first, group[0].params))  # deeper features are derived from shallow ones
+        layers = [name for name, _ in first.named_modules()]
+
+        def depth(group: list[_Run]) -> int:
+            boundary = find_boundary(first, group[0].params.get(FREEZE))
+            return -1 if boundary is None else layers.index(boundary)
+
+        groups.sort(key=depth)  # deeper features are derived from shallow ones
         with self.display.bar("search", len(sets), unit="trials") as bar:
             for group in groups:
                 trainer = self._trainer(group[0].params) if len(group) > 1 else None
@@ -413,8 +426,8 @@ class _Trials:
                     training, size = self._trainer(run.params, trainer.model).training, params.get("batch_size")
                     opened = open_run(training, *feeds, epochs=max(run.numbers), batch_size=size)
                     check_schedule(opened.schedule, opened.num_steps)
-                    feeds[0].check()
-                    feeds[1].check()
+                    for each in feeds:
+                        each.check()
                     training.interrupts = trainer.training.interrupts
                     heads[HeadRun(training, opened)] = run
                 for head in train_heads([*heads]) if heads else ():
@@ -459,8 +472,7 @@ class _Trials:
         if not isinstance(failure, NonFiniteError | OutOfMemoryError):
             self.refused = self.refused or failure
         for number in (number for run in runs for number in run.trials() if number not in self.made):
-            seconds = clock() - started
-            self._add(number, Trial(self.sets[number], History(), math.nan, seconds, reason))
+            self._add(number, Trial(self.sets[number], History(), math.nan, clock() - started, reason))
 
     def _add(self, number: int, trial: Trial) -> None:
         self.made[number] = trial
@@ -482,28 +494,14 @@ class _Trials:
     def _save(self) -> None:
         if self.folder is None or rank_of_process():
             return
-        every = [self.made.get(number) for number in range(len(self.sets))]
-        trials = [
-            [None]
-            if trial is None
-            else [[vars(report) for report in trial.history.reports], trial.score, trial.seconds, trial.error]
-            for trial in every
-        ]
+        trials: list[list[Any]] = [[None] for _ in self.sets]
+        for number, trial in self.made.items():
+            reports = [vars(report) for report in trial.history.reports]
+            trials[number] = [reports, trial.score, trial.seconds, trial.error]
         state: dict[str, Any] = {"search": self.facts, "trials": trials}
         if self.best_model is not None:
             state |= {"best": -self.best[1], "weights": trainable_state(self.best_model)}
         write_checkpoint(self.folder / FILE, state)
-
-
-def _read_search(folder: Path, facts: list[Any]) -> dict[str, Any]:
-    """Return what a folder holds of a search; `ArgumentError` if it is another one."""
-    held = read_checkpoint(folder / FILE) if (folder / FILE).exists() else {}
-    if held.get("search", facts) != facts:
-        raise ArgumentError(
-            f"folder={str(folder)!r} holds another search: expected the same models, space, data, seed and device. "
-            "Name another folder."
-        )
-    return held
 
 
 def _with_weights(model: TransferModel, weights: Mapping[str, torch.Tensor] | None) -> TransferModel:
@@ -597,11 +595,6 @@ def _build(build: Callable[..., TransferModel], params: Mapping[str, Any], seed:
     if not isinstance(model, TransferModel):
         raise ArgumentError(f"build returned a {type(model).__name__}: expected a TransferModel from attach_head.")
     return copy.deepcopy(model)
-
-
-def _depth(model: TransferModel, params: Mapping[str, Any]) -> int:
-    boundary = find_boundary(model, params.get(FREEZE))
-    return -1 if boundary is None else [name for name, _ in model.named_modules()].index(boundary)
 
 
 def _line(trial: Trial) -> str:

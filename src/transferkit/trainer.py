@@ -44,6 +44,7 @@ from transferkit.training.run import (
     check_trains,
     naming,
     open_feed,
+    open_held_out,
     open_run,
     open_source,
     without_loader,
@@ -323,10 +324,7 @@ class Trainer:
         called, display, training = CallbackList(self, callbacks), Display(verbose), self.training
         with training.alone("fit"), training.interrupts, naming(training, data), called.released():
             train = open_source(training, data, num_workers, on_bad_image, display)
-            held_out = None
-            if validation_data is not None:
-                plain = without_loader(validation_data, num_workers)
-                held_out = open_source(training, *plain, on_bad_image, display)
+            held_out = open_held_out(training, validation_data, num_workers, on_bad_image, display)
             if validation_split is not None:
                 several = self.model.threshold is not None
                 train, held_out = split_validation(train, validation_split, self.seed, multi_label=several)
@@ -393,18 +391,13 @@ class Trainer:
         """
         display, training = Display(verbose), self.training
         with training.alone("solve"), training.interrupts, naming(training, data):
-            plain = without_loader(data, num_workers)
-            source, held_out = open_source(training, *plain, on_bad_image, display), None
-            if validation_data is not None:
-                plain = without_loader(validation_data, num_workers)
-                held_out = open_feed(
-                    training, open_source(training, *plain, on_bad_image, display), "validation", display=display
-                )
+            source = open_source(training, *without_loader(data, num_workers), on_bad_image, display)
+            held_out = open_held_out(training, validation_data, num_workers, on_bad_image, display)
             check_same_data(source, self.model, "solve", l2=l2, folds=folds, n_views=n_views)
             solved = solve_head(
                 training,
                 open_feed(training, source, augment=augment, n_views=n_views, display=display),
-                held_out,
+                None if held_out is None else open_feed(training, held_out, "validation", display=display),
                 l2=None if l2 is None else positive("l2", l2),
                 folds=whole_number("folds", folds, at_least=2),
             )

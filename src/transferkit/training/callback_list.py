@@ -59,9 +59,17 @@ class CallbackList:
         return [getattr(callback, method)(*arguments, **named) for callback in self._having(method)]
 
     def after_epoch(self, report: EpochReport) -> bool:
-        """Call all with the report; return whether one of them ends the run."""
-        answers = [_ends_run(callback, callback(self.trainer, report)) for callback in self._callbacks]
-        return any(answers)
+        """Call all with the report; return whether one returned True, and warn of what else could be meant so."""
+        ends = False
+        for callback in self._callbacks:
+            answer = callback(self.trainer, report)
+            if isinstance(answer, Tensor | np.generic) and answer.ndim == 0:
+                answer = answer.item()  # a bool of theirs counts
+            if isinstance(answer, str | int | float) and not isinstance(answer, bool):
+                name = getattr(callback, "__qualname__", type(callback).__name__)
+                warnings.warn(f"callback {name} returned {answer!r}, which ends no run: True does.", stacklevel=3)
+            ends = ends or answer is True
+        return ends
 
     @contextmanager
     def validating(self) -> Iterator[None]:
@@ -105,13 +113,3 @@ def _check_arguments(callback: Any) -> None:
         raise ArgumentError(
             f"callback {callback!r} takes {signature}: expected a function of (trainer, report)."
         ) from error
-
-
-def _ends_run(callback: object, answer: Any) -> bool:
-    """Return whether a callback returned True, numpy's and torch's included; warn of what else could be meant so."""
-    if isinstance(answer, Tensor | np.generic) and answer.ndim == 0:
-        answer = answer.item()
-    if isinstance(answer, str | int | float) and not isinstance(answer, bool):
-        name = getattr(callback, "__qualname__", type(callback).__name__)
-        warnings.warn(f"callback {name} returned {answer!r}, which ends no run: True does.", stacklevel=3)
-    return answer is True

@@ -25,12 +25,7 @@ from transferkit.training.training import Part, Training
 
 
 def spaced_rates(lr_min: float, lr_max: float, num_steps: int) -> list[float]:
-    """Return learning rates from `lr_min` to `lr_max`, evenly spaced on a logarithmic scale.
-
-    Example:
-        >>> [f"{rate:.0e}" for rate in spaced_rates(1e-4, 1e-1, 4)]
-        ['1e-04', '1e-03', '1e-02', '1e-01']
-    """
+    """Return learning rates from `lr_min` to `lr_max`, evenly spaced on a logarithmic scale."""
     low, high = positive("lr_min", lr_min), positive("lr_max", lr_max)
     whole_number("num_steps", num_steps, at_least=2)
     if low >= high:

@@ -34,15 +34,6 @@ class BestWeights:
 
     Frozen weights are not copied. If more layers begin to train later, `before_training` copies them before they
     change.
-
-    Example:
-        >>> layer = nn.Linear(2, 1)
-        >>> best = BestWeights(layer)
-        >>> best.take()
-        >>> _ = layer.weight.data.zero_()
-        >>> best.restore()
-        >>> bool(layer.weight.any())
-        True
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -195,14 +186,12 @@ def check_progress(
         all({*_FIGURES} <= {*report} for report in reports)
         and all(isinstance(value, bool | int | float | None) for report in reports for value in report.values())
         and not any(sums[name].ndim for name in ("loss", "correct"))
-        and all(isinstance(pair, list) and len(pair) == 2 and _is_output(*pair) for pair in sums["outputs"])
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in sums["outputs"])
+        and all(isinstance(part, Tensor) for pair in sums["outputs"] for part in pair)
+        and all(len(logits) == len(targets) for logits, targets in sums["outputs"])
     )
     if not usable:
         raise CheckpointError(f"{origin} holds reports or sums of another form: expected those that fit writes.")
-
-
-def _is_output(logits: object, targets: object) -> bool:
-    return isinstance(logits, Tensor) and isinstance(targets, Tensor) and len(logits) == len(targets)
 
 
 def report_of(figures: Mapping[str, Any]) -> EpochReport:

@@ -49,7 +49,6 @@ class Run:
     train: Feed  # the training images, as epochs read them
     validation: Feed | None
     loss: Loss  # with everything computed that depends on the training data
-    num_classes: int
     batch_size: int  # images in a batch, over all processes
     num_epochs: int
     num_steps: int | None  # of all epochs; None where a `DataLoader` does not tell
@@ -91,7 +90,7 @@ class Run:
         device = self.train.inputs.device.torch_device
         nothing = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
         if self.loss.threshold is not None:
-            nothing = nothing[0], torch.empty(0, self.num_classes, device=device)
+            nothing = nothing[0], torch.empty(0, len(self.train.frozen.model.classes), device=device)
         with closing(batches):
             for part, count in zip(own, counts, strict=True):
                 inputs, targets = next(batches) if len(part) else nothing
@@ -101,11 +100,7 @@ class Run:
 
 
 def open_source(
-    training: Training,
-    data: object,
-    num_workers: int,
-    on_bad_image: str | float = "raise",
-    display: Display = QUIET,
+    training: Training, data: object, num_workers: int, on_bad_image: str | float = "raise", display: Display = QUIET
 ) -> Source:
     """Open labelled data, without the images that cannot be used if those are to be skipped."""
     limit, model = bad_image_limit(on_bad_image), training.model
@@ -114,6 +109,15 @@ def open_source(
     if limit is None:
         return source
     return without_bad_images(source, limit, display=display, check=training.interrupts.check)
+
+
+def open_held_out(
+    training: Training, data: object, num_workers: int, on_bad_image: str | float, display: Display
+) -> Source | None:
+    """Open validation data if there is some; a `DataLoader` that only reads it is passed over, to cache features."""
+    if data is None:
+        return None
+    return open_source(training, *without_loader(data, num_workers), on_bad_image, display)
 
 
 def open_feed(
@@ -163,17 +167,17 @@ def open_run(
     epochs = whole_number("epochs", epochs)
     follow_model(training, train.display)
     take_rates(training.optimizer)
-    source, num_classes = train.inputs.source, len(training.model.classes)
+    source = train.inputs.source
     size = choose_batch_size(source, batch_size)
     num_batches = count_batches(source, size)
     num_steps = None if num_batches is None else epochs * num_batches
     if validation is not None:
         next(validation.inputs.batches(1))
-    loss = training.loss.for_run(source, num_classes, training.device.torch_device)
+    loss = training.loss.for_run(source, len(training.model.classes), training.device.torch_device)
     schedule = training.schedule
     if schedule is SCHEDULES["auto"] and (num_steps is None or has_scheduler(training.optimizer)):
         schedule = SCHEDULES["constant"]
-    return Run(train, validation, loss, num_classes, size, epochs, num_steps, schedule, validation_data)
+    return Run(train, validation, loss, size, epochs, num_steps, schedule, validation_data)
 
 
 @contextmanager

@@ -104,12 +104,7 @@ def describe_schedule(schedule: Schedule) -> str:
 
 
 def lr_factor(schedule: Schedule, step: int, num_steps: int | None) -> float:
-    """Return what the learning rate is multiplied by after so many steps, of so many in the run; 1 if that is unknown.
-
-    Example:
-        >>> [lr_factor(SCHEDULES["linear"], step, num_steps=4) for step in range(4)]
-        [1.0, 0.75, 0.5, 0.25]
-    """
+    """Return what the learning rate is multiplied by after some steps, of so many in the run; 1 if that is unknown."""
     if num_steps is None:
         return 1.0
     progress = step / max(1, num_steps)

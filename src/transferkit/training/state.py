@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.optim import Optimizer
-
 from transferkit.base.display import Display
 from transferkit.base.processes import broadcast, rank
 from transferkit.data.augmentation import Augment, describe_augmentation
@@ -136,21 +134,26 @@ def run_facts(
     training: Training, run: Run, lr: LearningRate | None, augment: Augment | None, callbacks: CallbackList
 ) -> dict[str, Any]:
     """Return what a call must have in common with the one it resumes."""
-    constant = run.schedule is SCHEDULES["constant"]
-    validation = None if run.validation is None else run.validation.inputs.source
-    model = training.model
+    model, groups = training.model, training.optimizer.param_groups
+    training_data, *validation_data = [
+        [feed.inputs.source.num_images, feed.inputs.source.digest()] for feed in run.feeds
+    ]
+    settings = {}  # of the optimizer, without rates: one value, or that of each group where they differ
+    for name in sorted({name for group in groups for name in group} - _NOT_COMPARED):
+        values = [repr(group.get(name)) for group in groups]
+        settings[name] = values[0] if len(set(values)) == 1 else values
     return {
-        "training data": [run.source.num_images, run.source.digest()],
-        "validation data": None if validation is None else [validation.num_images, validation.digest()],
+        "training data": training_data,
+        "validation data": validation_data[0] if validation_data else None,
         "batch_size": run.batch_size,
         "augment": None if augment is None else describe_augmentation(augment),
         "n_views": run.train.num_views,
         "lr": find_lr(training.optimizer, lr),
         "schedule": describe_schedule(run.schedule),
-        "epochs": None if constant else run.num_epochs,  # a schedule runs over all of them
+        "epochs": None if run.schedule is SCHEDULES["constant"] else run.num_epochs,  # a schedule runs over all of them
         _FREEZING[0]: first_trainable(model),
         _FREEZING[1]: [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
-        **_optimizer_settings(training.optimizer),
+        **settings,
         "micro_batch_size": training.micro_batch_size,
         "clip_grad_norm": training.clip_grad_norm,
         "loss": run.loss.describe(),
@@ -158,10 +161,3 @@ def run_facts(
         "callbacks with a state": sorted(callbacks.state()),
         "seed": training.seed,
     }
-
-
-def _optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
-    """Return an optimizer's settings but its rates: one value, or that of each group where they differ."""
-    names = {name for group in optimizer.param_groups for name in group} - _NOT_COMPARED
-    settings = {name: [repr(group.get(name)) for group in optimizer.param_groups] for name in sorted(names)}
-    return {name: values[0] if len(set(values)) == 1 else values for name, values in settings.items()}
