@@ -570,12 +570,7 @@ class Trainer:
             return evaluation.assess(network, batches, training=self.training)
 
     def predict_proba(
-        self,
-        images: object,
-        *,
-        batch_size: int | None = None,
-        on_bad_image: str = "raise",
-        num_workers: int = 0,
+        self, images: object, *, batch_size: int | None = None, on_bad_image: str = "raise", num_workers: int = 0
     ) -> npt.NDArray[np.float32]:
         """Return the probability of each class, float32 `(N, len(classes))`.
 

@@ -8,14 +8,14 @@ or data, an image added to a data set costs one image, and any part of the cache
 import difflib
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transferkit.base.display import Display
 from transferkit.base.processes import broadcast, exchange, gather, rank, send, total, world_size
@@ -25,7 +25,8 @@ from transferkit.data.inputs import Images, Inputs
 from transferkit.errors import ArgumentError, CacheError
 from transferkit.features.chunks import CachedFeatures, Chunk, image_digests, together
 from transferkit.features.file import SUFFIX, FeatureFile, open_features, write_features
-from transferkit.features.prefix import Prefix
+from transferkit.features.prefix import Prefix, pure_prefix
+from transferkit.model.head import TransferModel
 
 MEMORY_SHARE = 0.5
 """Fraction of the free memory, on the device and on the host, that features may take."""
@@ -75,6 +76,19 @@ class FeatureCache:
         self.folder = folder
         self.check = check
         self.chunks: list[Chunk] = []
+        self._prefix: Prefix | None = None  # the last one, made anew whenever the layers changed
+
+    def split(self, model: TransferModel) -> tuple[Prefix | None, nn.Module, str]:
+        """Return the frozen prefix of a model, the network behind it, and `""`; or None, the model, and why."""
+        layers, reason = pure_prefix(model)
+        if reason:
+            return None, model, reason
+        preprocess, before = model.backbone.preprocess, self._prefix
+        if before is None or not before.is_current(layers, preprocess):
+            self._prefix = Prefix(layers, preprocess, device=self.device)
+            if before is not None:
+                self._prefix.batch_size = min(self._prefix.batch_size, before.batch_size)  # memory ran out before
+        return self._prefix, model.split()[1], ""
 
     def share(self, other: "FeatureCache") -> None:
         """Use the features of another cache, and add to them."""
@@ -181,8 +195,10 @@ class _Filling:
         with self.display.bar("features", total) as bar:
             for view in [None] if num_views is None else range(num_views):
                 # closed at once, or a traceback that somebody holds would keep worker processes
-                with closing(self._read(own, view)) as batches:
-                    for batch, batch_targets in batches:
+                with closing(self.inputs.read(self.batch_size, order=own, view=view)) as batches:
+                    for number, (batch, batch_targets) in enumerate(batches):
+                        if self.folder is not None and number * self.batch_size % self.chunk_images == 0:
+                            self._close()  # a file has whole chunks
                         digests = image_digests(batch)
                         depths += self._complete(batch, digests, most=total - len(images))
                         images += digests
@@ -203,13 +219,6 @@ class _Filling:
         """Return the places of the images in each chunk."""
         chunks: Sequence[Tensor] = torch.split(torch.arange(count), self.chunk_images)
         return chunks
-
-    def _read(self, own: Tensor | None, view: int | None) -> Generator[tuple[Images, Tensor], None, None]:
-        with closing(self.inputs.read(self.batch_size, order=own, view=view)) as batches:
-            for number, batch in enumerate(batches):
-                if self.folder is not None and number * self.batch_size % self.chunk_images == 0:
-                    self._close()
-                yield batch
 
     def _exchange(
         self, images: list[bytes], targets: Tensor | None, count: int, num_views: int
@@ -349,10 +358,9 @@ class _Filling:
 
     def _describe(self, depths: list[int]) -> str:
         """Say how the features came about of images that were known behind so many layers, on all processes."""
-        counted, places = Counter[int](), Counter[str]()
-        for own, there in exchange((Counter(depths), self.where), "how features came about"):
-            counted.update(own)
-            places.update(there)
+        found = exchange((Counter(depths), self.where), "how features came about")
+        counted = sum((own for own, _ in found), Counter[int]())
+        places = sum((there for _, there in found), Counter[str]())
         kinds = {len(self.prefix): "known", 0: "computed"}
         counts = sorted(counted.items(), reverse=True)
         texts = [(count, kinds.get(depth, f"derived from those behind {depth} layers")) for depth, count in counts]

@@ -24,7 +24,7 @@ from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError
 from transferkit.features.cache import FeatureCache, open_folder
 from transferkit.features.chunks import CachedFeatures
-from transferkit.features.feed import Feed, Frozen
+from transferkit.features.feed import Feed
 from transferkit.model.head import TransferModel, check_float32
 
 
@@ -146,8 +146,6 @@ def features_of(
         digest = zlib.crc32(b"".join(raw_bytes(value) for value in model.backbone.state_dict().values()))
         check_same({"images": source.num_images, "data": source.digest(), "backbone": digest}, "the features")
     inputs = Inputs(source, model.backbone.preprocess, device, transform, seed)
-    frozen = Frozen(device.prepare(model), device)
-    feed = Feed(
-        inputs=inputs, frozen=frozen, cache=cache, mode=True, num_views=num_views, what="given", display=display
-    )
+    model = device.prepare(model)
+    feed = Feed(inputs=inputs, model=model, cache=cache, mode=True, num_views=num_views, what="given", display=display)
     return feed.features()

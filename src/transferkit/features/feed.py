@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from transferkit.base.display import Display
 from transferkit.base.processes import part_of, together, total, world_size
 from transferkit.base.randomness import derive_seed
-from transferkit.compute.device import Device
 from transferkit.data.inputs import Inputs
 from transferkit.data.sources import Sizes
 from transferkit.errors import ArgumentError, CacheError, TransferKitError
 from transferkit.features.cache import FeatureCache
 from transferkit.features.chunks import CachedFeatures, image_digests
-from transferkit.features.prefix import NOTHING_FROZEN, Prefix, pure_prefix
+from transferkit.features.prefix import NOTHING_FROZEN, Prefix
 from transferkit.model.head import TransferModel
 
 Batches = Generator[tuple[Tensor, Tensor], None, None]
@@ -27,33 +26,12 @@ CACHED_BATCH_SIZE = 256
 """Images evaluated at once where their features are cached: there are no convolutions to take memory."""
 
 
-class Frozen:
-    """The frozen prefix of a model and the network behind it, made anew whenever the model's layers changed."""
-
-    def __init__(self, model: TransferModel, device: Device) -> None:
-        self.model = model
-        self.device = device
-        self._prefix: Prefix | None = None
-
-    def split(self) -> tuple[Prefix | None, nn.Module, str]:
-        """Return the prefix, the network behind it, and `""`; or None, the whole model, and why there is no prefix."""
-        layers, reason = pure_prefix(self.model)
-        if reason:
-            return None, self.model, reason
-        preprocess, before = self.model.backbone.preprocess, self._prefix
-        if before is None or not before.is_current(layers, preprocess):
-            self._prefix = Prefix(layers, preprocess, device=self.device)
-            if before is not None:
-                self._prefix.batch_size = min(self._prefix.batch_size, before.batch_size)  # memory ran out before
-        return self._prefix, self.model.split()[1], ""
-
-
 @dataclass(eq=False, kw_only=True)
 class Feed:
     """One source of a run, as its epochs read it."""
 
     inputs: Inputs
-    frozen: Frozen
+    model: TransferModel
     cache: FeatureCache
     mode: bool | str  # "auto" caches features where that is safe, and says so where not; True raises there; or False
     num_views: int | None  # fixed views of each image, which epochs go through in turn; None draws each epoch anew
@@ -78,7 +56,7 @@ class Feed:
         `batch_size` is that of all batches or of each; `cached_batch_size` another where features are cached. `order`
         are places in the source, int64; None takes the images as they lie. Random changes depend on the epoch.
         """
-        prefix, network, reason = self.frozen.split()
+        prefix, network, reason = self.cache.split(self.model)
         self._follow_preprocessing()
         view = epoch if self.num_views is None else epoch % self.num_views
         if prefix is None:
@@ -102,13 +80,13 @@ class Feed:
     def check(self) -> None:
         """Refuse what can be refused before anything is computed: `CacheError` if `mode` is True."""
         if self.mode is True:
-            prefix, _, reason = self.frozen.split()
+            prefix, _, reason = self.cache.split(self.model)
             if found := reason if prefix is None else self._unrepeatable:
                 self._refuse(found)
 
     def features(self) -> CachedFeatures:
         """Return the features of every image; a `CacheError` where they cannot be cached."""
-        prefix, _, reason = self.frozen.split()
+        prefix, _, reason = self.cache.split(self.model)
         self._follow_preprocessing()
         if prefix is None:
             raise CacheError(f"features cannot be cached: {reason}.")
@@ -116,7 +94,7 @@ class Feed:
 
     def _follow_preprocessing(self) -> None:
         """Let images be preprocessed as the model's features are, if a callback gave it another preprocessing."""
-        preprocess, before = self.frozen.model.backbone.preprocess, self.inputs.preprocess
+        preprocess, before = self.model.backbone.preprocess, self.inputs.preprocess
         if preprocess != before:
             if self.inputs.transform is not None and preprocess.image_size != before.image_size:
                 raise ArgumentError(

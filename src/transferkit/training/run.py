@@ -90,7 +90,7 @@ class Run:
         device = self.train.inputs.device.torch_device
         nothing = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
         if self.loss.threshold is not None:
-            nothing = nothing[0], torch.empty(0, len(self.train.frozen.model.classes), device=device)
+            nothing = nothing[0], torch.empty(0, len(self.train.model.classes), device=device)
         with closing(batches):
             for part, count in zip(own, counts, strict=True):
                 inputs, targets = next(batches) if len(part) else nothing
@@ -135,7 +135,7 @@ def open_feed(
     transform = None if augment is None else build_augmentation(augment, preprocess.image_size)
     return Feed(
         inputs=Inputs(source, preprocess, training.device, transform, seed),
-        frozen=training.frozen,
+        model=training.model,
         cache=training.features,
         mode=training.cache_mode,
         num_views=None if n_views is None else whole_number("n_views", n_views),

@@ -16,7 +16,6 @@ from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device
 from transferkit.errors import ModelInUseError
 from transferkit.features.cache import FeatureCache
-from transferkit.features.feed import Frozen
 from transferkit.model.head import TransferModel, check_float32, check_head
 from transferkit.model.modes import changing
 from transferkit.training.loss import Loss
@@ -61,11 +60,9 @@ class Training:
     optimizer_mode: str = "eval"  # what `let_optimizer` was told last
     progress: Any = None  # the `Progress` of the call of `fit` that goes on now
     interrupts: Interrupts = field(default_factory=Interrupts)
-    frozen: Frozen = field(init=False)
     features: FeatureCache = field(init=False)
 
     def __post_init__(self) -> None:
-        self.frozen = Frozen(self.model, self.device)
         self.features = FeatureCache(self.device, self.cache_folder, check=self.interrupts.check)
 
     @contextmanager
