@@ -81,6 +81,7 @@ class Trial:
     error: str = ""
 
 
+@dataclass(eq=False, repr=False)
 class SearchResult:
     """The trials of a search, and the best of them. Attribute names are scikit-learn's.
 
@@ -89,9 +90,8 @@ class SearchResult:
         best_model_: The model of the trial at `best_index_`, as after its best epoch; None if every trial failed.
     """
 
-    def __init__(self, trials: list[Trial], best_model: TransferModel | None) -> None:
-        self.trials = trials
-        self.best_model_ = best_model
+    trials: list[Trial]
+    best_model_: TransferModel | None
 
     @property
     def best_index_(self) -> int:
@@ -100,11 +100,11 @@ class SearchResult:
         Raises:
             NonFiniteError: When every trial failed.
         """
-        best = max((trial.score for trial in self.trials if not math.isnan(trial.score)), default=None)
-        if best is None:
+        scores = [-math.inf if math.isnan(trial.score) else trial.score for trial in self.trials]
+        if not scores or max(scores) == -math.inf:
             reason = f"; the first: {self.trials[0].error}" if self.trials else ""
             raise NonFiniteError(f"every one of {len(self.trials)} trials failed{reason}")
-        return [trial.score for trial in self.trials].index(best)
+        return scores.index(max(scores))
 
     @property
     def best_params_(self) -> dict[str, Any]:
@@ -151,9 +151,7 @@ class SearchResult:
         return list(self.trials[0].params) if self.trials else []
 
     def _ranked(self) -> list[Trial]:
-        return sorted(
-            self.trials, key=lambda trial: -math.inf if math.isnan(trial.score) else trial.score, reverse=True
-        )
+        return sorted(self.trials, key=lambda trial: (math.isnan(trial.score), -trial.score))
 
 
 @explained

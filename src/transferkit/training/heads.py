@@ -41,7 +41,6 @@ class HeadRun:
     run: Run  # its data, batch size and loss are common; the number of epochs is each head's own
     history: History = field(default_factory=History)  # the finished epochs
     best: dict[str, Tensor] = field(default_factory=dict)  # the head's weights after the best of them, by name
-    failed: bool = False  # whether a number of it became infinite or NaN
 
 
 def how_many_together(training: Training) -> int:
@@ -71,8 +70,8 @@ def train_heads(runs: Sequence[HeadRun]) -> Iterator[HeadRun]:
     """Train heads from the weights that their model's head has, and yield each of them after each of its epochs.
 
     Batches, dropout and updates are those of `Trainer.fit`, so weights and figures differ from it by rounding alone.
-    The model's own head keeps its weights; its `Standardize` layer is measured. A head that has failed is yielded once
-    more and not trained on.
+    The model's own head keeps its weights; its `Standardize` layer is measured. A head whose numbers are not all finite
+    is dropped.
     """
     first, run = runs[0].training, runs[0].run
     model, place = first.model, first.device.torch_device
@@ -99,17 +98,16 @@ def train_heads(runs: Sequence[HeadRun]) -> Iterator[HeadRun]:
             finite &= weight.detach().flatten(1).isfinite().all(dim=1)
         val_losses, val_accuracies = stack.validate(cast("Feed", run.validation))
         seconds = (time.perf_counter() - started) / len(running)
-        for index, (head, ok) in enumerate(zip(running, finite.tolist(), strict=True)):  # host sync
-            if ok:
-                lr = stack.optimizer.param_groups[index]["lr"]
-                loss, accuracy = losses[index].item() / count, correct[index].item() / count
-                report = EpochReport(epoch, loss, accuracy, lr, seconds, val_losses[index], val_accuracies[index])
-                head.history.reports.append(report)
-                if head.history.best_epoch == epoch:
-                    head.best = {name: own.detach()[index].clone() for name, own in stack.weights.items()}
-            head.failed = not ok
+        good = finite.nonzero().flatten().tolist()  # host sync
+        for index in good:
+            head, lr = running[index], stack.optimizer.param_groups[index]["lr"]
+            loss, accuracy = losses[index].item() / count, correct[index].item() / count
+            report = EpochReport(epoch, loss, accuracy, lr, seconds, val_losses[index], val_accuracies[index])
+            head.history.reports.append(report)
+            if head.history.best_epoch == epoch:
+                head.best = {name: own.detach()[index].clone() for name, own in stack.weights.items()}
             yield head
-        keep = [index for index, head in enumerate(running) if not head.failed and epoch + 1 < head.run.num_epochs]
+        keep = [index for index in good if epoch + 1 < running[index].run.num_epochs]
         running = [running[index] for index in keep]
         stack.keep(keep)
 

@@ -178,22 +178,20 @@ def one_by_one(training: Training, progress: Progress) -> Iterator[Step]:
     finally:
         steps.close()
         if training.progress is None:  # or a later call of fit trains
-            training.let_optimizer("eval")
-            training.model.eval()
+            _end_steps(training)
 
 
 def _steps(training: Training, progress: Progress) -> Generator[Step, None, None]:
-    try:
-        for _ in range(progress.run.num_epochs):
-            yield from train_epoch(training, progress)
-    finally:
-        _end_steps(training)
+    for _ in range(progress.run.num_epochs):
+        yield from train_epoch(training, progress)
 
 
 def _end_steps(training: Training) -> None:
-    """Put the learning rates back to those from which the next run's schedule starts, and free the gradients."""
+    """Put the learning rates back to those from which the next run's schedule starts, and leave a model to predict."""
     scale_lr(training.optimizer, 1.0)
     training.optimizer.zero_grad(set_to_none=True)
+    training.let_optimizer("eval")
+    training.model.eval()
 
 
 def finish_run(training: Training, progress: Progress) -> None:
@@ -224,9 +222,7 @@ def finish_run(training: Training, progress: Progress) -> None:
     finally:
         training.progress = None
         _end_steps(training)
-        training.let_optimizer("eval")
         progress.best.restore()
-        training.model.eval()
         best = history.best_epoch
         if best is not None and best < len(history.reports) - 1:
             display.say(f"the weights of epoch {history.epoch[best] + 1}, the best, are back")
