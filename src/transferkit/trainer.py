@@ -631,14 +631,7 @@ class Trainer:
             >>> trainer.predict_classes(["holiday/0001.jpg", "holiday/0002.jpg"])  # doctest: +SKIP
             ['dog', 'airplane']
         """
-        if unknown is not None:
-            probabilities, novelty = evaluation.predict_known(self.training, images, batch_size, num_workers)
-            known = [unknown, *self.model.classes]
-            return [known[index] for index in np.where(novelty > 0, 0, 1 + probabilities.argmax(axis=1))]
-        predicted, names = self.predict(images, batch_size=batch_size, num_workers=num_workers), self.model.classes
-        if self.model.threshold is not None:
-            return [[name for name, has in zip(names, row, strict=True) if has] for row in predicted]
-        return [names[index] for index in predicted]
+        return evaluation.predict_classes(self.training, images, batch_size, num_workers, unknown=unknown)
 
     def state_dict(self) -> dict[str, Any]:
         """Return model, optimizer and progress as plain types and tensors, which are not copies."""

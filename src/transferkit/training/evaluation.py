@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from transferkit.analysis import unknown
+from transferkit.analysis.unknown import learn_known as learn_features
 from transferkit.base.arguments import fraction, one_of
 from transferkit.base.display import QUIET
 from transferkit.base.processes import broadcast, check_same, gather, part_of, together, total, world_size
@@ -137,6 +137,21 @@ def predict_known(
         return _finite_probabilities(logits, training.model), cast("Tensor", novelty).cpu().numpy()
 
 
+def predict_classes(
+    training: Training, images: object, batch_size: int | None, num_workers: int, *, unknown: str | None
+) -> list[str] | list[list[str]]:
+    """Return the name of each image's class, or those of its labels; see `Trainer.predict_classes`."""
+    names, threshold = training.model.classes, training.model.threshold
+    if unknown is not None:
+        probabilities, novelty = predict_known(training, images, batch_size, num_workers)
+        found = np.where(novelty > 0, 0, 1 + probabilities.argmax(axis=1))
+        return [[unknown, *names][index] for index in found]
+    probabilities = predict_proba(training, images, batch_size, num_workers)
+    if threshold is not None:
+        return [[name for name, has in zip(names, row >= threshold, strict=True) if has] for row in probabilities]
+    return [names[index] for index in probabilities.argmax(axis=1)]
+
+
 def calibrate(training: Training, data: object, batch_size: int | None, num_workers: int) -> float:
     """Fit a model's temperature to labelled images, and return it; see `Trainer.calibrate`."""
     with training.alone("calibrate"), opened(training, data, batch_size, num_workers) as (network, batches):
@@ -168,9 +183,7 @@ def learn_known(
         kinds = [part.stop - part.start for part in model.columns] or None
         held_out = given[1][0] if len(given) > 1 else None
         features, targets = given[0][0], class_indices(given[0][1])
-        known = unknown.learn_known(
-            features, targets, rejected=share, held_out=held_out, kinds=kinds, seed=training.seed
-        )
+        known = learn_features(features, targets, rejected=share, held_out=held_out, kinds=kinds, seed=training.seed)
         known = broadcast(known, "which images are known")
         model.novelty = known.to(training.device.torch_device).eval()
     return float(known.threshold)
