@@ -636,7 +636,6 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Return model, optimizer and progress as plain types and tensors, which are not copies."""
         with evaluating(self.model):  # not while another thread trains
-            self.training.let_optimizer("eval")
             return training_state(self.training)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -647,7 +646,6 @@ class Trainer:
             CheckpointError: When backbone, head, preprocessing or optimizer differ.
         """
         with self.training.alone("load_state_dict"):
-            self.training.let_optimizer("eval")
             check_training_state(self.training, state, origin="the checkpoint")
             assign_training_state(self.training, {**state, "optimizer": copy.deepcopy(state["optimizer"])})
 
@@ -678,7 +676,6 @@ class Trainer:
             HeadMismatchError: When it has other classes.
         """
         with self.training.alone("load"):
-            self.training.let_optimizer("eval")
             state = complete_training_state(self.training, archive.read_checkpoint(path), Path(path))
             assign_training_state(self.training, state)
 

@@ -56,8 +56,7 @@ class Feed:
         `batch_size` is that of all batches or of each; `cached_batch_size` another where features are cached. `order`
         are places in the source, int64; None takes the images as they lie. Random changes depend on the epoch.
         """
-        prefix, network, reason = self.cache.split(self.model)
-        self._follow_preprocessing()
+        prefix, network, reason = self._split()
         view = epoch if self.num_views is None else epoch % self.num_views
         if prefix is None:
             self._refuse(reason)
@@ -86,14 +85,13 @@ class Feed:
 
     def features(self) -> CachedFeatures:
         """Return the features of every image; a `CacheError` where they cannot be cached."""
-        prefix, _, reason = self.cache.split(self.model)
-        self._follow_preprocessing()
+        prefix, _, reason = self._split()
         if prefix is None:
             raise CacheError(f"features cannot be cached: {reason}.")
         return self._fill(prefix)
 
-    def _follow_preprocessing(self) -> None:
-        """Let images be preprocessed as the model's features are, if a callback gave it another preprocessing."""
+    def _split(self) -> tuple[Prefix | None, nn.Module, str]:
+        """Do what `FeatureCache.split` does, and follow a model that a callback gave another preprocessing."""
         preprocess, before = self.model.backbone.preprocess, self.inputs.preprocess
         if preprocess != before:
             if self.inputs.transform is not None and preprocess.image_size != before.image_size:
@@ -102,6 +100,7 @@ class Feed:
                     "augment, which was made for the old one: change it between two calls of fit."
                 )
             self.inputs = replace(self.inputs, preprocess=preprocess)
+        return self.cache.split(self.model)
 
     def _has_changed(self, epoch: int) -> bool:
         """Return whether a file of features changed, or one of two images, others in each epoch: all are read again."""

@@ -49,6 +49,7 @@ _FREEZING = ("freeze_until", "frozen parameters")
 
 def training_state(training: Training) -> dict[str, Any]:
     """Return model, optimizer, counters and the current run as plain types and tensors, which are not copies."""
+    training.let_optimizer("eval")
     hold_parameters(training.optimizer, training.model)
     return {
         "model": model_state.model_state(training.model),
@@ -72,6 +73,7 @@ def complete_training_state(training: Training, state: dict[str, Any], path: Pat
 
 def check_training_state(training: Training, state: Mapping[str, Any], *, origin: str) -> None:
     """Compare a state with a live trainer before anything is assigned; what differs is an error that names it."""
+    training.let_optimizer("eval")
     archive.check_parts(state, _PARTS, origin=origin)
     archive.check_ranges(state["progress"], _RANGES, origin=origin)
     hold_parameters(training.optimizer, training.model)
