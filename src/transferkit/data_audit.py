@@ -112,7 +112,7 @@ def audit(
     others = None if validation_data is None else _Images(validation_data, model.classes, num_workers)
     store = FeatureCache(place, None if isinstance(cache, Trainer) else open_folder(cache))
     if isinstance(cache, Trainer):
-        store.share(cache._features)
+        store.share(cache.training.features)
     if world_size() > 1:  # each process computes its part of the features, and then looks at all images
         features_of(model, images.source, device=place, cache=store, display=display)
     with alone():

@@ -60,7 +60,7 @@ def explain(
     wanted = _indices(classes, model.classes)
     maps: list[Tensor] = []
     seen = 0
-    with alone(), opened(trainer.training, images, batch_size, num_workers, with_targets=False) as batches:
+    with alone(), opened(trainer.training, images, batch_size, num_workers, with_targets=False) as (_, batches):
         for inputs, _ in batches:
             if wanted is None:
                 indices = evaluation_step(model, inputs, device=device).argmax(dim=1)
@@ -191,12 +191,12 @@ def nearest_images(
         array([[2]])
     """
     training, columns = trainer.training, trainer.model.columns or None
-    with opened(training, data, None, num_workers) as batches:
-        known, _ = head_inputs(trainer.model, batches, training=training)
+    with opened(training, data, None, num_workers) as (network, batches):
+        known, _ = head_inputs(network, batches, training=training)
     if whole_number("count", count) > len(known):
         raise ArgumentError(f"count={count} cannot be used: expected 1 to {len(known)}, the number of images.")
-    with opened(training, images, None, num_workers, with_targets=False) as batches:
-        asked, _ = head_inputs(trainer.model, batches, training=training)
+    with opened(training, images, None, num_workers, with_targets=False) as (network, batches):
+        asked, _ = head_inputs(network, batches, training=training)
     mean, std = moments(Table.of_tensor(known, columns=columns))
     indices, cosines = nearest((known - mean) / std, (asked - mean) / std, count=count)
     return indices.numpy(), cosines.numpy()
