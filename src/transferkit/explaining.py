@@ -1,7 +1,6 @@
 """Why a model says what it says: where it looks, and which training images are most like an image."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +18,11 @@ from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError
 from transferkit.linear.design import moments
 from transferkit.linear.table import Table
+from transferkit.results.figures import Axes, Figure
 from transferkit.results.gallery import draw_images, read_pixels
 from transferkit.trainer import Trainer
 from transferkit.training.evaluation import head_inputs, opened
 from transferkit.training.step import evaluation_step
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 def explain(
@@ -97,8 +93,8 @@ def _indices(classes: object, names: tuple[str, ...]) -> Tensor | None:
 
 
 def plot_explanations(
-    trainer: Trainer, images: object, classes: object = None, *, num_images: int = 6, ax: "Axes | None" = None
-) -> "Figure":
+    trainer: Trainer, images: object, classes: object = None, *, num_images: int = 6, ax: Axes | None = None
+) -> Figure:
     """Show what speaks for a class in the first images: the places in red over each image as the model sees it.
 
     The arguments are those of `explain`, without a `DataLoader`. They are drawn on `ax`, or on a new figure.
@@ -125,12 +121,12 @@ def plot_explanations(
     rows = probabilities.argmax(axis=1) if wanted is None else wanted.expand(count).numpy()
     titles = [f"{trainer.model.classes[row]} {probabilities[index, row]:.2f}" for index, row in enumerate(rows)]
     overlays = [_overlay(image, each) for image, each in zip(seen.permute(0, 2, 3, 1).numpy(), maps, strict=True)]
-    return draw_images(overlays, titles, colors=["black"] * count, ax=ax)
+    return draw_images(overlays, titles, ax=ax)
 
 
 def show_batch(
-    data: object, classes: Sequence[str] | None = None, *, num_images: int = 12, ax: "Axes | None" = None
-) -> "Figure":
+    data: object, classes: Sequence[str] | None = None, *, num_images: int = 12, ax: Axes | None = None
+) -> Figure:
     """Show images drawn from labelled data with the names of their classes, before anything trains.
 
     The data is as in `Trainer.fit`, but no `DataLoader`; it is always the same images that are drawn from it, on `ax`,
@@ -151,7 +147,7 @@ def show_batch(
     source = open_data(data, names)
     places = shuffled(source.num_images or 0, 0)[: whole_number("num_images", num_images)]
     titles = [names[index] for index in class_indices(source.all_targets(places)).tolist()]
-    return draw_images(read_pixels(source, places.tolist()), titles, colors=["black"] * len(titles), ax=ax)
+    return draw_images(read_pixels(source, places.tolist()), titles, ax=ax)
 
 
 def _overlay(image: npt.NDArray[np.uint8], places: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

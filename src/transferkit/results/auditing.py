@@ -5,16 +5,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from transferkit.base.arguments import one_of, whole_number
 from transferkit.data.sources import Source
 from transferkit.results.assessment import Assessment
-from transferkit.results.gallery import WRONG, draw_images, read_pixels
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from transferkit.results.figures import Axes, Figure
+from transferkit.results.gallery import draw_images, read_pixels
 
 KINDS = {  # what an audit looks for
     "label": "labels that are likely wrong",
@@ -81,7 +77,7 @@ class Audit:
             table.writerow([column.name for column in fields(Finding)])
             table.writerows(map(astuple, self.findings))
 
-    def plot(self, kind: str, *, num_images: int = 12, ax: "Axes | None" = None) -> "Figure":
+    def plot(self, kind: str, *, num_images: int = 12, ax: Axes | None = None) -> Figure:
         """Show the first images of one kind.
 
         Raises:
@@ -91,7 +87,7 @@ class Audit:
         found = self.of(kind)[: whole_number("num_images", num_images)]
         images = read_pixels(self.sources[-1 if kind == "leak" else 0], [each.index for each in found])
         titles = [f"{each.index}: {each.label}\n{each.detail}" for each in found]
-        return draw_images(images, titles, colors=[WRONG] * len(found), ax=ax)
+        return draw_images(images, titles, wrong=[True] * len(found), ax=ax)
 
     def __str__(self) -> str:
         count = len(self.assessment.targets)

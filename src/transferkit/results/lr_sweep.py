@@ -2,16 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from transferkit.results.figures import open_axes
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
+from transferkit.results.figures import Axes, Figure, open_axes
 
 SMOOTHING = 0.9  # weight of the past in the smoothed loss, because single batches are noisy
 DIVERGED = 4.0  # a smoothed loss this many times the lowest one ends the sweep
@@ -85,16 +79,15 @@ class LearningRateSweep:
     @property
     def diverged(self) -> bool:
         """Whether the smoothed loss has risen so far that trying larger rates is pointless."""
-        smoothed = self.smoothed
-        lowest = min((loss for loss in smoothed if math.isfinite(loss)), default=math.inf)
-        return bool(smoothed) and not smoothed[-1] <= DIVERGED * lowest
+        lowest = min(filter(math.isfinite, self.smoothed), default=math.inf)
+        return bool(self.losses) and not self.smoothed[-1] <= DIVERGED * lowest
 
-    def plot(self, ax: "Axes | None" = None) -> "Figure":
+    def plot(self, ax: Axes | None = None) -> Figure:
         """Draw it; see `plot_lr_find`."""
         return plot_lr_find(self, ax=ax)
 
     def _repr_html_(self) -> str:
-        lowest = min(loss for loss in self.smoothed if math.isfinite(loss)) if self.suggestion else math.nan
+        lowest = min(filter(math.isfinite, self.smoothed), default=math.nan)
         rate = "none" if self.suggestion is None else f"{self.suggestion:.2g}"
         return (
             f"<p>{len(self.lrs)} steps from learning rate {self.lrs[0]:.1e} to {self.lrs[-1]:.1e}, lowest smoothed "
@@ -102,7 +95,7 @@ class LearningRateSweep:
         )
 
 
-def plot_lr_find(sweep: LearningRateSweep, *, ax: "Axes | None" = None) -> "Figure":
+def plot_lr_find(sweep: LearningRateSweep, *, ax: Axes | None = None) -> Figure:
     """Draw the loss over the learning rate on `ax`, or on a new figure, and mark the suggestion.
 
     `LearningRateSweep.plot` is the same.
