@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,14 @@ def run_predict(options: Options) -> Shown:
     trainer = Trainer(_read_model(options["MODEL"]), **given(Trainer, options))
     paths, classes, threshold = find_images(options["IMAGES"]), trainer.model.classes, trainer.model.threshold
     rows = trainer.predict_proba(paths, **given(Trainer.predict_proba, options))
-    read = [index for index, row in enumerate(rows) if not np.isnan(row).any()]
-    far = dict.fromkeys(read, False)
-    if "unknown" in options and read:
-        scores = trainer.novelty([paths[index] for index in read], **given(Trainer.novelty, options))
-        far = dict(zip(read, scores > 0, strict=True))
+    read, far = [not np.isnan(row).any() for row in rows], np.zeros(len(rows), dtype=bool)
+    if "unknown" in options and any(read):
+        far[read] = trainer.novelty(list(compress(paths, read)), **given(Trainer.novelty, options)) > 0
     lines, found = [], []
-    for place, (path, row) in enumerate(zip(paths, rows, strict=True)):
+    for path, row, is_read, is_far in zip(paths, rows, read, far, strict=True):
         indices = [row.argmax()] if threshold is None else (row >= threshold).nonzero()[0]
-        named = [(options["unknown"] if far[place] else classes[i], row[i]) for i in indices if place in far]
-        lines += [f"{path}\t{name}\t{share:.4f}" for name, share in (named if place in far else [("", np.nan)])]
+        named = [(options["unknown"] if is_far else classes[i], row[i]) for i in indices] if is_read else []
+        lines += [f"{path}\t{name}\t{share:.4f}" for name, share in (named if is_read else [("", np.nan)])]
         ranked = {classes[i]: float(row[i]) for i in (-row).argsort(kind="stable")}
         found.append({"path": str(path), "classes": [name for name, _ in named], "probabilities": ranked})
     return "\n".join(lines), found
@@ -75,7 +74,7 @@ def run_predict(options: Options) -> Shown:
 def run_evaluate(options: Options) -> Shown:
     """Return what the model makes of the images of test/, else of val/, else of all."""
     parts = open_parts(options["DATA"])
-    images = next(parts[part] for part in ("test", "val", "train") if part in parts)
+    images = parts.get("test") or parts.get("val") or parts["train"]
     sys.stderr.write(f"{len(images):,} images of {images.root}\n")
     trainer = Trainer(_read_model(options["MODEL"]), **given(Trainer, options))
     assessment = trainer.assess(images, **given(Trainer.assess, options))
@@ -134,9 +133,8 @@ def run_export(options: Options) -> Shown:
         onnx: Any = torch.onnx.export(module, (images,), dynamic_shapes=shapes, **how)
         onnx.model.metadata_props["classes"] = classes
         onnx.save(str(path))
-    text = (
-        f"{path}: raw images, uint8 (N, 3, height, width), to {' and '.join(outputs)} of {len(module.classes)} classes"
-    )
+    taken, given_back = "raw images, uint8 (N, 3, height, width)", " and ".join(outputs)
+    text = f"{path}: {taken}, to {given_back} of {len(module.classes)} classes"
     return text, {"path": str(path), "classes": list(module.classes), "outputs": outputs}
 
 
@@ -153,9 +151,9 @@ def run_info(options: Options) -> Shown:
         data: dict[str, Any] = {**versions(), "device": str(Device("auto"))}
     else:
         model = _read_model(path)
+        preprocess = model.backbone.preprocess
         data = {"classes": list(model.classes), "backbone": model.backbone.name, "layers": list(model.layers)}
-        shown = {"preprocessing": "name", "geometry": "geometry", "image_size": "image_size"}
-        data |= {name: getattr(model.backbone.preprocess, field) for name, field in shown.items()}
+        data |= {"preprocessing": preprocess.name, "geometry": preprocess.geometry, "image_size": preprocess.image_size}
         data |= {"temperature": model.temperature, "threshold": model.threshold, "unknown": model.novelty is not None}
         for name, key in ((ASSESSMENT, "accuracy"), (SETTINGS, "command"), (SETTINGS, "versions")):
             if (path / name).is_file():
