@@ -54,6 +54,36 @@ class ProbeScore(NamedTuple):
     seconds: float
 
 
+def plot_probe(probe: "Probe", ax: Axes | None = None) -> Figure:
+    """Draw the accuracy of each set of blocks, with its standard error, on `ax`, or on a new figure.
+
+    `Probe.plot` is the same.
+
+    Raises:
+        MissingPackageError: When matplotlib is not installed.
+
+    Example:
+        >>> probe = Probe([ProbeScore(("block5",), 64, 0.72, 0.01, 0.9, 0.1, 0.5)], {64: 12.0})
+        >>> plot_probe(probe).axes[0].get_xlabel()
+        'accuracy by cross-validation, with standard error'
+    """
+    sets = list(dict.fromkeys(score.layers for score in probe.scores))
+    ax, figure = open_axes(ax, width=7.5, height=0.6 + 0.36 * len(sets))
+    sizes = list(probe.feature_seconds)
+    for number, size in enumerate(sizes):
+        own = [score for score in probe.scores if score.image_size == size]
+        places = [sets.index(score.layers) + (number - (len(sizes) - 1) / 2) * 0.2 for score in own]
+        accuracies = [score.accuracy for score in own]
+        ax.errorbar(accuracies, places, xerr=[score.error for score in own], fmt="o", capsize=3, label=f"{size} px")
+    ax.set_yticks(range(len(sets)), [", ".join(layers) for layers in sets])
+    ax.set_xlabel("accuracy by cross-validation, with standard error")
+    ax.invert_yaxis()
+    ax.grid(axis="x", color="0.9")
+    if len(sizes) > 1:
+        ax.legend(fontsize="small")
+    return figure
+
+
 @dataclass(frozen=True, repr=False)
 class Probe:
     """The scores of a probe, in the order in which they were made. It prints as a table, in a notebook it is one.
@@ -101,39 +131,7 @@ class Probe:
     def _last_line(self) -> str:
         return "features: " + ", ".join(f"{spent:.0f} s at {size} px" for size, spent in self.feature_seconds.items())
 
-    def plot(self, ax: Axes | None = None) -> Figure:
-        """Draw it; see `plot_probe`."""
-        return plot_probe(self, ax=ax)
-
-
-def plot_probe(probe: Probe, *, ax: Axes | None = None) -> Figure:
-    """Draw the accuracy of each set of blocks, with its standard error, on `ax`, or on a new figure.
-
-    `Probe.plot` is the same.
-
-    Raises:
-        MissingPackageError: When matplotlib is not installed.
-
-    Example:
-        >>> probe = Probe([ProbeScore(("block5",), 64, 0.72, 0.01, 0.9, 0.1, 0.5)], {64: 12.0})
-        >>> plot_probe(probe).axes[0].get_xlabel()
-        'accuracy by cross-validation, with standard error'
-    """
-    sets = list(dict.fromkeys(score.layers for score in probe.scores))
-    ax, figure = open_axes(ax, width=7.5, height=0.6 + 0.36 * len(sets))
-    sizes = list(probe.feature_seconds)
-    for number, size in enumerate(sizes):
-        own = [score for score in probe.scores if score.image_size == size]
-        places = [sets.index(score.layers) + (number - (len(sizes) - 1) / 2) * 0.2 for score in own]
-        accuracies = [score.accuracy for score in own]
-        ax.errorbar(accuracies, places, xerr=[score.error for score in own], fmt="o", capsize=3, label=f"{size} px")
-    ax.set_yticks(range(len(sets)), [", ".join(layers) for layers in sets])
-    ax.set_xlabel("accuracy by cross-validation, with standard error")
-    ax.invert_yaxis()
-    ax.grid(axis="x", color="0.9")
-    if len(sizes) > 1:
-        ax.legend(fontsize="small")
-    return figure
+    plot = plot_probe
 
 
 @explained

@@ -14,6 +14,31 @@ FELL = 0.8  # the smoothed loss must fall to this fraction of its first value, o
 ROSE = 0.25  # and then rise by this fraction of what it fell, or nothing says where training begins to fail
 
 
+def plot_lr_find(sweep: "LearningRateSweep", ax: Axes | None = None) -> Figure:
+    """Draw the loss over the learning rate on `ax`, or on a new figure, and mark the suggestion.
+
+    `LearningRateSweep.plot` is the same.
+
+    Raises:
+        MissingPackageError: When matplotlib is not installed.
+
+    Example:
+        >>> figure = plot_lr_find(LearningRateSweep([1e-4, 1e-3, 1e-2], [2.0, 1.0, 3.0]))
+        >>> figure.axes[0].get_xlabel()
+        'learning rate'
+    """
+    ax, figure = open_axes(ax, width=5.0, height=3.2)
+    ax.plot(sweep.lrs, sweep.losses, color="0.75", linewidth=1, label="each step")
+    ax.plot(sweep.lrs, sweep.smoothed, label="smoothed")
+    if sweep.suggestion is not None:
+        ax.axvline(sweep.suggestion, color="firebrick", linestyle=":", label=f"suggestion {sweep.suggestion:.1e}")
+    low, high = np.nanmin(sweep.smoothed), max(sweep.smoothed[0], np.nanmin(sweep.smoothed))
+    ax.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low) + 1e-6)
+    ax.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+    ax.legend(fontsize="small")
+    return figure
+
+
 @dataclass(frozen=True, slots=True)
 class LearningRateSweep:
     """The loss of training steps at rising learning rates; from `Trainer.lr_find`.
@@ -82,9 +107,7 @@ class LearningRateSweep:
         lowest = min(filter(math.isfinite, self.smoothed), default=math.inf)
         return bool(self.losses) and not self.smoothed[-1] <= DIVERGED * lowest
 
-    def plot(self, ax: Axes | None = None) -> Figure:
-        """Draw it; see `plot_lr_find`."""
-        return plot_lr_find(self, ax=ax)
+    plot = plot_lr_find
 
     def _repr_html_(self) -> str:
         lowest = min(filter(math.isfinite, self.smoothed), default=math.nan)
@@ -93,28 +116,3 @@ class LearningRateSweep:
             f"<p>{len(self.lrs)} steps from learning rate {self.lrs[0]:.1e} to {self.lrs[-1]:.1e}, lowest smoothed "
             f"loss {lowest:.3f}: suggestion <b>{rate}</b></p>"
         )
-
-
-def plot_lr_find(sweep: LearningRateSweep, *, ax: Axes | None = None) -> Figure:
-    """Draw the loss over the learning rate on `ax`, or on a new figure, and mark the suggestion.
-
-    `LearningRateSweep.plot` is the same.
-
-    Raises:
-        MissingPackageError: When matplotlib is not installed.
-
-    Example:
-        >>> figure = plot_lr_find(LearningRateSweep([1e-4, 1e-3, 1e-2], [2.0, 1.0, 3.0]))
-        >>> figure.axes[0].get_xlabel()
-        'learning rate'
-    """
-    ax, figure = open_axes(ax, width=5.0, height=3.2)
-    ax.plot(sweep.lrs, sweep.losses, color="0.75", linewidth=1, label="each step")
-    ax.plot(sweep.lrs, sweep.smoothed, label="smoothed")
-    if sweep.suggestion is not None:
-        ax.axvline(sweep.suggestion, color="firebrick", linestyle=":", label=f"suggestion {sweep.suggestion:.1e}")
-    low, high = np.nanmin(sweep.smoothed), max(sweep.smoothed[0], np.nanmin(sweep.smoothed))
-    ax.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low) + 1e-6)
-    ax.set(xscale="log", xlabel="learning rate", ylabel="training loss")
-    ax.legend(fontsize="small")
-    return figure
