@@ -6,7 +6,7 @@ _check_torchvision()  # before anything imports it, so that the user sees a sent
 
 from transferkit.compute.device import Device as Device
 from transferkit.data.preprocessing import Preprocessing as Preprocessing
-from transferkit.data_audit import audit as audit
+from transferkit.data_audit import Audit as Audit, audit as audit
 from transferkit.errors import TransferKitError as TransferKitError
 from transferkit.explaining import (
     explain as explain,
@@ -28,7 +28,6 @@ from transferkit.results.assessment import (
     plot_confusion_matrix as plot_confusion_matrix,
     plot_predictions as plot_predictions,
 )
-from transferkit.results.auditing import Audit as Audit
 from transferkit.results.history import EpochReport as EpochReport, History as History
 from transferkit.results.lr_sweep import LearningRateSweep as LearningRateSweep, plot_lr_find as plot_lr_find
 from transferkit.results.summary import Summary as Summary, summary as summary

@@ -1,8 +1,11 @@
 """`audit`: what features and a solved head tell about the images and labels of a data set."""
 
+import csv
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import astuple, dataclass, fields
 from os import PathLike
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 from transferkit.analysis.duplicates import SIDE, Copy, find_copies, thumbnails
 from transferkit.analysis.labels import exchange_labels, find_limit, find_wrong_labels, label_probabilities
 from transferkit.analysis.outliers import FAR, distances, unlike
-from transferkit.base.arguments import whole_number
+from transferkit.base.arguments import one_of, whole_number
 from transferkit.base.calls import explained
 from transferkit.base.display import Display
 from transferkit.base.processes import alone, broadcast, together, world_size
@@ -35,7 +38,8 @@ from transferkit.model.backbone import Backbone
 from transferkit.model.freezing import freeze_until
 from transferkit.model.head import attach_head
 from transferkit.results.assessment import Assessment
-from transferkit.results.auditing import Audit, Finding
+from transferkit.results.figures import Axes, Figure
+from transferkit.results.gallery import draw_images, read_pixels
 from transferkit.trainer import Trainer
 from transferkit.training.loss import CrossEntropy
 from transferkit.training.run import without_loader
@@ -43,6 +47,101 @@ from transferkit.training.run import without_loader
 FOLDS = 4
 EXCHANGED = 0.05  # share of the labels that is exchanged to see how well wrong labels are found
 AXES = 128  # principal axes of the features along which distances are taken
+
+
+KINDS = {  # what an audit looks for
+    "label": "labels that are likely wrong",
+    "duplicate": "copies of another training image",
+    "leak": "validation images that are copies of a training image",
+    "outlier": "images unlike all others",
+    "brightness": "images that are much brighter or darker than the rest",
+    "size": "images of another size or shape than the rest",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something about one image.
+
+    Attributes:
+        kind: A key of `KINDS`.
+        index: Of the image, in the training data; of a leak, in the validation data.
+        path: Of its file, if the data lists files.
+        label: Name of its class.
+        score: How strong the finding is; the findings of a kind are sorted by it. Of a label, its probability; of a
+            copy, the difference in contrast; else robust standard deviations from the median.
+        detail: A sentence.
+        other: Index of the training image that a copy is a copy of.
+        other_path: Of that one's file.
+    """
+
+    kind: str
+    index: int
+    path: str | None
+    label: str
+    score: float
+    detail: str
+    other: int | None = None
+    other_path: str | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Audit:
+    """What was found, the most striking of each kind first. It prints as a summary.
+
+    Attributes:
+        findings: All of them, in the order of `KINDS`.
+        assessment: What the solved head made of each training image in the fold that left it out. Its
+            `confusion_matrix()` tells which classes are mixed up.
+        precision: Of the check: fraction of labels exchanged on purpose among as many that looked worst.
+        sources: The training and the validation images, for pictures.
+    """
+
+    findings: list[Finding]
+    assessment: Assessment
+    precision: float
+    sources: Sequence[Source]
+
+    def of(self, kind: str) -> list[Finding]:
+        """Return the findings of one kind, such as "label"; an unknown one is an `ArgumentError`."""
+        one_of("kind", kind, KINDS)
+        return [finding for finding in self.findings if finding.kind == kind]
+
+    def to_csv(self, path: str | PathLike[str]) -> None:
+        """Write all findings to a file, a line each, with a header."""
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow([column.name for column in fields(Finding)])
+            table.writerows(map(astuple, self.findings))
+
+    def plot(self, kind: str, *, num_images: int = 12, ax: Axes | None = None) -> Figure:
+        """Show the first images of one kind.
+
+        Raises:
+            ArgumentError: When there is no such kind, or `num_images` is below 1.
+            MissingPackageError: When matplotlib is not installed.
+        """
+        found = self.of(kind)[: whole_number("num_images", num_images)]
+        images = read_pixels(self.sources[-1 if kind == "leak" else 0], [each.index for each in found])
+        titles = [f"{each.index}: {each.label}\n{each.detail}" for each in found]
+        return draw_images(images, titles, wrong=[True] * len(found), ax=ax)
+
+    def __str__(self) -> str:
+        count = len(self.assessment.targets)
+        lines = [f"{count:,} images, accuracy {self.assessment.accuracy:.4f} of a head that did not see them"]
+        for kind, what in KINDS.items():
+            found = self.of(kind)
+            lines.append(f"{len(found):6,}  {what}")
+            lines += [f"        {each.path or f'image {each.index}'}: {each.detail}" for each in found[:3]]
+        lines.append(
+            f"Look before you delete: when 5 % of the labels were exchanged on purpose, {self.precision:.0%} of as "
+            "many labels that looked worst were those. The others are hard images, from which a model learns most."
+        )
+        pairs = [f"{true} for {guess} ({times})" for true, guess, times in self.assessment.most_confused(3)]
+        lines.append(f"classes most often mixed up (true for predicted): {', '.join(pairs) or 'none'}")
+        return "\n".join(lines)
+
+    __repr__ = __str__  # what an interpreter shows
 
 
 @explained

@@ -14,9 +14,9 @@ import numpy as np
 from transferkit.command.chart import chart
 from transferkit.data.images import open_image
 from transferkit.data.samples import innermost, path_of
+from transferkit.data_audit import KINDS, Audit
 from transferkit.model.freezing import describe_frozen, first_trainable
 from transferkit.results.assessment import Assessment
-from transferkit.results.auditing import KINDS, Audit
 from transferkit.trainer import Trainer
 
 MOST_CLASSES = 25  # a wider confusion matrix cannot be read
