@@ -48,7 +48,6 @@ FOLDS = 4
 EXCHANGED = 0.05  # share of the labels that is exchanged to see how well wrong labels are found
 AXES = 128  # principal axes of the features along which distances are taken
 
-
 KINDS = {  # what an audit looks for
     "label": "labels that are likely wrong",
     "duplicate": "copies of another training image",
