@@ -15,7 +15,7 @@ def keep_freed_blocks() -> bool:
     """Stop glibc from returning freed blocks over 128 KiB to the system at once, and return whether that worked.
 
     Otherwise every step maps memory for its gradients and activations again and the kernel clears it page by page:
-    half the time of a step that trains a 4096-4096 head on a CPU (`benchmarks/host_memory.py`). The price: the process
+    half the time of a step that trains a 4096-4096 head on a CPU (`benchmarks/memory.py`). The price: the process
     keeps its peak memory until it ends.
     """
     if not sys.platform.startswith("linux"):
