@@ -144,7 +144,7 @@ class SearchResult:
             ]
             for trial in self._ranked()
         ]
-        return html_table([*self._names, "validation accuracy", "seconds"], rows)
+        return html_table([[*self._names, "validation accuracy", "seconds"], *rows])
 
     @property
     def _names(self) -> list[str]:
