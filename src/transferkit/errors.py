@@ -1,7 +1,7 @@
 """Every error transferkit raises.
 
 Each is a `TransferKitError` and a builtin error, so code that does not know transferkit can catch `ValueError` or
-`OSError` as usual. A message says what failed, what was got, what was expected and what to do.
+`OSError` as usual. A message says what failed, which value it got, what it expected and what to do.
 """
 
 import difflib
