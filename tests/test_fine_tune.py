@@ -156,7 +156,7 @@ def test_a_run_that_broke_is_continued_as_if_it_had_not(tmp_path):
 def test_the_second_run_is_continued_as_well(tmp_path, capsys):
     """After an error in the run on all images, the same call gives the bits of an undisturbed one."""
     whole = train_twice(verbose=2)
-    assert "once more on all 72 images" in capsys.readouterr().out
+    assert "training again on all 72 images" in capsys.readouterr().out
     calls = []
 
     def break_down(_probabilities: object, _targets: object) -> float:

@@ -129,7 +129,7 @@ def printable(text: str) -> str:
 
 
 def close_matches(name: object, known: Iterable[str]) -> str:
-    """Return a sentence with the names in `known` closest to a misspelt `name`, or with the first twelve.
+    """Return a sentence with the names in `known` closest to a misspelled `name`, or with the first twelve.
 
     Example:
         >>> close_matches("addam", ["adam", "sgd"])

@@ -69,7 +69,7 @@ class Trial:
         params: The hyper-parameters.
         history: The history of its run; without epochs if it failed.
         score: Validation accuracy of its best epoch, 0 to 1; NaN if it failed.
-        seconds: How long it took; those of heads that are trained together are divided among them.
+        seconds: How long it took; the time of heads trained together is divided among them.
         error: Why it failed, or an empty string.
     """
 
@@ -85,7 +85,7 @@ class SearchResult:
 
     Attributes:
         trials: A `Trial` for each set of hyper-parameters.
-        best_model_: The model of the trial at `best_index_`, as after its best epoch; None if every trial failed.
+        best_model_: The model of the trial at `best_index_` after its best epoch; None if every trial failed.
     """
 
     def __init__(self, trials: list[Trial], best_model: TransferModel | None) -> None:
@@ -119,7 +119,7 @@ class SearchResult:
     def cv_results_(self) -> dict[str, list[Any]]:
         """A table as lists of equal length.
 
-        They are `params`, `param_...` of each name, `score`, `seconds` and `error`.
+        They are `params`, a `param_...` for each name, `score`, `seconds` and `error`.
         """
         return {
             "params": [trial.params for trial in self.trials],
@@ -182,11 +182,11 @@ def search(
     random numbers. Some trials share their work, too:
 
     - Heads on a frozen backbone, as `attach_head` builds them, that differ in `lr`, `weight_decay`, `schedule`,
-      `clip_grad_norm` and `epochs` alone are trained together. Each is what it would be alone, up to rounding.
+      `clip_grad_norm` and `epochs` alone are trained together, with the same result as alone, up to rounding.
     - With `schedule="constant"`, the longest of the trials that differ in `epochs` alone answers the others.
 
-    A trial that fails is recorded with the reason, and the search continues: its loss becomes infinite, memory does not
-    suffice, or it raises another error.
+    If a trial fails, the reason is recorded and the search continues: its loss became infinite, memory ran out, or it
+    raised another error.
 
     Args:
         build: Returns a model from `attach_head`. It is called with those names of `space` that neither `Trainer` nor
@@ -196,20 +196,20 @@ def search(
             layers stay frozen as `build` returns them), any other argument of `Trainer`, `augment` and `n_views` of
             `fit`, and whatever `build` takes. With `num_trials`, also functions of a `random.Random` that draw a value.
         train: As in `Trainer.fit`. A `Dataset` without randomness is read once: its resized images stay in memory if
-            they take at most a quarter of what is free.
+            they take at most a quarter of the free memory.
         validation_data: As in `Trainer.fit`.
         validation_split: As in `Trainer.fit`; the same images in every trial.
         num_trials: Number of sets to draw at random; None tries every combination.
         reduction_factor: Successive halving: every set is tried with few epochs, the best of them (one in
             `reduction_factor`) with that many times more, and so on up to `epochs`. Each trial trains from the start.
             2 or more; None tries every set with all epochs.
-        budget: Seconds after which no trial begins. The result lacks those that did not.
+        budget: Seconds after which no trial starts. The result lacks the rest.
         folder: Where finished trials and the best weights are saved. A call with the same arguments and data continues.
         device: As in `Trainer`.
         precision: As in `Trainer`.
         cache: As in `Trainer`.
         num_workers: Processes that read a `Dataset`.
-        seed: Everything random depends on it: draws, the head's initial weights, the order of images.
+        seed: Determines everything random: draws, the head's initial weights, the order of images.
         verbose: 1 shows a line for each trial, and a bar where it can be seen; 2 the lines alone; 0 nothing.
 
     Raises:
@@ -518,7 +518,7 @@ def _rounds(sets: list[dict[str, Any]], factor: int) -> list[tuple[int, dict[str
     if len(given) > 1:
         raise ArgumentError(
             f"space['epochs'] has the values {sorted(given)}: with reduction_factor, which sets the epochs of each "
-            "round, expected one, the most epochs."
+            "round, expected one value, the largest number of epochs."
         )
     [epochs] = given
     last = max(number for number in range(64) if factor**number <= min(len(sets), epochs))
@@ -564,11 +564,11 @@ def _choose(space: Space, num_trials: int | None, seed: int) -> list[dict[str, A
             raise ArgumentError(f"{name} is an argument of search and the same in all trials: leave it out of space.")
         if callable(values):
             if num_trials is None:
-                raise ArgumentError(f"space[{name!r}] is a function, which draws values: say how many, num_trials=.")
+                raise ArgumentError(f"space[{name!r}] is a function that draws values: pass num_trials=, how many.")
         elif isinstance(values, str) or not isinstance(values, Sequence) or len(values) == 0:
             raise ArgumentError(
-                f"space[{name!r}]={values!r} cannot be used: expected a list of 1 value or more (list(...) makes "
-                "one of an array), or with num_trials a function of a random.Random."
+                f"space[{name!r}]={values!r} cannot be used: expected a list of 1 value or more (use list(...) for "
+                "an array), or with num_trials a function of a random.Random."
             )
     if num_trials is None:
         lists = [values for values in space.values() if not callable(values)]

@@ -12,7 +12,7 @@ from transferkit.data.inputs import Images
 SIDE = 8  # of a thumbnail: small enough that compression does not show, large enough to tell images apart
 SAME = 0.2  # two images are copies if their thumbnails differ by less than this fraction of their contrast
 
-_LEAST_CONTRAST = 1.0  # grey levels; images with less have no content to compare
+_LEAST_CONTRAST = 1.0  # gray levels; images with less have no content to compare
 _BLOCK_NUMBERS = 2**24  # of distances that are held at a time
 _PAIRS = 2**16  # of thumbnails that are compared at a time
 
@@ -110,7 +110,7 @@ def _even(small: Tensor) -> Tensor:
 
 
 def _contrast(small: Tensor) -> Tensor:
-    """Return how much each thumbnail varies over its positions, in grey levels, `(N,)`: no cast of color counts."""
+    """Return how much each thumbnail varies over its positions, in gray levels, `(N,)`: no cast of color counts."""
     return small.flatten(2).std(dim=2).square().mean(dim=1).sqrt().clamp_min(_LEAST_CONTRAST)
 
 

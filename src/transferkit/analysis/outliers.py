@@ -30,7 +30,7 @@ def unlike(values: Tensor, *, spread: float = 0.0) -> Tensor:
 def distances(features: Tensor) -> Tensor:
     """Return how far each row is from its nearest others: 1 less the mean cosine with 10 of them, float32 `(N,)`.
 
-    `features` are centred rows `(N, D)`. All pairs are compared, in `2 D N^2` operations.
+    `features` are centered rows `(N, D)`. All pairs are compared, in `2 D N^2` operations.
     """
     rows = normalize(features.float(), dim=1)
     count = len(rows)
@@ -47,7 +47,7 @@ def distances(features: Tensor) -> Tensor:
 def nearest(features: Tensor, queries: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` rows nearest to each query by cosine: their indices, int64 `(Q, count)`, and the cosines.
 
-    `features` are centred rows `(N, D)`; from the queries `(Q, D)` the same mean was taken.
+    `features` are centered rows `(N, D)`; from the queries `(Q, D)` the same mean was taken.
     """
     cosines, indices = (normalize(queries.float(), dim=1) @ normalize(features.float(), dim=1).T).topk(count, dim=1)
     return indices, cosines

@@ -80,7 +80,7 @@ def _confusion(assessment: Assessment) -> str:
     counts, names = assessment.confusion_matrix(), assessment.classes
     if len(names) > MOST_CLASSES:
         return _table([("true class", "predicted class", "images"), *assessment.most_confused(NUM_SHOWN)])
-    shares = 55 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # % of a colour
+    shares = 55 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # % of a color
     rows = f"<tr><th></th>{''.join(f'<th><span>{escape(name)}</span></th>' for name in names)}</tr>"
     for name, row, colours in zip(names, counts.tolist(), shares, strict=True):
         cells = [

@@ -98,7 +98,7 @@ def learn_names(data: object, classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def check_classes(data: object, classes: Sequence[str]) -> None:
-    """Refuse labelled data whose class indices stand for other classes than those of a model.
+    """Refuse labeled data whose class indices stand for other classes than those of a model.
 
     Raises:
         HeadMismatchError: A name differs, there are more or fewer classes, or a class is a folder that holds none.
@@ -130,7 +130,7 @@ def _check_folders(data: DatasetFolder) -> None:
     if hidden:
         raise HeadMismatchError(
             f"the data has {hidden[0]!r} as a class, a folder that a program made beside the class folders. Delete "
-            f"{Path(data.root) / hidden[0]}, and make the ImageFolder and the head anew."
+            f"{Path(data.root) / hidden[0]}, and create the ImageFolder and the head again."
         )
     parts = [name for name in data.classes if name.lower() in SPLITS]
     holds = any((Path(data.root) / part / name).is_dir() for part in parts for name in data.classes)

@@ -22,7 +22,7 @@ Images = Tensor | list[Tensor]
 class Inputs:
     """A source of images as the model sees it.
 
-    Raw images cross to the device as uint8 and are resized, augmented by `transform` and normalised there. Preprocessed
+    Raw images cross to the device as uint8 and are resized, augmented by `transform` and normalized there. Preprocessed
     images, float, pass unchanged. Augmentation and the data's own randomness depend on `seed` and on the view.
     """
 

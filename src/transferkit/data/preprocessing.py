@@ -43,16 +43,16 @@ class Preprocessing:
         std: Standard deviation of each channel, in the same scale and order.
         channels: Which of the R, G, B channels comes first, second, third: (0, 1, 2) is RGB, (2, 1, 0) BGR.
         image_size: Height and width of the result, in pixels.
-        geometry: How an image of another shape becomes a square. `"crop"` resizes its shorter side to `image_size` and
+        geometry: How an image of another shape becomes square. `"crop"` resizes its shorter side to `image_size` and
             keeps the middle. `"torchvision"` is the geometry of torchvision's own transforms
             (`VGG16_Weights.IMAGENET1K_V1.transforms()`): the shorter side becomes 256/224 of `image_size`, the middle
             is kept, and sizes are truncated. `"letterbox"` resizes the longer side to `image_size` and adds bars of
-            the mean colour. `"squash"` resizes both sides, so that nothing is lost but the proportions.
+            the mean color. `"squash"` resizes both sides, so that only the proportions are lost.
         scaled_decoding: Whether a JPEG file is decoded at an eighth, a quarter or half of its size if that divides both
             sides and is at least twice the size it is resized to. Never for `"torchvision"`.
 
     Raises:
-        ArgumentError: `geometry` is none of these.
+        ArgumentError: `geometry` is not one of these.
 
     Example:
         >>> images = torch.zeros(2, 3, 40, 50, dtype=torch.uint8)

@@ -79,8 +79,8 @@ def _check_probabilities(rows: Tensor, indices: Sequence[int] | None) -> Tensor:
         row = int(wrong.nonzero()[0])
         raise TargetError(
             f"target row {indices[row] if indices else row} sums to {float(rows[row].sum()):.4g}, and its smallest "
-            f"entry is {float(rows[row].min()):.4g}: expected numbers from 0 to 1 that sum to 1. For several labels an "
-            "image pass Trainer(loss=transferkit.BinaryCrossEntropy())."
+            f"entry is {float(rows[row].min()):.4g}: expected numbers from 0 to 1 that sum to 1. For several labels "
+            "per image, pass Trainer(loss=transferkit.BinaryCrossEntropy())."
         )
     return rows
 
@@ -88,9 +88,9 @@ def _check_probabilities(rows: Tensor, indices: Sequence[int] | None) -> Tensor:
 def _check_labels(values: Tensor, num_classes: int, indices: Sequence[int] | None) -> Tensor:
     if values.ndim != 2 or values.shape[1] != num_classes:
         raise TargetError(
-            f"targets have shape {tuple(values.shape)} and dtype {values.dtype}: for several labels an image expected "
-            f"rows (N, {num_classes}) of 0 and 1. If these are class indices, take "
-            f"torch.nn.functional.one_hot(torch.as_tensor(targets), {num_classes}), or for one label an image "
+            f"targets have shape {tuple(values.shape)} and dtype {values.dtype}: for several labels per image, "
+            f"expected rows (N, {num_classes}) of 0 and 1. If these are class indices, pass "
+            f"torch.nn.functional.one_hot(torch.as_tensor(targets), {num_classes}), or for one label per image "
             "Trainer(loss=transferkit.CrossEntropy())."
         )
     rows = values.float()

@@ -113,7 +113,7 @@ def _read_in_threads(samples: Samples, keys: Sequence[_Keys]) -> Iterator[_Sampl
 def _start(samples: Samples, keys: Sequence[_Keys], info: Any, reading: Any) -> _Worker:
     """Start a worker process.
 
-    Under the start methods `"spawn"` and `"forkserver"` a worker first runs the main script anew. Where that has no
+    Under the start methods `"spawn"` and `"forkserver"` a worker first runs the main script again. Where that has no
     main guard it comes here, too, and ends with a code that the main process knows.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):

@@ -154,11 +154,11 @@ class _Filling:
         self.chunk_images = max(1, batches if self.folder else 1) * self.batch_size
         self.rows: dict[int, dict[bytes, tuple[Chunk, int]]] = {}  # by number of layers, most first
         self.files: dict[int, dict[bytes, FeatureFile]] = {}
-        cache.chunks[:] = [chunk for chunk in cache.chunks if chunk.is_intact()]  # others are verified anew
+        cache.chunks[:] = [chunk for chunk in cache.chunks if chunk.is_intact()]  # others are verified again
         paths = [] if cache.folder is None else sorted(cache.folder.glob(f"*{SUFFIX}"))
         for path in paths:
             if "-" not in path.name:
-                display.say(f"a file of features is passed over: {path} is of an earlier version. Delete it.")
+                display.say(f"skipped a feature file: {path} is of an earlier version. Delete it.")
         for depth in range(len(prefix), 0, -1):
             self.rows[depth], self.files[depth] = {}, {}
             for chunk in cache.chunks:
@@ -310,7 +310,7 @@ class _Filling:
         try:
             file = open_features(path, layers=self.prefix.digests[depth], shape=shape, dtype=dtype)
         except CacheError as error:
-            self.display.say(f"a file of features is passed over: {error}")
+            self.display.say(f"skipped a feature file: {error}")
         else:
             self.files[depth].update(dict.fromkeys(file.images, file))
 
@@ -322,7 +322,7 @@ class _Filling:
         try:
             chunk = Chunk.of_file(file)
         except CacheError as error:
-            self.display.say(f"a file of features is passed over: {error}")
+            self.display.say(f"skipped a feature file: {error}")
             for other in file.images:
                 self.files[depth].pop(other, None)
             return False

@@ -25,7 +25,7 @@ Batches = Generator[tuple[Tensor, Tensor], None, None]
 
 
 class Frozen:
-    """The frozen prefix of a model and the network behind it, made anew whenever the model's layers changed."""
+    """The frozen prefix of a model and the network behind it, made again whenever the model's layers changed."""
 
     def __init__(self, model: TransferModel, device: Device) -> None:
         self.model = model
@@ -54,7 +54,7 @@ class Feed:
         cache: The cached features.
         mode: `"auto"` caches features where that is safe, and says so where it is not; True raises there; False never
             caches.
-        num_views: Fixed views of each image that epochs go through in turn; None draws each epoch anew.
+        num_views: Fixed views of each image that epochs go through in turn; None draws each epoch again.
         what: What the images are for: `"training"` or `"validation"`.
         display: Shows what is done.
 

@@ -15,7 +15,7 @@ class Novelty(nn.Module):
 
     Attributes:
         mean: Of the training features, float32 `(D,)`.
-        axes: Principal axes of the standardised features, divided by their standard deviations, `(D, R)`.
+        axes: Principal axes of the standardized features, divided by their standard deviations, `(D, R)`.
         centres: Mean of each class along the axes, `(K, R)`.
         within: What whitens differences from a class's centre, `(R, R)`.
         overall: What whitens differences from the mean of all, `(R, R)`.

@@ -33,7 +33,7 @@ class Finding:
     Attributes:
         kind: A key of `KINDS`.
         index: Of the image, in the training data; of a leak, in the validation data.
-        path: Of its file, if the data lists files.
+        path: Its file, if the data lists files.
         label: Name of its class.
         score: How strong the finding is; the findings of a kind are sorted by it. Of a label, its probability; of a
             copy, the difference in contrast; else robust standard deviations from the median.
@@ -58,9 +58,9 @@ class Audit:
 
     Attributes:
         findings: All of them, in the order of `KINDS`.
-        assessment: What the solved head made of each training image in the fold that left it out. Its
-            `confusion_matrix()` tells which classes are mixed up.
-        precision: Of the check: fraction of labels exchanged on purpose among as many that looked worst.
+        assessment: Each training image's prediction by the head that did not see it. Its `confusion_matrix()` shows
+            which classes are confused.
+        precision: Fraction of changed labels found when some were changed on purpose, among as many worst-looking ones.
         sources: The training and the validation images, for pictures.
     """
 
@@ -75,7 +75,7 @@ class Audit:
         return [finding for finding in self.findings if finding.kind == kind]
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write all findings to a file, a line each, with a header."""
+        """Write all findings to a file with a header, one per line."""
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow([column.name for column in fields(Finding)])

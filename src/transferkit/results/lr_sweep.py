@@ -84,7 +84,7 @@ class LearningRateSweep:
 
     @property
     def diverged(self) -> bool:
-        """Whether the smoothed loss has risen so far that trying larger rates is pointless."""
+        """Whether the smoothed loss has risen so far that larger learning rates are pointless."""
         smoothed = self.smoothed
         lowest = min((loss for loss in smoothed if math.isfinite(loss)), default=math.inf)
         return bool(smoothed) and not smoothed[-1] <= DIVERGED * lowest

@@ -42,7 +42,7 @@ class Probe:
 
     Attributes:
         scores: Each block alone, then the last ones together, for each image size.
-        feature_seconds: What it took to compute the features, by image size.
+        feature_seconds: Seconds to compute the features, by image size.
 
     Example:
         >>> scores = [ProbeScore(("block4",), 64, 0.71, 0.01, 0.9, 0.1, 0.5)]
@@ -62,7 +62,7 @@ class Probe:
 
     @property
     def best(self) -> ProbeScore:
-        """The score with the lowest loss on held-out images, which tells more than their accuracy."""
+        """The score with the lowest loss on held-out images, which is less noisy than accuracy."""
         return min(self.scores, key=lambda score: (math.isnan(score.loss), score.loss))
 
     def __str__(self) -> str:

@@ -195,7 +195,7 @@ def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
 
 
 def _structure(model: TransferModel) -> dict[str, dict[str, Any]]:
-    """Return the structure of backbone and head; a model may have learnt what it knows or not."""
+    """Return the structure of backbone and head; a model may have learned what it knows or not."""
     return {name: settings for name, settings in structure(model).items() if name != NOVELTY[:-1]}
 
 
@@ -209,7 +209,7 @@ def _build_novelty(buffers: Mapping[str, Tensor]) -> Novelty | None:
     try:
         return Novelty.of_state(buffers) if buffers else None
     except ValueError as error:
-        raise CheckpointError(f"the checkpoint's measure of what is known is damaged: {error}.") from error
+        raise CheckpointError(f"the checkpoint's novelty measure is damaged: {error}.") from error
 
 
 def leave_out_frozen(state: Mapping[str, Any], model: TransferModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -255,13 +255,13 @@ def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bo
     """Write a model, whole or not at all, for `load_model` to read.
 
     Args:
-        model: The file also holds its class names, its preprocessing and what is frozen.
-        path: Of the file.
+        model: The file also holds its class names, its preprocessing and which layers are frozen.
+        path: The file to write.
         frozen: `False` leaves out the frozen weights, which makes 56 kB for a linear head of three classes.
             `load_model` must then be given a backbone that has them, and compares their SHA-256.
 
     Raises:
-        CheckpointTypeError: `load_model` could not build the model again: it is wrapped, or a layer was exchanged,
+        CheckpointTypeError: `load_model` could not build the model again: it is wrapped, or a layer was replaced,
             changed, pruned, parametrized or converted to another dtype.
         CheckpointWriteError: The folder is missing, read-only or full.
 
@@ -287,7 +287,7 @@ def load_model(
     """Build the model that `Trainer.save` or `save_model` wrote, from the file alone and without a download.
 
     Args:
-        path: Of the file.
+        path: The file to read.
         head: A head built like that of the model, if it was your own.
         backbone: A backbone with the frozen weights, if they were left out. It becomes part of the model.
 

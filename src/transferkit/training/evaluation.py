@@ -92,7 +92,7 @@ def predict_proba(network: nn.Module, batches: Batches, *, training: Training) -
     """Return the probability of each class for every image, float32 `(N, K)`.
 
     Raises:
-        NonFiniteError: When the network makes infinity or NaN of an image.
+        NonFiniteError: When a logit is infinite or NaN.
     """
     logits, _ = logits_of(network, batches, training=training)
     return _finite_probabilities(logits / training.model.temperature, training.model.threshold)
@@ -101,15 +101,15 @@ def predict_proba(network: nn.Module, batches: Batches, *, training: Training) -
 def predict_known(
     network: nn.Module, batches: Batches, *, training: Training
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Return what `predict_proba` does, and the novelty of each image, `(N,)`, of a model that has learnt it.
+    """Return what `predict_proba` does, and the novelty of each image, `(N,)`, of a model that has learned it.
 
     Raises:
         ArgumentError: When it has not.
-        NonFiniteError: When the network makes infinity or NaN of an image.
+        NonFiniteError: When a logit is infinite or NaN.
     """
     if training.model.novelty is None:
         raise ArgumentError(
-            "the model has not learnt which images are known: call trainer.learn_known(training_images) first, "
+            "the model has not learned which images are known: call trainer.learn_known(training_images) first, "
             "after training."
         )
     logits, _, novelty = outputs_of(network, batches, training=training)
@@ -121,7 +121,7 @@ def assess(network: nn.Module, batches: Batches, *, training: Training, loss: Lo
     """Return what a network in eval mode makes of every image; the arguments are those of `evaluate`.
 
     Raises:
-        NonFiniteError: When the network makes infinity or NaN of an image.
+        NonFiniteError: When a logit is infinite or NaN.
     """
     logits, targets, novelty = outputs_of(network, batches, training=training)
     logits = logits / training.model.temperature
@@ -154,7 +154,7 @@ def _whole(parts: list[Tensor], what: str) -> Tensor:
 
 
 def outputs_of(network: nn.Module, batches: Batches, *, training: Training) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return what `logits_of` does, and the novelty of each image, float32 `(N,)`; None if it was not learnt."""
+    """Return what `logits_of` does, and the novelty of each image, float32 `(N,)`; None if it was not learned."""
     model = training.model
     if model.novelty is None:
         return *logits_of(network, batches, training=training), None

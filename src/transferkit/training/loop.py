@@ -139,7 +139,7 @@ class Epochs:
         progress = self.progress
         if done := len(progress.history.reports) if self._is_over() else 0:
             self.display.say(
-                f"nothing to train: this run ended after epoch {done} of {self.run.num_epochs}. To train on from its "
+                f"nothing to train: this run ended after epoch {done} of {self.run.num_epochs}. To continue from its "
                 "weights, call fit again without resume_from"
             )
         try:
@@ -165,7 +165,7 @@ class Epochs:
             self.training.model.eval()
             best = progress.history.best_epoch
             if best is not None and best < len(progress.history.reports) - 1:
-                self.display.say(f"the weights of epoch {progress.history.epoch[best] + 1}, the best, are back")
+                self.display.say(f"restored the weights of epoch {progress.history.epoch[best] + 1}, the best")
 
     def _is_over(self) -> bool:
         return self.progress.ended or len(self.progress.history.reports) >= self.run.num_epochs

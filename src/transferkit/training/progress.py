@@ -194,8 +194,8 @@ def check_progress(
     """
     if state is None:
         raise CheckpointError(
-            f"{origin} was not saved during a run, so there is none to resume. trainer.load({origin!r}) takes over its "
-            "weights; fit then begins a new run with them."
+            f"{origin} was not saved during a run, so there is none to resume. trainer.load({origin!r}) loads its "
+            "weights; fit then starts a new run with them."
         )
     check_parts({"run": state}, {"run": PARTS}, origin=origin)
     run: Mapping[str, Any] = state  # type: ignore[assignment]

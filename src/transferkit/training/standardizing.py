@@ -1,4 +1,4 @@
-"""The mean and standard deviation by which a head standardises its features, measured on training images."""
+"""The mean and standard deviation by which a head standardizes its features, measured on training images."""
 
 from contextlib import closing
 
@@ -37,7 +37,7 @@ def measure_features(training: Training, run: Run, interrupts: Interrupts) -> No
         with modes_kept(training.model), seeded(training.seed, training.device.torch_device):
             begin_training(
                 training.model
-            )  # batch norm that trains normalises by each batch, now as in the steps that follow
+            )  # batch norm that trains normalizes by each batch, now as in the steps that follow
             if order is not None:
                 order = order[:MOST_IMAGES][part_of(min(len(order), MOST_IMAGES))]
             network, batches = run.train.open(run.batch_size, order=order)
@@ -63,7 +63,7 @@ def measure_features(training: Training, run: Run, interrupts: Interrupts) -> No
 
 
 def set_statistics(layer: Standardize, features: Tensor, kinds: list[int] | None) -> None:
-    """Let a layer standardise by the statistics of features `(N, D)`; `kinds` as in `divisors`.
+    """Let a layer standardize by the statistics of features `(N, D)`; `kinds` as in `divisors`.
 
     Example:
         >>> layer = Standardize(2)

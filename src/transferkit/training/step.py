@@ -173,8 +173,8 @@ def update_not_repeated(optimizer: Optimizer, device: Device) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if begun and is_out_of_memory(error):
             raise OutOfMemoryError(
-                f"the optimizer ran out of memory in the middle of its update; weights may be half updated: {error}. "
-                "Load a checkpoint, then freeze more layers or take a smaller head."
+                f"the optimizer ran out of memory in the middle of its update; weights may be partly updated: {error}. "
+                "Load a checkpoint, then freeze more layers or use a smaller head."
             ) from error
         raise
     finally:
