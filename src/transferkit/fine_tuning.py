@@ -71,6 +71,7 @@ ALL_IMAGES = "all"
 """Folder of the second run's checkpoints, in that of the first."""
 
 _TIMED_STEPS = 4
+_STEP_PASSES = 4  # forward passes that a training step takes the time of
 _SPARE = 0.93  # fraction of the time left that is planned for
 
 
@@ -271,12 +272,16 @@ class _Job:
         Ctrl-C ends the training, and the best model so far counts.
         """
         trainer, model = self.trainer, self.trainer.model
+        temperature = model.temperature
+        trainer.calibrate(self.held_out)  # as the trained model will be: the losses of both are compared
         before = trainer._validate(self.held_out)
         self.display.say(
             f"solved head: accuracy {before['accuracy']:.4f} on {self.held_out.num_images:,} held-out images. Next: "
             f"{plan.epochs} epochs of training from {plan.boundary or 'the first layer'} on"
         )
         freeze(model, plan.boundary)
+        if self.end == math.inf and (minutes := self._seconds(plan) / 60) > 2:
+            self.display.say(f"this may take {minutes:.0f} minutes; budget= or Ctrl-C ends it sooner")
         if self.folder is not None and rank() == 0:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             (Path(self.folder) / PLAN).write_text(json.dumps(asdict(plan)))
@@ -292,6 +297,7 @@ class _Job:
                 return True
         self.display.say("training deeper layers was no better on the held-out images: the solved head stays")
         solved.restore()
+        model.temperature = temperature
         freeze(model, "head")
         return False
 
@@ -344,6 +350,13 @@ class _Job:
         except KeyboardInterrupt:
             self.display.say("interrupted: kept the best model so far")
         return self.trainer.epoch == first + plan.epochs, clock() - started
+
+    def _seconds(self, plan: _Plan) -> float:
+        """Estimate how long both runs take from the time of the frozen layers; nothing if they were cached already."""
+        table = summary(self.trainer.model)
+        once = sum(table.share(layer) for layer in table.layers if layer.cached)
+        passes = 2 * plan.epochs * _STEP_PASSES * (1 - once) + (plan.n_views or plan.epochs) * once
+        return passes * self.image_s * (self.every.num_images or 0)
 
     def _views(self, epochs: int) -> int | None:
         return None if self.augment is None else min(MOST_VIEWS, (epochs + 1) // 2)  # each is seen twice
