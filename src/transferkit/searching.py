@@ -1,4 +1,4 @@
-"""`search` trains a model for each set of hyper-parameters over one feature cache, and returns the best."""
+"""`search` trains a model for each set of hyperparameters over one feature cache, and returns the best."""
 
 import copy
 import inspect
@@ -63,10 +63,10 @@ Space = Mapping[str, Sequence[Any] | Callable[[random.Random], Any]]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One set of hyper-parameters and its result.
+    """One set of hyperparameters and its result.
 
     Attributes:
-        params: The hyper-parameters.
+        params: The hyperparameters.
         history: The history of its run; without epochs if it failed.
         score: Validation accuracy of its best epoch, 0 to 1; NaN if it failed.
         seconds: How long it took; the time of heads trained together is divided among them.
@@ -84,7 +84,7 @@ class SearchResult:
     """The trials of a search, and the best of them. Attribute names are scikit-learn's.
 
     Attributes:
-        trials: A `Trial` for each set of hyper-parameters.
+        trials: A `Trial` for each set of hyperparameters.
         best_model_: The model of the trial at `best_index_` after its best epoch; None if every trial failed.
     """
 
@@ -107,7 +107,7 @@ class SearchResult:
 
     @property
     def best_params_(self) -> dict[str, Any]:
-        """The hyper-parameters of the best trial."""
+        """The hyperparameters of the best trial."""
         return self.trials[self.best_index_].params
 
     @property
@@ -176,7 +176,7 @@ def search(
     seed: int = 0,
     verbose: int = 1,
 ) -> SearchResult:
-    """Train a model for each set of hyper-parameters and compare them by validation accuracy.
+    """Train a model for each set of hyperparameters and compare them by validation accuracy.
 
     All trials share one feature cache: the frozen layers run once for each image. Every trial begins with the same
     random numbers. Some trials share their work, too:
@@ -192,7 +192,7 @@ def search(
         build: Returns a model from `attach_head`. It is called with those names of `space` that neither `Trainer` nor
             `fit` takes, and must return the same for the same values. Its result is copied, so it may use the same
             backbone each time.
-        space: A list of values for each hyper-parameter: `lr`, `epochs`, `batch_size`, `freeze_until` (without it,
+        space: A list of values for each hyperparameter: `lr`, `epochs`, `batch_size`, `freeze_until` (without it,
             layers stay frozen as `build` returns them), any other argument of `Trainer`, `augment` and `n_views` of
             `fit`, and whatever `build` takes. With `num_trials`, also functions of a `random.Random` that draw a value.
         train: As in `Trainer.fit`. A `Dataset` without randomness is read once: its resized images stay in memory if
@@ -553,7 +553,7 @@ def _same(value: object) -> object:
 
 
 def _choose(space: Space, num_trials: int | None, seed: int) -> list[dict[str, Any]]:
-    """Return the sets of hyper-parameters to try."""
+    """Return the sets of hyperparameters to try."""
     if not isinstance(space, Mapping) or not space:
         raise ArgumentError(
             f"space={space!r} cannot be used: expected a mapping from names to lists of values, such as "
