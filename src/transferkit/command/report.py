@@ -35,7 +35,7 @@ def report(
     assessment: Assessment,
     audit: Audit | None,
 ) -> str:
-    """Return the page of a run folder: `images` are data sets of files by part, the rest is what was made of them."""
+    """Return the page of a run folder: `images` are data sets of files by part, the rest are results on them."""
     seen = "it had not seen" if "test" in images else "it was not trained on, but chosen by, which flatters it a little"
     backbone, weights = trainer.model.backbone, settings["options"].get("weights", "DEFAULT") or "random"
     facts = {

@@ -363,7 +363,7 @@ class _Filling:
         self.where[where] = self.where.get(where, 0) + len(chunk.images) * self.row_bytes
 
     def _describe(self, depths: list[int]) -> str:
-        """Say how the features came about of images that were known behind so many layers, on all processes."""
+        """Say how many features were known and how many computed, over all processes."""
         counted, places = Counter[int](), Counter[str]()
         for own, there in exchange((Counter(depths), self.where), "how features came about"):
             counted.update(own)

@@ -235,7 +235,7 @@ class Epochs:
 def _explain_nonfinite(
     training: Training, run: Run, network: nn.Module, batch: Part, *, size: int, index: int
 ) -> NonFiniteError:
-    """Make the step's passes once more, and say where its first number is that is not finite."""
+    """Repeat the step's passes, and name the first number that is not finite."""
 
     def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
         return run.loss.sum(logits, targets) / batch.weight

@@ -136,7 +136,7 @@ def guarded_step(network: nn.Module, batch: Part, *, training: Training, loss: L
 
 @contextmanager
 def dropout_of_part(network: nn.Module, count: int) -> Iterator[None]:
-    """Let dropout zero what it would zero of a whole batch of so many images, of which this process has its part."""
+    """Make dropout zero the entries of this process's part that it would zero in the whole batch of `count` images."""
     layers = [layer for layer in network.modules() if type(layer) is nn.Dropout and layer.training]
     rows = part_of(count)
 
