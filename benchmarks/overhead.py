@@ -41,7 +41,7 @@ CHECKS = [
     (step, "gradients_are_finite"),
     (step, "reserve_state"),
     (BufferCopies, "__init__"),
-    (BufferCopies, "restore_unless"),
+    (BufferCopies, "restore"),
 ]
 BATCHES = 8
 STEPS_OF_AN_EPOCH = 63  # 2,000 images
