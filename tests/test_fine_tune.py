@@ -108,10 +108,8 @@ def test_choices_of_the_user_are_kept(capsys):
 
 def test_layers_are_passed_on():
     """The head takes the layers named."""
-    assert fine_tune(layers=["block4", "block5"], freeze_until="head", augment=None).model.layers == (
-        "block4_pool",
-        "block5_pool",
-    )
+    trainer = fine_tune(layers=["block4", "block5"], freeze_until="head", augment=None)
+    assert trainer.model.layers == ("block4_pool", "block5_pool")
 
 
 def test_validation_data_is_what_chooses(capsys):
