@@ -55,7 +55,7 @@ def watch_checks(clock: Clock) -> ExitStack:
         (step, "gradients_are_finite"),
         (step, "reserve_state"),
         (BufferCopies, "__init__"),
-        (BufferCopies, "restore_unless"),
+        (BufferCopies, "restore"),
     ]
     for owner, name in places:
         stack.enter_context(mock.patch.object(owner, name, clock.timed(getattr(owner, name))))

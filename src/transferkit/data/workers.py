@@ -207,7 +207,7 @@ def _describe(error: Exception, samples: Samples, reading: Sequence[int]) -> str
     ]
     if str(error) == f"exit code {_NO_GUARD}":
         return (
-            "worker processes run the script anew when they start, and began to train, too. All were killed. Put what "
+            "worker processes run the script again when they start, and began to train, too. All were killed. Put what "
             'the script does under `if __name__ == "__main__":`, or pass num_workers=0.'
         )
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from transferkit.base.arguments import not_negative, one_of, positive
+from transferkit.base.arguments import one_of, positive
 from transferkit.errors import ArgumentError
 from transferkit.model.head import TransferModel
 
@@ -67,7 +67,7 @@ def build_optimizer(
     fixed = getattr(optimizer, "keywords", {})  # what a functools.partial already says
     options: dict[str, Any] = {"fused": True} if "fused" in accepted and not {"fused", "foreach"} & set(fixed) else {}
     if weight_decay is not None:
-        options["weight_decay"] = not_negative("weight_decay", weight_decay)
+        options["weight_decay"] = positive("weight_decay", weight_decay, or_zero=True)
     try:
         built = optimizer(groups, **options)
         _check_step(built)
@@ -164,7 +164,7 @@ def scale_lr(optimizer: Optimizer, factor: float) -> None:
 def take_rates(optimizer: Optimizer) -> None:
     """Make learning rates that somebody wrote into the groups between two runs the base of the next."""
     for group in optimizer.param_groups:
-        group["lr"] = not_negative("lr of the optimizer", float(group["lr"]))  # it may be a tensor
+        group["lr"] = positive("lr of the optimizer", float(group["lr"]), or_zero=True)  # it may be a tensor
         if group["lr"] != group.get("scheduled_lr"):
             group["base_lr"] = group["scheduled_lr"] = group["lr"]
 

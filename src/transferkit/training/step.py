@@ -130,7 +130,7 @@ def guarded_step(network: nn.Module, batch: Part, *, training: Training, loss: L
     except BaseException:
         undo()  # nothing of a step that failed reaches the next
         raise
-    buffers.restore_unless(update.finite)
+    buffers.restore(unless=update.finite)
     return update
 
 
