@@ -37,8 +37,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 import transferkit as tk
 from transferkit.data.images import as_image, open_image
+from transferkit.features.cache import FeatureCache
 from transferkit.features.chunks import image_digests
-from transferkit.features.feed import Frozen
 from transferkit.features.prefix import Prefix
 
 CLOCK = time.process_time if "--processor-time" in sys.argv else time.perf_counter
@@ -124,7 +124,7 @@ def measure(root: Path, megapixels: float, files: list[Path | None], device: tk.
     """Print a table of one size."""
     data = make_folder(root, megapixels, files)
     model = tk.freeze_until(tk.attach_head(tk.load_backbone("vgg16", weights=None), data.classes), "head")
-    prefix, _, _ = Frozen(device.prepare(model), device).split()
+    prefix, _, _ = FeatureCache(device).split(device.prepare(model))
     assert prefix is not None
     one_by_one(model, data, prefix)  # warm up
     stages = one_by_one(model, data, prefix)

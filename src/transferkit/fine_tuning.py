@@ -29,9 +29,11 @@ from transferkit.results.summary import summary
 from transferkit.trainer import Trainer
 from transferkit.training.averaging import WeightAverage
 from transferkit.training.checkpoint import Checkpoint
+from transferkit.training.evaluation import validate
 from transferkit.training.loss import CrossEntropy, Loss, LossFunction
 from transferkit.training.optimizers import LearningRate
 from transferkit.training.progress import BestWeights
+from transferkit.training.run import features_of, open_source
 from transferkit.training.schedules import warmup
 
 HELD_OUT = 0.1
@@ -187,17 +189,17 @@ def fine_tune(
         cache=cache,
         seed=seed,
     )
-    every = trainer._open_source(data, num_workers, on_bad_image, display)
+    every = open_source(trainer.training, data, num_workers, on_bad_image, display)
     wanted = freeze_until != "head" and (
         freeze_until != "auto" or (every.num_images or 0) >= FEWEST_PER_CLASS * len(model.classes)
     )
     train, held_out = every, None
     if validation_data is not None:
-        held_out = trainer._open_source(validation_data, num_workers, on_bad_image, display)
+        held_out = open_source(trainer.training, validation_data, num_workers, on_bad_image, display)
     elif wanted:
         train, held_out = split_validation(every, HELD_OUT, seed, multi_label=model.threshold is not None)
     computing = clock()
-    trainer._features_of(train, num_workers, display)
+    features_of(trainer.training, train, display)
     solving = clock()
     solved = trainer.solve(train, verbose=verbose)
     features_s, solver_s = solving - computing, clock() - solving
@@ -274,7 +276,7 @@ class _Job:
         trainer, model = self.trainer, self.trainer.model
         temperature = model.temperature
         trainer.calibrate(self.held_out)  # as the trained model will be: the losses of both are compared
-        before = trainer._validate(self.held_out)
+        before = validate(trainer.training, self.held_out)
         self.display.say(
             f"solved head: accuracy {before['accuracy']:.4f} on {self.held_out.num_images:,} held-out images. Next: "
             f"{plan.epochs} epochs of training from {plan.boundary or 'the first layer'} on"
@@ -290,7 +292,7 @@ class _Job:
         ended, seconds = self._fit(plan, self.train_source, self.held_out, self.folder)
         if trainer.history is not None and trainer.history.reports:
             trainer.calibrate(self.held_out)
-            after = trainer._validate(self.held_out)
+            after = validate(trainer.training, self.held_out)
             if after["loss"] < before["loss"]:
                 if ended:
                     self._train_again(plan, solved, seconds)

@@ -14,7 +14,7 @@ _SETTINGS = {
 def keep_freed_blocks() -> bool:
     """Stop glibc from returning freed blocks over 128 KiB at once, and return whether that worked.
 
-    On a CPU that is half the time of a step that trains a 4096-4096 head (`benchmarks/host_memory.py`). The price: the
+    On a CPU that is half the time of a step that trains a 4096-4096 head (`benchmarks/memory.py`). The price: the
     process keeps its peak memory until it ends.
     """
     if not sys.platform.startswith("linux"):

@@ -128,7 +128,7 @@ class Preprocessing:
         if self.geometry == "letterbox":
             top, left = round((size - high) / 2), round((size - wide) / 2)
             bars = [left, top, size - wide - left, size - high - top]
-            images = transforms.pad(images, bars, fill=self.bar_colour)
+            images = transforms.pad(images, bars, fill=self.bar_color)
         return cast("Tensor", transforms.center_crop(images, [size, size]))
 
     def _sides_of(self, height: int, width: int) -> tuple[int, int]:
@@ -155,10 +155,10 @@ class Preprocessing:
         return PILLOW_BITS if self.geometry == "torchvision" else None
 
     @property
-    def bar_colour(self) -> list[int]:
+    def bar_color(self) -> list[int]:
         """R, G and B of a letterbox's bars, the mean, which normalizing makes 0, as convolutions pad an image."""
-        colour = dict(zip(self.channels, self.mean, strict=True))
-        return [min(max(round(colour[channel]), 0), 255) for channel in range(3)]
+        color = dict(zip(self.channels, self.mean, strict=True))
+        return [min(max(round(color[channel]), 0), 255) for channel in range(3)]
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return RGB images, uint8 `(N, 3, H, W)`, as float32 in the network's channel order and scale."""

@@ -94,5 +94,5 @@ class WithPreprocessing(nn.Module):
         places = torch.arange(size, dtype=pixels.dtype, device=pixels.device)
         rows, columns = (places + ((side - size) / 2).round() for side in (high, wide))
         inside = ((rows >= 0) & (rows < high))[:, None] & (columns >= 0) & (columns < wide)
-        planes = [torch.where(inside, pixels[:, c], float(colour)) for c, colour in enumerate(preprocess.bar_colour)]
+        planes = [torch.where(inside, pixels[:, c], float(color)) for c, color in enumerate(preprocess.bar_color)]
         return torch.stack(planes, dim=1)
