@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from transferkit.base.arrays import sha256_of, tensor_from_array
 from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.data.columns import image_and_target, image_of
 from transferkit.data.images import as_image, as_images
-from transferkit.data.preprocessing import Preprocessing
+from transferkit.data.preprocessing import Preprocessing, find_convention
 from transferkit.data.samples import SKIP_HINT, Sample, Samples, evenly_spaced, listed_targets
 from transferkit.data.targets import as_targets
 from transferkit.data.workers import read_in_workers
@@ -30,6 +31,8 @@ Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]
 
 _SCANNED = 32  # images read at a time outside of epochs; a signal is checked between batches
 _NO_TARGETS = torch.empty(0, dtype=torch.int64)
+_SMALLEST = replace(find_convention("IMAGENET1K_V1"), image_size=32, geometry="squash")
+"""For samples that are read only to see whether they can be: a photograph is verified whole, but little is decoded."""
 
 
 class Source(Protocol):
@@ -124,7 +127,7 @@ class DatasetSource:
             labels = enumerate(listed)
             suspects += [row for row, label in labels if type(label) is int and not 0 <= label < self.num_classes][:1]
         for index in suspects:
-            self._collate([self.samples.read(index, 0)])
+            self._collate([self.samples.for_input(_SMALLEST).read(index, 0)])
 
     def _collate(self, samples: Sequence[Sample | TransferKitError]) -> Batch:
         return _collate(samples, self.read_targets if self.samples.with_targets else None, self.num_classes)
@@ -149,7 +152,8 @@ class DatasetSource:
     def all_targets(self, indices: Tensor | None = None) -> Tensor:
         if self.targets is not None:
             return self.targets if indices is None else self.targets[indices]
-        return torch.cat([targets for _, targets, _ in self.batches(_SCANNED, seed=0, order=indices)])
+        batches = self.batches(_SCANNED, seed=0, order=indices, preprocess=_SMALLEST)
+        return torch.cat([targets for _, targets, _ in batches])
 
     def digest(self, indices: Tensor | None = None) -> str:
         tensors = {
@@ -167,7 +171,8 @@ class DatasetSource:
         read = 0
         indices = [batch.tolist() for batch in _in_batches(None, self.num_images, _SCANNED)]
         keys: list[list[tuple[int, int | None]]] = [[(index, 0) for index in batch] for batch in indices]
-        for batch in read_in_workers(self.samples, keys, num_workers=self.num_workers, seed=0):
+        read_small = self.samples.for_input(_SMALLEST)
+        for batch in read_in_workers(read_small, keys, num_workers=self.num_workers, seed=0):
             failed = {read + row: sample for row, sample in enumerate(batch) if isinstance(sample, TransferKitError)}
             read += len(batch)
             yield read, {index: str(error).removesuffix(SKIP_HINT) for index, error in failed.items()}
