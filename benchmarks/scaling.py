@@ -1,10 +1,10 @@
 """Measure how the time of `fit` scales with images, image size, epochs and frozen depth, cached and uncached.
 
-    python benchmarks/scaling.py [--json scaling.json] [--plot scaling.png]   # the plot needs matplotlib
+    python benchmarks/scaling.py [--precision fp32] [--json scaling.json] [--plot scaling.png]
 
 VGG16 with a head of 4096-4096-10, Adam, batch size 32, on random images: time does not depend on what they show. One
 setting varies at a time, around 250 images of 64 px, 4 epochs and every convolution frozen. "kept" trains on cached
-features, "recomputed" without the cache; the two run in turns.
+features, "recomputed" without the cache; the two run in turns. The plot needs matplotlib.
 """
 
 import argparse
@@ -26,12 +26,14 @@ VALUES: dict[str, list[object]] = {
 MODES: dict[str, str | bool] = {"kept": "auto", "recomputed": False}
 
 
-def fit_seconds(*, images: int, image_size: int, epochs: int, frozen_until: str | None, cache: str | bool) -> float:
+def fit_seconds(
+    *, images: int, image_size: int, epochs: int, frozen_until: str | None, cache: str | bool, precision: str = "auto"
+) -> float:
     torch.manual_seed(0)
     model = tk.attach_head(
         tk.load_backbone(weights=None, image_size=image_size), 10, hidden=(4096, 4096), pooling="flatten"
     )
-    trainer = tk.Trainer(tk.freeze_until(model, frozen_until), lr=1e-4, cache=cache)
+    trainer = tk.Trainer(tk.freeze_until(model, frozen_until), lr=1e-4, cache=cache, precision=precision)
     data = (torch.randint(0, 256, (images, 3, image_size, image_size), dtype=torch.uint8), torch.arange(images) % 10)
     started = time.perf_counter()
     trainer.fit(data, epochs=epochs, batch_size=32, verbose=0)
@@ -58,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--from", dest="source", type=Path, help="draw the results in this JSON file")
     options = parser.parse_args()
     if options.source:
@@ -68,14 +71,15 @@ def main() -> None:
         for name, values in VALUES.items():
             for value in values:
                 for mode, cache in MODES.items():
-                    seconds = fit_seconds(**{**BASE, name: value}, cache=cache)
+                    seconds = fit_seconds(**{**BASE, name: value}, cache=cache, precision=options.precision)
                     results[name][mode].append(seconds)
                 kept, recomputed = (results[name][mode][-1] for mode in MODES)
                 print(
                     f"{name} {value}: kept {kept:.1f} s, recomputed {recomputed:.1f} s, ratio {recomputed / kept:.2f}"
                 )
     if options.json:
-        about = {"torch": torch.__version__, "device": repr(tk.Device()), "threads": torch.get_num_threads()}
+        device = tk.Device(precision=options.precision)
+        about = {"torch": torch.__version__, "device": repr(device), "threads": torch.get_num_threads()}
         options.json.write_text(
             json.dumps({**about, "base": BASE, "values": VALUES, "seconds": results}, indent=1) + "\n"
         )
