@@ -1,7 +1,7 @@
 """Compare transfer learning with VGG16 in transferkit, PyTorch, Lightning, fastai, Keras and skorch, one process each.
 
     python benchmarks/compare.py --job head64 --json head64.json
-    python benchmarks/compare.py --from head64.json --markdown
+    python benchmarks/compare.py --from head64.json
 
 The jobs are in job.py, the contestants in peers/: each at its defaults, and as fast as a user who knows it well can
 make it. They run one after another, in rounds, on the CPU. With the same --json, a stopped comparison continues.
@@ -126,7 +126,6 @@ def main() -> None:
     parser.add_argument("--precision", choices=["auto", "fp32"], help="fp32 leaves bf16 out on all sides")
     parser.add_argument("--json", type=Path, help="write results there after every contestant, and continue from them")
     parser.add_argument("--from", dest="source", type=Path, help="only print the results in this file")
-    parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     if options.source is not None:
         report = json.loads(options.source.read_text())
@@ -140,7 +139,7 @@ def main() -> None:
         }
         job = dataclasses.replace(job, **{name: value for name, value in changes.items() if value is not None})
         report = compare(job, choose_contestants(options.only, job), options)
-    print(format_report(report, markdown=options.markdown))
+    print(format_report(report))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,13 @@ this script makes on the images in examples/assets (two minutes).
 import json
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+from job import IMAGES, WEIGHTS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.utils.data import Subset
@@ -18,7 +22,6 @@ from torchvision.datasets import ImageFolder
 import transferkit as tk
 
 DOCS = Path(__file__).parent.parent / "docs"
-ASSETS = DOCS.parent / "examples" / "assets"
 NAMES = {"head": "the head", "block5": "block 5 on", "block4": "block 4 on", "block3": "block 3 on", None: "everything"}
 
 
@@ -112,10 +115,6 @@ def label_unfreezing(run: dict[str, Any]) -> str:
     return f"backbone {run['lr']['backbone']:.0e}  " + ("step by step" if "unfreezing" in run else "all at once")
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def draw_sweeps() -> None:
     """The sweeps of `lr_find`, for the head alone and with block 5."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
@@ -126,13 +125,17 @@ def draw_sweeps() -> None:
     save(figure, "lr_find")
 
 
+@contextmanager
+def images_and_backbone() -> Iterator[tuple[ImageFolder, ImageFolder, tk.Backbone]]:
+    with tempfile.TemporaryDirectory() as folder:
+        zipfile.ZipFile(IMAGES).extractall(folder)
+        backbone = tk.load_backbone(weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=64)
+        yield ImageFolder(Path(folder) / "train"), ImageFolder(Path(folder) / "test"), backbone
+
+
 def draw_model() -> None:
     """The tutorial's model: some predictions, the worst ones and the confusion matrix."""
-    with tempfile.TemporaryDirectory() as folder:
-        zipfile.ZipFile(ASSETS / "cifar10_subset.zip").extractall(folder)
-        train, test = ImageFolder(Path(folder) / "train"), ImageFolder(Path(folder) / "test")
-        weights = ASSETS / "vgg16_imagenet_features_bf16.pt"
-        backbone = tk.load_backbone(weights=weights, preprocessing="IMAGENET1K_FEATURES", image_size=64)
+    with images_and_backbone() as (train, test, backbone):
         trainer = tk.fine_tune(backbone, train, budget=40)
         assessment, some = trainer.assess(test), Subset(test, range(10, len(test), 42))
         save(tk.plot_confusion_matrix(assessment), "confusion_matrix")
@@ -143,11 +146,8 @@ def draw_model() -> None:
 
 def draw_probe() -> None:
     """Scores of each block at two image sizes; prints the table of the page on finding layers."""
-    with tempfile.TemporaryDirectory() as folder:
-        zipfile.ZipFile(ASSETS / "cifar10_subset.zip").extractall(folder)
-        weights = ASSETS / "vgg16_imagenet_features_bf16.pt"
-        backbone = tk.load_backbone(weights=weights, preprocessing="IMAGENET1K_FEATURES", image_size=64)
-        probe = tk.probe(backbone, ImageFolder(Path(folder) / "train"), image_sizes=[32, 64], verbose=0)
+    with images_and_backbone() as (train, _, backbone):
+        probe = tk.probe(backbone, train, image_sizes=[32, 64], verbose=0)
         save(probe.plot(), "probe")
         print(probe)
 

@@ -40,8 +40,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 import transferkit as tk
 from transferkit.data.images import as_image, open_image
+from transferkit.features.cache import FeatureCache
 from transferkit.features.chunks import image_digests
-from transferkit.features.feed import Frozen
 from transferkit.features.prefix import Prefix
 
 STAGED, IN_WORKERS = 40, 200  # images
@@ -134,7 +134,7 @@ def measure(root: Path, megapixels: float, files: list[Path | None], device: tk.
     data = make_folder(root, megapixels, files)
     paths = [path for path, _ in data.samples]
     model = tk.freeze_until(tk.attach_head(tk.load_backbone("vgg16", weights=None), data.classes), "head")
-    prefix, _, _ = Frozen(device.prepare(model), device).split()
+    prefix, _, _ = FeatureCache(device).split(device.prepare(model))
     assert prefix is not None
     staged = paths[:STAGED]
     one_by_one(model, staged[: prefix.batch_size], prefix)  # warm up

@@ -43,7 +43,7 @@ def make_trainer(model: tk.TransferModel, *, folder: Path | str | None = None, *
 def through_the_whole_model(trainer: tk.Trainer) -> tk.Trainer:
     """Let a trainer use neither prefix nor cache: with a hook on the first layer it runs the whole model."""
     trainer.model.backbone.features[0].register_forward_hook(lambda *_: None)
-    trainer._cache_mode = False
+    trainer.training.cache_mode = False
     return trainer
 
 

@@ -224,9 +224,9 @@ def test_what_is_cached_keeps_every_bit(make_backbone, data, first, batch_size):
         trainers.append(make_trainer(make_model(make_backbone, head=head), cache=mode))
     validation = (255 - data[0][:7], data[1][:7])
     assert_same_run(trainers, data, validation_data=validation, batch_size=batch_size)
-    prefix = trainers[0]._frozen.split()[0]
+    prefix = trainers[0].training.features.split(trainers[0].model)[0]
     expected = [prefix(preprocess(images)).permute(0, 2, 3, 1) for images in (data[0], validation[0])]
-    found = [chunk.features for chunk in trainers[0]._features.chunks]
+    found = [chunk.features for chunk in trainers[0].training.features.chunks]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 

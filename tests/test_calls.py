@@ -170,13 +170,13 @@ def test_the_time_left_is_that_of_epochs_on_cached_features(trainer, capsys, mon
     """The first epoch computes features; the time of that is not counted for those to come."""
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    fill = type(trainer._features).fill
+    fill = type(trainer.training.features).fill
 
     def slow(*arguments, **named):
         clock[0] += 1000
         return fill(*arguments, **named)
 
-    monkeypatch.setattr(type(trainer._features), "fill", slow)
+    monkeypatch.setattr(type(trainer.training.features), "fill", slow)
     trainer.model.head.standardize.num_images.fill_(1)  # or the features are computed before the first epoch
     tick = lambda *_: clock.__setitem__(0, clock[0] + 2)  # noqa: E731
     trainer.model.head.register_forward_pre_hook(tick)

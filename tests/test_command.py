@@ -443,7 +443,7 @@ def test_an_unfinished_run_continues_with_the_same_settings_alone(photos, capsys
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("transferkit.command.train.fine_tune", interrupted)
+        patch.setattr("transferkit.command.actions.fine_tune", interrupted)
         assert run(capsys, *command)[0] == 130
     status, _, err = run(capsys, *command, "--seed", 3)
     assert status == 2

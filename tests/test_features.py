@@ -168,7 +168,7 @@ def test_reading_looks_at_no_place_for_tensors(setup, data, monkeypatch):
     move = tk.Device.move
     monkeypatch.setattr(tk.Device, "move", lambda device, part: calls.append(part) or move(device, part))
     assert sum(len(targets) for _, targets in setup.inputs(data).batches(8)) == 24
-    assert len(calls) == 3 * 4  # images, targets and places of each batch, and the images as they are prepared
+    assert len(calls) == 3 * 3  # images and targets of each batch, and the images as they are prepared
 
 
 # ---- filling

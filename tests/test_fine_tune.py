@@ -31,7 +31,7 @@ def fine_tune(count: int = 72, data: object = None, **arguments: object) -> tk.T
 
 def train_twice(**arguments: object) -> tk.Trainer:
     """Call `fine_tune` where training deeper layers is better, so that all images are trained on once more."""
-    return fine_tune(data=faint_images(72), **{"lr": 1e-3, "seed": 1, **arguments})
+    return fine_tune(data=faint_images(150), **{"lr": 1e-3, "seed": 1, **arguments})
 
 
 def equal(first: tk.Trainer, second: tk.Trainer) -> bool:
@@ -156,7 +156,7 @@ def test_a_run_that_broke_is_continued_as_if_it_had_not(tmp_path):
 def test_the_second_run_is_continued_as_well(tmp_path, capsys):
     """After an error in the run on all images, the same call gives the bits of an undisturbed one."""
     whole = train_twice(verbose=2)
-    assert "once more on all 72 images" in capsys.readouterr().out
+    assert "once more on all 150 images" in capsys.readouterr().out
     calls = []
 
     def break_down(_probabilities: object, _targets: object) -> float:
@@ -220,6 +220,14 @@ def test_a_plan_made_by_the_clock_is_kept(tmp_path, capsys):
     fine_tune(folder=folder, epochs=2, freeze_until="block5")
     fine_tune(folder=folder, epochs=None, freeze_until="auto", budget=1e4, verbose=2)
     assert "From block5 on, 2 epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("budget", [None, 1e9])
+def test_minutes_are_announced_where_no_budget_limits_them(monkeypatch, capsys, budget):
+    """Who has set no budget is told, before training, that it takes minutes and how to end it sooner."""
+    monkeypatch.setattr(fine_tuning, "_STEP_PASSES", 1e9)  # any training takes hours
+    fine_tune(budget=budget, epochs=3, verbose=1)
+    assert ("budget= ends it sooner" in capsys.readouterr().out) == (budget is None)
 
 
 @pytest.mark.parametrize("other", [{"epochs": 4}, {"freeze_until": "block4"}])

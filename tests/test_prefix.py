@@ -14,7 +14,7 @@ from torchvision.datasets import ImageFolder
 import transferkit as tk
 from cached import IMPURE, make_model
 from transferkit.data.preprocessing import CONVENTIONS
-from transferkit.features.feed import Frozen
+from transferkit.features.cache import FeatureCache
 from transferkit.features.prefix import NOTHING_FROZEN, Prefix, pure_prefix
 from transferkit.model.layers import Layers
 
@@ -426,11 +426,11 @@ def test_a_prefix_whose_digests_nobody_read_is_not_current(layers):
 
 def test_a_batch_size_that_memory_allowed_is_kept(make_backbone):
     """A prefix that is made anew begins with the batch size that the one before it came down to."""
-    frozen = Frozen(make_model(make_backbone), tk.Device("cpu", "fp32"))
-    first = frozen.split()[0]
+    cache, model = FeatureCache(tk.Device("cpu", "fp32")), make_model(make_backbone)
+    first = cache.split(model)[0]
     assert first.batch_size > 3
     first.batch_size = 3
-    second = frozen.split()[0]
+    second = cache.split(model)[0]
     assert second is not first
     assert second.batch_size == 3
 

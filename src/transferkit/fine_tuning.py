@@ -29,9 +29,11 @@ from transferkit.results.summary import summary
 from transferkit.trainer import Trainer
 from transferkit.training.averaging import WeightAverage
 from transferkit.training.checkpoint import Checkpoint
+from transferkit.training.evaluation import validate
 from transferkit.training.loss import CrossEntropy, Loss, LossFunction
 from transferkit.training.optimizers import LearningRate
 from transferkit.training.progress import BestWeights
+from transferkit.training.run import features_of, open_source
 from transferkit.training.schedules import warmup
 
 HELD_OUT = 0.1
@@ -71,6 +73,7 @@ ALL_IMAGES = "all"
 """Folder of the second run's checkpoints, in that of the first."""
 
 _TIMED_STEPS = 4
+_STEP_PASSES = 4  # forward passes that a training step takes the time of
 _SPARE = 0.93  # fraction of the time left that is planned for
 
 
@@ -186,17 +189,17 @@ def fine_tune(
         cache=cache,
         seed=seed,
     )
-    every = trainer._open_source(data, num_workers, on_bad_image, display)
+    every = open_source(trainer.training, data, num_workers, on_bad_image, display)
     wanted = freeze_until != "head" and (
         freeze_until != "auto" or (every.num_images or 0) >= FEWEST_PER_CLASS * len(model.classes)
     )
     train, held_out = every, None
     if validation_data is not None:
-        held_out = trainer._open_source(validation_data, num_workers, on_bad_image, display)
+        held_out = open_source(trainer.training, validation_data, num_workers, on_bad_image, display)
     elif wanted:
         train, held_out = split_validation(every, HELD_OUT, seed, multi_label=model.threshold is not None)
     computing = clock()
-    trainer._features_of(train, num_workers, display)
+    features_of(trainer.training, train, display)
     solving = clock()
     solved = trainer.solve(train, verbose=verbose)
     features_s, solver_s = solving - computing, clock() - solving
@@ -271,12 +274,16 @@ class _Job:
         Ctrl-C ends the training, and the best model so far counts.
         """
         trainer, model = self.trainer, self.trainer.model
-        before = trainer._validate(self.held_out)
+        temperature = model.temperature
+        trainer.calibrate(self.held_out)  # as the trained model will be: the losses of both are compared
+        before = validate(trainer.training, self.held_out)
         self.display.say(
             f"solved head: accuracy {before['accuracy']:.4f} on {self.held_out.num_images:,} held-out images. From "
             f"{plan.boundary or 'the first layer'} on, {plan.epochs} epochs of training follow"
         )
         freeze(model, plan.boundary)
+        if self.end == math.inf and (minutes := self._seconds(plan) / 60) > 2:
+            self.display.say(f"this may take {minutes:.0f} minutes: budget= ends it sooner, Ctrl-C too")
         if self.folder is not None and rank() == 0:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             (Path(self.folder) / PLAN).write_text(json.dumps(asdict(plan)))
@@ -285,13 +292,14 @@ class _Job:
         ended, seconds = self._fit(plan, self.train_source, self.held_out, self.folder)
         if trainer.history is not None and trainer.history.reports:
             trainer.calibrate(self.held_out)
-            after = trainer._validate(self.held_out)
+            after = validate(trainer.training, self.held_out)
             if after["loss"] < before["loss"]:
                 if ended:
                     self._train_again(plan, solved, seconds)
                 return True
         self.display.say("training deeper layers was no better on the held-out images: the solved head stays")
         solved.restore()
+        model.temperature = temperature
         freeze(model, "head")
         return False
 
@@ -344,6 +352,13 @@ class _Job:
         except KeyboardInterrupt:
             self.display.say("interrupted: the best model so far")
         return self.trainer.epoch == first + plan.epochs, clock() - started
+
+    def _seconds(self, plan: _Plan) -> float:
+        """Estimate how long both runs take from the time of the frozen layers; nothing if they were cached already."""
+        table = summary(self.trainer.model)
+        once = sum(table.share(layer) for layer in table.layers if layer.cached)
+        passes = 2 * plan.epochs * _STEP_PASSES * (1 - once) + (plan.n_views or plan.epochs) * once
+        return passes * self.image_s * (self.every.num_images or 0)
 
     def _views(self, epochs: int) -> int | None:
         return None if self.augment is None else min(MOST_VIEWS, (epochs + 1) // 2)  # each is seen twice

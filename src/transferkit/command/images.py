@@ -24,12 +24,11 @@ def open_parts(folder: Path) -> dict[str, ImageFolder]:
     parents = sorted(path for path in folder.iterdir() if path.is_dir() and any(map(Path.is_dir, path.iterdir())))
     named = [(part, path) for part, names in PARTS.items() for path in parents if path.name.lower() in names]
     if len(named) > len(dict(named)):
-        raise ArgumentError(
-            f"{folder} needs one folder for each of train, val, test: {', '.join(str(p) for _, p in named)}."
-        )
+        found = ", ".join(str(path) for _, path in named)
+        raise ArgumentError(f"{folder} needs one folder for each of train, val, test: {found}.")
     parts = {part: _open(path) for part, path in named} or {"train": _open(folder)}
-    first, *others = parts.values()
-    for other in others:
+    first = next(iter(parts.values()))
+    for other in parts.values():
         if other.classes != first.classes:
             raise ArgumentError(f"{other.root} has other folders than {first.root}: expected the same classes in both.")
     return parts

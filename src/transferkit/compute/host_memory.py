@@ -12,11 +12,10 @@ _SETTINGS = {
 
 
 def keep_freed_blocks() -> bool:
-    """Stop glibc from returning freed blocks over 128 KiB to the system at once, and return whether that worked.
+    """Stop glibc from returning freed blocks over 128 KiB at once, and return whether that worked.
 
-    Otherwise every step maps memory for its gradients and activations again and the kernel clears it page by page:
-    half the time of a step that trains a 4096-4096 head on a CPU (`benchmarks/host_memory.py`). The price: the process
-    keeps its peak memory until it ends.
+    On a CPU that is half the time of a step that trains a 4096-4096 head (`benchmarks/memory.py`). The price: the
+    process keeps its peak memory until it ends.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -25,10 +24,7 @@ def keep_freed_blocks() -> bool:
 
 
 def host_bytes() -> dict[str, int] | None:
-    """Return the current `"free"` and `"total"` host memory, in bytes; None on any system but Linux.
-
-    A container's limit counts as the total if it is lower.
-    """
+    """Return `"free"` and `"total"` memory of the host, or of a container with less, in bytes; None but under Linux."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None

@@ -31,8 +31,8 @@ def within_memory(
 ) -> tuple[_Result, int]:
     """Return the result of `run(size)`, halving the size until memory suffices, and the size that did.
 
-    `run` does the work, `what`, in parts of that many images; `undo` is called before each further try. Where memory
-    does not suffice for one image at a time, `OutOfMemoryError` is raised.
+    `run` does the work, `what`, in parts of that many images, and `undo` is called before each further try. Where one
+    image is too much, `OutOfMemoryError` is raised.
     """
     while True:
         try:
@@ -60,7 +60,9 @@ def within_memory(
 def reserve_state(optimizer: Optimizer, device: Device) -> None:
     """Raise `OutOfMemoryError` if there is no room for the state that an optimizer's first step creates."""
     fresh = [p for p in parameters_of(optimizer) if p.grad is not None and p not in optimizer.state]
-    copies = _count_copies(optimizer)
+    copies = 2  # tensors of a parameter's size: as many as Adam, for those that are not known
+    if type(optimizer) is torch.optim.SGD:
+        copies = int(any(group["momentum"] for group in optimizer.param_groups))
     try:
         [torch.empty_like(p) for p in fresh for _ in range(copies)]  # all at once, then freed
     except (RuntimeError, MemoryError) as error:
@@ -72,13 +74,6 @@ def reserve_state(optimizer: Optimizer, device: Device) -> None:
             f"({_memory(device)}). No weight was changed. Freeze more layers, use a smaller head, or "
             'optimizer="sgd", which needs half of that.'
         ) from error
-
-
-def _count_copies(optimizer: Optimizer) -> int:
-    """Return how many tensors of a parameter's size an optimizer keeps; for unknown ones, as many as Adam: 2."""
-    if type(optimizer) is torch.optim.SGD:
-        return int(any(group["momentum"] for group in optimizer.param_groups))
-    return 2
 
 
 def _memory(device: Device) -> str:

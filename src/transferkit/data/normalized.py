@@ -1,8 +1,8 @@
 """Whether float images were normalized as the weights expect, seen in their values.
 
-Pixels of 8 bits that were normalized lie on evenly spaced levels, 1/std apart and shifted by mean/std. That shows mean
-and standard deviation of each channel, unless the images were resized or changed as floats. Then the range is all there
-is to see. A right image is never refused; where the values leave it open, a warning says so.
+Pixels of 8 bits that were normalized lie on evenly spaced levels, 1/std apart and shifted by mean/std, unless they were
+resized or changed as floats; then the range is all there is to see. A right image is never refused; where the values
+leave it open, a warning says so.
 """
 
 import warnings
@@ -20,11 +20,7 @@ _ALIKE = 0.002  # conventions differ by more in the proportions of their standar
 
 
 def check_normalized(images: Tensor, preprocess: Preprocessing) -> None:
-    """Refuse float images whose values cannot come from a preprocessing; warn of those that hardly can.
-
-    They are float32 `(N, 3, H, W)`, on the host; infinite and NaN values are ignored. Images that were scaled to 0..1,
-    normalized by other means or standard deviations, or not at all are an `ImageError`.
-    """
+    """Refuse float32 images `(N, 3, H, W)`, on the host, that cannot come from preprocessing; warn of unlikely ones."""
     pixels = images.flatten(2)
     pixels = pixels[:, :, :: max(1, pixels.shape[2] // _SAMPLED)]
     mean, std = (torch.tensor(values).view(3, 1) for values in (preprocess.mean, preprocess.std))

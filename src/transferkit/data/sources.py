@@ -7,13 +7,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import sampler as samplers
 
-from transferkit.base.arrays import sha256_of, tensor_from_array
+from transferkit.base.arrays import sha256_of
 from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.data.columns import image_and_target, image_of
 from transferkit.data.images import as_image, as_images
@@ -23,11 +22,8 @@ from transferkit.data.targets import as_targets
 from transferkit.data.workers import read_in_workers
 from transferkit.errors import ArgumentError, EmptyDataError, ImageError, TargetError, TransferKitError
 
-Sizes = int | list[int]
-"""Images in a batch, or in each batch."""
-
-Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]
-"""Images, targets (empty, `(0,)`, if not requested) and the images' indices in the data set."""
+Sizes = int | list[int]  # images in a batch, or in each batch
+Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]  # images, targets, or none `(0,)`, and indices in the data set
 
 _SCANNED = 32  # images read at a time outside of epochs; a signal is checked between batches
 _NO_TARGETS = torch.empty(0, dtype=torch.int64)
@@ -45,14 +41,11 @@ class Source(Protocol):
     def batches(
         self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
     ) -> Iterator[Batch]:
-        """Yield each image once.
+        """Yield each image once; a `DataLoader` has batches of its own.
 
-        Args:
-            batch_size: Images in a batch, or in each batch; a `DataLoader` has its own.
-            seed: Seeds the random transforms of a data set; None raises `CacheError` where it draws random numbers.
-            order: Indices of the images, int64 `(N,)`; None keeps the order of the data set.
-            preprocess: What will be applied to the images. Those of a data set then come in no more pixels than it
-                needs; None gives them as they are.
+        `seed` seeds the random transforms of a data set; None raises `CacheError` where it draws random numbers.
+        `order` are indices of images, int64 `(N,)`; None keeps that of the data set. For `preprocess`, images come in
+        no more pixels than it needs.
         """
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
@@ -71,8 +64,7 @@ def epoch_order(num_images: int | None, seed: int, epoch: int) -> Tensor | None:
 
 
 def _in_batches(order: Tensor | None, num_images: int, batch_size: Sizes) -> Sequence[Tensor]:
-    batches: Sequence[Tensor] = torch.split(torch.arange(num_images) if order is None else order, batch_size)
-    return batches
+    return torch.split(torch.arange(num_images) if order is None else order, batch_size)
 
 
 class ArraySource:
@@ -109,7 +101,8 @@ class DatasetSource:
     def __init__(
         self, dataset: Any, classes: Sequence[str], *, num_workers: int, with_targets: bool, multi_label: bool = False
     ) -> None:
-        self.read_targets = partial(as_targets, num_classes=len(classes), multi_label=multi_label)
+        read_targets = partial(as_targets, num_classes=len(classes), multi_label=multi_label)
+        self.read_targets = read_targets if with_targets else None
         self.num_images = len(dataset)
         if self.num_images == 0:
             raise EmptyDataError(f"data is an empty {type(dataset).__name__}: expected 1 image or more.")
@@ -117,7 +110,7 @@ class DatasetSource:
         self.num_classes = len(classes)
         self.num_workers = num_workers
         listed = listed_targets(dataset) if with_targets else None
-        self.targets = None if listed is None else self.read_targets(_stack(listed, len(classes)))
+        self.targets = None if listed is None else read_targets(listed)
 
     def check_first(self) -> None:
         """Read the first sample, and one that a list beside the data calls out of range, so that these fail at once."""
@@ -127,24 +120,19 @@ class DatasetSource:
             labels = enumerate(listed)
             suspects += [row for row, label in labels if type(label) is int and not 0 <= label < self.num_classes][:1]
         for index in suspects:
-            self._collate([self.samples.for_input(_SMALLEST).read(index, 0)])
-
-    def _collate(self, samples: Sequence[Sample | TransferKitError]) -> Batch:
-        return _collate(samples, self.read_targets if self.samples.with_targets else None, self.num_classes)
+            _collate([self.samples.for_input(_SMALLEST).read(index, 0)], self.read_targets)
 
     def batches(
         self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
     ) -> Iterator[Batch]:
-        batches = _in_batches(order, self.num_images, batch_size)
-
-        def key(index: int) -> tuple[int, int | None]:
-            return index, None if seed is None else derive_seed(seed, index)
-
-        keys = [[key(index) for index in batch.tolist()] for batch in batches]
-        workers = 0 if order is not None and len(batches) == 1 else self.num_workers  # a few images that are looked at
+        keys = [
+            [(index, None if seed is None else derive_seed(seed, index)) for index in batch.tolist()]
+            for batch in _in_batches(order, self.num_images, batch_size)
+        ]
+        workers = 0 if order is not None and len(keys) == 1 else self.num_workers  # a few images that are looked at
         read = self.samples.for_input(preprocess)
         for samples in read_in_workers(read, keys, num_workers=workers, seed=seed or 0):
-            yield self._collate(samples)
+            yield _collate(samples, self.read_targets)
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
         return self.samples.why_not_repeatable(evenly_spaced(self.num_images, indices))
@@ -156,26 +144,20 @@ class DatasetSource:
         return torch.cat([targets for _, targets, _ in batches])
 
     def digest(self, indices: Tensor | None = None) -> str:
-        tensors = {
-            "targets": _NO_TARGETS if self.targets is None else self.targets,
-            "indices": _NO_TARGETS if indices is None else indices,
-        }
+        tensors = {"targets": self.targets, "indices": indices}
         if self.why_not_repeatable(indices) is None:
             for index in evenly_spaced(self.num_images, indices):
-                image, target, _ = self.samples.read(index, 0)
-                tensors |= {f"image {index}": image, f"target {index}": self.read_targets([target])}
-        return sha256_of(tensors)
+                image, target, _ = _collate([self.samples.read(index, 0)], self.read_targets)
+                tensors |= {f"image {index}": image[0], f"target {index}": target}
+        return sha256_of({name: _NO_TARGETS if value is None else value for name, value in tensors.items()})
 
-    def failures(self) -> Generator[tuple[int, dict[int, str]], None, None]:
-        """Read every sample; after each batch, yield the number read so far and the failures in it, by index."""
-        read = 0
+    def failures(self) -> Generator[list[str | None], None, None]:
+        """Read every sample; of each batch of them, yield why each cannot be used, or None if it can."""
         indices = [batch.tolist() for batch in _in_batches(None, self.num_images, _SCANNED)]
         keys: list[list[tuple[int, int | None]]] = [[(index, 0) for index in batch] for batch in indices]
         read_small = self.samples.for_input(_SMALLEST)
         for batch in read_in_workers(read_small, keys, num_workers=self.num_workers, seed=0):
-            failed = {read + row: sample for row, sample in enumerate(batch) if isinstance(sample, TransferKitError)}
-            read += len(batch)
-            yield read, {index: str(error).removesuffix(SKIP_HINT) for index, error in failed.items()}
+            yield [str(s).removesuffix(SKIP_HINT) if isinstance(s, TransferKitError) else None for s in batch]
 
 
 class LoaderSource:
@@ -185,17 +167,17 @@ class LoaderSource:
         self, loader: "DataLoader[Any]", classes: Sequence[str], *, with_targets: bool, multi_label: bool = False
     ) -> None:
         self.loader = loader
-        self.read_targets = partial(as_targets, num_classes=len(classes), multi_label=multi_label)
-        self.with_targets = with_targets
-        self.num_classes = len(classes)
+        read_targets = partial(as_targets, num_classes=len(classes), multi_label=multi_label)
+        self.read_targets = read_targets if with_targets else None
         self.num_images: int | None = None
         self.length = None
-        if hasattr(loader.dataset, "__len__"):
+        dataset: Any = loader.dataset
+        if hasattr(dataset, "__len__"):
             with suppress(TypeError):  # a sampler without a length
                 self.length = len(loader)
         if self.length == 0:
             raise EmptyDataError(
-                f"the DataLoader makes 0 batches: {len(loader.dataset)} images, "  # type: ignore[arg-type]
+                f"the DataLoader makes 0 batches: {len(dataset)} images, "
                 f"batch_size {loader.batch_size}, drop_last={loader.drop_last}. Expected 1 batch or more."
             )
 
@@ -203,15 +185,15 @@ class LoaderSource:
         first = 0
         for number, batch in enumerate(_made_by(self.loader)):
             what = f"batch {number} of the DataLoader"
-            images, targets = image_and_target(batch, what) if self.with_targets else (image_of(batch), None)
+            images, targets = (image_of(batch), None) if self.read_targets is None else image_and_target(batch, what)
             indices = list(range(first, first + len(images)))
             if isinstance(images, list | tuple):  # of different sizes, by the user's own collate_fn
                 read = [as_image(image, index) for image, index in zip(images, indices, strict=True)]
                 labels = [None] * len(read) if targets is None else targets
                 samples = list(zip(read, labels, indices, strict=True))
-                yield _collate(samples, self.read_targets if self.with_targets else None, self.num_classes)
+                yield _collate(samples, self.read_targets)
             else:
-                labels = self.read_targets(targets, indices=indices) if self.with_targets else _NO_TARGETS
+                labels = _NO_TARGETS if self.read_targets is None else self.read_targets(targets, indices=indices)
                 yield as_images(images), labels, indices
             first += len(images)
         if first == 0:
@@ -236,7 +218,7 @@ def _made_by(loader: "DataLoader[Any]") -> Iterator[Any]:
         yield from loader
     except TransferKitError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a user's data set, collate_fn and workers raise
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         cause = lines[-1] if "Original Traceback" in str(error) else f"{type(error).__name__}: {lines[0]}"
         size = "" if loader.batch_size is None else f" and batch_size={loader.batch_size}"
@@ -271,9 +253,7 @@ def check_order(loader: "DataLoader[Any]") -> None:
         warnings.warn(f"{own}: predictions come in its order, which may not be that of the data set.", stacklevel=2)
 
 
-def _collate(
-    samples: Sequence[Sample | TransferKitError], read_targets: Callable[..., Tensor] | None, num_classes: int
-) -> Batch:
+def _collate(samples: Sequence[Sample | TransferKitError], read_targets: Callable[..., Tensor] | None) -> Batch:
     if failed := [sample for sample in samples if isinstance(sample, TransferKitError)]:
         raise failed[0]
     images, targets, indices = map(list, zip(*samples, strict=True))
@@ -282,26 +262,8 @@ def _collate(
     same_size = len({image.shape for image in images}) == 1
     if not same_size and images[0].is_floating_point():
         raise ImageError(f"images {indices} are preprocessed (float) but differ in size: expected one size.")
-    labels = _NO_TARGETS
-    if read_targets is not None:
-        labels = read_targets(_stack(targets, num_classes, indices), indices=indices)
+    labels = _NO_TARGETS if read_targets is None else read_targets(targets, indices=indices)
     return torch.stack(images) if same_size else images, labels, indices
-
-
-def _stack(targets: Any, num_classes: int, indices: Sequence[int] | None = None) -> Tensor:
-    """Return the targets of images as one tensor."""
-    try:
-        if isinstance(targets, np.ndarray):
-            return tensor_from_array(targets)
-        if isinstance(targets, Tensor) or all(type(target) is int for target in targets):
-            return torch.as_tensor(targets)
-        return torch.stack([torch.as_tensor(target) for target in targets])
-    except (TypeError, ValueError, RuntimeError) as error:  # class names, or rows of different lengths
-        raise TargetError(
-            f"targets of {'all images' if indices is None else f'images {indices}'} do not form a batch ({error}): "
-            f"expected class indices 0 to {num_classes - 1}, or rows of {num_classes}; got {targets[0]!r} for the "
-            "first."
-        ) from error
 
 
 class SubsetSource:

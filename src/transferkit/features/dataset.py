@@ -24,7 +24,7 @@ from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError
 from transferkit.features.cache import FeatureCache, open_folder
 from transferkit.features.chunks import CachedFeatures
-from transferkit.features.feed import Feed, Frozen
+from transferkit.features.feed import Feed
 from transferkit.model.head import TransferModel, check_float32
 
 
@@ -95,7 +95,7 @@ def cache_features(
         seed: The views depend on it.
         device: As in `Trainer`.
         precision: As in `Trainer`.
-        num_workers: Processes that read a `Dataset`.
+        num_workers: As in `Trainer.fit`.
         verbose: As in `Trainer.fit`.
 
     Raises:
@@ -146,5 +146,6 @@ def features_of(
         digest = zlib.crc32(b"".join(raw_bytes(value) for value in model.backbone.state_dict().values()))
         check_same({"images": source.num_images, "data": source.digest(), "backbone": digest}, "the features")
     inputs = Inputs(source, model.backbone.preprocess, device, transform, seed)
-    frozen = Frozen(device.prepare(model), device)
-    return Feed(inputs, frozen, cache, mode=True, num_views=num_views, what="given", display=display).features()
+    model = device.prepare(model)
+    feed = Feed(inputs=inputs, model=model, cache=cache, mode=True, num_views=num_views, what="given", display=display)
+    return feed.features()

@@ -50,7 +50,7 @@ class WithPreprocessing(nn.Module):
             raise ArgumentError(f"model is a {type(model).__name__}: {expected}")
         # plain strides: torch.export.save warns of channels-last weights as if they were parts of others
         self.model: TransferModel = copy.deepcopy(model)
-        self.model.to("cpu", torch.float32, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.model.to("cpu", torch.float32, memory_format=torch.contiguous_format)  # type: ignore[call-overload] # not in stubs
         if unknown and model.novelty is None:
             raise ArgumentError("the model has not learnt which images are known: call trainer.learn_known first.")
         self.novelty = self.model.novelty if unknown else None
@@ -63,10 +63,8 @@ class WithPreprocessing(nn.Module):
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return the probability of each class, float32 `(N, K)`, for raw images, uint8 `(N, 3, H, W)`.
 
-        With `unknown`, return also how unlike the training images each is, float32 `(N,)`: above 0 it is unknown.
-
-        Raises:
-            ImageError: Another shape or number type.
+        With `unknown`, return also how unlike the training images each is, float32 `(N,)`: above 0 it is unknown. Any
+        other shape or number type is an `ImageError`.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ImageError(

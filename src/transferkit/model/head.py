@@ -5,7 +5,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,25 +30,19 @@ _DEPENDS_ON_MODE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutN
 
 
 class Standardize(nn.Module):
-    """Subtracts a mean from each feature and divides by a standard deviation, float32 `(D,)`, of `num_images` images.
+    """Subtracts the mean of each feature of `num_images` images and divides by its standard deviation, float32 `(D,)`.
 
-    Features of one kind are the means, or the maxima, of one layer's channels. What varies less than their median is
-    divided by that: it must not drown the others in an image where it does vary. `Trainer` measures both before its
-    first step; training does not change them.
+    `Trainer` measures both before its first step; training does not change them. What varies less than the median of
+    its kind, such as the means of one layer, is divided by that, not to drown the others where it does vary.
     """
-
-    mean: Tensor
-    std: Tensor
-    num_images: Tensor
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(num_features))
-        self.register_buffer("std", torch.ones(num_features))
-        self.register_buffer("num_images", torch.zeros((), dtype=torch.int64))
+        self.mean = nn.Buffer(torch.zeros(num_features))
+        self.std = nn.Buffer(torch.ones(num_features))
+        self.num_images = nn.Buffer(torch.zeros((), dtype=torch.int64))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return standardised features, of the shape `(N, D)` that they have."""
         return (features - self.mean) / self.std
 
 
@@ -110,8 +104,7 @@ class TransferModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits `(N, len(classes))` of preprocessed images, float `(N, 3, H, W)`."""
         features = self.backbone(images, self.pools) if self.pools else self.backbone(images)
-        logits: Tensor = self.head(features)
-        return logits
+        return cast("Tensor", self.head(features))
 
     def split(self) -> tuple[Layers, Layers]:
         """Return prefix and suffix, split where training begins: `suffix(prefix(x))` equals `model(x)`.
@@ -130,7 +123,10 @@ class TransferModel(nn.Module):
         """
         layers = Layers([*self.backbone.features, self.head], self.pools)
         frozen = 0
-        while frozen < len(layers) and _is_frozen(layers[frozen]):
+        for layer in layers:
+            drawn = any(part.training for part in layer.modules() if isinstance(part, _DEPENDS_ON_MODE))
+            if drawn or any(parameter.requires_grad for parameter in layer.parameters()):
+                break
             frozen += 1
         return layers[:frozen], layers[frozen:]
 
@@ -175,9 +171,6 @@ def attach_head(
         >>> from transferkit import load_backbone
         >>> attach_head(load_backbone(weights=None), ["cat", "dog"]).head.logits.in_features  # 2 * (256 + 512 + 512)
         2560
-        >>> recipe = attach_head(load_backbone(weights=None), 10, hidden=(4096, 4096), pooling="flatten")
-        >>> recipe.head.fc1.in_features  # 512 * 7 * 7
-        25088
     """
     if not isinstance(backbone, Backbone):
         raise HeadMismatchError(
@@ -290,17 +283,13 @@ def check_float32(model: nn.Module, *, trains: bool) -> None:
 
 
 def check_head(model: TransferModel) -> None:
-    """Run a head, if it or the image size is new, on zeros, in both modes, and put everything back that this changes.
-
-    One that does not take the backbone's features, or does not return logits, one for each class, is a
-    `HeadMismatchError`.
-    """
+    """Raise `HeadMismatchError` for a head that makes no logits of the backbone's features; remember a good one."""
     if model.fits == (model.head, model.backbone.image_size):
         return
     head, shape, num_classes = model.head, _feature_shape(model.backbone, model.pools), len(model.classes)
     features = torch.zeros(2, *shape, device=next(model.parameters()).device)
     buffers = {name: buffer.clone() for name, buffer in head.named_buffers() if not is_lazy(buffer)}
-    try:
+    try:  # everything that this changes is put back
         with modes_kept(head), seeded(0, features.device):
             outputs = [head.train(mode)(features) for mode in (True, False)]
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, MemoryError) as error:
@@ -335,8 +324,3 @@ def check_head(model: TransferModel) -> None:
             "or sigmoid at its end."
         )
     model.fits = (head, model.backbone.image_size)
-
-
-def _is_frozen(layer: nn.Module) -> bool:
-    trains = any(parameter.requires_grad for parameter in layer.parameters())
-    return not trains and not any(m.training for m in layer.modules() if isinstance(m, _DEPENDS_ON_MODE))

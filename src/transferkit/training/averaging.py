@@ -87,11 +87,7 @@ class WeightAverage:
         return {**self._average, "steps": torch.tensor(self._steps)}
 
     def load(self, state: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
-        """Take over what `state` returned in another process; `live` are the model's weights.
-
-        Raises:
-            CheckpointError: When it does not fit.
-        """
+        """Take over what `state` returned in another process; a `CheckpointError` if it does not fit `live` weights."""
         average = {name: value for name, value in state.items() if name != "steps"}
         faults = differences({name: live[name] for name in average if name in live}, average, same_width=True)
         if faults or "steps" not in state:

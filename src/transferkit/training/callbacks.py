@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from transferkit.base.arguments import not_negative, whole_number
+from transferkit.base.arguments import positive, whole_number
 from transferkit.base.calls import explained
 from transferkit.errors import ArgumentError, close_matches
 from transferkit.model.freezing import freeze_until, parameters_from
@@ -48,7 +48,7 @@ class EarlyStopping:
             )
         self.monitor = monitor
         self.patience = whole_number("patience", patience)
-        self.min_delta = not_negative("min_delta", min_delta)
+        self.min_delta = positive("min_delta", min_delta, or_zero=True)
 
     def before_run(self, trainer: Any, *, validated: bool) -> None:
         """Refuse to watch what is not measured, before the first step."""

@@ -130,9 +130,7 @@ class Checkpoint:
             return steps_in(self.folder)
         return []
 
-    def on_stop(self, trainer: Any) -> Path | None:
-        """Save a run that something ends early; return the file's path, None if that failed."""
-        return self.try_to_save(trainer)
+    on_stop = try_to_save
 
     def after_run(self) -> None:
         """Raise what the last save failed with, if it did."""
@@ -142,8 +140,7 @@ class Checkpoint:
     def before_first_step(self, global_step: int, *, resumed_from: Path | None) -> None:
         """Refuse, with `ArgumentError`, a folder that another process saves to, or with states of a longer run.
 
-        Those would be taken for this run's. `resumed_from` is the checkpoint that the run resumes after `global_step`
-        steps: its folder may hold later states of the same run.
+        The folder of the checkpoint that the run resumes may hold later states of the same run.
         """
         if rank():
             return
@@ -154,9 +151,8 @@ class Checkpoint:
             raise ArgumentError(f"another process saves its run to {self.folder}: name another folder.") from error
         states = self._states()
         self._known = set(states)
-        if resumed_from is not None and self.folder.resolve() == resumed_from.parent.resolve():
-            return
-        if states and _step(states[-1]) > global_step:
+        same = resumed_from is not None and self.folder.resolve() == resumed_from.parent.resolve()
+        if not same and states and _step(states[-1]) > global_step:
             raise ArgumentError(
                 f"{self.folder} holds the checkpoints of another run, up to {states[-1].name}: continue that run, "
                 f"fit(resume_from={str(self.folder)!r}), or name another folder."

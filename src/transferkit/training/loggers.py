@@ -80,8 +80,7 @@ class CSVLogger:
             return
         reports = (trainer.history or History()).reports
         with going_on("CSVLogger", self.path):
-            rows = self._earlier_rows(reports)
-            rows += [vars(one) for one in reports]
+            rows = self._earlier_rows(reports) + [vars(one) for one in reports]
             text = io.StringIO(newline="")
             columns = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
             writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
@@ -104,8 +103,7 @@ class CSVLogger:
         return [row for row in rows if int(row["epoch"]) < first.epoch]
 
     def _read(self) -> list[dict[str, Any]]:
-        found = kind_of(self.path)
-        if found == "nothing":
+        if kind_of(self.path) == "nothing":
             return []
         try:
             with open_file(self.path) as file:

@@ -15,14 +15,9 @@ RESERVED = ("loss", "accuracy", "epoch", "epoch_s", "lr", "skipped")  # figures 
 
 
 class Sums:
-    """Loss and accuracy of many batches, added up on the device and read once.
+    """Loss and accuracy of many batches, added up on the device and read once; with `keep_outputs`, for metrics, more.
 
-    Attributes:
-        loss: Sum of the losses of all images, float32 `()`.
-        correct: Sum of `count_correct` over all batches, float64 `()` (float32 on MPS, which has no float64).
-        count: Number of images.
-        keep_outputs: Whether logits and targets of every batch are kept, for metrics.
-        outputs: They.
+    They are the sum of all images' losses, the sum of `count_correct`, the number of images, and logits and targets.
     """
 
     def __init__(self, device: torch.device, *, keep_outputs: bool = False) -> None:
@@ -78,9 +73,6 @@ def check_metrics(metrics: object) -> dict[str, Any]:
 
     In a sequence instead of a mapping, functions go by their own names, and `"loss"` and `"accuracy"`, which are always
     measured, may be among them. None is no metric.
-
-    Raises:
-        ArgumentError: When a name is taken or cannot be a Python name, or a metric is neither function nor object.
     """
     if metrics is None:
         return {}
@@ -109,12 +101,9 @@ def check_metrics(metrics: object) -> dict[str, Any]:
 def measure(
     metrics: Mapping[str, Any], outputs: list[tuple[Tensor, Tensor]], threshold: float | None
 ) -> dict[str, float]:
-    """Return each metric over all outputs, logits and targets of each batch, by name.
+    """Return each metric by name, over all outputs: the logits and targets of each batch.
 
     Metrics get probabilities, float32 `(N, K)`, and targets, on the CPU.
-
-    Raises:
-        ArgumentError: When a metric returns something else than a number.
     """
     if not metrics or not outputs:
         return dict.fromkeys(metrics, math.nan)
