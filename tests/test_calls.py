@@ -192,7 +192,7 @@ def test_the_epoch_put_back_and_a_finished_run_are_told(trainer, capsys, tmp_pat
         DATA, validation_data=DATA, epochs=4, lr=50.0, callbacks=[tk.Checkpoint(folder)], resume_from=folder
     )
     assert history.best_epoch < 3
-    assert f"the weights of epoch {history.best_epoch + 1}, the best, are back" in capsys.readouterr().out
+    assert f"restored the weights of epoch {history.best_epoch + 1}, the best" in capsys.readouterr().out
     other = make_trainer(make_model(make_backbone(), "head"))
     other.fit(DATA, validation_data=DATA, epochs=4, lr=50.0, callbacks=[tk.Checkpoint(folder)], resume_from=folder)
     assert "nothing to train: this run ended after epoch 4 of 4" in capsys.readouterr().out

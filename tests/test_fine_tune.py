@@ -100,7 +100,7 @@ def test_choices_of_the_user_are_kept(capsys):
     """Learning rate, epochs, batch size and the first layer that trains are those given."""
     rates = {"head": 1e-3, "backbone": 2e-3}
     trainer = fine_tune(lr=rates, epochs=2, batch_size=13, freeze_until="block3_conv1", verbose=2)
-    assert "From block3_conv1 on, 2 epochs" in capsys.readouterr().out
+    assert "2 epochs of training from block3_conv1 on" in capsys.readouterr().out
     assert [group["base_lr"] for group in trainer.optimizer.param_groups] == [2e-3] * 5 + [1e-3]
     assert len(trainer.history.reports) == 2
     assert trainer.global_step == 2 * 5  # 65 images, since 7 are held out
@@ -156,7 +156,7 @@ def test_a_run_that_broke_is_continued_as_if_it_had_not(tmp_path):
 def test_the_second_run_is_continued_as_well(tmp_path, capsys):
     """After an error in the run on all images, the same call gives the bits of an undisturbed one."""
     whole = train_twice(verbose=2)
-    assert "once more on all 150 images" in capsys.readouterr().out
+    assert "training again on all 150 images" in capsys.readouterr().out
     calls = []
 
     def break_down(_probabilities: object, _targets: object) -> float:
@@ -219,7 +219,7 @@ def test_a_plan_made_by_the_clock_is_kept(tmp_path, capsys):
     folder = tmp_path / "run"
     fine_tune(folder=folder, epochs=2, freeze_until="block5")
     fine_tune(folder=folder, epochs=None, freeze_until="auto", budget=1e4, verbose=2)
-    assert "From block5 on, 2 epochs" in capsys.readouterr().out
+    assert "2 epochs of training from block5" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("budget", [None, 1e9])
@@ -227,7 +227,7 @@ def test_minutes_are_announced_where_no_budget_limits_them(monkeypatch, capsys, 
     """Who has set no budget is told, before training, that it takes minutes and how to end it sooner."""
     monkeypatch.setattr(fine_tuning, "_STEP_PASSES", 1e9)  # any training takes hours
     fine_tune(budget=budget, epochs=3, verbose=1)
-    assert ("budget= ends it sooner" in capsys.readouterr().out) == (budget is None)
+    assert ("budget= or Ctrl-C ends it sooner" in capsys.readouterr().out) == (budget is None)
 
 
 @pytest.mark.parametrize("other", [{"epochs": 4}, {"freeze_until": "block4"}])

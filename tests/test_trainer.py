@@ -225,7 +225,7 @@ def test_warm_up_comes_first(model, data):
 def test_schedule_without_length_is_refused_before_a_step(model, data, call):
     """A schedule that needs the number of steps is refused at the call where a loader does not tell."""
     trainer = make_trainer(model, schedule="cosine")
-    with pytest.raises(ArgumentError, match=r"needs the number of steps, which a DataLoader without length does not"):
+    with pytest.raises(ArgumentError, match=r"needs the number of steps, but the DataLoader has no length"):
         getattr(trainer, call)(DataLoader(Stream(data), batch_size=8))
     assert trainer.global_step == 0
 

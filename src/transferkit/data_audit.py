@@ -65,7 +65,7 @@ class Finding:
     Attributes:
         kind: A key of `KINDS`.
         index: Of the image, in the training data; of a leak, in the validation data.
-        path: Of its file, if the data lists files.
+        path: Its file, if the data lists files.
         label: Name of its class.
         score: How strong the finding is; the findings of a kind are sorted by it. Of a label, its probability; of a
             copy, the difference in contrast; else robust standard deviations from the median.
@@ -90,9 +90,9 @@ class Audit:
 
     Attributes:
         findings: All of them, in the order of `KINDS`.
-        assessment: What the solved head made of each training image in the fold that left it out. Its
+        assessment: Each training image's prediction by the head that did not see it. Its
             `confusion_matrix()` tells which classes are mixed up.
-        precision: Of the check: fraction of labels exchanged on purpose among as many that looked worst.
+        precision: Fraction of changed labels found when some were changed on purpose, among as many worst-looking ones.
         sources: The training and the validation images, for pictures.
     """
 
@@ -107,7 +107,7 @@ class Audit:
         return [finding for finding in self.findings if finding.kind == kind]
 
     def to_csv(self, path: str | PathLike[str]) -> None:
-        """Write all findings to a file, a line each, with a header."""
+        """Write all findings to a file with a header, one per line."""
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow([column.name for column in fields(Finding)])
@@ -162,21 +162,21 @@ def audit(
 ) -> Audit:
     """Find labels that are likely wrong, copies, leaks and images unlike the rest. Nothing is trained or changed.
 
-    A head is solved on the features of a frozen backbone, four times, each time without a quarter of the images. A
-    label is likely wrong where the head that did not see the image finds it as improbable as labels that were exchanged
-    on purpose. Copies are found by thumbnails, outliers by their nearest neighbours among the features.
+    Four heads are solved on the features of a frozen backbone, each without a quarter of the images. A label is likely
+    wrong if the head that did not see the image finds it as improbable as labels that were changed on purpose. Copies
+    are found by thumbnails, outliers by their nearest neighbors among the features.
 
     Args:
         backbone: From `load_backbone`, or `trainer.model.backbone`.
         data: The training images, as in `Trainer.fit`, but no `DataLoader`.
-        validation_data: Images that should not be among the training images.
+        validation_data: Images that must not be among the training images.
         classes: The class names or their number; None takes them from the data.
         layers: As in `attach_head`.
         device: As in `Trainer`.
         precision: As in `Trainer`.
-        cache: A folder for files of features, or a trainer on `device` whose cached features are used; None keeps them
+        cache: A folder for feature files, or a trainer on `device` whose cached features are used; None keeps them
             in memory.
-        seed: The folds depend on it.
+        seed: Determines the folds.
         num_workers: Processes that read a `Dataset`.
         verbose: As in `Trainer.fit`.
 
@@ -191,7 +191,7 @@ def audit(
         >>> backbone = load_backbone("vgg11", weights=None, image_size=32)
         >>> found = audit(backbone, (images, torch.arange(16) % 2), verbose=0)
         >>> [(copy.index, copy.detail) for copy in found.of("duplicate")]
-        [(7, 'mirror image of image 2, labelled 0')]
+        [(7, 'mirror image of image 2, labeled 0')]
 
     References:
         Northcutt, Athalye and Mueller, 2021, "Pervasive Label Errors in Test Sets", arXiv:2103.14749.
@@ -278,7 +278,7 @@ class _Images:
             same = "mirror image of" if copy.mirrored else "nearly the same as" if copy.difference else "same pixels as"
             detail = f"{same} {path or f'image {copy.of}'}"
             if label != self.label(copy.index):
-                detail += f", labelled {label}"
+                detail += f", labeled {label}"
             found.append(self.finding(kind, copy.index, copy.difference, detail, other=copy.of, other_path=path))
         return found
 
@@ -329,7 +329,7 @@ def outlyingness(table: Table, solved: LinearHead) -> Tensor:
 def _of_other_brightness(images: _Images) -> list[Finding]:
     light = images.small.flatten(1).mean(dim=1).double()
     if images.raw:
-        light = ((light + 0.5) / 256).logit()  # black and white are as far from grey as they look
+        light = ((light + 0.5) / 256).logit()  # black and white are as far from gray as they look
     scores = unlike(light, spread=0.2)
     return images.unlike("brightness", scores, lambda i: f"much {'brighter' if scores[i] > 0 else 'darker'} than most")
 

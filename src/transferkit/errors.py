@@ -127,7 +127,7 @@ def printable(text: str) -> str:
 
 
 def close_matches(name: object, known: Iterable[str]) -> str:
-    """Return a sentence with the names in `known` closest to a misspelt `name`, or with the first twelve."""
+    """Return a sentence with the names in `known` closest to a misspelled `name`, or with the first twelve."""
     names = list(known)
     close = difflib.get_close_matches(str(name), names, n=4, cutoff=0.55)
     if close:

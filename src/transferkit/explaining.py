@@ -30,21 +30,20 @@ from transferkit.training.step import evaluation_step
 def explain(
     trainer: Trainer, images: object, classes: object = None, *, batch_size: int | None = None, num_workers: int = 0
 ) -> npt.NDArray[np.float32]:
-    """Return how much each place of an image speaks for a class, float32 `(N, image_size, image_size)`.
+    """Return how much each pixel adds to a class's logit, float32 `(N, image_size, image_size)`.
 
-    The numbers of a map sum to the class's logit: positive where the image speaks for it, negative where against. With
-    a linear head, as `attach_head` makes it, each place has exactly its part. With hidden layers the parts hold for
-    small changes.
+    A map sums to the class's logit: positive values speak for the class, negative ones against it. The values are
+    exact for a linear head, the default of `attach_head`. With hidden layers they are a first-order approximation.
 
     Args:
-        trainer: Whose model is asked.
-        images: As in `Trainer.predict_proba`. The maps lie over what the model sees: the middle square, resized.
-        classes: A class name or index for each image, or one for all; None takes each image's most probable class.
+        trainer: Has the model to explain.
+        images: As in `Trainer.predict_proba`. A map covers the image as the model sees it: cropped and resized.
+        classes: A class name or index for each image, or one for all; None is each image's most probable class.
         batch_size: 32 if None.
         num_workers: Processes that read a `Dataset`.
 
     Raises:
-        ArgumentError: When a class is unknown, or there are not as many as images.
+        ArgumentError: When a class is unknown, or the number of classes is not that of the images.
         ImageError: As in `Trainer.predict_proba`.
 
     Example:
@@ -71,7 +70,7 @@ def explain(
             with device.autocast():
                 maps.append(activation_maps(model, inputs, own.to(inputs.device)).cpu())
     if wanted is not None and wanted.ndim and seen != len(wanted):
-        raise ArgumentError(f"{len(wanted)} classes for another number of images: expected one for each image.")
+        raise ArgumentError(f"{len(wanted)} classes do not match the number of images: expected one for each image.")
     return torch.cat(maps).numpy()
 
 
@@ -164,10 +163,10 @@ def _overlay(image: npt.NDArray[np.uint8], places: npt.NDArray[np.float32]) -> n
 def show_batch(
     data: object, classes: Sequence[str] | None = None, *, num_images: int = 12, ax: Axes | None = None
 ) -> Figure:
-    """Show images drawn from labelled data with the names of their classes, before anything trains.
+    """Show images drawn from labeled data with the names of their classes, before anything trains.
 
-    The data is as in `Trainer.fit`, but no `DataLoader`; it is always the same images that are drawn from it, on `ax`,
-    or on a new figure. `classes` are the class names; None takes them from the data.
+    The data is as in `Trainer.fit`, but no `DataLoader`. It always shows the same images, on `ax` or on a new figure.
+    `classes` are the class names; None takes them from the data.
 
     Raises:
         ArgumentError: When the classes are not known, or `num_images` is below 1.
@@ -193,7 +192,7 @@ def nearest_images(
     """Return the training images that are most like each image, for this model.
 
     Args:
-        trainer: By whose features images are compared, standardised.
+        trainer: Its model's standardized features are compared.
         data: The training images, as in `Trainer.fit`.
         images: As in `Trainer.predict_proba`.
         count: 1 to the number of training images.

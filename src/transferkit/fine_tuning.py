@@ -113,25 +113,25 @@ def fine_tune(
     num_workers: int = 0,
     verbose: int = 1,
 ) -> Trainer:
-    """Go from a backbone and labelled images to the best model that the time allows.
+    """Train the best model that the time allows, from a backbone and labeled images.
 
     1. With everything frozen, the head is solved to its optimum on cached features; cross-validation chooses its
        penalty.
-    2. Where there are 20 images of a class or more and time for it, the last two blocks, or the last one, are trained
-       together with the head from there: Adam, a warm-up, a cosine, cached random views, a moving average of the
-       weights. A tenth of the images, or the validation data, is held out, and tells whether that was better. If it
-       was, and there is time, all images are trained on once more, and the mean of both runs' weights remains. If it
-       was not, the solved head stays, fitted to all images.
+    2. With 20 or more images per class and enough time, the last two blocks, or the last one, train with the head
+       from there: Adam, a warm-up, a cosine, cached random views, a moving average of the weights. Held-out images, the
+       validation data or a tenth of the images, compare both models. If training was better and time is left, a
+       second run trains on all images, and the model is the mean of both runs' weights. If it was not better, the
+       solved head stays, fitted to all images.
     3. A temperature makes the probabilities honest.
 
-    Each choice can be made by hand. Ctrl-C during the second part ends it, and the best model so far is returned.
+    Each choice is an argument. Ctrl-C ends the second part, and the best model so far is returned.
 
     Args:
         backbone: From `load_backbone`; it becomes part of the model.
         data: As in `Trainer.fit`, but no `DataLoader` that shuffles.
         validation_data: Held-out images; None holds out a tenth of `data`.
-        budget: Seconds that all of it may take; training ends between two epochs. None decides by the number of images,
-            so that a run depends on the seed alone: 12 epochs for up to 4,000 images, fewer for more.
+        budget: Seconds for everything; training ends between two epochs. None decides by the number of images, so a run
+            depends only on the seed: 12 epochs for up to 4,000 images, fewer for more.
         classes: The class names or their number; None takes them from the data.
         layers: As in `attach_head`.
         freeze_until: The first layer that trains: `"head"` solves the head and ends; None trains everything. `"auto"`
@@ -147,7 +147,7 @@ def fine_tune(
         device: As in `Trainer`.
         precision: As in `Trainer`.
         cache: As in `Trainer`.
-        seed: Everything random depends on it.
+        seed: Determines everything random.
         on_bad_image: As in `Trainer.fit`.
         num_workers: Processes that read a `Dataset`.
         verbose: As in `Trainer.fit`.
@@ -219,7 +219,7 @@ def fine_tune(
             trainer.solve(every, augment=augment, n_views=views, verbose=verbose)
         elif train is not every:
             trainer.solve(every, l2=None if left > solver_s else solved.l2, verbose=verbose)
-    display.say(f"{clock() - started:.0f} s in all; temperature {model.temperature:.2f}")
+    display.say(f"{clock() - started:.0f} s in total; temperature {model.temperature:.2f}")
     return trainer
 
 
@@ -236,7 +236,7 @@ class _Job:
         augment: As in `Trainer.fit`.
         end: When it must be over, by `time.perf_counter`.
         image_s: Seconds that all frozen layers took for an image.
-        folder: Of the checkpoints.
+        folder: For the checkpoints.
         display: Shows what is done.
     """
 
@@ -278,12 +278,12 @@ class _Job:
         trainer.calibrate(self.held_out)  # as the trained model will be: the losses of both are compared
         before = validate(trainer.training, self.held_out)
         self.display.say(
-            f"solved head: accuracy {before['accuracy']:.4f} on {self.held_out.num_images:,} held-out images. From "
-            f"{plan.boundary or 'the first layer'} on, {plan.epochs} epochs of training follow"
+            f"solved head: accuracy {before['accuracy']:.4f} on {self.held_out.num_images:,} held-out images. Next: "
+            f"{plan.epochs} epochs of training from {plan.boundary or 'the first layer'} on"
         )
         freeze(model, plan.boundary)
         if self.end == math.inf and (minutes := self._seconds(plan) / 60) > 2:
-            self.display.say(f"this may take {minutes:.0f} minutes: budget= ends it sooner, Ctrl-C too")
+            self.display.say(f"this may take {minutes:.0f} minutes; budget= or Ctrl-C ends it sooner")
         if self.folder is not None and rank() == 0:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             (Path(self.folder) / PLAN).write_text(json.dumps(asdict(plan)))
@@ -309,7 +309,7 @@ class _Job:
         more = (self.every.num_images or 0) / (self.train_source.num_images or 1)
         if more * seconds > _SPARE * (self.end - clock()):
             return
-        self.display.say(f"once more on all {self.every.num_images:,} images; the mean of both runs' weights remains")
+        self.display.say(f"training again on all {self.every.num_images:,} images, then averaging both runs' weights")
         first = BestWeights(model)
         first.take()
         history, temperature = trainer.history, model.temperature
@@ -350,7 +350,7 @@ class _Job:
                 verbose=self.display.verbose,
             )
         except KeyboardInterrupt:
-            self.display.say("interrupted: the best model so far")
+            self.display.say("interrupted: kept the best model so far")
         return self.trainer.epoch == first + plan.epochs, clock() - started
 
     def _seconds(self, plan: _Plan) -> float:

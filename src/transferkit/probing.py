@@ -90,7 +90,7 @@ class Probe:
 
     Attributes:
         scores: Each block alone, then the last ones together, for each image size.
-        feature_seconds: What it took to compute the features, by image size.
+        feature_seconds: Seconds to compute the features, by image size.
 
     Example:
         >>> scores = [ProbeScore(("block4",), 64, 0.71, 0.01, 0.9, 0.1, 0.5)]
@@ -110,7 +110,7 @@ class Probe:
 
     @property
     def best(self) -> ProbeScore:
-        """The score with the lowest loss on held-out images, which tells more than their accuracy."""
+        """The score with the lowest loss on held-out images, which is less noisy than accuracy."""
         return min(self.scores, key=lambda score: (math.isnan(score.loss), score.loss))
 
     def __str__(self) -> str:
@@ -154,12 +154,11 @@ def probe(
 ) -> Probe:
     """Score the pooled features of each block, alone and together, by cross-validation of a solved linear head.
 
-    One pass over the images computes the features of all blocks. The scores tell which layers a head should take, and
-    from which block on training has something to gain: blocks behind the best single one are too much those of
-    ImageNet.
+    One pass over the images computes the features of all blocks. The scores show which layers a head should take.
+    Blocks after the best single one are too specific to ImageNet; training them can help.
 
     Args:
-        backbone: From `load_backbone`; it is copied, and left as it is.
+        backbone: From `load_backbone`; a copy is used.
         data: As in `Trainer.fit`.
         classes: The class names or their number; None takes them from the data.
         image_sizes: Heights and widths to compare, in pixels; None takes the backbone's own. Each costs a pass.
@@ -167,8 +166,8 @@ def probe(
         loss: As in `Trainer`.
         device: As in `Trainer`.
         precision: As in `Trainer`.
-        cache: A folder for files of features; None keeps them in memory.
-        seed: Of the folds.
+        cache: A folder for feature files; None keeps them in memory.
+        seed: Determines the folds.
         num_workers: Processes that read a `Dataset`.
         verbose: As in `Trainer.fit`.
 

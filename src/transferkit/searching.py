@@ -1,4 +1,4 @@
-"""`search` trains a model for each set of hyper-parameters over one feature cache, and returns the best."""
+"""`search` trains a model for each set of hyperparameters over one feature cache, and returns the best."""
 
 import copy
 import inspect
@@ -64,13 +64,13 @@ Space = Mapping[str, Sequence[Any] | Callable[[random.Random], Any]]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One set of hyper-parameters and its result.
+    """One set of hyperparameters and its result.
 
     Attributes:
-        params: The hyper-parameters.
+        params: The hyperparameters.
         history: The history of its run; without epochs if it failed.
         score: Validation accuracy of its best epoch, 0 to 1; NaN if it failed.
-        seconds: How long it took; those of heads that are trained together are divided among them.
+        seconds: How long it took; the time of heads trained together is divided among them.
         error: Why it failed, or an empty string.
     """
 
@@ -86,8 +86,8 @@ class SearchResult:
     """The trials of a search, and the best of them. Attribute names are scikit-learn's.
 
     Attributes:
-        trials: A `Trial` for each set of hyper-parameters.
-        best_model_: The model of the trial at `best_index_`, as after its best epoch; None if every trial failed.
+        trials: A `Trial` for each set of hyperparameters.
+        best_model_: The model of the trial at `best_index_` after its best epoch; None if every trial failed.
     """
 
     trials: list[Trial]
@@ -108,7 +108,7 @@ class SearchResult:
 
     @property
     def best_params_(self) -> dict[str, Any]:
-        """The hyper-parameters of the best trial."""
+        """The hyperparameters of the best trial."""
         return self.trials[self.best_index_].params
 
     @property
@@ -120,7 +120,7 @@ class SearchResult:
     def cv_results_(self) -> dict[str, list[Any]]:
         """A table as lists of equal length.
 
-        They are `params`, `param_...` of each name, `score`, `seconds` and `error`.
+        They are `params`, a `param_...` for each name, `score`, `seconds` and `error`.
         """
         return {
             "params": [trial.params for trial in self.trials],
@@ -175,40 +175,40 @@ def search(
     seed: int = 0,
     verbose: int = 1,
 ) -> SearchResult:
-    """Train a model for each set of hyper-parameters and compare them by validation accuracy.
+    """Train a model for each set of hyperparameters and compare them by validation accuracy.
 
     All trials share one feature cache: the frozen layers run once for each image. Every trial begins with the same
     random numbers. Some trials share their work, too:
 
     - Heads on a frozen backbone, as `attach_head` builds them, that differ in `lr`, `weight_decay`, `schedule`,
-      `clip_grad_norm` and `epochs` alone are trained together. Each is what it would be alone, up to rounding.
+      `clip_grad_norm` and `epochs` alone are trained together, with the same result as alone, up to rounding.
     - With `schedule="constant"`, the longest of the trials that differ in `epochs` alone answers the others.
 
-    A trial that fails is recorded with the reason, and the search continues: its loss becomes infinite, memory does not
-    suffice, or it raises another error.
+    If a trial fails, the reason is recorded and the search continues: its loss became infinite, memory ran out, or it
+    raised another error.
 
     Args:
         build: Returns a model from `attach_head`. It is called with those names of `space` that neither `Trainer` nor
             `fit` takes, and must return the same for the same values. Its result is copied, so it may use the same
             backbone each time.
-        space: A list of values for each hyper-parameter: `lr`, `epochs`, `batch_size`, `freeze_until` (without it,
+        space: A list of values for each hyperparameter: `lr`, `epochs`, `batch_size`, `freeze_until` (without it,
             layers stay frozen as `build` returns them), any other argument of `Trainer`, `augment` and `n_views` of
             `fit`, and whatever `build` takes. With `num_trials`, also functions of a `random.Random` that draw a value.
         train: As in `Trainer.fit`. A `Dataset` without randomness is read once: its resized images stay in memory if
-            they take at most a quarter of what is free.
+            they take at most a quarter of the free memory.
         validation_data: As in `Trainer.fit`.
         validation_split: As in `Trainer.fit`; the same images in every trial.
         num_trials: Number of sets to draw at random; None tries every combination.
         reduction_factor: Successive halving: every set is tried with few epochs, the best of them (one in
             `reduction_factor`) with that many times more, and so on up to `epochs`. Each trial trains from the start.
             2 or more; None tries every set with all epochs.
-        budget: Seconds after which no trial begins. The result lacks those that did not.
+        budget: Seconds after which no trial starts. The result lacks the rest.
         folder: Where finished trials and the best weights are saved. A call with the same arguments and data continues.
         device: As in `Trainer`.
         precision: As in `Trainer`.
         cache: As in `Trainer`.
         num_workers: As in `Trainer.fit`.
-        seed: Everything random depends on it: draws, the head's initial weights, the order of images.
+        seed: Determines everything random: draws, the head's initial weights, the order of images.
         verbose: 1 shows a line for each trial, and a bar where it can be seen; 2 the lines alone; 0 nothing.
 
     Raises:
@@ -515,7 +515,7 @@ def _rounds(sets: list[dict[str, Any]], factor: int) -> list[tuple[int, dict[str
     if len(given) > 1:
         raise ArgumentError(
             f"space['epochs'] has the values {sorted(given)}: with reduction_factor, which sets the epochs of each "
-            "round, expected one, the most epochs."
+            "round, expected one value, the largest number of epochs."
         )
     [epochs] = given
     last = max(number for number in range(64) if factor**number <= min(len(sets), epochs))
@@ -550,7 +550,7 @@ def _same(value: object) -> object:
 
 
 def _choose(space: Space, num_trials: int | None, seed: int) -> list[dict[str, Any]]:
-    """Return the sets of hyper-parameters to try."""
+    """Return the sets of hyperparameters to try."""
     if not isinstance(space, Mapping) or not space:
         raise ArgumentError(
             f"space={space!r} cannot be used: expected a mapping from names to lists of values, such as "
@@ -561,11 +561,11 @@ def _choose(space: Space, num_trials: int | None, seed: int) -> list[dict[str, A
             raise ArgumentError(f"{name} is an argument of search and the same in all trials: leave it out of space.")
         if callable(values):
             if num_trials is None:
-                raise ArgumentError(f"space[{name!r}] is a function, which draws values: say how many, num_trials=.")
+                raise ArgumentError(f"space[{name!r}] is a function that draws values: pass num_trials=, how many.")
         elif isinstance(values, str) or not isinstance(values, Sequence) or len(values) == 0:
             raise ArgumentError(
-                f"space[{name!r}]={values!r} cannot be used: expected a list of 1 value or more (list(...) makes "
-                "one of an array), or with num_trials a function of a random.Random."
+                f"space[{name!r}]={values!r} cannot be used: expected a list of 1 value or more (use list(...) for "
+                "an array), or with num_trials a function of a random.Random."
             )
     if num_trials is None:
         lists = [values for values in space.values() if not callable(values)]

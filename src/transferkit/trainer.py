@@ -79,38 +79,38 @@ class Trainer:
             from 1/25 over the first 30 % of the steps, then falls to 0), `warmup("cosine", 0.1)`, or a function of
             progress (0 to 1) that returns a factor. Steps that fp16 skips count. `"auto"` is `warmup("cosine", 0.1)`
             where the number of steps is known and no scheduler of torch's was built over the optimizer, else
-            `"constant"`. A rate that a callback or a scheduler writes into the optimizer's groups holds: the schedule
-            does not change it for the rest of the run, and the next run begins from it.
+            `"constant"`. If a callback or a scheduler writes a learning rate into the optimizer's groups, it holds for
+            the rest of the run, and the next run starts from it.
         clip_grad_norm: Largest Euclidean norm of all gradients together; None does not clip.
-        loss: `CrossEntropy` (None), `BinaryCrossEntropy` where an image may have several labels, or any function or
-            module of (logits, targets) that returns the mean over a batch.
-        metrics: Figures beside loss and accuracy, `{"f1": function}`: a function of (probabilities, targets), or a
-            torchmetrics object. Each is computed over all images of a pass, joins every report as `f1` and `val_f1`,
-            and what `evaluate` and `assess` return.
+        loss: `CrossEntropy` (None), `BinaryCrossEntropy` for several labels per image, or any function or module of
+            (logits, targets) that returns the mean over a batch.
+        metrics: Further metrics, `{"f1": function}`: a function of (probabilities, targets), or a torchmetrics object.
+            Each is computed over all images of a pass. It joins every report, as `f1` and `val_f1`, and the results of
+            `evaluate` and `assess`.
         device: `"auto"`, `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, a `torch.device` or a `Device`.
         precision: `"auto"`, `"bf16"`, `"fp16"` or `"fp32"`; see `Device`.
-        cache: `"auto"` computes what the frozen layers make of each image once, caches it, and trains the rest on that,
-            wherever this gives the same result; where it does not, it says so. True raises there. False never caches. A
-            folder caches in files there, for later runs and other processes; otherwise features lie in the memory of
-            the device if they fit into half of what is free, else in that of the host.
+        cache: `"auto"` computes the output of the frozen layers once for each image, caches it, and trains the rest on
+            it, if this gives the same result; if not, it says so. True raises an error then. False never caches. A
+            folder caches in files there, for later runs and other processes. Otherwise features stay on the device if
+            they fit into half of its free memory, else in host memory.
         max_skipped: Steps of one run that may be skipped because the loss or a gradient is infinite or NaN; such a step
-            changes no weight. One more raises. Overflows in fp16 are the gradient scaler's business and do not count.
-        seed: Order of images, augmentation, dropout and validation split depend on it alone. The head's initial weights
-            are drawn earlier, in `attach_head`, after your `torch.manual_seed`.
+            changes no weight. One more is an error. The gradient scaler handles overflows in fp16; they do not count.
+        seed: Determines the order of images, augmentation, dropout and validation split. The head's initial weights are
+            drawn earlier, in `attach_head`, by your `torch.manual_seed`.
 
     Attributes:
         model: The model.
         device: The `Device`.
         optimizer: The optimizer, with one group of parameters for each block and one for the head. Assign another, its
-            name or its class; it begins without a state.
+            name or its class; it starts without a state.
         micro_batch_size: Images that pass through the network at once. None, the default, is the whole batch. Assign a
             number to save memory: gradients of the micro-batches add up, and the update stays that of the whole batch.
-            It falls by itself where memory runs out.
+            It falls by itself when memory runs out.
         epoch: Epochs finished so far.
         global_step: Steps made so far.
         history: The `History` of the current run, which callbacks may read, else of the last one; None before.
         metrics: The metrics by name.
-        seed: What the order of images, augmentation and dropout depend on.
+        seed: Determines the order of images, augmentation and dropout.
 
     Raises:
         ArgumentError: When a value is out of range.
@@ -263,15 +263,15 @@ class Trainer:
         num_workers: int = 0,
         verbose: int = 1,
     ) -> History:
-        """Train for some epochs, validate after each, and leave the model as it was after the best of them.
+        """Train for some epochs, validate after each, and restore the weights of the best one.
 
         Ctrl-C (SIGINT) and SIGTERM end the run after the current step or batch, and are then raised again as
-        `KeyboardInterrupt` or exit status 143; a second one ends it at once. Whatever ends a run between two steps, a
-        `Checkpoint` among the callbacks first saves where it stands.
+        `KeyboardInterrupt` or exit status 143; a second one ends it at once. If anything ends a run between two steps,
+        a `Checkpoint` among the callbacks saves it first.
 
-        The model is in eval mode afterwards. A layer that you put into eval mode while the rest was in training mode
-        stays in it, in training too. Meanwhile other threads cannot use the model; before and after, any number may
-        predict.
+        Afterwards the model is in eval mode. A layer that you put into eval mode while the rest was in training mode
+        stays in eval mode during training. Other threads cannot use the model during a run; before and after, any
+        number may predict.
 
         Args:
             data: `(images, targets)`; a `Dataset` of such pairs, or of dicts with an image and a label; a `DataLoader`
@@ -279,10 +279,10 @@ class Trainer:
                 `(N, H, W, 3)`, or preprocessed, float; or a list of PIL images of any sizes, arrays or paths. Targets
                 are class indices, class names, or one-hot or soft rows; with `BinaryCrossEntropy`, multi-hot rows. A
                 head with numbers for classes takes the names that `data` has.
-            validation_data: Data of the same forms, evaluated after each epoch. The weights of the epoch with the
-                highest validation accuracy are put back at the end, whatever ended the run; the optimizer's state stays
-                the last. Without validation data the last weights stay.
-            validation_split: Fraction of `data` to hold back as validation data instead, drawn at random by the seed.
+            validation_data: Data of the same forms, evaluated after each epoch. At the end, however the run ended, the
+                weights of the epoch with the highest validation accuracy are restored; the optimizer's state stays the
+                last. Without validation data the last weights stay.
+            validation_split: Fraction of `data` to hold out as validation data instead, drawn at random by the seed.
             epochs: 1 or more.
             batch_size: 1 or more; 32 if None. A `DataLoader` has its own.
             lr: A new base learning rate, from this call on.
@@ -294,15 +294,15 @@ class Trainer:
             callbacks: Called after each epoch with the trainer and the `EpochReport`; one that returns True ends the
                 run. `CallbackList` describes what else a callback may have.
             resume_from: A checkpoint saved during a run, or the folder of a `Checkpoint`. The run continues with the
-                same result as if it had never stopped, and the history covers all of it. If the folder has no
+                result of an uninterrupted run, and the history covers all of it. If the folder has no
                 checkpoint, a new run starts. `epochs` counts the finished ones; data and other arguments must be those
                 of the run. A `DataLoader` that shuffles draws another order.
-            on_bad_image: `"skip"` reads a `Dataset` once before the run and leaves out the images that cannot be used,
-                with a line for each: at most 1 % of them, or one. A number is another limit: 0.05 leaves out up to 5 %.
-                `"raise"` ends the run at the first.
+            on_bad_image: `"skip"` reads a `Dataset` once before the run and skips images that cannot be used, with a
+                line for each: at most 1 % of them, or one. A number is another limit: 0.05 skips up to 5 %. `"raise"`
+                ends the run at the first.
             num_workers: Processes that read a `Dataset`.
-            verbose: 0 shows nothing; 2 a line at the start and one for each epoch; 1 also bars, in a terminal or a
-                notebook where `tqdm` is installed, while features are computed and an epoch runs.
+            verbose: 0 shows nothing; 2 a line at the start and one for each epoch; 1 also progress bars, in a terminal
+                or a notebook with `tqdm` installed.
 
         Returns:
             The reports of the run's epochs.
@@ -310,7 +310,7 @@ class Trainer:
         Raises:
             NothingToTrainError: When everything is frozen.
             NonFiniteError: When a loss or gradient is infinite or NaN, and `max_skipped` steps were skipped before.
-            OutOfMemoryError: When one image at a time is more than the memory holds.
+            OutOfMemoryError: When even one image at a time does not fit into memory.
             CacheError: When features cannot be cached although `cache=True` asks for it.
             CheckpointError: When the checkpoint to resume from cannot be used.
             DataChangedError: When the run to resume began with other data.
@@ -356,7 +356,7 @@ class Trainer:
         num_workers: int = 0,
         verbose: int = 1,
     ) -> LinearHead:
-        """Solve a linear head on a frozen backbone: the weights that are best by the loss, without any rate or epoch.
+        """Solve a linear head on a frozen backbone: the weights of lowest loss, without learning rate or epochs.
 
         The features of each image are computed once. Logistic regression with an L2 penalty is then solved to its
         optimum on all of them at once, for penalties from strong to weak. Held-out images choose the penalty, and set
@@ -364,10 +364,10 @@ class Trainer:
         layers.
 
         Args:
-            data: As in `fit`, without a `DataLoader` that shuffles.
-            validation_data: Images to choose the penalty by. None uses cross-validation: each fold is left out once,
-                and the final head is solved on all images.
-            l2: The penalty, above 0: the mean loss plus `l2 / 2` times the sum of the squared weights on standardised
+            data: As in `fit`, but no `DataLoader` that shuffles.
+            validation_data: Images that choose the penalty. None uses cross-validation: each fold is held out once, and
+                the final head is solved on all images.
+            l2: The penalty, above 0: the mean loss plus `l2 / 2` times the sum of the squared weights on standardized
                 features. None chooses it among 15 from 100 to 1e-5.
             folds: Parts of the cross-validation, 2 or more; as many as images is leave-one-out.
             augment: As in `fit`; needs `n_views`.
@@ -408,13 +408,13 @@ class Trainer:
     def calibrate(self, data: object, *, batch_size: int | None = None, num_workers: int = 0) -> float:
         """Fit the temperature by which the model's logits are divided, and return it.
 
-        Probabilities of unseen images then say how often the model is right. No prediction of a class changes. The
-        temperature is kept in the model: it is saved and exported with it. Further training sets it back to 1.
+        Probabilities of unseen images then say how often the model is right. No predicted class changes. The
+        temperature is saved and exported with the model. Further training resets it to 1.
 
-        The arguments are those of `evaluate`; the images are some that the model was not trained on.
+        The arguments are those of `evaluate`; the model must not have been trained on these images.
 
         Raises:
-            NonFiniteError: When the model makes infinity or NaN of an image.
+            NonFiniteError: When a logit is infinite or NaN.
 
         References:
             Guo et al., 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599.
@@ -430,17 +430,17 @@ class Trainer:
         batch_size: int | None = None,
         num_workers: int = 0,
     ) -> float:
-        """Learn what the training images look like, so that the model can say of others that it does not know them.
+        """Fit the distribution of the training images' features, so that the model can mark unknown images.
 
-        `predict_classes(unknown="?")`, `novelty` and `assess` use it. It is kept in the model, saved and exported with
-        it, and forgotten when training goes on. Of classes that it has never seen it finds about one image in six
-        where one in twenty of the known is rejected: a flag, no promise.
+        `predict_classes(unknown="?")`, `novelty` and `assess` use it. It is saved and exported with the model; further
+        training deletes it. It misses many images: rejecting one in twenty known images, it finds about one in six
+        of unknown classes.
 
         Args:
             data: The training images, as in `fit`.
-            validation_data: Images that the model was not trained on, to set the threshold by. None uses the training
+            validation_data: Images that the model was not trained on; they set the threshold. None uses the training
                 images, each quarter measured by the other three.
-            rejected: Share of known images that is called unknown, above 0 and below 1.
+            rejected: Fraction of known images that are marked unknown, above 0 and below 1.
             batch_size: As in `evaluate`.
             num_workers: As in `fit`.
 
@@ -497,7 +497,7 @@ class Trainer:
         num_workers: int = 0,
         verbose: int = 1,
     ) -> LearningRateSweep:
-        """Make training steps at learning rates from low to high, and suggest a rate.
+        """Make training steps at rising learning rates, and suggest one.
 
         Model, optimizer, counters and the global random generators are the same afterwards, bit for bit, even if Ctrl-C
         or an error ends the sweep. Features of frozen layers are computed once and stay cached for `fit`: with the
@@ -552,12 +552,12 @@ class Trainer:
             return evaluation.evaluate(network, batches, training=self.training)
 
     def assess(self, data: object, *, batch_size: int | None = None, num_workers: int = 0) -> Assessment:
-        """Return what the model makes of each image of labelled data: accuracy by class, top k, confusion matrix.
+        """Return what the model makes of each image of labeled data: accuracy by class, top k, confusion matrix.
 
         The arguments are those of `evaluate`.
 
         Raises:
-            NonFiniteError: When the model makes infinity or NaN of an image.
+            NonFiniteError: When a logit is infinite or NaN.
 
         Example:
             >>> print(trainer.assess(test))  # doctest: +SKIP
@@ -574,21 +574,21 @@ class Trainer:
     ) -> npt.NDArray[np.float32]:
         """Return the probability of each class, float32 `(N, len(classes))`.
 
-        Rows sum to one, except where an image may have several labels: each probability is then one of its own.
+        Rows sum to one, except if an image may have several labels: the probabilities are then independent.
 
         Args:
             images: One image: the path of a file, its content as bytes, an open file, a PIL image, an array
                 `(H, W, 3)`, a tensor `(H, W, 3)` or `(3, H, W)`. Or many: a list, tuple, array or iterator of these, or
                 all that `fit` takes, with targets (which are ignored) or without.
             batch_size: 32 if None.
-            on_bad_image: `"nan"` reads the images of a list or `Dataset` once before and gives NaN for those that
+            on_bad_image: `"nan"` reads the images of a list or `Dataset` once before and returns NaN for those that
                 cannot be used. `"raise"` ends at the first.
             num_workers: Processes that read a `Dataset` or a list.
 
         Raises:
             ImageError: When an image cannot be read or used; the message has its index and path.
             ArgumentError: When the images are a `DataLoader` that shuffles or leaves images out.
-            NonFiniteError: When the model makes infinity or NaN of an image.
+            NonFiniteError: When a logit is infinite or NaN.
             ModelInUseError: When another thread trains the model.
         """
         return evaluation.predict_proba(self.training, images, batch_size, num_workers, on_bad_image=on_bad_image)
@@ -598,8 +598,8 @@ class Trainer:
     ) -> npt.NDArray[np.int64] | npt.NDArray[np.bool_]:
         """Return the most probable class index of each image, int64 `(N,)`; `predict_classes` returns names.
 
-        Where an image may have several labels, return which of them it has, bool `(N, len(classes))`: those whose
-        probability reaches `model.threshold`. The arguments are those of `predict_proba`.
+        If an image may have several labels, return which it has, bool `(N, len(classes))`: those whose probability is
+        at least `model.threshold`. The arguments are those of `predict_proba`.
         """
         probabilities = self.predict_proba(images, batch_size=batch_size, num_workers=num_workers)
         if self.model.threshold is not None:
@@ -614,8 +614,8 @@ class Trainer:
         The arguments are those of `predict_proba`.
 
         Raises:
-            ArgumentError: When `learn_known` was not called since the model was trained.
-            NonFiniteError: When the model makes infinity or NaN of an image.
+            ArgumentError: When `learn_known` was not called after training.
+            NonFiniteError: When a logit is infinite or NaN.
         """
         return evaluation.predict_known(self.training, images, batch_size, num_workers)[1]
 
@@ -624,8 +624,8 @@ class Trainer:
     ) -> list[str] | list[list[str]]:
         """Return the name of the most probable class of each image, or the names of its labels if it may have several.
 
-        With `unknown`, images that are too unlike the training images get that name; see `learn_known`. The other
-        arguments are those of `predict_proba`.
+        With `unknown`, images too unlike the training images get that name; see `learn_known`. The other arguments are
+        those of `predict_proba`.
 
         Example:
             >>> trainer.predict_classes(["holiday/0001.jpg", "holiday/0002.jpg"])  # doctest: +SKIP
@@ -634,12 +634,12 @@ class Trainer:
         return evaluation.predict_classes(self.training, images, batch_size, num_workers, unknown=unknown)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return model, optimizer and progress as plain types and tensors, which are not copies."""
+        """Return model, optimizer and progress as plain types and tensors (not copies)."""
         with evaluating(self.model):  # not while another thread trains
             return training_state(self.training)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned, including which layers are frozen. On any difference nothing changes.
+        """Load what `state_dict` returned, including which layers are frozen. If anything differs, nothing changes.
 
         Raises:
             HeadMismatchError: When the classes differ.
@@ -650,12 +650,11 @@ class Trainer:
             assign_training_state(self.training, {**state, "optimizer": copy.deepcopy(state["optimizer"])})
 
     def save(self, path: str | os.PathLike[str], *, frozen: bool = True) -> None:
-        """Write a checkpoint; `load` and `transferkit.load_model` read it. The file appears whole or not at all.
+        """Write a checkpoint for `load` and `transferkit.load_model`. The file appears whole or not at all.
 
         Args:
-            path: Of the file.
-            frozen: False leaves out the frozen weights. Whoever reads the file must have them; their SHA-256 is
-                compared.
+            path: The file to write.
+            frozen: False leaves out the frozen weights. The reader must have them; their SHA-256 is compared.
 
         Raises:
             CheckpointTypeError: When `load_model` could not build the model again; see `save_model`.
@@ -691,8 +690,8 @@ class Trainer:
                 pickle.dumps(getattr(self.training, name))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise CheckpointTypeError(
-                f"Trainer cannot be pickled, because of its {name}: {error}. Expected a function at the top of a "
-                "module, no lambda or inner one. Trainer.save needs no pickle."
+                f"Trainer cannot be pickled, because of its {name}: {error}. Define functions at the top level "
+                "of a module, not as a lambda or inside another. Trainer.save needs no pickle."
             ) from error
         training = copy.copy(self.training)
         training.progress = None
@@ -707,7 +706,7 @@ class Trainer:
     def share_features(self, other: "Trainer") -> None:
         """Use the cached features of another trainer on the same device, and add to them.
 
-        Their keys say which of them belong to this trainer's images and frozen layers.
+        Their keys tell which belong to this trainer's images and frozen layers.
         """
         self.training.features.share(other.training.features)
 

@@ -200,7 +200,7 @@ def test_a_file_of_something_else_is_refused(trainer, tmp_path, content):
     """Nothing, zeros, a web page, an empty archive and an image are refused by name, size and remedy."""
     (tmp_path / "x.pt").write_bytes(content)
 
-    message = rf"x\.pt \({len(content)} bytes\) as a checkpoint: .+ Expected a whole file of Trainer\.save"
+    message = rf"x\.pt \({len(content)} bytes\) as a checkpoint: .+ Expected a complete file of Trainer\.save"
     refused(trainer, lambda: trainer.load(tmp_path / "x.pt"), CheckpointError, message)
 
 

@@ -502,7 +502,7 @@ def test_a_state_that_does_not_verify_is_an_error_and_nothing_older_goes(trainer
     monkeypatch.setattr(torch, "save", unsound)
     for step, name in ((0, path.name), (1, "step-00000001.pt")):
         trainer.training.global_step = step
-        with pytest.raises(CheckpointWriteError, match=rf"{name}: it is damaged in its part .*on a sound disk"):
+        with pytest.raises(CheckpointWriteError, match=rf"{name}: it is damaged in its part .*on a working disk"):
             callback.save(trainer)
 
     assert names(tmp_path) == ["step-00000000.pt"]

@@ -97,7 +97,7 @@ def _near(small: Tensor, others: Tensor, *, within: bool) -> Iterator[tuple[Tens
 
 
 def _contrast(small: Tensor) -> Tensor:
-    """Return how much each thumbnail varies over its positions, `(N,)`, at least 1 grey level: no cast counts."""
+    """Return how much each thumbnail varies over its positions, `(N,)`, at least 1 gray level: no cast counts."""
     return small.flatten(2).var(dim=2).mean(dim=1).sqrt().clamp_min(1.0)
 
 

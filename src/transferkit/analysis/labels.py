@@ -28,7 +28,7 @@ def find_limit(own: Tensor, exchanged: Tensor) -> float:
 
 
 def exchange_labels(targets: Tensor, classes: int, *, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return targets of which some are exchanged for another class at random, and whether each is, bool `(N,)`."""
+    """Return targets with some changed to another class at random, and which were changed, bool `(N,)`."""
     generator = torch.Generator().manual_seed(seed)
     places = torch.randperm(len(targets), generator=generator)[: max(1, round(fraction * len(targets)))]
     changed = targets.clone()

@@ -26,7 +26,7 @@ def unlike(values: Tensor, *, spread: float = 0.0) -> Tensor:
 
 
 def distances(features: Tensor) -> Tensor:
-    """Return how far each centred row is from the nearest 10, float32 `(N,)`: 1 less the mean cosine."""
+    """Return how far each centered row is from the nearest 10, float32 `(N,)`: 1 less the mean cosine."""
     rows = normalize(features.float(), dim=1)
     count = min(NEIGHBOURS, len(rows) - 1)
     found = []
@@ -38,6 +38,6 @@ def distances(features: Tensor) -> Tensor:
 
 
 def nearest(features: Tensor, queries: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
-    """Return the indices of the `count` centred rows nearest to each query, int64 `(Q, count)`, and their cosines."""
+    """Return the indices of the `count` centered rows nearest to each query, int64 `(Q, count)`, and their cosines."""
     cosines, indices = (normalize(queries.float(), dim=1) @ normalize(features.float(), dim=1).T).topk(count, dim=1)
     return indices, cosines

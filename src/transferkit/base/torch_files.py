@@ -104,7 +104,7 @@ def check_archive(file: BinaryIO) -> None:
         if len({found[1] for found in known if found}) > 1:
             raise ValueError("its parts are in several folders, which torch.save does not write")
         if len(set(names)) != len(names):
-            raise ValueError("it has two parts of one name")
+            raise ValueError("it has two parts with the same name")
         pickles = [name for name in names if name.endswith(".pkl")]
         pickled = sum(archive.getinfo(name).file_size for name in pickles)
         if pickled > MAX_PICKLE_BYTES:

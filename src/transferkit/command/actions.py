@@ -103,7 +103,7 @@ def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
     advice = f"expected a new folder, such as --folder {shlex.quote(free)}"
     kept = folder / CHECKPOINTS
     if folder.exists() and not kept.is_dir() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArgumentError(f"{folder} is there already, and holds no unfinished run: {advice}.")
+        raise ArgumentError(f"{folder} exists already and holds no unfinished run: {advice}.")
     if any(kept.rglob("*.pt")):
         before = json.loads((folder / SETTINGS).read_text())
         old, new = ({**each["options"], "backbone": each["backbone"]} for each in (before, settings))

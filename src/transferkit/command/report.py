@@ -85,12 +85,11 @@ def _confusion(assessment: Assessment) -> str:
     counts, names = assessment.confusion_matrix(), assessment.classes
     if len(names) > MOST_CLASSES:
         return _table([("true class", "predicted class", "images"), *assessment.most_confused(NUM_SHOWN)])
-    shares = 55 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # % of a colour
+    shares = 55 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # % of a color
     rows = f"<tr><th></th>{''.join(f'<th><span>{escape(name)}</span></th>' for name in names)}</tr>"
-    for name, row, colours in zip(names, counts.tolist(), shares, strict=True):
+    for name, row, colors in zip(names, counts.tolist(), shares, strict=True):
         cells = [
-            f'<td style="--share:{colour:.0f}%">{number or ""}</td>'
-            for number, colour in zip(row, colours, strict=True)
+            f'<td style="--share:{color:.0f}%">{number or ""}</td>' for number, color in zip(row, colors, strict=True)
         ]
         rows += f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>'
     return f'<div class="wide"><table class="matrix">{rows}</table></div>'

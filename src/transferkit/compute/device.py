@@ -72,7 +72,7 @@ class Device:
     def prepare(self, module: _Module) -> _Module:
         """Move a module to the device in channels-last layout, in place, and return it.
 
-        Such convolutions ran 1.2 to 1.4 times as fast on CPUs in every precision, and tensor cores use that layout.
+        CPU convolutions run 1.2 to 1.4 times as fast in that layout, in every precision, and tensor cores use it.
         """
         module.to(self.torch_device, memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs lack it
         return module
@@ -125,7 +125,7 @@ class Device:
         optimizer.zero_grad(set_to_none=True)
 
     def apply(self, optimizer: Optimizer, *, clip_grad_norm: float | None = None, finite: Tensor | None = None) -> None:
-        """Unscale, clip and apply the gradients, which stay as they were applied.
+        """Unscale, clip and apply the gradients, and keep them as applied.
 
         In fp16, an update whose gradients overflowed is skipped and the scale is reduced.
 
@@ -154,7 +154,7 @@ class Device:
         self.update(optimizer, clip_grad_norm=clip_grad_norm)
 
     def synchronize(self) -> None:
-        """Wait until the device has finished all queued work. Only for timing: it costs the overlap with the host."""
+        """Wait until the device has finished all queued work. Only for timing: it ends the overlap with the host."""
         if self.torch_device.type == "cuda":
             torch.cuda.synchronize(self.torch_device)
         elif self.torch_device.type == "mps":
@@ -188,7 +188,7 @@ def find_device(device: str | torch.device | Device, precision: str) -> Device:
     if not isinstance(device, Device):
         return Device(device, precision)
     if precision not in ("auto", device.precision):
-        raise ArgumentError(f"precision={precision!r} contradicts {device}: say it in one place.")
+        raise ArgumentError(f"precision={precision!r} contradicts {device}: pass only one of them.")
     return device
 
 

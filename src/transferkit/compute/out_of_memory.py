@@ -45,7 +45,7 @@ def within_memory(
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if size == 1:
                 raise OutOfMemoryError(
-                    f"memory does not suffice for {what}, one image at a time, on {device.torch_device} "
+                    f"not enough memory for {what}, even one image at a time, on {device.torch_device} "
                     f"({_memory(device)}): {reason} Freeze more layers, use a smaller image_size or a smaller head, or "
                     "free other memory."
                 ) from error
@@ -70,7 +70,7 @@ def reserve_state(optimizer: Optimizer, device: Device) -> None:
             raise
         needed = copies * sum(p.numel() * p.element_size() for p in fresh)
         raise OutOfMemoryError(
-            f"memory does not suffice for the optimizer's state, {needed / 2**30:.2f} GiB, on {device.torch_device} "
+            f"not enough memory for the optimizer's state, {needed / 2**30:.2f} GiB, on {device.torch_device} "
             f"({_memory(device)}). No weight was changed. Freeze more layers, use a smaller head, or "
             'optimizer="sgd", which needs half of that.'
         ) from error

@@ -95,7 +95,7 @@ def learn_names(data: object, classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def check_classes(data: object, classes: Sequence[str]) -> None:
-    """Raise `HeadMismatchError` if a class index of labelled data stands for another class than that of a model."""
+    """Raise `HeadMismatchError` if a class index of labeled data stands for another class than that of a model."""
     left, seen = [data], set[int]()
     while left:
         part = left.pop()
@@ -127,7 +127,7 @@ def _check_folders(data: DatasetFolder) -> None:
     if hidden:
         raise HeadMismatchError(
             f"the data has {hidden[0]!r} as a class, a folder that a program made beside the class folders. Delete "
-            f"{Path(data.root) / hidden[0]}, and make the ImageFolder and the head anew."
+            f"{Path(data.root) / hidden[0]}, and create the ImageFolder and the head again."
         )
     parts = [name for name in data.classes if name.lower() in SPLITS]
     holds = any((Path(data.root) / part / name).is_dir() for part in parts for name in data.classes)

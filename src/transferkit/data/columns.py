@@ -126,7 +126,7 @@ def names_in(labels: Any) -> list[str] | None:
     for index, value in enumerate(values):
         if not isinstance(value, str):
             raise TargetError(
-                f"label {value!r} at index {index} is missing, or no name as the others are: leave that image out, or "
+                f"label {value!r} at index {index} is missing, or not a name like the others: leave that image out, or "
                 "name it."
             )
     return values
@@ -139,8 +139,8 @@ def class_indices_of(names: Sequence[str], classes: Sequence[str]) -> list[int]:
         if name not in places:
             own = sorted(set(names))
             raise TargetError(
-                f"label {name!r} at index {index} is none of the model's classes ({', '.join(classes[:8])}): expected "
-                f"names of these. To train on these labels, build the head from them: attach_head(backbone, "
+                f"label {name!r} at index {index} is not one of the model's classes ({', '.join(classes[:8])}): "
+                f"expected names of these. To train on these labels, build the head from them: attach_head(backbone, "
                 f"{own if len(own) <= 12 else 'sorted(set(labels))'})."
             )
     return [places[name] for name in names]

@@ -55,7 +55,7 @@ def _share(values: Tensor) -> Tensor:
 
 
 def _why_wrong(pixels: Tensor, levels: Tensor, std: Tensor) -> str | None:
-    """Return what cannot be right about images, given their pixels and the levels, 0 to 255, they would stand for."""
+    """Return what is impossible about images, given their pixels and the levels, 0 to 255, they stand for."""
     if bool((_share((levels < -_OVERSHOOT) | (levels > 255 + _OVERSHOOT)) > 0.05).any()):
         return f"they stand for pixels from {float(levels.min()):.0f} to {float(levels.max()):.0f}"
     lows, highs = pixels.amin(dim=(0, 2)), pixels.amax(dim=(0, 2))

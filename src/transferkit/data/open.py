@@ -143,7 +143,7 @@ def open_data(
         return data
     if with_targets:
         check_classes(data, classes)
-        data = _labelled(as_columns(data), classes, check=not skip)
+        data = _labeled(as_columns(data), classes, check=not skip)
     else:
         data = as_data(data)
         if isinstance(data, DataLoader):
@@ -177,7 +177,7 @@ def open_data(
     raise ArgumentError(f"data is of type {type(data).__name__}: expected {forms}, a torch Dataset or a DataLoader.")
 
 
-def _labelled(data: Any, classes: Sequence[str], *, check: bool) -> Any:
+def _labeled(data: Any, classes: Sequence[str], *, check: bool) -> Any:
     """Return columns with their labels as class indices, and a list of images as a data set; else data unchanged."""
     if not isinstance(data, tuple) or len(data) != 2:
         return data

@@ -36,11 +36,11 @@ class Preprocessing:
         std: Standard deviation of each channel, in the same scale and order.
         channels: Which of the R, G, B channels comes first, second, third: (0, 1, 2) is RGB, (2, 1, 0) BGR.
         image_size: Height and width of the result, in pixels.
-        geometry: How an image of another shape becomes a square. `"crop"` resizes its shorter side to `image_size` and
+        geometry: How an image of another shape becomes square. `"crop"` resizes its shorter side to `image_size` and
             keeps the middle. `"torchvision"` is the geometry of torchvision's own transforms
             (`VGG16_Weights.IMAGENET1K_V1.transforms()`): the shorter side becomes 256/224 of `image_size`, the middle
             is kept, and sizes are truncated. `"letterbox"` resizes the longer side to `image_size` and adds bars of
-            the mean colour. `"squash"` resizes both sides, so that nothing is lost but the proportions. Any other is an
+            the mean color. `"squash"` resizes both sides, so that nothing is lost but the proportions. Any other is an
             `ArgumentError`.
         scaled_decoding: Whether a JPEG file is decoded at an eighth, a quarter or half of its size if that divides both
             sides and is at least twice the size it is resized to. Never for `"torchvision"`.
@@ -128,7 +128,7 @@ class Preprocessing:
         if self.geometry == "letterbox":
             top, left = round((size - high) / 2), round((size - wide) / 2)
             bars = [left, top, size - wide - left, size - high - top]
-            images = transforms.pad(images, bars, fill=self.bar_colour)
+            images = transforms.pad(images, bars, fill=self.bar_color)
         return cast("Tensor", transforms.center_crop(images, [size, size]))
 
     def _sides_of(self, height: int, width: int) -> tuple[int, int]:
@@ -155,10 +155,10 @@ class Preprocessing:
         return PILLOW_BITS if self.geometry == "torchvision" else None
 
     @property
-    def bar_colour(self) -> list[int]:
+    def bar_color(self) -> list[int]:
         """R, G and B of a letterbox's bars, the mean, which normalizing makes 0, as convolutions pad an image."""
-        colour = dict(zip(self.channels, self.mean, strict=True))
-        return [min(max(round(colour[channel]), 0), 255) for channel in range(3)]
+        color = dict(zip(self.channels, self.mean, strict=True))
+        return [min(max(round(color[channel]), 0), 255) for channel in range(3)]
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return RGB images, uint8 `(N, 3, H, W)`, as float32 in the network's channel order and scale."""

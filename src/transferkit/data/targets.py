@@ -41,7 +41,7 @@ def as_targets(
         return _check_rows(values.float(), indices, multi_label=multi_label)
     if multi_label:
         raise TargetError(
-            f"{got}: for several labels an image expected rows (N, {num_classes}) of 0 and 1. If these are class "
+            f"{got}: for several labels per image, expected rows (N, {num_classes}) of 0 and 1. If these are class "
             f"indices, take torch.nn.functional.one_hot(torch.as_tensor(targets), {num_classes}), or for one label an "
             "image Trainer(loss=transferkit.CrossEntropy())."
         )
@@ -52,7 +52,7 @@ def as_targets(
         row = int(fractional.nonzero()[0])
         got += f", such as {values[row].item():g} at index {indices[row] if indices else row}"
         if values.isnan().any():
-            advice = "NaN stands for an unlabelled image: leave such images out."
+            advice = "NaN stands for an unlabeled image: leave such images out."
     if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
         raise TargetError(
             f"{got}: expected class indices, integers (N,), or rows (N, {num_classes}) that sum to one. {advice}"
@@ -64,7 +64,7 @@ def as_targets(
         advice = "If labels start at 1, subtract 1; for more classes, use attach_head."
         if classes[row] < 0:
             advice = (
-                "A negative label often stands for an unlabelled image: leave such images out. For arrays and lists: "
+                "A negative label often stands for an unlabeled image: leave such images out. For arrays and lists: "
                 "keep = numpy.asarray(targets) >= 0, and (numpy.asarray(images)[keep], numpy.asarray(targets)[keep]). "
                 "For a Dataset: Subset(data, [index for index in range(len(data)) if data[index][1] >= 0])."
             )
@@ -93,5 +93,5 @@ def _check_rows(rows: Tensor, indices: Sequence[int] | None, *, multi_label: boo
         raise TargetError(f"{where} has entries from {least:.4g} to {most:.4g}: {expected}")
     raise TargetError(
         f"{where} sums to {float(rows[row].sum()):.4g}, and its smallest entry is {least:.4g}: expected numbers from 0 "
-        "to 1 that sum to 1. For several labels an image pass Trainer(loss=transferkit.BinaryCrossEntropy())."
+        "to 1 that sum to 1. For several labels per image, pass Trainer(loss=transferkit.BinaryCrossEntropy())."
     )

@@ -57,10 +57,10 @@ def find_cache(cache: object) -> tuple[bool | str, Path | None]:
     """Return when a trainer caches features, and its folder for files of them; see `Trainer`."""
     if isinstance(cache, bool) or cache == "auto":
         return cache, None
-    misspelt = isinstance(cache, str) and difflib.get_close_matches(
+    misspelled = isinstance(cache, str) and difflib.get_close_matches(
         cache.lower(), ["auto", "true", "false"], cutoff=0.7
     )
-    if not isinstance(cache, str | PathLike) or (misspelt and not Path(cache).exists()):
+    if not isinstance(cache, str | PathLike) or (misspelled and not Path(cache).exists()):
         raise ArgumentError(f'cache={cache!r} cannot be used: expected "auto", True, False or a folder.')
     return "auto", open_folder(cache)
 
@@ -171,11 +171,11 @@ class _Filling:
         self.chunk_images = max(1, batches if self.folder else 1) * self.batch_size
         self.rows: dict[int, dict[bytes, tuple[Chunk, int]]] = {}  # by number of layers, most first
         self.files: dict[int, dict[bytes, FeatureFile]] = {}
-        cache.chunks[:] = [chunk for chunk in cache.chunks if chunk.is_intact()]  # others are verified anew
+        cache.chunks[:] = [chunk for chunk in cache.chunks if chunk.is_intact()]  # others are verified again
         paths = [] if cache.folder is None else sorted(cache.folder.glob(f"*{SUFFIX}"))
         for path in paths:
             if "-" not in path.name:
-                display.say(f"a file of features is passed over: {path} is of an earlier version. Delete it.")
+                display.say(f"skipped a feature file: {path} is of an earlier version. Delete it.")
         for depth in range(len(prefix), 0, -1):
             self.rows[depth], self.files[depth] = {}, {}
             for chunk in cache.chunks:
@@ -304,7 +304,7 @@ class _Filling:
         try:
             file = open_features(path, layers=self.prefix.digests[depth], shape=shape, dtype=dtype)
         except CacheError as error:
-            self.display.say(f"a file of features is passed over: {error}")
+            self.display.say(f"skipped a feature file: {error}")
         else:
             self.files[depth].update(dict.fromkeys(file.images, file))
 
@@ -316,7 +316,7 @@ class _Filling:
         try:
             chunk = Chunk.of_file(file)
         except CacheError as error:
-            self.display.say(f"a file of features is passed over: {error}")
+            self.display.say(f"skipped a feature file: {error}")
             for other in file.images:
                 self.files[depth].pop(other, None)
             return False

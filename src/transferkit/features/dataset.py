@@ -47,7 +47,7 @@ class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
     def features(self) -> Tensor:
         """All features, `(views * N, C, h, w)`, channels-last; do not write to it.
 
-        They are put together in memory unless they lie in this order in one tensor or file.
+        They are copied into one tensor unless they already lie in this order in one tensor or file.
         """
         whole = self._cached.parts[0]
         in_order = torch.equal(self._rows.cpu(), torch.arange(len(whole), device="cpu"))
@@ -60,7 +60,7 @@ class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
         return self._cached.gather(self._rows[index][None])[0].permute(2, 0, 1), self.targets[index]
 
     def numpy(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64 | np.float32]]:
-        """Return copies as scikit-learn takes them: features float32 `(views * N, C * h * w)`, and targets.
+        """Return copies for scikit-learn: features, float32 `(views * N, C * h * w)`, and targets.
 
         The columns have the order that the head's first layer sees.
         """
@@ -89,10 +89,10 @@ def cache_features(
     Args:
         model: From `attach_head`, with frozen layers; it is moved to the device.
         data: `(images, targets)` or a `Dataset`, as in `Trainer.fit`.
-        cache: A folder for files of features, for later runs and other processes; None keeps them in memory.
+        cache: A folder for feature files, for later runs and other processes; None keeps them in memory.
         augment: As in `Trainer.fit`; needs `n_views`.
         n_views: Fixed random views of each image.
-        seed: The views depend on it.
+        seed: Determines the views.
         device: As in `Trainer`.
         precision: As in `Trainer`.
         num_workers: As in `Trainer.fit`.
@@ -100,8 +100,8 @@ def cache_features(
 
     Raises:
         ArgumentError: When `model` is something else, or an argument is out of range.
-        CacheError: When nothing is frozen, the frozen layers are no pure function, the images differ each time they are
-            read, or there is no room.
+        CacheError: When nothing is frozen, the frozen layers are not a pure function, the images differ each time they
+            are read, or there is no room.
         TransferKitError: When the data cannot be used.
 
     Example:

@@ -72,7 +72,7 @@ def write_features(folder: Path, layers: str, images: Sequence[bytes], features:
     digests = b"".join(images)
     path = folder / f"{layers[:32]}-{hashlib.sha256(digests).hexdigest()[:32]}{SUFFIX}"
     if not folder.is_dir():
-        raise CacheError(f"{folder} is no folder: create it, or name another with cache=.")
+        raise CacheError(f"{folder} is not a folder: create it, or name another with cache=.")
     num_bytes = features.numel() * features.element_size()
     free = shutil.disk_usage(folder).free
     if free < _HEADER_BYTES + num_bytes + len(digests):
@@ -115,7 +115,7 @@ def open_features(path: Path, *, layers: str, shape: tuple[int, ...], dtype: tor
     except OSError as error:
         raise CacheError(f"{path} cannot be read: {error}.") from error
     except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-        raise CacheError(f"{path} is no whole file of features ({error}): delete it.") from error
+        raise CacheError(f"{path} is not a complete feature file ({error}): delete it.") from error
     if found != expected:
         raise CacheError(f"{path} holds {found}: expected {expected}. Delete it.")
     if not whole:

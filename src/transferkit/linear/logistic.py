@@ -40,8 +40,8 @@ class Loss(Protocol):
 class Problems:
     """Logistic regressions on different rows of one design, solved together.
 
-    Each minimises `sum of losses / total weight + l2 / 2 * sum of squared weights` over its rows; biases are not
-    penalised. All are solved in the same passes over the rows: their logits are one matrix product.
+    Each minimizes `sum of losses / total weight + l2 / 2 * sum of squared weights` over its rows; biases are not
+    penalized. All are solved in the same passes over the rows: their logits are one matrix product.
 
     Args:
         design: The rows.
@@ -108,7 +108,7 @@ class Problems:
             slope = (gradient * direction).sum(dim=(1, 2))
             if not bool(slope.isfinite().all()):  # host sync
                 raise NonFiniteError(
-                    "the loss has a slope that is not finite: expected a loss that is finite for every logit."
+                    "the gradient of the loss is not finite: expected a loss that is finite for every logit."
                 )
             halved = -slope < 0.5 * mark
             mark, stale = torch.where(halved, -slope, mark), torch.where(halved, 0, stale + 1)

@@ -53,7 +53,7 @@ def fit_temperature(logits: Tensor, targets: Tensor, loss: Loss) -> float:
             total = loss.each(scaled, targets).sum() + loss.each(scaled, any_label).mean()
             slope = float(torch.autograd.grad(total / count, variable)[0])
         if not math.isfinite(slope):
-            raise NonFiniteError("the loss has a slope that is not finite: expected a loss finite for every logit.")
+            raise NonFiniteError("the gradient of the loss is not finite: expected a loss finite for every logit.")
         if slope == 0:  # no logit prefers a class
             return math.exp(middle)
         low, high = (low, middle) if slope > 0 else (middle, high)

@@ -135,8 +135,8 @@ def load_backbone(
         weights: A torchvision weights enum or its name (`"DEFAULT"`, `"IMAGENET1K_V1"`, for VGG16 also
             `"IMAGENET1K_FEATURES"`), downloaded once and verified at every use; the path of a state dict, read without
             network access; a state dict; or None for random weights. Keys of the classifier are ignored.
-        image_size: Height and width, in pixels, that images are resized to; 32 or more. A pair of equal numbers will
-            do.
+        image_size: Height and width, in pixels, that images are resized to; 32 or more. A pair of equal numbers also
+            works.
         preprocessing: `"auto"` selects the convention that belongs to named weights. For a path or a state dict, name
             the convention its weights were trained with: `"IMAGENET1K_V1"`, `"IMAGENET1K_FEATURES"` (the original VGG
             weights), `"KERAS"`, or a `Preprocessing`.

@@ -60,7 +60,7 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
 
     Raises:
         UnknownLayerError: `model` has no such layer. The message lists close matches.
-        ArgumentError: `model` is no module.
+        ArgumentError: `model` is not a module.
 
     Example:
         >>> from transferkit import load_backbone

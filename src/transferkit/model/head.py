@@ -51,18 +51,18 @@ class TransferModel(nn.Module):
 
     Attributes:
         backbone: The `Backbone`.
-        head: Maps features to logits `(N, len(classes))`: the pooled outputs of several layers, `(N, D, 1, 1)`, or the
-            output of the last one, `(N, 512, h, w)`.
+        head: Maps features to logits `(N, len(classes))`. Features are the pooled outputs of several layers,
+            `(N, D, 1, 1)`, or the output of the last one, `(N, 512, h, w)`.
         classes: The class names; class index i is `classes[i]`.
-        head_arguments: The arguments that `attach_head` built the head from; None for a user's own head.
+        head_arguments: The arguments from which `attach_head` built the head; None for a user's own head.
         pools: How the outputs of layers are pooled for the head, by the index of the layer in `backbone.features`;
-            empty where the head takes the output of the last one.
+            empty if the head takes the output of the last one.
         threshold: Probability, 0 to 1, from which a label counts as predicted, if an image may have several labels;
             None if each has exactly one. `Trainer` sets it from its loss.
-        temperature: What logits are divided by before they become probabilities, above 0. `Trainer.calibrate` sets it.
+        temperature: Divides logits before they become probabilities, above 0. `Trainer.calibrate` sets it.
         novelty: How unlike the training images an image is; None until `Trainer.learn_known` has measured it.
         kept_in_eval: Names of modules that stay in eval mode in training; see `begin_training`.
-        fits: The head and the image size that `check_head` has seen to fit; None before.
+        fits: The head and the image size that `check_head` last accepted; None before.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class TransferModel(nn.Module):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the layers whose pooled outputs the head takes; empty where it takes the output of the last one."""
+        """Names of the layers whose pooled outputs the head takes; empty if it takes the output of the last one."""
         return tuple(self.backbone.layer_names[index] for index in self.pools)
 
     @property
     def columns(self) -> list[slice]:
-        """Where in the pooled features each kind of number lies, such as a layer's means or its maxima."""
+        """Slices of the pooled features, one for each kind of number, such as a layer's means or its maxima."""
         kinds = [pool.channels for pool in self.pools.values() for _ in range(pool.size // pool.channels)]
         return [slice(end - size, end) for size, end in zip(kinds, accumulate(kinds), strict=True)]
 
@@ -149,10 +149,10 @@ def attach_head(
         backbone: It becomes part of the model; it is not copied.
         classes: Two or more class names, or their number (the names are then "0", "1", ...).
         layers: The blocks or layers whose outputs the head takes, such as `["block4", "block5"]`; a block stands for
-            the output of its last layer. Layers behind the last one named are left out of the model. None takes the
+            the output of its last layer. The model leaves out all later layers. None takes the
             last three blocks, or with `pooling="flatten"` the last one.
-        pooling: How each layer's output is pooled over its positions: `"avg"`, `"max"`, or `"avgmax"` for both. What
-            is pooled is concatenated (2 * (256 + 512 + 512) numbers for blocks 3 to 5) and standardised by the training
+        pooling: How each layer's output is pooled over its positions: `"avg"`, `"max"`, or `"avgmax"` for both. Pooled
+            outputs are concatenated (2 * (256 + 512 + 512) numbers for blocks 3 to 5) and standardized by the training
             images. `"flatten"` keeps every position of the last block (512 * h * w numbers) as it is.
         hidden: Widths of fully connected layers before the last, each followed by ReLU and dropout.
         dropout: Probability of dropping a hidden activation in training, or without `hidden` a feature; at least 0 and
@@ -320,7 +320,7 @@ def check_head(model: TransferModel) -> None:
         certain = bool((logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < 1e-5).all())
     if certain or isinstance(list(head.modules())[-1], nn.Softmax | nn.Sigmoid):
         raise HeadMismatchError(
-            "head returns probabilities: expected logits, of which the loss makes probabilities. Leave out the softmax "
+            "head returns probabilities: expected logits, which the loss turns into probabilities. Remove the softmax "
             "or sigmoid at its end."
         )
     model.fits = (head, model.backbone.image_size)

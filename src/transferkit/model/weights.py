@@ -194,6 +194,6 @@ def _copy_verified(response: http.client.HTTPResponse, file: BinaryIO, url: str,
         raise ConnectionError(f"the connection ended after {received} of {announced} bytes")
     if not digest.hexdigest().startswith(expected):
         raise WeightsError(
-            f"what {url} sent ({received} bytes) does not have the SHA-256 in its name. Nothing was kept. A login page "
-            "may have answered: try another network, or pass a path as weights=."
+            f"the download from {url} ({received} bytes) does not have the SHA-256 in its name. Nothing was kept. A "
+            "login page may have answered: try another network, or pass a path as weights=."
         )

@@ -1,4 +1,4 @@
-"""What a model makes of labelled images, image by image, and the figures that follow from it."""
+"""A model's predictions for labeled images, image by image, and the metrics that follow from them."""
 
 import math
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ Integers = npt.NDArray[np.int64]
 
 
 def confusion_matrix(targets: npt.ArrayLike, predicted: npt.ArrayLike, num_classes: int) -> Integers:
-    """Return how often each class was taken for each other, int64 `(K, K)`: rows are true classes, columns predicted.
+    """Return how often each class was predicted for each true class, int64 `(K, K)`: rows are true classes.
 
     `targets` and `predicted` are class indices `(N,)`, from 0 to `num_classes - 1`.
 
@@ -85,16 +85,16 @@ class ClassFigures(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Assessment:
-    """What a model made of each image of labelled data; from `Trainer.assess`.
+    """A model's predictions for each image of labeled data; from `Trainer.assess`.
 
     Attributes:
         probabilities: Of each class, float32 `(N, K)`, in the order of the data.
         losses: Loss of each image without smoothing and weights, float32 `(N,)`: higher means less probability on the
             true class.
-        targets: True class indices, int64 `(N,)`; of soft targets, the largest. Or true labels, bool `(N, K)`, where
-            an image may have several.
+        targets: True class indices, int64 `(N,)`; of soft targets, the largest. Or true labels, bool `(N, K)`, if an
+            image may have several.
         classes: The class names.
-        threshold: Probability from which a label counts as predicted; None where each image has exactly one label.
+        threshold: Probability from which a label counts as predicted; None if each image has exactly one label.
         metrics: The trainer's metrics over these images, by name.
         temperature: What the model divides its logits by; see `Trainer.calibrate`.
         novelty: How unlike the training images each image is, float32 `(N,)`, above 0 where it counts as unknown; None
@@ -141,8 +141,7 @@ class Assessment:
     def accuracy(self) -> float:
         """Fraction of the images whose most probable class is the true one, 0 to 1.
 
-        With a threshold, the mean over the images of the labels that are both true and predicted over those that are
-        either, where an image that has and gets no label counts 1.
+        With a threshold, the mean Jaccard index of true and predicted labels; an image without either counts 1.
         """
         if self.threshold is None:
             return float((self.predicted == self.targets).mean())
@@ -151,7 +150,7 @@ class Assessment:
         return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())
 
     def accuracy_interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Return the bounds between which the accuracy on all images of this kind lies (Wilson, 1927).
+        """Return a confidence interval of the accuracy on all images of this kind (Wilson, 1927).
 
         Raises:
             ArgumentError: When `confidence` is not from 0 to below 1, or an image may have several labels.
@@ -166,7 +165,7 @@ class Assessment:
     def calibration_error(self, *, calibrated: bool = True) -> float:
         """Return the expected calibration error: how far confidence is from accuracy, 0 to 1, over 15 bins.
 
-        With `calibrated=False` it is that of the model without its temperature.
+        `calibrated=False` leaves out the temperature.
         """
         probabilities = self.probabilities.astype(np.float64)
         if not calibrated:  # without a temperature, probabilities are in proportion to these powers
@@ -197,7 +196,7 @@ class Assessment:
         return confusion_matrix(self.targets, self.predicted, len(self.classes))
 
     def most_confused(self, count: int) -> list[tuple[str, str, int]]:
-        """Return the classes that were most often taken for another: true class, predicted class, number of images.
+        """Return the most frequent confusions: true class, predicted class, number of images.
 
         Raises:
             ArgumentError: When `count` is below 1, or an image may have several labels.
@@ -260,9 +259,9 @@ class Assessment:
 def plot_confusion_matrix(assessment: Assessment, *, ax: Axes | None = None, normalize: bool = False) -> Figure:
     """Draw how often each class was taken for each other: rows are true classes, columns predicted ones.
 
-    Where an image may have several labels, the columns are instead: labels found, labels missed, and images that got
-    the label without having it. Colors show fractions of each true class; `normalize` writes these instead of counts.
-    It is drawn on `ax`, or on a new figure.
+    If an image may have several labels, the columns are labels found, labels missed, and labels predicted wrongly.
+    Colors show fractions of each true class; `normalize` writes these instead of counts. It is drawn on `ax`, or on a
+    new figure.
 
     Raises:
         MissingPackageError: When matplotlib is not installed.
@@ -329,7 +328,7 @@ def plot_predictions(assessment: Assessment, data: object, *, num_images: int = 
     differs = (given.numpy() != assessment.targets[places]).reshape(len(places), -1).any(axis=1)
     if differs.any():
         raise ArgumentError(
-            f"image {places[differs][0]} of the data is not the one that was assessed: its target is another. Expected "
+            f"image {places[differs][0]} of the data is not the one that was assessed: its target differs. Expected "
             "the same data in the same order, and no DataLoader that shuffles in assess."
         )
     true, found = (assessment._labels(labels)[places] for labels in (assessment.targets, assessment.predicted))

@@ -14,11 +14,11 @@ from transferkit.results.tabular import html_table
 
 @dataclass(eq=False)
 class EpochReport:
-    """One epoch's figures.
+    """One epoch's metrics.
 
     Metrics of the trainer are attributes too: `report.f1` on the training images and `report.val_f1` on the validation
     images. So is every number that a callback assigns: after `report.pets = 0.5` the history, the plots, early stopping
-    and the loggers have a figure `pets`.
+    and the loggers have `pets`.
 
     Attributes:
         epoch: Number of the epoch in the life of the trainer, from 0.
@@ -55,7 +55,7 @@ class EpochReport:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Every figure that was measured, by name, in the order training, validation, others."""
+        """Every metric that was measured, by name, in the order training, validation, others."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def __eq__(self, other: object) -> bool:
@@ -89,7 +89,7 @@ class History:
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """The values of each figure, one for each epoch, NaN where an epoch lacks a figure that another one has."""
+        """The values of each metric, one for each epoch; NaN if the epoch lacks it."""
         rows = [report.figures for report in self.reports]
         names = list(dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "skipped")))
         return {name: [row.get(name, math.nan) for row in rows] for name in names}
@@ -98,7 +98,7 @@ class History:
         """The values of one figure: `history["loss"]` is `history.history["loss"]`."""
         figures = self.history
         if name not in figures:
-            raise ArgumentError(f"history[{name!r}] is no figure. {close_matches(name, figures)}")
+            raise ArgumentError(f"history[{name!r}] is not a metric. {close_matches(name, figures)}")
         return figures[name]
 
     def __iter__(self) -> Iterator[str]:

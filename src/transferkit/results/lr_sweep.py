@@ -103,7 +103,7 @@ class LearningRateSweep:
 
     @property
     def diverged(self) -> bool:
-        """Whether the smoothed loss has risen so far that trying larger rates is pointless."""
+        """Whether the smoothed loss has risen so far that larger learning rates are pointless."""
         lowest = min(filter(math.isfinite, self.smoothed), default=math.inf)
         return bool(self.losses) and not self.smoothed[-1] <= DIVERGED * lowest
 

@@ -93,11 +93,11 @@ class Summary:
 def summary(model: Backbone | TransferModel) -> Summary:
     r"""Return a model layer by layer: output shape, parameters, frozen or trained, cached or not, share of arithmetic.
 
-    The layers marked "cached" are those whose output `Trainer` caches where the data allows it: the frozen ones from
-    the first on, provided they are pure functions. One image of zeros goes through the model, which is left as it was.
+    `Trainer` caches the output of the layers marked "cached" if the data allows it: the first frozen layers, if they
+    are pure functions. One image of zeros goes through the model; the model does not change.
 
     Raises:
-        ArgumentError: When it is neither from `load_backbone` nor from `attach_head`.
+        ArgumentError: When `model` is neither from `load_backbone` nor from `attach_head`.
 
     Example:
         >>> from transferkit import attach_head, freeze_until, load_backbone

@@ -44,8 +44,8 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> 
             check_archive(file)
     except (OSError, RuntimeError, ValueError) as error:  # torch raises RuntimeError where the disk is full
         raise CheckpointWriteError(
-            f"cannot write a checkpoint to {path}: {error}. An earlier file there is unchanged. Expected a folder "
-            "that can be written, with room, on a sound disk."
+            f"cannot write a checkpoint to {path}: {error}. An earlier file there is unchanged. Expected a "
+            "folder with write permission and enough room on a working disk."
         ) from error
 
 
@@ -58,7 +58,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         state = read_torch_file(path)
     except ValueError as error:
         raise CheckpointError(
-            f"cannot read {path} ({path.stat().st_size} bytes) as a checkpoint: {error}. Expected a whole file of "
+            f"cannot read {path} ({path.stat().st_size} bytes) as a checkpoint: {error}. Expected a complete file of "
             "Trainer.save: delete it and use an earlier one. Weights alone are for load_backbone(weights=path)."
         ) from error
     except (OSError, MemoryError) as error:

@@ -201,7 +201,7 @@ def _build_novelty(buffers: Mapping[str, Tensor]) -> Novelty | None:
     try:
         return Novelty.of_state(buffers) if buffers else None
     except ValueError as error:
-        raise CheckpointError(f"the checkpoint's measure of what is known is damaged: {error}.") from error
+        raise CheckpointError(f"the checkpoint's novelty measure is damaged: {error}.") from error
 
 
 def leave_out_frozen(state: Mapping[str, Any], model: TransferModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -244,13 +244,13 @@ def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bo
     """Write a model, whole or not at all, for `load_model` to read.
 
     Args:
-        model: The file also holds its class names, its preprocessing and what is frozen.
-        path: Of the file.
+        model: The file also holds its class names, its preprocessing and which layers are frozen.
+        path: The file to write.
         frozen: `False` leaves out the frozen weights, which makes 56 kB for a linear head of three classes.
             `load_model` must then be given a backbone that has them, and compares their SHA-256.
 
     Raises:
-        CheckpointTypeError: `load_model` could not build the model again: it is wrapped, or a layer was exchanged,
+        CheckpointTypeError: `load_model` could not build the model again: it is wrapped, or a layer was replaced,
             changed, pruned, parametrized or converted to another dtype.
         CheckpointWriteError: The folder is missing, read-only or full.
 
@@ -276,7 +276,7 @@ def load_model(
     """Build the model that `Trainer.save` or `save_model` wrote, on the CPU and in eval mode, without a download.
 
     Args:
-        path: Of the file.
+        path: The file to read.
         head: A head built like that of the model, if it was your own.
         backbone: A backbone with the frozen weights, if they were left out. It becomes part of the model.
 

@@ -80,7 +80,7 @@ _NOT_NEGATIVE = [
 
 
 def _check_numbers(name: str, values: Mapping[str, Any]) -> None:
-    """Refuse moments that are not finite, and second moments or counts below 0, of which the next step makes NaN."""
+    """Refuse moments that are not finite, and second moments or counts below 0, which would make the next step NaN."""
     for key, value in values.items():
         if isinstance(value, Tensor) and value.numel() and value.is_floating_point():
             least, most = (float(end) for end in value.detach().aminmax())

@@ -21,9 +21,9 @@ _NAME = re.compile(r"step-(\d+)\.pt")
 
 @explained
 class Checkpoint:
-    """A callback of `Trainer.fit` that saves the run after epochs, after steps, and when something ends it early.
+    """A callback that saves the run after epochs, after steps, and when something ends it early.
 
-    `fit(resume_from=folder)` continues the run with the same result as if it had never stopped. Frozen weights are
+    `fit(resume_from=folder)` continues the run with the result of an uninterrupted run. Frozen weights are
     written once, to a file of their own. A file appears whole or not at all, and an old one is removed only after the
     new one has been verified. A save that fails gives a warning. If no later save succeeds, `fit` ends with the error.
 

@@ -97,7 +97,7 @@ def evaluate(network: nn.Module, batches: Batches, *, training: Training) -> dic
 
 
 def validate(training: Training, source: Source) -> dict[str, float]:
-    """Return loss and accuracy of labelled images, over cached features where that is safe."""
+    """Return loss and accuracy of labeled images, over cached features where that is safe."""
     feed = open_feed(training, source, "validation")
     with together("validation"), evaluating(training.model), training.interrupts:
         network, batches = feed.open_part(CACHED_BATCH_SIZE)
@@ -130,7 +130,7 @@ def predict_known(
     with opened(training, images, batch_size, num_workers, with_targets=False) as (network, batches):
         if training.model.novelty is None:
             raise ArgumentError(
-                "the model has not learnt which images are known: call trainer.learn_known(training_images) first, "
+                "the model has not learned which images are known: call trainer.learn_known(training_images) first, "
                 "after training."
             )
         logits, _, novelty = _outputs_of(network, batches, training)
@@ -153,7 +153,7 @@ def predict_classes(
 
 
 def calibrate(training: Training, data: object, batch_size: int | None, num_workers: int) -> float:
-    """Fit a model's temperature to labelled images, and return it; see `Trainer.calibrate`."""
+    """Fit a model's temperature to labeled images, and return it; see `Trainer.calibrate`."""
     with training.alone("calibrate"), opened(training, data, batch_size, num_workers) as (network, batches):
         found = fit_temperature(*logits_of(network, batches, training=training), training.loss)
         training.model.temperature = broadcast(found, "the temperature")
@@ -227,7 +227,7 @@ def head_inputs(network: nn.Module, batches: Batches, *, training: Training) -> 
 
 
 def _outputs_of(network: nn.Module, batches: Batches, training: Training) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return what `logits_of` does, and the novelty of each image, float32 `(N,)`; None if it was not learnt."""
+    """Return what `logits_of` does, and the novelty of each image, float32 `(N,)`; None if it was not learned."""
     before, model, outputs = _without_head(network), training.model, []
     if model.novelty is None:
         return *logits_of(network, batches, training=training), None

@@ -46,8 +46,8 @@ class HeadRun:
 def how_many_together(training: Training) -> int:
     """Return how many heads like that of a model can be trained together; 1 where each must be trained alone.
 
-    Together are heads on a frozen backbone, of the layers that `attach_head` builds, with an optimizer of torch that
-    treats each number by itself, without metrics, skipped steps, micro-batches and gradient scaling.
+    Heads train together on a frozen backbone if `attach_head` built them, with an optimizer of torch that treats
+    each number by itself, without metrics, skipped steps, micro-batches and gradient scaling.
     """
     model, head = training.model, training.model.head
     layers = [head, *head.children()]

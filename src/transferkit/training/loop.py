@@ -147,7 +147,7 @@ def _train_batch(training: Training, progress: Progress, network: nn.Module, bat
 def _explain_nonfinite(
     training: Training, run: Run, network: nn.Module, batch: Part, *, size: int, index: int
 ) -> NonFiniteError:
-    """Make the step's passes once more, and say where its first number is that is not finite."""
+    """Repeat the step's passes, and name the first number that is not finite."""
 
     def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
         return run.loss.sum(logits, targets) / batch.weight
@@ -200,7 +200,7 @@ def finish_run(training: Training, progress: Progress) -> None:
     if progress.is_over:
         display.say(
             f"nothing to train: this run ended after epoch {len(history.reports)} of {progress.run.num_epochs}. To "
-            "train on from its weights, call fit again without resume_from"
+            "continue from its weights, call fit again without resume_from"
         )
     training.progress = progress
     try:
@@ -225,7 +225,7 @@ def finish_run(training: Training, progress: Progress) -> None:
         progress.best.restore()
         best = history.best_epoch
         if best is not None and best < len(history.reports) - 1:
-            display.say(f"the weights of epoch {history.epoch[best] + 1}, the best, are back")
+            display.say(f"restored the weights of epoch {history.epoch[best] + 1}, the best")
 
 
 def _train_and_validate(training: Training, progress: Progress) -> EpochReport:

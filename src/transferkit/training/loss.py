@@ -31,8 +31,8 @@ class CrossEntropy:
 
     Args:
         label_smoothing: Fraction of each target that is spread evenly over all classes, 0 up to but not including 1.
-        class_weights: How much an image of each class counts: one number of 0 or more for each class, or `"balanced"`,
-            which lets every class count the same however many training images it has. None counts all images the same.
+        class_weights: Weight of each class's images: one number of 0 or more for each class, or `"balanced"`, which
+            gives every class the same total weight. None weights all images the same.
 
     Raises:
         ArgumentError: `label_smoothing` is out of range. When a run starts, if there is not one weight for each
@@ -91,15 +91,15 @@ class CrossEntropy:
 class BinaryCrossEntropy:
     """Binary cross-entropy: an image may have several labels, or none.
 
-    Each class is a question of its own, answered by the sigmoid of its logit. Targets are multi-hot rows `(N, K)` of 0
+    Each class is independent; its probability is the sigmoid of its logit. Targets are multi-hot rows `(N, K)` of 0
     and 1, of any number type, or probabilities in between. The loss of an image is the mean over its classes.
 
     Args:
-        threshold: Probability from which a label counts as predicted, above 0 and below 1. It is kept with the model:
-            saved files and exported models use it.
+        threshold: Probability from which a label counts as predicted, above 0 and below 1. It is saved and exported
+            with the model.
         label_smoothing: Fraction by which targets are moved towards 1/2, 0 up to but not including 1.
-        positive_weights: How much a present label counts against an absent one: one number above 0 for each class, or
-            `"balanced"`, which is (images without the label) / (images with it). None counts both the same.
+        positive_weights: Weight of a present label relative to an absent one: one number above 0 for each class, or
+            `"balanced"`, which is (images without the label) / (images with it). None weights both the same.
 
     Raises:
         ArgumentError: When `threshold` or `label_smoothing` is out of range. When a run starts, if there is not one

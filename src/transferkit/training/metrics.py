@@ -88,7 +88,7 @@ def check_metrics(metrics: object) -> dict[str, Any]:
         if not usable or name in RESERVED or name.startswith("val_"):
             raise ArgumentError(
                 f"metrics has the name {name!r}: expected a Python name other than {', '.join(RESERVED)}, and without "
-                '"val_" in front (the figure of the validation data gets that by itself).'
+                '"val_" in front (validation metrics get that prefix by themselves).'
             )
         if not callable(getattr(metric, "compute", metric)) or isinstance(metric, type):
             raise ArgumentError(
@@ -126,6 +126,6 @@ def _measure(name: str, metric: Any, probabilities: Tensor, targets: Tensor) -> 
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(
-            f"metrics[{name!r}] returned {value!r}: expected one number. A metric that gives one for each class can "
-            "average them (average='macro' in torchmetrics)."
+            f"metrics[{name!r}] returned {value!r}: expected one number. Average a metric of each class "
+            "(average='macro' in torchmetrics)."
         ) from error

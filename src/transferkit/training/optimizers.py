@@ -96,13 +96,13 @@ def parameter_groups(model: TransferModel) -> dict[str, list[nn.Parameter]]:
 def discriminative_lr(model: TransferModel, lr: float, *, factor: float = 0.3) -> dict[str, float]:
     """Return a learning rate for each block, each smaller by a factor than that of the block after it.
 
-    Early layers detect what all images have in common and need to change less than late ones (Howard and Ruder, 2018,
+    Early layers detect features common to all images and need to change less than late ones (Howard and Ruder, 2018,
     arXiv:1801.06146).
 
     Args:
         model: From `attach_head`.
         lr: Learning rate of the head, above 0.
-        factor: Ratio between neighbouring blocks, and between the last block and the head; above 0.
+        factor: Ratio between neighboring blocks, and between the last block and the head; above 0.
 
     Returns:
         A mapping that `Trainer(lr=...)` and `fit(lr=...)` take.

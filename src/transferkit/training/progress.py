@@ -157,8 +157,8 @@ def check_progress(
     """
     if run is None:
         raise CheckpointError(
-            f"{origin} was not saved during a run, so there is none to resume. trainer.load({origin!r}) takes over its "
-            "weights; fit then begins a new run with them."
+            f"{origin} was not saved during a run, so there is none to resume. trainer.load({origin!r}) loads its "
+            "weights; fit then starts a new run with them."
         )
     check_parts({"run": run}, {"run": _PARTS}, origin=origin)
     check_no_tensors(run["facts"], "run/facts")

@@ -102,7 +102,7 @@ class Run:
 def open_source(
     training: Training, data: object, num_workers: int, on_bad_image: str | float = "raise", display: Display = QUIET
 ) -> Source:
-    """Open labelled data, without the images that cannot be used if those are to be skipped."""
+    """Open labeled data, without the images that cannot be used if those are to be skipped."""
     limit, model = bad_image_limit(on_bad_image), training.model
     labels = {"multi_label": model.threshold is not None, "skip": limit is not None}
     source = open_data(data, model.classes, num_workers=num_workers, **labels)

@@ -128,6 +128,6 @@ def check_schedule(schedule: Schedule, num_steps: int | None, *, other: bool = F
         )
     if num_steps is None:
         raise ArgumentError(
-            "this schedule needs the number of steps, which a DataLoader without length does not tell: use "
+            "this schedule needs the number of steps, but the DataLoader has no length: use "
             'schedule="constant", or give its data set a __len__.'
         )

@@ -1,4 +1,4 @@
-"""The mean and standard deviation by which a head standardises its features, measured on training images."""
+"""The mean and standard deviation by which a head standardizes its features, measured on training images."""
 
 from contextlib import closing
 

@@ -117,7 +117,7 @@ def guarded_step(network: nn.Module, batch: Part, *, training: Training, loss: L
 
 @contextmanager
 def dropout_of_part(network: nn.Module, count: int) -> Iterator[None]:
-    """Let dropout zero what it would zero of a whole batch of so many images, of which this process has its part."""
+    """Make dropout zero the entries of this process's part that it would zero in the whole batch of `count` images."""
     layers = [layer for layer in network.modules() if type(layer) is nn.Dropout and layer.training]
     rows = part_of(count)
 
@@ -150,8 +150,8 @@ def update_not_repeated(optimizer: Optimizer, device: Device) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if begun and is_out_of_memory(error):
             raise OutOfMemoryError(
-                f"the optimizer ran out of memory in the middle of its update; weights may be half updated: {error}. "
-                "Load a checkpoint, then freeze more layers or take a smaller head."
+                f"the optimizer ran out of memory in the middle of its update; weights may be partly updated: {error}. "
+                "Load a checkpoint, then freeze more layers or use a smaller head."
             ) from error
         raise
     finally:
