@@ -209,11 +209,20 @@ class _Filling:
         return torch.cat([*chunks, torch.arange(0)])
 
     def _read(self, own: Tensor | None, view: int | None) -> Generator[tuple[Images, Tensor], None, None]:
+        """Yield batches; the processes meet after so many, and so learn soon of one that failed."""
+        every = max(1, CHUNK_IMAGES // self.batch_size)
+        most = math.ceil((self.inputs.source.num_images or 0) / self.chunk_images / world_size()) * self.chunk_images
+        meetings = math.ceil(most / self.batch_size / every)
         with closing(self.inputs.read(self.batch_size, order=own, view=view)) as batches:
             for number, batch in enumerate(batches):
                 if self.folder is not None and number * self.batch_size % self.chunk_images == 0:
                     self._close()
+                if number % every == 0:
+                    meetings -= 1
+                    total(0, "the next features")
                 yield batch
+        for _ in range(meetings):  # of a process that has less to read than others
+            total(0, "the next features")
 
     def _exchange(
         self, images: list[bytes], targets: Tensor | None, count: int, num_views: int

@@ -3,11 +3,12 @@
 from contextlib import closing
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transferkit.base.interrupts import Interrupts
 from transferkit.base.processes import gather, part_of
 from transferkit.base.randomness import seeded
+from transferkit.compute.out_of_memory import within_memory
 from transferkit.data.sources import epoch_order
 from transferkit.linear.design import divisors
 from transferkit.model.head import Standardize
@@ -44,8 +45,7 @@ def measure_features(training: Training, run: Run, interrupts: Interrupts) -> No
             with closing(batches):
                 count = 0
                 for inputs, targets in interrupts.watched(batches):
-                    for part in torch.split(inputs, training.micro_batch_size or len(inputs)):
-                        evaluation_step(network, part, device=training.device)
+                    _look(network, inputs, seen, training)
                     count += len(targets)
                     if count >= MOST_IMAGES:
                         break
@@ -60,6 +60,22 @@ def measure_features(training: Training, run: Run, interrupts: Interrupts) -> No
         if len(rows):
             kinds = [part.stop - part.start for part in training.model.columns]
             set_statistics(layer, rows, kinds if sum(kinds) == rows.shape[1] else None)
+
+
+def _look(network: nn.Module, inputs: Tensor, seen: dict[Standardize, list[Tensor]], training: Training) -> None:
+    """Let a batch go through a network, in smaller parts where memory runs out."""
+    before = {layer: len(features) for layer, features in seen.items()}
+
+    def run(size: int) -> None:
+        for part in torch.split(inputs, size):
+            evaluation_step(network, part, device=training.device)
+
+    def undo() -> None:
+        for layer, features in seen.items():
+            del features[before[layer] :]
+
+    size = training.micro_batch_size or len(inputs)
+    within_memory(run, size, device=training.device, what="the head's features", undo=undo)
 
 
 def set_statistics(layer: Standardize, features: Tensor, kinds: list[int] | None) -> None:
