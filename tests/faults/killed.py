@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import Dataset
 
 import transferkit as tk
@@ -87,6 +87,8 @@ def main() -> None:
     feed.Prefix = Counted
     if str(signal.SIGSTOP.value) == SIGNAL:
         processes.TIMEOUT = timedelta(seconds=20)
+    if WHERE == "hosts":
+        distributed.init_process_group(timeout=timedelta(minutes=5))  # as a user may, and leave it as it is
     trainer = make_trainer(make_model(make_backbone(), "block5", hidden=(16,)), cache=FEATURES)
     callbacks = [Ends(Path(FOLDER) / "run", every_steps=1)]
     history = trainer.fit(

@@ -34,6 +34,7 @@ _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 _STARTED: list[bool] = []
 _THREADS: list[threading.Thread] = []  # the one whose calls are in step with the other ranks'
 _GROUP: list[Any] = [None, None]  # the default group, and the one in which ranks meet on the host
+atexit.register(_GROUP.clear)  # a group that outlives torch's own reference aborts the process
 
 
 def start() -> None:
