@@ -14,17 +14,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from transferkit.base.arguments import whole_number
 from transferkit.base.files import kind_of
 from transferkit.data.classes import check_classes
-from transferkit.data.columns import (
-    as_columns,
-    class_indices_of,
-    column_names,
-    find_column,
-    is_file,
-    is_image,
-    listed,
-    names_in,
-)
-from transferkit.data.images import check_one_image
+from transferkit.data.columns import as_columns, class_indices_of, column_names, find_column, is_image, listed, names_in
+from transferkit.data.images import check_one_image, is_file
 from transferkit.data.samples import GivenImages
 from transferkit.data.sources import ArraySource, DatasetSource, LoaderSource, Source, SubsetSource, check_order
 from transferkit.data.targets import as_targets
