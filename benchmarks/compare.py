@@ -18,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from job import JOBS, Job
 from peers import BEST_ENVIRONMENT, CONFIGURATIONS
 from peers.machine import describe_machine, measure_rates
@@ -93,6 +94,7 @@ def write_report(path: Path | None, report: dict) -> None:
 
 def compare(job: Job, contestants: list[tuple[str, str]], options: argparse.Namespace) -> dict:
     report = open_report(options.json, job, options.peer_epochs or job.epochs)
+    dtype = torch.bfloat16 if job.bf16 else torch.float32
     done = {(run["contestant"], run["configuration"], run["repetition"]) for run in report["runs"]}
     for repetition in range(options.repetitions):
         for name, configuration in contestants:
@@ -101,9 +103,9 @@ def compare(job: Job, contestants: list[tuple[str, str]], options: argparse.Name
             own = name == "transferkit"
             epochs = job.epochs if own else min(job.epochs, report["peer_epochs"])
             run = {"contestant": name, "configuration": configuration, "repetition": repetition}
-            run["before"] = measure_rates()
+            run["before"] = measure_rates(dtype)
             result = run_contestant(name, configuration, dataclasses.replace(job, epochs=epochs))
-            run["after"] = measure_rates()
+            run["after"] = measure_rates(dtype)
             run.update(extrapolate(result, job.epochs) if "total_s" in result else result)
             report["runs"].append(run)
             write_report(options.json, report)
@@ -121,6 +123,7 @@ def main() -> None:
     parser.add_argument("--only", help="names, as in transferkit,pytorch/best")
     parser.add_argument("--training-images", type=int)
     parser.add_argument("--validation-images", type=int)
+    parser.add_argument("--precision", choices=["auto", "fp32"], help="fp32 leaves bf16 out on all sides")
     parser.add_argument("--json", type=Path, help="write results there after every contestant, and continue from them")
     parser.add_argument("--from", dest="source", type=Path, help="only print the results in this file")
     options = parser.parse_args()
@@ -130,6 +133,7 @@ def main() -> None:
         job = JOBS[options.job]
         changes = {
             "epochs": options.epochs,
+            "precision": options.precision,
             "num_training": options.training_images,
             "num_validation": options.validation_images,
         }

@@ -93,7 +93,7 @@ def total(images_seen: list[tuple[int, int]]) -> int:
 def lines_of(capsys: Any) -> list[str]:
     """Return the lines printed since the last look, without that of the best epoch; broken ones are whole again."""
     printed = capsys.readouterr().out.replace("\n  ", "  ")
-    return [line for line in printed.splitlines() if not line.startswith("the weights of epoch")]
+    return [line for line in printed.splitlines() if not line.startswith("restored the weights of epoch")]
 
 
 def refusals(lines: list[str]) -> list[str]:

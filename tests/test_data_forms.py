@@ -180,7 +180,7 @@ def test_a_missing_name_is_no_class(trainer, paths, missing):
 
 def test_a_missing_number_is_no_class_either(trainer, paths):
     """A gap in a column of numbers is NaN, which the advice to convert would turn into a class."""
-    with pytest.raises(TargetError, match=r"nan at index 1: .*unlabelled image: leave such images out"):
+    with pytest.raises(TargetError, match=r"nan at index 1: .*unlabeled image: leave such images out"):
         trainer.fit((paths[:3], Column([0, float("nan"), 2])), epochs=1)
 
 

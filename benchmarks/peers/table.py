@@ -89,7 +89,11 @@ def format_report(report: dict) -> str:
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB; Python {machine['python']}",
         ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
     ]
-    for name, words in (("copy_gb_s", "GB/s copied"), ("product_gflop_s", "GFLOP/s of a bf16 product")):
+    dtype = "fp32" if job.get("precision") == "fp32" else "bf16"
+    for name, words in (
+        ("copy_gb_s", "GB/s copied"),
+        ("product_gflop_s", f"GFLOP/s of a product in {dtype}"),
+    ):
         figures = [rate[name] for rate in rates]
         if figures:
             lines.append(f"machine meanwhile: {min(figures):.1f} to {max(figures):.1f} {words}")

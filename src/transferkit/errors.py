@@ -1,4 +1,4 @@
-"""Every error transferkit raises: what failed, what was got, what was expected and what to do.
+"""Every error transferkit raises: what failed, which value it got, what it expected and what to do.
 
 Each is a `TransferKitError` and a builtin error, so other code can catch `ValueError` or `OSError` as usual.
 """

@@ -19,7 +19,7 @@ Images = Tensor | list[Tensor]  # a batch `(N, 3, H, W)`, or raw images `(3, H, 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """A source of images as the model sees it: raw ones are resized, augmented and normalised, float ones unchanged.
+    """A source of images as the model sees it: raw ones are resized, augmented and normalized, float ones unchanged.
 
     What is random depends on `seed` and on the view, such as the number of the epoch.
     """

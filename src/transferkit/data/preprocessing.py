@@ -40,7 +40,7 @@ class Preprocessing:
             keeps the middle. `"torchvision"` is the geometry of torchvision's own transforms
             (`VGG16_Weights.IMAGENET1K_V1.transforms()`): the shorter side becomes 256/224 of `image_size`, the middle
             is kept, and sizes are truncated. `"letterbox"` resizes the longer side to `image_size` and adds bars of
-            the mean color. `"squash"` resizes both sides, so that nothing is lost but the proportions. Any other is an
+            the mean color. `"squash"` resizes both sides, so that only the proportions are lost. Any other is an
             `ArgumentError`.
         scaled_decoding: Whether a JPEG file is decoded at an eighth, a quarter or half of its size if that divides both
             sides and is at least twice the size it is resized to. Never for `"torchvision"`.

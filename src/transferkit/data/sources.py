@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from transferkit.base.arrays import sha256_of
 from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.data.columns import image_and_target, image_of
 from transferkit.data.images import as_image, as_images
-from transferkit.data.preprocessing import Preprocessing
+from transferkit.data.preprocessing import Preprocessing, find_convention
 from transferkit.data.samples import SKIP_HINT, Sample, Samples, evenly_spaced, listed_targets
 from transferkit.data.targets import as_targets
 from transferkit.data.workers import read_in_workers
@@ -26,6 +27,8 @@ Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]  # images, targets, or n
 
 _SCANNED = 32  # images read at a time outside of epochs; a signal is checked between batches
 _NO_TARGETS = torch.empty(0, dtype=torch.int64)
+_SMALLEST = replace(find_convention("IMAGENET1K_V1"), image_size=32, geometry="squash")
+"""For samples that are read only to see whether they can be: a photograph is verified whole, but little is decoded."""
 
 
 class Source(Protocol):
@@ -117,7 +120,7 @@ class DatasetSource:
             labels = enumerate(listed)
             suspects += [row for row, label in labels if type(label) is int and not 0 <= label < self.num_classes][:1]
         for index in suspects:
-            _collate([self.samples.read(index, 0)], self.read_targets)
+            _collate([self.samples.for_input(_SMALLEST).read(index, 0)], self.read_targets)
 
     def batches(
         self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
@@ -137,7 +140,8 @@ class DatasetSource:
     def all_targets(self, indices: Tensor | None = None) -> Tensor:
         if self.targets is not None:
             return self.targets if indices is None else self.targets[indices]
-        return torch.cat([targets for _, targets, _ in self.batches(_SCANNED, seed=0, order=indices)])
+        batches = self.batches(_SCANNED, seed=0, order=indices, preprocess=_SMALLEST)
+        return torch.cat([targets for _, targets, _ in batches])
 
     def digest(self, indices: Tensor | None = None) -> str:
         tensors = {"targets": self.targets, "indices": indices}
@@ -151,7 +155,8 @@ class DatasetSource:
         """Read every sample; of each batch of them, yield why each cannot be used, or None if it can."""
         indices = [batch.tolist() for batch in _in_batches(None, self.num_images, _SCANNED)]
         keys: list[list[tuple[int, int | None]]] = [[(index, 0) for index in batch] for batch in indices]
-        for batch in read_in_workers(self.samples, keys, num_workers=self.num_workers, seed=0):
+        read_small = self.samples.for_input(_SMALLEST)
+        for batch in read_in_workers(read_small, keys, num_workers=self.num_workers, seed=0):
             yield [str(s).removesuffix(SKIP_HINT) if isinstance(s, TransferKitError) else None for s in batch]
 
 

@@ -42,7 +42,7 @@ def as_targets(
     if multi_label:
         raise TargetError(
             f"{got}: for several labels per image, expected rows (N, {num_classes}) of 0 and 1. If these are class "
-            f"indices, take torch.nn.functional.one_hot(torch.as_tensor(targets), {num_classes}), or for one label an "
+            f"indices, pass torch.nn.functional.one_hot(torch.as_tensor(targets), {num_classes}), or for one label per "
             "image Trainer(loss=transferkit.CrossEntropy())."
         )
     if values.ndim == 2 and values.shape[1] == 1 and not values.is_floating_point():

@@ -76,7 +76,7 @@ class FeatureCache:
         self.folder = folder
         self.check = check
         self.chunks: list[Chunk] = []
-        self._prefix: Prefix | None = None  # the last one, made anew whenever the layers changed
+        self._prefix: Prefix | None = None  # the last one, made again whenever the layers changed
 
     def split(self, model: TransferModel) -> tuple[Prefix | None, nn.Module, str]:
         """Return the frozen prefix of a model, the network behind it, and `""`; or None, the model, and why."""

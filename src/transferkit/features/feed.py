@@ -34,7 +34,7 @@ class Feed:
     model: TransferModel
     cache: FeatureCache
     mode: bool | str  # "auto" caches features where that is safe, and says so where not; True raises there; or False
-    num_views: int | None  # fixed views of each image, which epochs go through in turn; None draws each epoch anew
+    num_views: int | None  # fixed views of each image, which epochs go through in turn; None draws each epoch again
     what: str  # the images are for: "training" or "validation"
     display: Display
     fill_s: float = 0.0  # seconds spent on features so far

@@ -86,6 +86,7 @@ class Backbone(nn.Module):
         return self.name in MODELS and any(bool(bias.any()) for bias in biases)  # host sync
 
     def num_channels(self, index: int) -> int:
+        """Return the number of output channels of `features[index]`."""
         convolutions = [module for module in self.features[: index + 1] if isinstance(module, nn.Conv2d)]
         return convolutions[-1].out_channels
 

@@ -32,8 +32,8 @@ _DEPENDS_ON_MODE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutN
 class Standardize(nn.Module):
     """Subtracts the mean of each feature of `num_images` images and divides by its standard deviation, float32 `(D,)`.
 
-    `Trainer` measures both before its first step; training does not change them. What varies less than the median of
-    its kind, such as the means of one layer, is divided by that, not to drown the others where it does vary.
+    `Trainer` measures both before its first step; training does not change them. A feature that varies less than
+    the median of its kind, such as the means of one layer, is divided by that median, not to dominate where it varies.
     """
 
     def __init__(self, num_features: int) -> None:

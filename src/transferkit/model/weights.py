@@ -78,7 +78,7 @@ def _warn_of_old_format(path: Path) -> None:
     if not is_published(path):
         warnings.warn(
             f"{printable(str(path))} has the format of torch before 1.6, which has no checksums: damage would not be "
-            "noticed. Save it anew: torch.save(torch.load(path, weights_only=True), path).",
+            "noticed. Save it again: torch.save(torch.load(path, weights_only=True), path).",
             stacklevel=5,
         )
 

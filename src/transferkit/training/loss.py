@@ -123,6 +123,7 @@ class BinaryCrossEntropy:
             )
 
     def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:
+        """Return the loss with its weights computed from the training data, on the device."""
         weights = _check_weights("positive_weights", self.positive_weights, num_classes)
         if isinstance(weights, str):
             targets = source.all_targets()
@@ -134,9 +135,11 @@ class BinaryCrossEntropy:
         return dataclasses.replace(self, positive_weights=None if weights is None else weights.to(device))
 
     def total_weight(self, targets: Tensor) -> Tensor | int:
+        """Return what the sum over a batch is divided by."""
         return len(targets)
 
     def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum over part of a batch, float32 `()`, from logits `(N, K)` and targets."""
         smoothed = targets * (1 - self.label_smoothing) + self.label_smoothing / 2
         weights: Any = self.positive_weights
         losses = functional.binary_cross_entropy_with_logits(
@@ -145,9 +148,11 @@ class BinaryCrossEntropy:
         return losses.mean(dim=1).sum()
 
     def each(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each image without smoothing and weights, float32 `(N,)`."""
         return functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
 
     def describe(self) -> str:
+        """Return the settings as text."""
         weights = _text(self.positive_weights)
         return f"BinaryCrossEntropy(label_smoothing={self.label_smoothing}, positive_weights={weights})"
 

@@ -37,7 +37,7 @@ def measure_features(training: Training, run: Run) -> None:
         order = order[:MOST_IMAGES][part_of(min(len(order), MOST_IMAGES))]
     try:
         with modes_kept(model), seeded(training.seed, training.device.torch_device):
-            begin_training(model)  # batch norm that trains normalises by each batch, as in the steps that follow
+            begin_training(model)  # batch norm that trains normalizes by each batch, as in the steps that follow
             network, batches = run.train.open(run.batch_size, order=order)
             with closing(batches):
                 count = 0
