@@ -50,7 +50,7 @@ def draw_depth() -> None:
         own = [run for run in runs("depth") if run["freeze_until"] == depth]
         ax.plot([run["lr"] for run in own], [last(run) for run in own], marker="o", label=name)
     ax.set(xscale="log", xlabel="learning rate", ylabel="test accuracy after 4 epochs")
-    ax.legend(title="what trains", fontsize="small")
+    ax.legend(title="layers that train", fontsize="small")
     save(figure, "depth")
 
 
@@ -108,11 +108,11 @@ def label_schedule(run: dict[str, Any]) -> str:
 
 def label_rates(run: dict[str, Any]) -> str:
     lr = run["lr"]
-    return f"{lr['head']:.0e}, times {lr['factor']} a block" if isinstance(lr, dict) else f"{lr:.0e} everywhere"
+    return f"{lr['head']:.0e}, times {lr['factor']} per block" if isinstance(lr, dict) else f"{lr:.0e} everywhere"
 
 
 def label_unfreezing(run: dict[str, Any]) -> str:
-    return f"backbone {run['lr']['backbone']:.0e}  " + ("step by step" if "unfreezing" in run else "all at once")
+    return f"backbone {run['lr']['backbone']:.0e}  " + ("gradually" if "unfreezing" in run else "all at once")
 
 
 def draw_sweeps() -> None:
