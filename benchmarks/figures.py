@@ -22,7 +22,13 @@ from torchvision.datasets import ImageFolder
 import transferkit as tk
 
 DOCS = Path(__file__).parent.parent / "docs"
-NAMES = {"head": "the head", "block5": "block 5 on", "block4": "block 4 on", "block3": "block 3 on", None: "everything"}
+NAMES = {
+    "head": "the head",
+    "block5": "from block 5",
+    "block4": "from block 4",
+    "block3": "from block 3",
+    None: "everything",
+}
 
 
 def runs(question: str) -> list[dict[str, Any]]:
