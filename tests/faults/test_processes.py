@@ -24,8 +24,6 @@ from tiny import environment, make_backbone, make_images, make_model, make_train
 from transferkit.base import processes
 from transferkit.errors import ArgumentError, CacheError, ImageError, OutOfMemoryError, ProcessError
 from transferkit.features import cache, prefix
-from transferkit.linear import choice
-from transferkit.linear.table import Table
 
 HERE = Path(__file__).parent
 
@@ -143,38 +141,6 @@ def test_nine_images_on_two_processes_are_each_counted_once(tmp_path):
     assert numbers(first) == pytest.approx(numbers(evaluated()), abs=1e-6)
 
 
-@pytest.mark.parametrize(("folds", "own"), [(3, [2, 1]), (1, [1, 0])])
-def test_folds_are_dealt_out(tmp_path, monkeypatch, folds, own):
-    """Each process solves folds of its own, or none; penalties, figures and head are those of one process."""
-    generator = torch.Generator().manual_seed(0)
-    features, targets = torch.randn(61, 5, generator=generator), torch.arange(61) % 3
-    features[torch.arange(61), targets] += 1
-    monkeypatch.setattr(choice, "ONE_FOLD_ROWS", 61 if folds > 1 else 60)
-
-    def solved(*_: object) -> list[Any]:
-        made = []
-        monkeypatch.setattr(
-            choice, "Problems", lambda *given, **named: made.append(named["members"]) or make(*given, **named)
-        )
-        head = choice.solve(Table.of_tensor(features), targets, tk.CrossEntropy(), classes=3, folds=3)
-        path = [[tried.l2, tried.accuracy, tried.loss] for tried in head.path]
-        return [
-            head.l2,
-            path,
-            head.logits.tolist(),
-            head.weight.tolist(),
-            sum(members.shape[1] for members in made) - 1,
-        ]
-
-    make = choice.Problems
-    *expected, count = solved()
-    results = in_two(solved, tmp_path)
-    assert (count, [found.pop() for found in results]) == (folds, own)
-    assert results[0][:3] == results[1][:3]
-    for found in results:
-        assert numbers(found) == pytest.approx(numbers(expected), abs=1e-4)
-
-
 class Hungry(nn.Module):
     """Asks for 256 MB for each image in training; the second process has so much for a few `images` in all."""
 
@@ -232,7 +198,7 @@ def test_two_jobs_share_a_folder_of_features_and_not_one_of_checkpoints(tmp_path
     """Both fill the folder at once, with the result of a job alone; the checkpoints of one are refused to the other."""
     monkeypatch.setattr(prefix, "_PIXELS_ON_CPU", 4 * 32**2)
     monkeypatch.setattr(cache, "CHUNK_IMAGES", 4)
-    barrier = FORK.Barrier(4, timeout=60)
+    barrier = FORK.Barrier(4)
 
     def trained(folder: Path, *callbacks: Any) -> dict[str, Any]:
         trainer = make_trainer(make_model(make_backbone(), "block5"), cache=folder)

@@ -8,7 +8,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from transferkit.base.processes import gather, rank, total, world_size
 from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.compute.device import float32_products
 from transferkit.errors import ArgumentError, EmptyDataError, NonFiniteError
@@ -110,8 +109,7 @@ def solve(
 
     Held-out rows are the validation rows or, without them, each fold in turn. All folds are solved together and share
     the mean and the standard deviation of all rows, which depend on no target. With as many folds as rows this is
-    exact leave-one-out. Of more than 20,000 rows only the first fold is held out. Of several processes each solves
-    folds of its own.
+    exact leave-one-out. Of more than 20,000 rows only the first fold is held out.
 
     Args:
         table: The features, `(N, D)`.
@@ -184,7 +182,7 @@ def _choose(
             continue
         rise = losses - least  # row by row: the noise of the rise is much less than that of the loss
         worse = worse + 1 if float(rise.mean()) > float(rise.std(correction=0)) / math.sqrt(len(rise)) else 0
-        if total(worse == 2 and rank() == 0, "whether to try a weaker penalty"):  # all do as the first process
+        if worse == 2:
             break
     l2, weights, logits = best
     return l2, path, weights, logits
@@ -235,29 +233,21 @@ class _Folds:
         self.fold_of = fold_of[self.rows]
         self.parts = [(self.fold_of == fold).nonzero().squeeze(1) for fold in range(used)]
         size = max(1, _BATCH_NUMBERS // (classes * max(count, 2 * PAIRS * len(design.axes))))
-        dealt = self.fold_of % world_size()  # of several processes each solves folds of its own
-        self.own = (dealt == rank()).nonzero().squeeze(1)
-        self.order = dealt.argsort(stable=True).argsort()
         self.batches = [
             Problems(design, targets, loss, classes=classes, members=fold_of[:, None] != batch)
-            for batch in torch.split(torch.arange(used, device=fold_of.device)[rank() :: world_size()], size)
-            if len(batch)
+            for batch in torch.split(torch.arange(used, device=fold_of.device), size)
         ]
 
     def solve(self, l2: float) -> Tensor:
         """Return the logits of the held-out rows, `(N, K)`."""
-        own = None
         for batch in self.batches:
             batch.follow(l2, tolerance=PATH_TOLERANCE)
-        if self.batches:
-            logits = torch.cat([batch.logits[self.rows[self.own]] for batch in self.batches], dim=1)
-            own = logits[torch.arange(len(logits), device=logits.device), self.fold_of[self.own] // world_size()]
-        return gather(own, "the logits of held-out rows").to(self.targets.device)[self.order]
+        logits = torch.cat([batch.logits[self.rows] for batch in self.batches], dim=1)
+        return logits[torch.arange(len(logits), device=logits.device), self.fold_of]
 
     def weights(self) -> Tensor:
         """Return the mean over the folds: where to start with all rows."""
-        own = torch.cat([batch.weights for batch in self.batches]) if self.batches else None
-        return gather(own, "the weights of folds").to(self.targets.device).mean(dim=0, keepdim=True)
+        return torch.cat([batch.weights for batch in self.batches]).mean(dim=0, keepdim=True)
 
 
 class _Validation:

@@ -47,7 +47,7 @@ def solve_head(training: Training, train: Feed, validation: Feed | None, *, l2: 
         seed=training.seed,
         count_correct=partial(count_correct, threshold=model.threshold),
     )
-    if world_size() > 1:  # each solved folds of its own, and then all rows: that of the first counts
+    if world_size() > 1:  # all solve it, which takes no longer, and that of the first counts
         copy_from_rank_0([solved.weight, solved.bias, solved.mean, solved.std, solved.held_out, solved.logits])
         l2, path = broadcast((solved.l2, solved.path), "the solved head")
         solved = replace(solved, l2=l2, path=path)
