@@ -198,7 +198,7 @@ def test_two_jobs_share_a_folder_of_features_and_not_one_of_checkpoints(tmp_path
     """Both fill the folder at once, with the result of a job alone; the checkpoints of one are refused to the other."""
     monkeypatch.setattr(prefix, "_PIXELS_ON_CPU", 4 * 32**2)
     monkeypatch.setattr(cache, "CHUNK_IMAGES", 4)
-    barrier = FORK.Barrier(4)
+    barrier = FORK.Barrier(4, timeout=60)
 
     def trained(folder: Path, *callbacks: Any) -> dict[str, Any]:
         trainer = make_trainer(make_model(make_backbone(), "block5"), cache=folder)
