@@ -22,7 +22,13 @@ from torchvision.datasets import ImageFolder
 import transferkit as tk
 
 DOCS = Path(__file__).parent.parent / "docs"
-NAMES = {"head": "the head", "block5": "block 5 on", "block4": "block 4 on", "block3": "block 3 on", None: "everything"}
+NAMES = {
+    "head": "the head",
+    "block5": "from block 5",
+    "block4": "from block 4",
+    "block3": "from block 3",
+    None: "everything",
+}
 
 
 def runs(question: str) -> list[dict[str, Any]]:
@@ -50,7 +56,7 @@ def draw_depth() -> None:
         own = [run for run in runs("depth") if run["freeze_until"] == depth]
         ax.plot([run["lr"] for run in own], [last(run) for run in own], marker="o", label=name)
     ax.set(xscale="log", xlabel="learning rate", ylabel="test accuracy after 4 epochs")
-    ax.legend(title="what trains", fontsize="small")
+    ax.legend(title="layers that train", fontsize="small")
     save(figure, "depth")
 
 
@@ -108,11 +114,11 @@ def label_schedule(run: dict[str, Any]) -> str:
 
 def label_rates(run: dict[str, Any]) -> str:
     lr = run["lr"]
-    return f"{lr['head']:.0e}, times {lr['factor']} a block" if isinstance(lr, dict) else f"{lr:.0e} everywhere"
+    return f"{lr['head']:.0e}, times {lr['factor']} per block" if isinstance(lr, dict) else f"{lr:.0e} everywhere"
 
 
 def label_unfreezing(run: dict[str, Any]) -> str:
-    return f"backbone {run['lr']['backbone']:.0e}  " + ("step by step" if "unfreezing" in run else "all at once")
+    return f"backbone {run['lr']['backbone']:.0e}  " + ("gradually" if "unfreezing" in run else "all at once")
 
 
 def draw_sweeps() -> None:
