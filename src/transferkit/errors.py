@@ -115,14 +115,7 @@ class WorkerError(TransferKitError, RuntimeError):
 
 
 def printable(text: str) -> str:
-    r"""Return text with its control characters escaped: names and texts out of files could forge lines or wipe screens.
-
-    Letters and signs of every alphabet stay as they are.
-
-    Example:
-        >>> print(printable("a\x1b[2Jb\u202ec é 猫"))
-        a\x1b[2Jb\u202ec é 猫
-    """
+    """Return text with control characters escaped: names and texts out of files could forge lines or wipe screens."""
     return "".join(c if c.isprintable() or c in "\xa0\u3000" else ascii(c)[1:-1] for c in text)
 
 

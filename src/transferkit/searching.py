@@ -29,13 +29,7 @@ from transferkit.data.classes import learn_names
 from transferkit.data.resized import resized
 from transferkit.data.selection import split_validation
 from transferkit.data.sources import Source
-from transferkit.errors import (
-    ArgumentError,
-    NonFiniteError,
-    OutOfMemoryError,
-    TransferKitError,
-    close_matches,
-)
+from transferkit.errors import ArgumentError, NonFiniteError, OutOfMemoryError, TransferKitError, close_matches
 from transferkit.model.freezing import find_boundary, freeze_until, trainable_state
 from transferkit.model.head import TransferModel
 from transferkit.results.history import History

@@ -4,23 +4,18 @@ import ctypes
 import sys
 from pathlib import Path
 
-_SETTINGS = {
-    -3: 2**31 - 1,  # M_MMAP_THRESHOLD, in bytes: mallopt takes an int
-    -1: 2**31 - 1,  # M_TRIM_THRESHOLD
-    -2: 64 * 2**20,  # M_TOP_PAD
-}
-
 
 def keep_freed_blocks() -> bool:
     """Stop glibc from returning freed blocks over 128 KiB at once, and return whether that worked.
 
-    On a CPU that is half the time of a step that trains a 4096-4096 head (`benchmarks/memory.py`). The price: the
-    process keeps its peak memory until it ends.
+    Large steps take half the time (`benchmarks/host_memory.py`); the process keeps its peak memory until it ends.
     """
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    return mallopt is not None and all(mallopt(name, value) == 1 for name, value in _SETTINGS.items())
+    # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes as a C int, and M_TOP_PAD
+    settings = {-3: 2**31 - 1, -1: 2**31 - 1, -2: 64 * 2**20}
+    return mallopt is not None and all(mallopt(name, value) == 1 for name, value in settings.items())
 
 
 def host_bytes() -> dict[str, int] | None:

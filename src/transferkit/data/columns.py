@@ -154,11 +154,6 @@ def is_image(value: Any) -> bool:
     return encoded or isinstance(value, Image.Image | str | PathLike) or is_encoded(value)
 
 
-def is_file(value: Any) -> bool:
-    """Return whether a value is an open file."""
-    return callable(getattr(value, "read", None)) and not hasattr(value, "__getitem__")
-
-
 def _are_images(values: Any) -> bool:
     """Return whether a value holds the images of several samples, and is no sample itself."""
     if isinstance(values, np.ndarray | Tensor) and values.ndim != 1:

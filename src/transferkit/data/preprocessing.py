@@ -1,9 +1,4 @@
-"""Raw uint8 images to VGG's input: the geometry that makes them square, and the conventions of weights.
-
-Two of VGG's three conventions, `IMAGENET1K_FEATURES` and `KERAS`, belong to the same network: only the channel order of
-the first convolution differs. (Their means differ by up to 0.7 in the red channel; use each with the weights of that
-name.)
-"""
+"""Raw uint8 images to VGG's input: the geometry that makes them square, and the conventions of weights."""
 
 from dataclasses import dataclass, replace
 from typing import cast
@@ -171,6 +166,8 @@ class Preprocessing:
         return replace(self, image_size=image_size)
 
 
+# the second and third belong to the same network, whose first convolution has its channels in the other order there;
+# their means differ by up to 0.7 in the red channel: use each with the weights of that name
 CONVENTIONS: dict[str, Preprocessing] = {
     convention.name: convention
     for convention in (

@@ -18,12 +18,10 @@ def resized(
 ) -> tuple[Tensor, Tensor] | None:
     """Return raw images, uint8 `(N, 3, S, S)`, and targets, on which training gives the same weights as on the data.
 
-    They are resized on the device, as in training. Return None where the data should be used directly: reading it again
-    may give other images, it is in memory already, its images are preprocessed, resizing them again would change them
-    (`"torchvision"`), or they would not fit in memory.
+    They are resized on the device, as in training. None if the data should be used directly.
     """
     source = open_data(data, classes, num_workers=num_workers)
-    if preprocess.geometry == "torchvision" or isinstance(source, ArraySource):
+    if preprocess.geometry == "torchvision" or isinstance(source, ArraySource):  # it would resize once more
         return None
     if source.num_images is None or source.why_not_repeatable() is not None:
         return None

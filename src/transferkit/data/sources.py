@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +17,11 @@ from transferkit.data.columns import image_and_target, image_of
 from transferkit.data.images import as_image, as_images
 from transferkit.data.preprocessing import Preprocessing, find_convention
 from transferkit.data.samples import SKIP_HINT, Sample, Samples, evenly_spaced, listed_targets
-from transferkit.data.targets import as_targets
 from transferkit.data.workers import read_in_workers
 from transferkit.errors import ArgumentError, EmptyDataError, ImageError, TargetError, TransferKitError
 
 Sizes = int | list[int]  # images in a batch, or in each batch
+ReadTargets = Callable[..., Tensor]  # `as_targets` for some classes; None where targets are not needed
 Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]  # images, targets, or none `(0,)`, and indices in the data set
 
 _SCANNED = 32  # images read at a time outside of epochs; a signal is checked between batches
@@ -70,13 +69,13 @@ def _in_batches(order: Tensor | None, num_images: int, batch_size: Sizes) -> Seq
 class ArraySource:
     """Images and targets in memory. Each batch is one indexing operation."""
 
-    def __init__(self, images: object, targets: object, classes: Sequence[str], *, multi_label: bool = False) -> None:
+    def __init__(self, images: object, targets: object, read_targets: ReadTargets | None) -> None:
         self.images = as_images(images)
         self.num_images = len(self.images)
         if self.num_images == 0:
             raise EmptyDataError(f"data holds no images: got shape {tuple(self.images.shape)}, expected 1 or more.")
-        self.targets = _NO_TARGETS if targets is None else as_targets(targets, len(classes), multi_label=multi_label)
-        if targets is not None and len(self.targets) != self.num_images:
+        self.targets = _NO_TARGETS if read_targets is None else read_targets(targets)
+        if read_targets is not None and len(self.targets) != self.num_images:
             raise TargetError(f"{self.num_images} images but {len(self.targets)} targets: expected one for each.")
 
     def batches(self, batch_size: Sizes, *, order: Tensor | None, **_: Any) -> Iterator[Batch]:
@@ -98,27 +97,23 @@ class ArraySource:
 class DatasetSource:
     """A map-style `Dataset`; its random transforms are seeded for each image."""
 
-    def __init__(
-        self, dataset: Any, classes: Sequence[str], *, num_workers: int, with_targets: bool, multi_label: bool = False
-    ) -> None:
-        read_targets = partial(as_targets, num_classes=len(classes), multi_label=multi_label)
-        self.read_targets = read_targets if with_targets else None
+    def __init__(self, dataset: Any, read_targets: ReadTargets | None, *, num_workers: int) -> None:
+        self.read_targets = read_targets
         self.num_images = len(dataset)
         if self.num_images == 0:
             raise EmptyDataError(f"data is an empty {type(dataset).__name__}: expected 1 image or more.")
-        self.samples = Samples(dataset, with_targets=with_targets)
-        self.num_classes = len(classes)
+        self.samples = Samples(dataset, with_targets=read_targets is not None)
         self.num_workers = num_workers
-        listed = listed_targets(dataset) if with_targets else None
-        self.targets = None if listed is None else read_targets(listed)
+        listed = None if read_targets is None else listed_targets(dataset)
+        self.targets = None if listed is None or read_targets is None else read_targets(listed)
 
-    def check_first(self) -> None:
+    def check_first(self, num_classes: int) -> None:
         """Read the first sample, and one that a list beside the data calls out of range, so that these fail at once."""
-        listed = getattr(self.samples.dataset, "targets", None) if self.samples.with_targets else None
+        listed = None if self.read_targets is None else getattr(self.samples.dataset, "targets", None)
         suspects = [0]
         if self.targets is None and isinstance(listed, list) and len(listed) == self.num_images:
             labels = enumerate(listed)
-            suspects += [row for row, label in labels if type(label) is int and not 0 <= label < self.num_classes][:1]
+            suspects += [row for row, label in labels if type(label) is int and not 0 <= label < num_classes][:1]
         for index in suspects:
             _collate([self.samples.for_input(_SMALLEST).read(index, 0)], self.read_targets)
 
@@ -163,12 +158,9 @@ class DatasetSource:
 class LoaderSource:
     """A user's `DataLoader`: its batches, in its order."""
 
-    def __init__(
-        self, loader: "DataLoader[Any]", classes: Sequence[str], *, with_targets: bool, multi_label: bool = False
-    ) -> None:
+    def __init__(self, loader: "DataLoader[Any]", read_targets: ReadTargets | None) -> None:
         self.loader = loader
-        read_targets = partial(as_targets, num_classes=len(classes), multi_label=multi_label)
-        self.read_targets = read_targets if with_targets else None
+        self.read_targets = read_targets
         self.num_images: int | None = None
         self.length = None
         dataset: Any = loader.dataset
@@ -253,7 +245,7 @@ def check_order(loader: "DataLoader[Any]") -> None:
         warnings.warn(f"{own}: predictions come in its order, which may not be that of the data set.", stacklevel=2)
 
 
-def _collate(samples: Sequence[Sample | TransferKitError], read_targets: Callable[..., Tensor] | None) -> Batch:
+def _collate(samples: Sequence[Sample | TransferKitError], read_targets: ReadTargets | None) -> Batch:
     if failed := [sample for sample in samples if isinstance(sample, TransferKitError)]:
         raise failed[0]
     images, targets, indices = map(list, zip(*samples, strict=True))

@@ -1,7 +1,6 @@
 """The forms of targets that the library accepts, and the ones it uses: class indices, int64 `(N,)`, or rows, float32.
 
-A row `(K,)` has probabilities that sum to one or, where an image may have several labels, a number from 0 to 1 for
-each label.
+A row has probabilities `(K,)` that sum to one or, where an image may have several labels, numbers from 0 to 1.
 """
 
 from collections.abc import Iterable, Sequence

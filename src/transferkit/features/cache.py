@@ -8,7 +8,7 @@ or data, an image added to a data set costs one image, and any part of the cache
 import difflib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from itertools import accumulate
 from os import PathLike
@@ -195,10 +195,8 @@ class _Filling:
         with self.display.bar("features", total) as bar:
             for view in [None] if num_views is None else range(num_views):
                 # closed at once, or a traceback that somebody holds would keep worker processes
-                with closing(self.inputs.read(self.batch_size, order=own, view=view)) as batches:
-                    for number, (batch, batch_targets) in enumerate(batches):
-                        if self.folder is not None and number * self.batch_size % self.chunk_images == 0:
-                            self._close()  # a file has whole chunks
+                with closing(self._read(own, view)) as batches:
+                    for batch, batch_targets in batches:
                         digests = image_digests(batch)
                         depths += self._complete(batch, digests, most=total - len(images))
                         images += digests
@@ -219,6 +217,22 @@ class _Filling:
         """Return the places of the images in each chunk."""
         chunks: Sequence[Tensor] = torch.split(torch.arange(count), self.chunk_images)
         return chunks
+
+    def _read(self, own: Tensor | None, view: int | None) -> Generator[tuple[Images, Tensor], None, None]:
+        """Yield batches; the processes meet after so many, and so learn soon of one that failed."""
+        every = max(1, CHUNK_IMAGES // self.batch_size)
+        most = math.ceil((self.inputs.source.num_images or 0) / self.chunk_images / world_size()) * self.chunk_images
+        meetings = math.ceil(most / self.batch_size / every)
+        with closing(self.inputs.read(self.batch_size, order=own, view=view)) as batches:
+            for number, batch in enumerate(batches):
+                if self.folder is not None and number * self.batch_size % self.chunk_images == 0:
+                    self._close()  # a file has whole chunks
+                if number % every == 0:
+                    meetings -= 1
+                    total(0, "the next features")
+                yield batch
+        for _ in range(meetings):  # of a process that has less to read than others
+            total(0, "the next features")
 
     def _exchange(
         self, images: list[bytes], targets: Tensor | None, count: int, num_views: int

@@ -61,8 +61,6 @@ class TransferModel(nn.Module):
             None if each has exactly one. `Trainer` sets it from its loss.
         temperature: Divides logits before they become probabilities, above 0. `Trainer.calibrate` sets it.
         novelty: How unlike the training images an image is; None until `Trainer.learn_known` has measured it.
-        kept_in_eval: Names of modules that stay in eval mode in training; see `begin_training`.
-        fits: The head and the image size that `check_head` last accepted; None before.
     """
 
     def __init__(
@@ -82,8 +80,8 @@ class TransferModel(nn.Module):
         self.threshold: float | None = None
         self.temperature = 1.0
         self.novelty: Novelty | None = None
-        self.kept_in_eval: tuple[str, ...] = ()
-        self.fits: tuple[nn.Module, int] | None = None
+        self.kept_in_eval: tuple[str, ...] = ()  # modules that stay in eval mode in training; see `begin_training`
+        self.fits: tuple[nn.Module, int] | None = None  # the head and the image size that `check_head` has seen to fit
         self.training = backbone.training  # a run left the backbone in eval mode: it chose no layers of this model
 
     def __getattr__(self, name: str) -> Any:

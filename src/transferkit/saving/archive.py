@@ -26,9 +26,8 @@ _PLAIN_BYTES = 2**20  # room for what is not tensors
 def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write plain types and tensors beside their place, read the checksums back, flush to the disk and rename.
 
-    The tensors are not copied: that another thread changes them meanwhile is noticed, unless it uses `.data` or has not
-    finished when the file has. A state of anything else is a `CheckpointTypeError`, and what keeps the file from being
-    whole a `CheckpointWriteError`; an earlier file at `path` is then still there.
+    Anything else is a `CheckpointTypeError`. What keeps the file from being whole, or another thread that changes the
+    tensors meanwhile, is a `CheckpointWriteError`, and an earlier file at `path` is still there.
     """
     path = Path(path)
     tensors = check_plain(state, CheckpointTypeError)

@@ -117,9 +117,8 @@ def check_loadable(model: object) -> None:
     with torch.device("meta"):
         known = {type(layer): layer for layer in make_layers([1, "M"], batch_norm=True)}
         layers = [copy.deepcopy(known.get(type(layer), nn.Identity())) for layer in model.backbone.features]
-    expected: dict[str, tuple[nn.Module, nn.Module]] = {
-        "backbone.features.": (model.backbone.features, nn.Sequential(*layers))
-    }
+    expected: dict[str, tuple[nn.Module, nn.Module]] = {}
+    expected["backbone.features."] = model.backbone.features, nn.Sequential(*layers)
     pools = model.pools
     if model.head_arguments is not None:
         pools, head = _head_without_weights(model.backbone, model.layers, model.head_arguments, len(model.classes))

@@ -98,11 +98,8 @@ class GradualUnfreezing:
         UnknownLayerError: When a run starts, if the model has no such layer.
 
     Example:
-        >>> from transferkit import Trainer, attach_head, freeze_until, load_backbone
-        >>> model = attach_head(load_backbone(weights=None, image_size=32), ["cat", "dog"])
-        >>> trainer = Trainer(freeze_until(model, "head"), lr={"head": 1e-3, "backbone": 1e-4})
         >>> callbacks = [GradualUnfreezing({1: "block5", 3: "block4"})]
-        >>> history = trainer.fit(train, epochs=5, callbacks=callbacks)  # doctest: +SKIP
+        >>> trainer.fit(train, epochs=5, callbacks=callbacks)  # doctest: +SKIP
 
     References:
         Howard and Ruder, 2018, "Universal Language Model Fine-tuning for Text Classification", arXiv:1801.06146.

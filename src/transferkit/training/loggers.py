@@ -47,15 +47,7 @@ class CSVLogger:
         ArgumentError: When a run starts, if the file is not one that CSVLogger wrote or cannot be written there.
 
     Example:
-        >>> import tempfile
-        >>> from types import SimpleNamespace
-        >>> path = Path(tempfile.mkdtemp()) / "log.csv"
-        >>> report = EpochReport(0, loss=2.0, accuracy=0.25, lr=1e-3, epoch_s=5.0)
-        >>> CSVLogger(path)(SimpleNamespace(history=History([report])), report)
-        >>> print(path.read_text().replace(",", ", "))
-        epoch, loss, accuracy, lr, epoch_s, val_loss, val_accuracy, skipped
-        0, 2.0, 0.25, 0.001, 5.0, , , 0
-        <BLANKLINE>
+        >>> trainer.fit(train, callbacks=[CSVLogger("logs/first.csv")])  # doctest: +SKIP
     """
 
     order = 1  # after callbacks that add figures

@@ -3,10 +3,11 @@
 from contextlib import closing
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transferkit.base.processes import gather, part_of
 from transferkit.base.randomness import seeded
+from transferkit.compute.out_of_memory import within_memory
 from transferkit.data.sources import epoch_order
 from transferkit.linear.design import divisors
 from transferkit.model.head import Standardize
@@ -42,8 +43,7 @@ def measure_features(training: Training, run: Run) -> None:
             with closing(batches):
                 count = 0
                 for inputs, targets in training.interrupts.watched(batches):
-                    for part in torch.split(inputs, training.micro_batch_size or len(inputs)):
-                        evaluation_step(network, part, device=training.device)
+                    _look(network, inputs, seen, training)
                     count += len(targets)
                     if count >= MOST_IMAGES:
                         break
@@ -61,3 +61,19 @@ def measure_features(training: Training, run: Run) -> None:
             layer.mean.copy_(mean)
             layer.std.copy_(divisors(mean, std, kinds if sum(kinds) == rows.shape[1] else None))
             layer.num_images.fill_(len(rows))
+
+
+def _look(network: nn.Module, inputs: Tensor, seen: dict[Standardize, list[Tensor]], training: Training) -> None:
+    """Let a batch go through a network, in smaller parts where memory runs out."""
+    before = {layer: len(features) for layer, features in seen.items()}
+
+    def run(size: int) -> None:
+        for part in torch.split(inputs, size):
+            evaluation_step(network, part, device=training.device)
+
+    def undo() -> None:
+        for layer, features in seen.items():
+            del features[before[layer] :]
+
+    size = training.micro_batch_size or len(inputs)
+    within_memory(run, size, device=training.device, what="the head's features", undo=undo)

@@ -110,11 +110,7 @@ def _place(training: Training) -> dict[str, str]:
 
 
 def read_run(
-    training: Training,
-    path: str | os.PathLike[str],
-    facts: dict[str, Any],
-    callbacks: CallbackList,
-    display: Display,
+    training: Training, path: str | os.PathLike[str], facts: dict[str, Any], callbacks: CallbackList, display: Display
 ) -> dict[str, Any] | None:
     """Return the state to resume from, checked against the facts of this call; None if the folder has none yet."""
     found = read_newest(path) if rank() == 0 else None  # other processes may not see the folder
