@@ -142,7 +142,7 @@ def images_and_backbone() -> Iterator[tuple[ImageFolder, ImageFolder, tk.Backbon
 def draw_model() -> None:
     """The tutorial's model: some predictions, the worst ones and the confusion matrix."""
     with images_and_backbone() as (train, test, backbone):
-        trainer = tk.fine_tune(backbone, train, budget=40)
+        trainer = tk.fine_tune(backbone, train, budget=50)
         assessment, some = trainer.assess(test), Subset(test, range(10, len(test), 42))
         save(tk.plot_confusion_matrix(assessment), "confusion_matrix")
         save(tk.plot_predictions(assessment, test), "predictions_worst")
