@@ -75,14 +75,14 @@ class LearningRateSweep:
         None if the loss never fell by a fifth of its mean over the first tenth of the steps, or never rose again by
         a quarter of what it fell; `why_none` says which.
         """
-        return None if self.why_none else self.lrs[self._lowest[1]] / BELOW_LOWEST
+        return None if self.why_none else self.lrs[self._lowest[2]] / BELOW_LOWEST
 
     @property
     def why_none(self) -> str:
         """Why there is no suggestion; empty if there is one."""
         if not self.losses or not math.isfinite(self.losses[0]):
             return "the loss of the first step is not finite. Look at the images and at the weights."
-        first, (lowest, step) = sum(self.losses[: self._start]) / self._start, self._lowest
+        first, lowest, step = self._lowest
         if lowest > FELL * first:
             return "the loss never fell. Is the model trained already?"
         if all(loss <= lowest + ROSE * (first - lowest) for loss in self.smoothed[step:]):
@@ -91,15 +91,11 @@ class LearningRateSweep:
         return ""
 
     @property
-    def _start(self) -> int:
-        """Number of steps whose mean loss is the first value."""
-        return max(1, len(self.losses) // 10)
-
-    @property
-    def _lowest(self) -> tuple[float, int]:
-        """The lowest smoothed loss after these steps, and its step."""
-        later = [(loss, step) for step, loss in enumerate(self.smoothed) if step >= self._start and math.isfinite(loss)]
-        return min(later, default=(math.inf, 0))
+    def _lowest(self) -> tuple[float, float, int]:
+        """The mean loss of the first tenth of the steps, and the lowest smoothed loss after it with its step."""
+        start = max(1, len(self.losses) // 10)
+        later = [(loss, step) for step, loss in enumerate(self.smoothed) if step >= start and math.isfinite(loss)]
+        return sum(self.losses[:start]) / start, *min(later, default=(math.inf, 0))
 
     @property
     def diverged(self) -> bool:
