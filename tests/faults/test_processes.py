@@ -190,7 +190,7 @@ def test_memory_that_runs_out_in_one_process_ends_both_or_changes_nothing(tmp_pa
         assert numbers(found[2]) == pytest.approx(expected, abs=1e-6)
     assert first[0][1] == []
     assert second[0][1] == [12, 6, 6]  # where the head's features are measured, and in a step
-    assert second[1].startswith("memory does not suffice for the head's features, one image at a time")
+    assert "the head's features, even one image at a time" in second[1]
     assert first[1] == f"on rank 1: {second[1]}"
 
 
@@ -198,7 +198,7 @@ def test_two_jobs_share_a_folder_of_features_and_not_one_of_checkpoints(tmp_path
     """Both fill the folder at once, with the result of a job alone; the checkpoints of one are refused to the other."""
     monkeypatch.setattr(prefix, "_PIXELS_ON_CPU", 4 * 32**2)
     monkeypatch.setattr(cache, "CHUNK_IMAGES", 4)
-    barrier = FORK.Barrier(4)
+    barrier = FORK.Barrier(4, timeout=60)
 
     def trained(folder: Path, *callbacks: Any) -> dict[str, Any]:
         trainer = make_trainer(make_model(make_backbone(), "block5"), cache=folder)
