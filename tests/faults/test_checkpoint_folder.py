@@ -100,6 +100,7 @@ except tk.TransferKitError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_with_the_same_folder_is_refused(tmp_path: Path) -> None:
     """The same job started twice: the second one ends before its first step, and the first one is not disturbed."""
     said = []

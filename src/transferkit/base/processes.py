@@ -11,7 +11,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar, cast
@@ -306,13 +306,19 @@ def _guarded(what: str, collective: Callable[[], object]) -> None:
 def _silent() -> str:
     """Return which ranks have not given up waiting: those that the others wait for."""
     others = [r for r in range(world_size()) if r != rank()]
+
+    def ask() -> None:
+        with suppress(RuntimeError):  # nobody serves it any more
+            store = distributed.distributed_c10d._get_default_store()
+            store.set(f"gave up {rank()}", "")
+            while others:
+                time.sleep(0.1)
+                others[:] = [r for r in others if not store.check([f"gave up {r}"])]
+
     if distributed.is_torchelastic_launched():  # whose store is in none of these processes
-        store = distributed.distributed_c10d._get_default_store()
-        store.set(f"gave up {rank()}", "")
-        end = time.monotonic() + _GRACE_S
-        while others and time.monotonic() < end:
-            time.sleep(0.1)
-            others = [r for r in others if not store.check([f"gave up {r}"])]
+        asking = threading.Thread(target=ask, daemon=True)  # it would wait for a host that is gone
+        asking.start()
+        asking.join(_GRACE_S)
         if others:
             return f"rank {', '.join(map(str, others))}"
     return "another rank"
