@@ -1,7 +1,7 @@
 # Developer commands. PYTHON is the interpreter of the environment with `pip install -e ".[dev]"`.
 PYTHON ?= .venv/bin/python
 
-.PHONY: help check test test-all test-gpu examples docs gpu bench mutations fuzz build clean
+.PHONY: help check test test-all test-gpu examples docs gpu bench readme mutations fuzz build clean
 
 help:            ## list these commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/:/'
@@ -37,10 +37,13 @@ bench:           ## install the other libraries and run all benchmarks (an hour;
 	$(PYTHON) benchmarks/compare.py --job full64 --repetitions 3 --json full64.json
 	$(PYTHON) benchmarks/scaling.py --plot scaling.png
 	$(PYTHON) benchmarks/search.py
-	$(PYTHON) benchmarks/peak_memory.py
-	$(PYTHON) benchmarks/host_memory.py
-	$(PYTHON) benchmarks/safety.py
-	$(PYTHON) benchmarks/bars.py
+	$(PYTHON) benchmarks/memory.py
+	$(PYTHON) benchmarks/overhead.py
+
+readme:          ## print the table of accuracy and seconds in README (half an hour, two idle cores; CIFAR10=its folder)
+	$(PYTHON) benchmarks/quality.py --out readme.json --data cifar10=$(CIFAR10) --seeds 1 --methods \
+		fine_tune:300,fine_tune:60,solve,pytorch_best,fastai_best,sklearn_best,keras_best,old
+	$(PYTHON) benchmarks/quality.py --table readme.json
 
 mutations:       ## break what each guarantee depends on and check that a test fails (45 minutes)
 	$(PYTHON) tests/run_mutations.py

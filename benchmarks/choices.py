@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from job import IMAGES, WEIGHTS
 from torchvision.datasets import ImageFolder
 
 import transferkit as tk
 
-ASSETS = Path(__file__).parent.parent / "examples" / "assets"
 DEPTHS = ["head", "block5", "block4", "block3", None]
 RATES = [1e-5, 1e-4, 1e-3]
 WARM = {"schedule": "cosine", "warmup_steps": 30}
@@ -91,7 +91,7 @@ def train_once(train: Data, test: Data, classes: list[str], settings: dict[str, 
     seed = settings.get("seed", 0)
     torch.manual_seed(seed)
     backbone = tk.load_backbone(
-        weights=ASSETS / "vgg16_imagenet_features_bf16.pt",
+        weights=WEIGHTS,
         preprocessing="IMAGENET1K_FEATURES",
         image_size=settings.get("image_size", 32),
     )
@@ -133,15 +133,11 @@ def train_once(train: Data, test: Data, classes: list[str], settings: dict[str, 
 
 def read_images(data: Path | None) -> tuple[Data, Data, list[str]]:
     with tempfile.TemporaryDirectory() as folder:
-        zipfile.ZipFile(ASSETS / "cifar10_subset.zip").extractall(folder)
+        zipfile.ZipFile(IMAGES).extractall(folder)
         train = ImageFolder(Path(folder) / "train")
         test = ImageFolder((data or Path(folder)) / "test")
         places = np.random.default_rng(0).permutation(len(test))[:2000]
-        return (
-            as_tensors(train, range(len(train))),
-            as_tensors(test, sorted(places.tolist())),
-            train.classes,
-        )
+        return as_tensors(train, range(len(train))), as_tensors(test, sorted(places.tolist())), train.classes
 
 
 def as_tensors(images: ImageFolder, places: Any) -> Data:

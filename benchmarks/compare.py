@@ -1,7 +1,7 @@
 """Compare transfer learning with VGG16 in transferkit, PyTorch, Lightning, fastai, Keras and skorch, one process each.
 
     python benchmarks/compare.py --job head64 --json head64.json
-    python benchmarks/compare.py --from head64.json --markdown
+    python benchmarks/compare.py --from head64.json
 
 The jobs are in job.py, the contestants in peers/: each at its defaults, and as fast as a user who knows it well can
 make it. They run one after another, in rounds, on the CPU. With the same --json, a stopped comparison continues.
@@ -18,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from job import JOBS, Job
 from peers import BEST_ENVIRONMENT, CONFIGURATIONS
 from peers.machine import describe_machine, measure_rates
@@ -93,6 +94,7 @@ def write_report(path: Path | None, report: dict) -> None:
 
 def compare(job: Job, contestants: list[tuple[str, str]], options: argparse.Namespace) -> dict:
     report = open_report(options.json, job, options.peer_epochs or job.epochs)
+    dtype = torch.bfloat16 if job.bf16 else torch.float32
     done = {(run["contestant"], run["configuration"], run["repetition"]) for run in report["runs"]}
     for repetition in range(options.repetitions):
         for name, configuration in contestants:
@@ -101,9 +103,9 @@ def compare(job: Job, contestants: list[tuple[str, str]], options: argparse.Name
             own = name == "transferkit"
             epochs = job.epochs if own else min(job.epochs, report["peer_epochs"])
             run = {"contestant": name, "configuration": configuration, "repetition": repetition}
-            run["before"] = measure_rates()
+            run["before"] = measure_rates(dtype)
             result = run_contestant(name, configuration, dataclasses.replace(job, epochs=epochs))
-            run["after"] = measure_rates()
+            run["after"] = measure_rates(dtype)
             run.update(extrapolate(result, job.epochs) if "total_s" in result else result)
             report["runs"].append(run)
             write_report(options.json, report)
@@ -121,9 +123,9 @@ def main() -> None:
     parser.add_argument("--only", help="names, as in transferkit,pytorch/best")
     parser.add_argument("--training-images", type=int)
     parser.add_argument("--validation-images", type=int)
+    parser.add_argument("--precision", choices=["auto", "fp32"], help="fp32 leaves bf16 out on all sides")
     parser.add_argument("--json", type=Path, help="write results there after every contestant, and continue from them")
     parser.add_argument("--from", dest="source", type=Path, help="only print the results in this file")
-    parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     if options.source is not None:
         report = json.loads(options.source.read_text())
@@ -131,12 +133,13 @@ def main() -> None:
         job = JOBS[options.job]
         changes = {
             "epochs": options.epochs,
+            "precision": options.precision,
             "num_training": options.training_images,
             "num_validation": options.validation_images,
         }
         job = dataclasses.replace(job, **{name: value for name, value in changes.items() if value is not None})
         report = compare(job, choose_contestants(options.only, job), options)
-    print(format_report(report, markdown=options.markdown))
+    print(format_report(report))
 
 
 if __name__ == "__main__":

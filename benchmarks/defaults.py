@@ -1,9 +1,8 @@
 """What the defaults were chosen by: accuracy on images that are neither trained on nor part of any test set.
 
-    python benchmarks/defaults.py --data photos/flowers --image-size 128 --out flowers.json
+    python benchmarks/defaults.py --data photos/flowers --image-size 128
     python benchmarks/defaults.py --data cifar10/train --image-size 64 --only pooling,views
     python benchmarks/defaults.py --data photos/flowers --image-size 128 --only geometry --shape 1.5
-    python benchmarks/defaults.py --table flowers.json
 
 `--shape` cuts the middle out of square photographs, half of them high and half of them wide, so that geometries can be
 compared where no photographs of other shapes are at hand.
@@ -13,7 +12,6 @@ error of an accuracy of 0.75 on 2,000 images is 0.01.
 """
 
 import argparse
-import json
 import sys
 import time
 import zlib
@@ -104,24 +102,18 @@ def trials(data: Subset) -> Iterator[tuple[str, str, Callable[[tk.Backbone], tk.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--size", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="pooling,views,geometry,fit,deeper")
     parser.add_argument("--shape", type=float, help="of the photographs: the longer side over the shorter one")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--table", type=Path)
     options = parser.parse_args()
-    if options.table:
-        for run in json.loads(options.table.read_text()):
-            print(f"| {run['group']} | {run['name']} | {run['accuracy']:.4f} | {run['loss']:.4f} |")
-        return
     folder = ImageFolder(options.data, loader=cut_to(options.shape) if options.shape else default_loader)
     order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(options.seed)).tolist()
     train, judge = Subset(folder, order[: options.size]), Subset(folder, order[options.size : 2 * options.size])
-    runs = []
+    print("| group | choice | accuracy | loss | seconds |\n|---|---|--:|--:|--:|")
     for group, name, run in trials(train):
         if group not in options.only.split(","):
             continue
@@ -131,12 +123,8 @@ def main() -> None:
         started = time.perf_counter()
         trainer = run(backbone)
         seconds = time.perf_counter() - started
-        runs.append({"group": group, "name": name, "seconds": seconds, **trainer.evaluate(judge, batch_size=128)})
-        print(
-            "{group}: {name}: accuracy {accuracy:.4f}, loss {loss:.4f}, {seconds:.0f} s".format(**runs[-1]), flush=True
-        )
-        if options.out:
-            options.out.write_text(json.dumps(runs))
+        found = trainer.evaluate(judge, batch_size=128)
+        print(f"| {group} | {name} | {found['accuracy']:.4f} | {found['loss']:.4f} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,13 @@ this script makes on the images in examples/assets (two minutes).
 import json
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+from job import IMAGES, WEIGHTS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.utils.data import Subset
@@ -18,8 +22,13 @@ from torchvision.datasets import ImageFolder
 import transferkit as tk
 
 DOCS = Path(__file__).parent.parent / "docs"
-ASSETS = DOCS.parent / "examples" / "assets"
-NAMES = {"head": "the head", "block5": "block 5 on", "block4": "block 4 on", "block3": "block 3 on", None: "everything"}
+NAMES = {
+    "head": "the head",
+    "block5": "from block 5",
+    "block4": "from block 4",
+    "block3": "from block 3",
+    None: "everything",
+}
 
 
 def runs(question: str) -> list[dict[str, Any]]:
@@ -47,7 +56,7 @@ def draw_depth() -> None:
         own = [run for run in runs("depth") if run["freeze_until"] == depth]
         ax.plot([run["lr"] for run in own], [last(run) for run in own], marker="o", label=name)
     ax.set(xscale="log", xlabel="learning rate", ylabel="test accuracy after 4 epochs")
-    ax.legend(title="what trains", fontsize="small")
+    ax.legend(title="layers that train", fontsize="small")
     save(figure, "depth")
 
 
@@ -105,15 +114,11 @@ def label_schedule(run: dict[str, Any]) -> str:
 
 def label_rates(run: dict[str, Any]) -> str:
     lr = run["lr"]
-    return f"{lr['head']:.0e}, times {lr['factor']} a block" if isinstance(lr, dict) else f"{lr:.0e} everywhere"
+    return f"{lr['head']:.0e}, times {lr['factor']} per block" if isinstance(lr, dict) else f"{lr:.0e} everywhere"
 
 
 def label_unfreezing(run: dict[str, Any]) -> str:
-    return f"backbone {run['lr']['backbone']:.0e}  " + ("step by step" if "unfreezing" in run else "all at once")
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    return f"backbone {run['lr']['backbone']:.0e}  " + ("gradually" if "unfreezing" in run else "all at once")
 
 
 def draw_sweeps() -> None:
@@ -126,13 +131,17 @@ def draw_sweeps() -> None:
     save(figure, "lr_find")
 
 
+@contextmanager
+def images_and_backbone() -> Iterator[tuple[ImageFolder, ImageFolder, tk.Backbone]]:
+    with tempfile.TemporaryDirectory() as folder:
+        zipfile.ZipFile(IMAGES).extractall(folder)
+        backbone = tk.load_backbone(weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=64)
+        yield ImageFolder(Path(folder) / "train"), ImageFolder(Path(folder) / "test"), backbone
+
+
 def draw_model() -> None:
     """The tutorial's model: some predictions, the worst ones and the confusion matrix."""
-    with tempfile.TemporaryDirectory() as folder:
-        zipfile.ZipFile(ASSETS / "cifar10_subset.zip").extractall(folder)
-        train, test = ImageFolder(Path(folder) / "train"), ImageFolder(Path(folder) / "test")
-        weights = ASSETS / "vgg16_imagenet_features_bf16.pt"
-        backbone = tk.load_backbone(weights=weights, preprocessing="IMAGENET1K_FEATURES", image_size=64)
+    with images_and_backbone() as (train, test, backbone):
         trainer = tk.fine_tune(backbone, train, budget=40)
         assessment, some = trainer.assess(test), Subset(test, range(10, len(test), 42))
         save(tk.plot_confusion_matrix(assessment), "confusion_matrix")
@@ -143,11 +152,8 @@ def draw_model() -> None:
 
 def draw_probe() -> None:
     """Scores of each block at two image sizes; prints the table of the page on finding layers."""
-    with tempfile.TemporaryDirectory() as folder:
-        zipfile.ZipFile(ASSETS / "cifar10_subset.zip").extractall(folder)
-        weights = ASSETS / "vgg16_imagenet_features_bf16.pt"
-        backbone = tk.load_backbone(weights=weights, preprocessing="IMAGENET1K_FEATURES", image_size=64)
-        probe = tk.probe(backbone, ImageFolder(Path(folder) / "train"), image_sizes=[32, 64], verbose=0)
+    with images_and_backbone() as (train, _, backbone):
+        probe = tk.probe(backbone, train, image_sizes=[32, 64], verbose=0)
         save(probe.plot(), "probe")
         print(probe)
 

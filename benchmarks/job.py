@@ -34,6 +34,7 @@ class Job:
         num_training: Training images, the same number per class.
         num_validation: Validation images, the same number per class.
         epochs: Number of epochs.
+        precision: "auto", what the machine computes fastest, or "fp32".
     """
 
     name: str
@@ -43,11 +44,17 @@ class Job:
     num_training: int
     num_validation: int
     epochs: int
+    precision: str = "auto"
 
     @property
     def feature_size(self) -> int:
         """Length of the flattened output of the convolutions."""
         return 512 * (self.image_size // 32) ** 2
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the other libraries may use bf16 in their best configurations."""
+        return self.precision != "fp32"
 
 
 JOBS = {

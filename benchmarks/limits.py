@@ -1,6 +1,6 @@
 """Measure each stage of training against the machine's limits.
 
-    python benchmarks/limits.py [--image-size 64] [--repetitions 9] [--json limits.json]
+    python benchmarks/limits.py [--image-size 64] [--repetitions 9] [--precision fp32] [--json limits.json]
 
 The limits are a square matrix product in the device's precision and a memory copy. They are measured in turns with
 every stage, so that a busy machine slows both. A stage's floor is its arithmetic at the rate of the product plus, for
@@ -91,9 +91,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    device = tk.Device()
+    device = tk.Device(precision=options.precision)
     place, size = device.torch_device, options.image_size
     matrix = torch.randn(MATRIX, MATRIX, device=place, dtype=device.dtype)
     source, target = (torch.ones(COPY_BYTES // 4, device=place) for _ in range(2))

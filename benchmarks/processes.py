@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc-per-node=2 benchmarks/processes.py    and    python benchmarks/processes.py
 
-Both with OMP_NUM_THREADS=1. Each prints one line of JSON: seconds of the fill, and bytes of a step by what trains.
+Both with OMP_NUM_THREADS=1. Each prints one line of JSON: seconds of the fill, and of each process's CPU time in it,
+which other programs on the machine change less; microseconds of an exchange; bytes of a step by what trains.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, distributed
 
 import transferkit as tk
-from transferkit.base.processes import rank, world_size
+from transferkit.base.processes import exchange, rank, total, world_size
+
+EXCHANGES = 1000
 
 
 def bytes_of_a_step(boundary: str | None, images: tuple[Tensor, Tensor]) -> dict[str, int]:
@@ -53,10 +56,16 @@ def main() -> None:
     backbone = tk.load_backbone("vgg16", weights=None, image_size=size)
     model = tk.freeze_until(tk.attach_head(backbone, 10), "head")
     tk.cache_features(model, (images[:8], targets[:8]), device="cpu", precision="fp32")  # warms up
-    started = time.perf_counter()
+    started, computed = time.perf_counter(), time.process_time()
     tk.cache_features(model, (images, targets), device="cpu", precision="fp32")
+    computed = time.process_time() - computed
     found: dict[str, Any] = {"processes": world_size(), "threads": torch.get_num_threads()}
     found["fill s"] = round(time.perf_counter() - started, 2)
+    found["fill CPU s"] = [round(seconds, 2) for seconds in exchange(computed, "CPU time")]
+    started = time.perf_counter()
+    for _ in range(EXCHANGES):
+        total(1, "nothing")
+    found["exchange us"] = round(1e6 * (time.perf_counter() - started) / EXCHANGES)
     for boundary in ("head", "block5"):
         found[boundary] = bytes_of_a_step(boundary, (images[:16, :, :32, :32], targets[:16]))
     if rank() == 0:

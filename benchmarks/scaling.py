@@ -1,6 +1,6 @@
 """Measure how the time of `fit` scales with images, image size, epochs and frozen depth, cached and uncached.
 
-    python benchmarks/scaling.py [--json scaling.json] [--plot scaling.png]   # the plot needs matplotlib
+    python benchmarks/scaling.py [--precision fp32] [--plot scaling.png]   # the plot needs matplotlib
 
 VGG16 with a head of 4096-4096-10, Adam, batch size 32, on random images: time does not depend on what they show. One
 setting varies at a time, around 250 images of 64 px, 4 epochs and every convolution frozen. "kept" trains on cached
@@ -8,11 +8,11 @@ features, "recomputed" without the cache; the two run in turns.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
+from limits import make_model
 
 import transferkit as tk
 
@@ -26,12 +26,11 @@ VALUES: dict[str, list[object]] = {
 MODES: dict[str, str | bool] = {"kept": "auto", "recomputed": False}
 
 
-def fit_seconds(*, images: int, image_size: int, epochs: int, frozen_until: str | None, cache: str | bool) -> float:
+def fit_seconds(
+    *, images: int, image_size: int, epochs: int, frozen_until: str | None, cache: str | bool, precision: str
+) -> float:
     torch.manual_seed(0)
-    model = tk.attach_head(
-        tk.load_backbone(weights=None, image_size=image_size), 10, hidden=(4096, 4096), pooling="flatten"
-    )
-    trainer = tk.Trainer(tk.freeze_until(model, frozen_until), lr=1e-4, cache=cache)
+    trainer = tk.Trainer(make_model(image_size, frozen_until), lr=1e-4, cache=cache, precision=precision)
     data = (torch.randint(0, 256, (images, 3, image_size, image_size), dtype=torch.uint8), torch.arange(images) % 10)
     started = time.perf_counter()
     trainer.fit(data, epochs=epochs, batch_size=32, verbose=0)
@@ -56,29 +55,19 @@ def draw(results: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--from", dest="source", type=Path, help="draw the results in this JSON file")
+    parser.add_argument("--precision", default="auto")
     options = parser.parse_args()
-    if options.source:
-        results = json.loads(options.source.read_text())["seconds"]
-    else:
-        fit_seconds(images=32, image_size=32, epochs=1, frozen_until="head", cache=False)  # warms up
-        results = {name: {mode: [] for mode in MODES} for name in VALUES}
-        for name, values in VALUES.items():
-            for value in values:
-                for mode, cache in MODES.items():
-                    seconds = fit_seconds(**{**BASE, name: value}, cache=cache)
-                    results[name][mode].append(seconds)
-                kept, recomputed = (results[name][mode][-1] for mode in MODES)
-                print(
-                    f"{name} {value}: kept {kept:.1f} s, recomputed {recomputed:.1f} s, ratio {recomputed / kept:.2f}"
-                )
-    if options.json:
-        about = {"torch": torch.__version__, "device": repr(tk.Device()), "threads": torch.get_num_threads()}
-        options.json.write_text(
-            json.dumps({**about, "base": BASE, "values": VALUES, "seconds": results}, indent=1) + "\n"
-        )
+    base = {**BASE, "precision": options.precision}
+    fit_seconds(**{**base, "images": 32, "image_size": 32, "epochs": 1}, cache=False)  # warms up
+    print(f"torch {torch.__version__}, {tk.Device(precision=options.precision)!r}, {torch.get_num_threads()} threads")
+    results: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in MODES} for name in VALUES}
+    for name, values in VALUES.items():
+        for value in values:
+            kept, recomputed = (fit_seconds(**{**base, name: value}, cache=cache) for cache in MODES.values())
+            results[name]["kept"].append(kept)
+            results[name]["recomputed"].append(recomputed)
+            print(f"{name} {value}: kept {kept:.1f} s, recomputed {recomputed:.1f} s, ratio {recomputed / kept:.2f}")
     if options.plot:
         draw(results, options.plot)
 

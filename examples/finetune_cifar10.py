@@ -1,6 +1,6 @@
-"""Fine-tune VGG16 on CIFAR-10 by hand, with the four hyper-parameters of fine-tuning as flags.
+"""Fine-tune VGG16 on CIFAR-10 by hand, with the four hyperparameters of fine-tuning as flags.
 
-The head is that of the classic recipe, fully connected layers on the flattened features of the last block.
+The head is the classic one: fully connected layers on the flattened features of the last block.
 
     python examples/finetune_cifar10.py --frozen-until head --epochs 10 --lr 1e-3
     python examples/finetune_cifar10.py --frozen-until block5 --epochs 5 --lr 1e-4 --schedule cosine

@@ -4,8 +4,8 @@
     python examples/finetune_folder.py flowers --frozen-until block5 --lr 1e-4 --epochs 5
     python examples/finetune_folder.py --predict flowers.pt photo1.jpg photo2.jpg
 
-What you do not say is chosen from the images and the budget. Torchvision downloads the weights; without a network, pass
---weights FILE --preprocessing CONVENTION.
+Options that you leave out are chosen by the images and the budget. Torchvision downloads the weights; without a
+network, pass --weights FILE --preprocessing CONVENTION.
 """
 
 import argparse
@@ -23,7 +23,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--validation", type=Path, help="the same for validation images")
     parser.add_argument("--predict", type=Path, metavar="CHECKPOINT", help="predict the classes of image files instead")
     parser.add_argument("--budget", type=float, help="seconds (chosen by the number of images)")
-    parser.add_argument("--frozen-until", default="auto", help='first that trains: "head", "block5", "none" (auto)')
+    parser.add_argument(
+        "--frozen-until", default="auto", help='first layer that trains: "head", "block5", "none" (auto)'
+    )
     parser.add_argument("--lr", type=float, help="learning rate of the layers that train (auto)")
     parser.add_argument("--epochs", type=int, help="passes over the training images (auto)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per step (32)")

@@ -1,8 +1,8 @@
-"""From VGG16 with its ImageNet weights and 2,000 images to a model, in one call. Runs offline, on the CPU.
+"""Train a model from VGG16's ImageNet weights and 2,000 images in one call. Runs offline, on the CPU.
 
 Run from a clone: python examples/quickstart.py
-The weights and the 2,500 images are in examples/assets; the README there says where they come from. With matplotlib,
-two pictures are written to the current folder: predictions.png and confusion_matrix.png.
+Weights and images are in examples/assets; the README there names their origin. With matplotlib installed, it writes
+predictions.png and confusion_matrix.png to the current folder.
 """
 
 import importlib.util

@@ -43,7 +43,7 @@ def make_trainer(model: tk.TransferModel, *, folder: Path | str | None = None, *
 def through_the_whole_model(trainer: tk.Trainer) -> tk.Trainer:
     """Let a trainer use neither prefix nor cache: with a hook on the first layer it runs the whole model."""
     trainer.model.backbone.features[0].register_forward_hook(lambda *_: None)
-    trainer._cache_mode = False
+    trainer.training.cache_mode = False
     return trainer
 
 
@@ -93,7 +93,7 @@ def total(images_seen: list[tuple[int, int]]) -> int:
 def lines_of(capsys: Any) -> list[str]:
     """Return the lines printed since the last look, without that of the best epoch; broken ones are whole again."""
     printed = capsys.readouterr().out.replace("\n  ", "  ")
-    return [line for line in printed.splitlines() if not line.startswith("the weights of epoch")]
+    return [line for line in printed.splitlines() if not line.startswith("restored the weights of epoch")]
 
 
 def refusals(lines: list[str]) -> list[str]:

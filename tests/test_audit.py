@@ -147,7 +147,7 @@ def test_a_leak_names_both_images(tmp_path):
     assert leak.other_path.endswith("03.png")
     assert "val" in leak.path
     assert "train" in leak.other_path
-    assert leak.detail == f"same pixels as {leak.other_path}, labelled {CLASSES[0]}"
+    assert leak.detail == f"same pixels as {leak.other_path}, labeled {CLASSES[0]}"
     assert found.of("duplicate") == []
     assert len(found.plot("leak").axes[0].child_axes) == 1
 

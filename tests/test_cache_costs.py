@@ -105,7 +105,7 @@ def test_without_the_cache_every_epoch_computes(make_backbone, data, images_seen
     trainer = make_trainer(make_model(make_backbone), cache=False)
     fit(trainer, data, validation_data=data, epochs=3)
     assert total(images_seen) == 24 + 3 * (24 + 24)
-    assert trainer._features.chunks == []
+    assert trainer.training.features.chunks == []
 
 
 @pytest.mark.parametrize(("cache", "hashes"), [(False, False), ("auto", True)])

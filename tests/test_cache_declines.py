@@ -175,7 +175,7 @@ def test_summary_says_what_fit_does(make_backbone, data, capsys, kind):
     shown = [layer.name for layer in tk.summary(model).layers if layer.cached]
     fit(trainer, data, verbose=2)
     declined = bool(refusals(lines_of(capsys)))
-    assert (trainer._features.chunks == []) == declined == (kind != "pure")
+    assert (trainer.training.features.chunks == []) == declined == (kind != "pure")
     assert shown == ([] if declined else list(model.backbone.layer_names))
 
 

@@ -43,7 +43,7 @@ def files(folder):
 
 
 def passed_over(capsys):
-    return [line for line in lines_of(capsys) if "passed over" in line]
+    return [line for line in lines_of(capsys) if "skipped a feature file" in line]
 
 
 # ---- what one wrote serves another
@@ -199,7 +199,7 @@ def test_planted_features_of_another_shape_are_refused(trainers, data, tmp_path,
     fit(trainer, data)
     (path,) = files(tmp_path / "cache")
     good = path.read_bytes()
-    (chunk,) = trainer._features.chunks
+    (chunk,) = trainer.training.features.chunks
     write_features(path.parent, chunk.layers, chunk.images, torch.ones(shape, dtype=getattr(torch, dtype)))
     assert path.read_bytes() != good
     assert files(tmp_path / "cache") == [path]

@@ -156,8 +156,8 @@ def test_batch_norm_frozen_by_hand(contestants, data):
     trainers = contestants(None, batch_norm=True)
     for trainer in trainers:
         trainer.model.backbone.requires_grad_(False)
-    sizes = []
-    assert_same_run(trainers, data, callbacks=[lambda trainer, _: sizes.append(len(trainers[0]._features.chunks))])
+    sizes, features = [], trainers[0].training.features
+    assert_same_run(trainers, data, callbacks=[lambda trainer, _: sizes.append(len(features.chunks))])
     assert set(sizes) == {1}
 
 
@@ -238,7 +238,7 @@ def preprocessed(images, targets):
 def test_other_data_between_fits(contestants, data, tmp_path, change):
     """A second fit on changed data trains on that, from memory and from files."""
     in_folder = contestants("block5")[0]
-    in_folder._features.folder = tmp_path
+    in_folder.training.features.folder = tmp_path
     trainers = [*contestants("block5"), in_folder]
     assert_same_run(trainers, data)
     assert_same_run(trainers, change(*data))

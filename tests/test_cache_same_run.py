@@ -99,13 +99,13 @@ def test_same_run_at_every_layer(make_backbone, data, validation, head, batch_no
     model = make_model(make_backbone, None, batch_norm=batch_norm, **LAYERS[head])
     boundaries = {len(tk.freeze_until(model, name).split()[0]): name for name in [*model.backbone.layer_names, "head"]}
     data = data[0][:10], data[1][:10]
-    for depth, boundary in boundaries.items():
+    for depth, boundary in [*boundaries.items()][:: 1 if batch_norm else 3]:  # plain layers are among the others
         cached, uncached, whole = (
             make_trainer(make_model(make_backbone, boundary, batch_norm=batch_norm, **LAYERS[head]), cache=mode)
             for mode in (depth > 0, False, False)
         )
         trainers = [cached, uncached, through_the_whole_model(whole)]
-        assert_same_run(trainers, data, validation_data=validation)
+        assert_same_run(trainers, data, validation_data=validation, epochs=1)
         assert len(cached.model.split()[0]) == depth
         assert cached.model.head.standardize.num_images == 10
 
@@ -224,9 +224,9 @@ def test_what_is_cached_keeps_every_bit(make_backbone, data, first, batch_size):
         trainers.append(make_trainer(make_model(make_backbone, head=head), cache=mode))
     validation = (255 - data[0][:7], data[1][:7])
     assert_same_run(trainers, data, validation_data=validation, batch_size=batch_size)
-    prefix = trainers[0]._frozen.split()[0]
+    prefix = trainers[0].training.features.split(trainers[0].model)[0]
     expected = [prefix(preprocess(images)).permute(0, 2, 3, 1) for images in (data[0], validation[0])]
-    found = [chunk.features for chunk in trainers[0]._features.chunks]
+    found = [chunk.features for chunk in trainers[0].training.features.chunks]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 

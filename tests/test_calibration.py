@@ -19,8 +19,8 @@ TARGETS = torch.multinomial((LOGITS / 3).softmax(dim=1), 1, generator=torch.Gene
     ("loss", "targets"), [(CrossEntropy(), TARGETS), (BinaryCrossEntropy(), (LOGITS / 3).sigmoid().round(decimals=1))]
 )
 def test_the_temperature_has_the_least_loss(loss, targets):
-    """No temperature of a fine grid has less loss than the one found, for classes and for several labels."""
-    found = fit_temperature(LOGITS, targets, loss)
+    """No temperature of a fine grid has less loss over many images, for classes and for several labels."""
+    found = fit_temperature(LOGITS.repeat(20, 1), targets.repeat(20, *[1] * (targets.ndim - 1)), loss)
     grid = [math.exp(step / 200) for step in range(-400, 400)]
     losses = [
         float(loss.each(LOGITS.double() / temperature, targets.double() if targets.ndim == 2 else targets).mean())
@@ -30,11 +30,20 @@ def test_the_temperature_has_the_least_loss(loss, targets):
     assert 2 < found < 4
 
 
+@pytest.mark.parametrize("count", [2, 10, 100, 1000])
+def test_images_that_are_all_right_make_no_surer_than_their_number_allows(count):
+    """A model that is right on every held-out image is as sure as if one more had a random label: never certain."""
+    targets = torch.arange(count) % 2
+    logits = 3 * torch.nn.functional.one_hot(targets, 2).float()
+    found = fit_temperature(logits, targets, CrossEntropy())
+    sure = (logits / found).softmax(dim=1)[0, 0]
+    assert float(sure) == pytest.approx((count + 0.5) / (count + 1), abs=2e-3)
+
+
 def test_the_temperature_is_bounded():
-    """Logits that are all right, all wrong or all the same have a temperature, too."""
+    """Logits that are nearly equal, all wrong or all the same have a temperature, too."""
     sure = torch.tensor([[5.0, 0.0], [0.0, 5.0]])
-    assert fit_temperature(sure, torch.tensor([0, 1]), CrossEntropy()) < 0.3
-    assert fit_temperature(0.1 * sure, torch.tensor([0, 1]), CrossEntropy()) == pytest.approx(LOWEST, rel=1e-4)
+    assert fit_temperature(0.01 * sure, torch.tensor([0, 1]), CrossEntropy()) == pytest.approx(LOWEST, rel=1e-4)
     assert fit_temperature(sure, torch.tensor([1, 0]), CrossEntropy()) == pytest.approx(HIGHEST, rel=1e-4)
     assert fit_temperature(torch.zeros(2, 2), torch.tensor([1, 0]), CrossEntropy()) == pytest.approx(1)
     assert math.isfinite(fit_temperature(1e30 * sure, torch.tensor([0, 0]), CrossEntropy()))

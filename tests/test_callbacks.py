@@ -70,7 +70,7 @@ def test_a_resumed_run_stops_where_the_uninterrupted_one_does(make_backbone, dat
 def test_watching_validation_without_any_is_refused_before_a_step(model, data):
     """The message names the figure and both remedies; no step was made."""
     trainer = tk.Trainer(tk.freeze_until(model, "head"), device="cpu")
-    with pytest.raises(ArgumentError, match=r"watches val_accuracy.*pass validation_data or validation_split.*loss"):
+    with pytest.raises(ArgumentError, match=r"monitors val_accuracy.*pass validation_data or validation_split.*loss"):
         trainer.fit(data, callbacks=[tk.EarlyStopping()], verbose=0, epochs=1)
     assert trainer.global_step == 0
 
@@ -78,7 +78,7 @@ def test_watching_validation_without_any_is_refused_before_a_step(model, data):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"monitor": 3}, "monitor=3 cannot be used: expected the name of a figure"),
+        ({"monitor": 3}, "monitor=3 cannot be used: expected the name of a metric"),
         ({"patience": 0}, "patience=0 cannot be used: expected a whole number of 1"),
         ({"min_delta": -1}, "min_delta=-1 cannot be used: expected a finite number of 0"),
     ],

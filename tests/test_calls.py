@@ -170,13 +170,13 @@ def test_the_time_left_is_that_of_epochs_on_cached_features(trainer, capsys, mon
     """The first epoch computes features; the time of that is not counted for those to come."""
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    fill = type(trainer._features).fill
+    fill = type(trainer.training.features).fill
 
     def slow(*arguments, **named):
         clock[0] += 1000
         return fill(*arguments, **named)
 
-    monkeypatch.setattr(type(trainer._features), "fill", slow)
+    monkeypatch.setattr(type(trainer.training.features), "fill", slow)
     trainer.model.head.standardize.num_images.fill_(1)  # or the features are computed before the first epoch
     tick = lambda *_: clock.__setitem__(0, clock[0] + 2)  # noqa: E731
     trainer.model.head.register_forward_pre_hook(tick)
@@ -192,7 +192,7 @@ def test_the_epoch_put_back_and_a_finished_run_are_told(trainer, capsys, tmp_pat
         DATA, validation_data=DATA, epochs=4, lr=50.0, callbacks=[tk.Checkpoint(folder)], resume_from=folder
     )
     assert history.best_epoch < 3
-    assert f"the weights of epoch {history.best_epoch + 1}, the best, are back" in capsys.readouterr().out
+    assert f"restored the weights of epoch {history.best_epoch + 1}, the best" in capsys.readouterr().out
     other = make_trainer(make_model(make_backbone(), "head"))
     other.fit(DATA, validation_data=DATA, epochs=4, lr=50.0, callbacks=[tk.Checkpoint(folder)], resume_from=folder)
     assert "nothing to train: this run ended after epoch 4 of 4" in capsys.readouterr().out

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from torchvision.models.vgg import make_layers
 
 import transferkit as tk
-from tiny import Stream, make_trainer
+from tiny import Stream, make_images, make_trainer
+from tiny import make_backbone as make_tiny
 from transferkit.errors import CheckpointError, HeadMismatchError
 from transferkit.model import backbone as backbone_module
 from transferkit.saving import archive
@@ -436,13 +437,13 @@ def test_saving_changes_nothing(make_backbone: Maker, data: Data, tmp_path: Path
 # --- checkpoints of another model
 
 
-@pytest.fixture
-def run_file(make_backbone: Maker, data: Data, tmp_path: Path) -> Path:
-    """The checkpoint of a short run."""
-    trainer = tiny_trainer(make_backbone)
-    train(trainer, data)
-    trainer.save(tmp_path / "run.pt")
-    return tmp_path / "run.pt"
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a short run, which tests only read."""
+    trainer, path = tiny_trainer(make_tiny), tmp_path_factory.mktemp("run") / "run.pt"
+    train(trainer, make_images())
+    trainer.save(path)
+    return path
 
 
 OTHER_LAYERS = r"the checkpoint has layers \['block3_pool', 'block4_pool', 'block5_pool'\], the model "

@@ -306,7 +306,7 @@ def test_an_unlabelled_image_is_called_that_and_the_advice_leaves_it_out(label):
     targets[3] = targets[7] = label
     trainer = trainer_for(["cat", "dog", "owl"])
     for data in ((images, targets), (list(images), targets.tolist()), TensorDataset(images, targets)):
-        with pytest.raises(TargetError, match=rf"target {label} at index 3 .*unlabelled.*keep = numpy.asarray"):
+        with pytest.raises(TargetError, match=rf"target {label} at index 3 .*unlabeled.*keep = numpy.asarray"):
             trainer.fit(data, epochs=1, verbose=0)
     keep = numpy.asarray(targets) >= 0
     assert trainer.evaluate((numpy.asarray(images)[keep], numpy.asarray(targets)[keep]))

@@ -213,10 +213,10 @@ def test_each_call_weighs_its_own_data(model_for):
     data = (images_for(second), second)
     trainer = trained(model_for, (images_for(TARGETS), TARGETS), "balanced")
     given = trained(model_for, (images_for(TARGETS), TARGETS), "balanced")
-    given._training.loss = CrossEntropy(class_weights=balanced(second))
+    given.training.loss = CrossEntropy(class_weights=balanced(second))
     losses = [next(one.steps(data, batch_size=4)).loss.item() for one in (trainer, given)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    given._training.loss = CrossEntropy(class_weights=balanced(TARGETS))
+    given.training.loss = CrossEntropy(class_weights=balanced(TARGETS))
     assert next(given.steps(data, batch_size=4)).loss.item() != pytest.approx(losses[0], rel=1e-3)
 
 

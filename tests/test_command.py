@@ -123,7 +123,7 @@ def test_the_command_in_the_settings_repeats_the_run_bit_for_bit(work, tmp_path)
 def test_deeper_training_is_shown_epoch_by_epoch(tmp_path, capsys):
     """The history has a figure for each epoch, and the report a curve."""
     photos = write_images(tmp_path / "photos", 66)
-    arguments = ["--freeze-until", "block5", "--epochs", "2", "--augment", "none", "--no-audit"]
+    arguments = ["--freeze-until", "block5_conv2", "--epochs", "2", "--augment", "none", "--no-audit"]
     status, _, err = run(capsys, "train", photos, *NETWORK, *arguments, "--folder", tmp_path / "run")
     assert status == 0
     history = json.loads((tmp_path / "run" / "history.json").read_text())
@@ -443,7 +443,7 @@ def test_an_unfinished_run_continues_with_the_same_settings_alone(photos, capsys
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("transferkit.command.train.fine_tune", interrupted)
+        patch.setattr("transferkit.command.actions.fine_tune", interrupted)
         assert run(capsys, *command)[0] == 130
     status, _, err = run(capsys, *command, "--seed", 3)
     assert status == 2

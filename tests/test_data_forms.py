@@ -165,7 +165,7 @@ def test_names_of_labels_are_the_classes(paths, data, form):
 def test_a_part_of_the_names_is_looked_up_in_the_model(trainer, paths):
     """Labels that are names need not be all of the classes; one that is none of them is refused."""
     assert trainer.assess((paths[:2], ["owl", "dog"])).targets.tolist() == [2, 1]
-    with pytest.raises(TargetError, match=r"label 'fox' at index 1 is none of the model's classes \(cat, dog, owl\)"):
+    with pytest.raises(TargetError, match=r"label 'fox' at index 1 is not one of the model's classes \(cat, dog, owl"):
         trainer.evaluate((paths[:2], ["owl", "fox"]))
 
 
@@ -180,7 +180,7 @@ def test_a_missing_name_is_no_class(trainer, paths, missing):
 
 def test_a_missing_number_is_no_class_either(trainer, paths):
     """A gap in a column of numbers is NaN, which the advice to convert would turn into a class."""
-    with pytest.raises(TargetError, match=r"nan at index 1: .*unlabelled image: leave such images out"):
+    with pytest.raises(TargetError, match=r"nan at index 1: .*unlabeled image: leave such images out"):
         trainer.fit((paths[:3], Column([0, float("nan"), 2])), epochs=1)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import transferkit as tk
 from transferkit import errors
-from transferkit.errors import TransferKitError, close_matches
+from transferkit.errors import TransferKitError, close_matches, printable
 
 ERRORS = [
     value
@@ -47,6 +47,11 @@ def test_base_error_is_public():
 def test_close_matches_names_what_comes_close(name, known, hint):
     """Names that come close are listed, the closest first; if there are none, all."""
     assert close_matches(name, known) == hint
+
+
+def test_what_could_forge_a_line_is_escaped_and_letters_stay():
+    """Control characters and marks that turn the direction of text are escaped; letters of every alphabet are not."""
+    assert printable("a\x1b[2Jb\u202ec \u00e9 \u732b") == "a\\x1b[2Jb\\u202ec \u00e9 \u732b"
 
 
 def test_public_names_are_sorted_and_once_each():

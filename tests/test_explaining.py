@@ -7,8 +7,8 @@ from torch import nn
 
 import transferkit as tk
 from tiny import CLASSES, make_backbone, make_images, make_model, make_trainer
-from transferkit.analysis.maps import activation_maps
 from transferkit.errors import ArgumentError
+from transferkit.explaining import activation_maps
 
 HEADS = {
     "mean and maximum": {},

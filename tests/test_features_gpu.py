@@ -23,7 +23,7 @@ def trained(model, data, **arguments):
 def test_features_lie_on_the_gpu_and_train_as_without_the_cache(model, data):
     """What fits in a share of the GPU's free memory stays there; the weights are those of an uncached run."""
     cached, uncached = trained(model, data), trained(model, data, cache=False)
-    assert all(chunk.features.is_cuda for chunk in cached._features.chunks)
+    assert all(chunk.features.is_cuda for chunk in cached.training.features.chunks)
     for name, value in cached.model.state_dict().items():
         torch.testing.assert_close(value, uncached.model.state_dict()[name], rtol=1e-2, atol=1e-3)
 
@@ -34,7 +34,7 @@ def test_features_that_do_not_fit_there_lie_in_pinned_memory(model, data, monkey
     room = FeatureCache._room
     monkeypatch.setattr(FeatureCache, "_room", lambda self, place: 0 if place.type == "cuda" else room(self, place))
     pinned = trained(model, data)
-    assert all(chunk.features.is_pinned() for chunk in pinned._features.chunks)
+    assert all(chunk.features.is_pinned() for chunk in pinned.training.features.chunks)
     for name, value in pinned.model.state_dict().items():
         assert torch.equal(value, resident.model.state_dict()[name])
 
@@ -45,6 +45,6 @@ def test_files_are_copied_to_the_gpu(model, data, tmp_path, monkeypatch):
     monkeypatch.setattr("transferkit.features.prefix._PIXELS_ON_GPU", 4 * 32 * 32)
     first, second = (trained(model, data, folder=tmp_path) for _ in range(2))
     assert len(list(tmp_path.iterdir())) == 3
-    assert [chunk.features.is_cuda for chunk in second._features.chunks] == [True]
+    assert [chunk.features.is_cuda for chunk in second.training.features.chunks] == [True]
     for name, value in first.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name])

@@ -31,7 +31,7 @@ def fine_tune(count: int = 72, data: object = None, **arguments: object) -> tk.T
 
 def train_twice(**arguments: object) -> tk.Trainer:
     """Call `fine_tune` where training deeper layers is better, so that all images are trained on once more."""
-    return fine_tune(data=faint_images(72), **{"lr": 1e-3, "seed": 1, **arguments})
+    return fine_tune(data=faint_images(150), **{"lr": 1e-3, "seed": 1, **arguments})
 
 
 def equal(first: tk.Trainer, second: tk.Trainer) -> bool:
@@ -53,10 +53,10 @@ def test_it_learns():
 def test_the_same_seed_gives_the_same_model_bit_for_bit():
     """Without a budget in seconds everything depends on the seed; another seed gives another model."""
     torch.manual_seed(1)
-    first = fine_tune(seed=3)
+    first = fine_tune(seed=3, epochs=2)
     torch.manual_seed(2)
-    assert equal(first, fine_tune(seed=3))
-    assert not equal(first, fine_tune(seed=4))
+    assert equal(first, fine_tune(seed=3, epochs=2))
+    assert not equal(first, fine_tune(seed=4, epochs=2))
 
 
 @pytest.mark.parametrize("arguments", [{"count": 57}, {"freeze_until": "head"}])
@@ -100,7 +100,7 @@ def test_choices_of_the_user_are_kept(capsys):
     """Learning rate, epochs, batch size and the first layer that trains are those given."""
     rates = {"head": 1e-3, "backbone": 2e-3}
     trainer = fine_tune(lr=rates, epochs=2, batch_size=13, freeze_until="block3_conv1", verbose=2)
-    assert "From block3_conv1 on, 2 epochs" in capsys.readouterr().out
+    assert "2 epochs of training from block3_conv1 on" in capsys.readouterr().out
     assert [group["base_lr"] for group in trainer.optimizer.param_groups] == [2e-3] * 5 + [1e-3]
     assert len(trainer.history.reports) == 2
     assert trainer.global_step == 2 * 5  # 65 images, since 7 are held out
@@ -108,12 +108,13 @@ def test_choices_of_the_user_are_kept(capsys):
 
 def test_layers_are_passed_on():
     """The head takes the layers named."""
-    assert fine_tune(layers=["block4", "block5"]).model.layers == ("block4_pool", "block5_pool")
+    trainer = fine_tune(layers=["block4", "block5"], freeze_until="head", augment=None)
+    assert trainer.model.layers == ("block4_pool", "block5_pool")
 
 
 def test_validation_data_is_what_chooses(capsys):
     """With validation data no training image is held out, and its figures decide."""
-    trainer = fine_tune(validation_data=make_images(30, seed=7), verbose=2)
+    trainer = fine_tune(validation_data=make_images(30, seed=7), epochs=1, verbose=2)
     printed = capsys.readouterr().out
     assert "on 30 held-out images" in printed
     assert "features of 72 images" in printed
@@ -156,7 +157,7 @@ def test_a_run_that_broke_is_continued_as_if_it_had_not(tmp_path):
 def test_the_second_run_is_continued_as_well(tmp_path, capsys):
     """After an error in the run on all images, the same call gives the bits of an undisturbed one."""
     whole = train_twice(verbose=2)
-    assert "once more on all 72 images" in capsys.readouterr().out
+    assert "training again on all 150 images" in capsys.readouterr().out
     calls = []
 
     def break_down(_probabilities: object, _targets: object) -> float:
@@ -209,7 +210,7 @@ def test_an_interrupt_in_the_second_run_leaves_the_first(capsys):
 def test_a_budget_that_is_spent_ends_training_between_epochs(monkeypatch, capsys):
     """Where epochs take longer than planned, the run ends with the last that fits, and nothing is trained again."""
     monkeypatch.setattr(fine_tuning._Job, "plan", lambda *_: fine_tuning._Plan("block5", 1000, None))
-    trainer = fine_tune(epochs=None, budget=4.0, verbose=2)
+    trainer = fine_tune(epochs=None, budget=0.5, verbose=2)
     assert 1 <= len(trainer.history.reports) < 1000
     assert "once more" not in capsys.readouterr().out
 
@@ -217,15 +218,23 @@ def test_a_budget_that_is_spent_ends_training_between_epochs(monkeypatch, capsys
 def test_a_plan_made_by_the_clock_is_kept(tmp_path, capsys):
     """With a budget the number of epochs depends on the machine: a continued run has the one it began with."""
     folder = tmp_path / "run"
-    fine_tune(folder=folder, epochs=2, freeze_until="block5")
-    fine_tune(folder=folder, epochs=None, freeze_until="auto", budget=1e4, verbose=2)
-    assert "From block5 on, 2 epochs" in capsys.readouterr().out
+    fine_tune(folder=folder, epochs=2, freeze_until="block5", augment=None)
+    fine_tune(folder=folder, epochs=None, freeze_until="auto", budget=1e4, augment=None, verbose=2)
+    assert "2 epochs of training from block5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("budget", [None, 1e9])
+def test_minutes_are_announced_where_no_budget_limits_them(monkeypatch, capsys, budget):
+    """Who has set no budget is told, before training, that it takes minutes and how to end it sooner."""
+    monkeypatch.setattr(fine_tuning, "_STEP_PASSES", 1e9)  # any training takes hours
+    fine_tune(budget=budget, epochs=3, verbose=1)
+    assert ("budget= or Ctrl-C ends it sooner" in capsys.readouterr().out) == (budget is None)
 
 
 @pytest.mark.parametrize("other", [{"epochs": 4}, {"freeze_until": "block4"}])
 def test_other_choices_than_those_of_the_folder_are_refused(tmp_path, other):
     """A folder whose run has other epochs or another first layer is not continued, and says which differ."""
-    arguments = {"folder": tmp_path / "run", "epochs": 2, "freeze_until": "block5"}
+    arguments = {"folder": tmp_path / "run", "epochs": 2, "freeze_until": "block5", "augment": None}
     fine_tune(**arguments)
     with pytest.raises(ArgumentError, match=r"holds a run with freeze_until='block5' and epochs=2"):
         fine_tune(**{**arguments, **other})
@@ -235,7 +244,7 @@ def test_a_misspelt_layer_leaves_no_plan(tmp_path):
     """After a call that was refused, the corrected one runs."""
     with pytest.raises(TransferKitError):
         fine_tune(folder=tmp_path / "run", freeze_until="blok5")
-    assert fine_tune(folder=tmp_path / "run", freeze_until="block5").global_step > 0
+    assert fine_tune(folder=tmp_path / "run", freeze_until="block5", epochs=1).global_step > 0
 
 
 def test_several_labels():
@@ -243,7 +252,7 @@ def test_several_labels():
     images, targets = make_images(72)
     rows = torch.nn.functional.one_hot(targets, 3)
     rows[::3, 0] = 1
-    trainer = fine_tune(data=(images, rows), loss=tk.BinaryCrossEntropy())
+    trainer = fine_tune(data=(images, rows), loss=tk.BinaryCrossEntropy(), epochs=1)
     assert trainer.predict(images).dtype == np.bool_
     assert trainer.predict(images).shape == (72, 3)
 
@@ -253,9 +262,10 @@ def test_classes_come_from_the_data():
     images, targets = make_images(30)
     named = TensorDataset(images, targets)
     named.classes = CLASSES
-    assert fine_tune(data=named, classes=None).model.classes == tuple(CLASSES)
-    assert fine_tune(data=(images, targets), classes=None).model.classes == ("0", "1", "2")
-    assert fine_tune(data=TensorDataset(images, targets), classes=None).model.classes == ("0", "1", "2")
+    quick = {"classes": None, "freeze_until": "head", "augment": None}
+    assert fine_tune(data=named, **quick).model.classes == tuple(CLASSES)
+    assert fine_tune(data=(images, targets), **quick).model.classes == ("0", "1", "2")
+    assert fine_tune(data=TensorDataset(images, targets), **quick).model.classes == ("0", "1", "2")
     triples = TensorDataset(images, targets, targets)
     with pytest.raises(ArgumentError, match=r"classes of a TensorDataset are not known.*pass classes="):
         fine_tune(data=triples, classes=None)

@@ -1,4 +1,4 @@
-"""Losses are parts: cross-entropy, binary cross-entropy for several labels an image, and a user's own."""
+"""Losses are parts: cross-entropy, binary cross-entropy for several labels per image, and a user's own."""
 
 import math
 
@@ -187,7 +187,7 @@ def test_an_assessment_of_several_labels(backbone, labels):
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (torch.arange(24) % 3, r"several labels an image expected rows \(N, 3\) of 0 and 1.*one_hot"),
+        (torch.arange(24) % 3, r"several labels per image, expected rows \(N, 3\) of 0 and 1.*one_hot"),
         (torch.zeros(24, 2), r"shape \(24, 2\).*expected rows \(N, 3\)"),
         (torch.full((24, 3), 2), r"target row 0 has entries from 2 to 2: expected 1 for each label"),
         (torch.full((24, 3), math.nan), "target row 0 has entries from nan"),
@@ -203,7 +203,7 @@ def test_other_targets_than_multi_hot_rows_are_refused(model, data, targets, mes
 
 def test_multi_hot_rows_without_the_loss_name_it(model, labels):
     """Cross-entropy refuses rows that do not sum to one and says which loss takes them."""
-    with pytest.raises(TargetError, match=r"several labels an image pass Trainer\(loss=transferkit.BinaryCrossEntropy"):
+    with pytest.raises(TargetError, match=r"several labels per image, pass Trainer\(loss=transferkit.Binary"):
         make_trainer(model).fit(labels, verbose=0, epochs=1)
 
 

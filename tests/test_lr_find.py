@@ -405,8 +405,8 @@ def by_hand(trainer, data, rates, *, batch_size, network, **options):
         with seeded(derive_seed(trainer.seed, "lr_find", index)):
             loss = functional.cross_entropy(network(images[places]), data[1][places], **options)
         loss.backward()
-        if trainer._training.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(network.parameters(), trainer._training.clip_grad_norm)
+        if trainer.training.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(network.parameters(), trainer.training.clip_grad_norm)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         losses.append(loss.item())

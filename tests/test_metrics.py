@@ -175,10 +175,10 @@ def test_early_stopping_watches_metrics_and_figures_of_callbacks(model, data, mo
 def test_early_stopping_names_a_misspelt_metric_before_a_step(model, data):
     """A name close to a figure is refused before the run, one that no report has after the first epoch."""
     trainer = make_trainer(model, metrics={"recall": macro_recall})
-    with pytest.raises(ArgumentError, match="monitor='val_recal' is no figure"):
+    with pytest.raises(ArgumentError, match="monitor='val_recal' is not a metric"):
         trainer.fit(data, validation_data=data, callbacks=[tk.EarlyStopping("val_recal")], verbose=0, epochs=1)
     assert trainer.global_step == 0
-    with pytest.raises(ArgumentError, match="watches 'pets', which the report lacks: it has loss, accuracy"):
+    with pytest.raises(ArgumentError, match="monitors 'pets', which the report lacks: it has loss, accuracy"):
         trainer.fit(data, callbacks=[tk.EarlyStopping("pets")], verbose=0, epochs=1)
 
 

@@ -221,6 +221,17 @@ def test_threads_keep_the_order_and_name_a_broken_file(folder: ImageFolder, monk
         list(source.batches(3, seed=0, order=order, preprocess=PREPROCESS))
 
 
+def test_photographs_are_looked_at_small(folder: ImageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search for bad images decodes a quarter of each photograph here, and still finds the one cut short."""
+    path, seen = Path(folder.samples[7][0]), []
+    path.write_bytes(path.read_bytes()[:-2000])
+    monkeypatch.setattr(samples, "as_image", lambda *args: seen.append(max(args[0].size)) or as_image(*args))
+    failures = [why for found in open_data(folder, CLASSES).failures() for why in found]
+    assert [index for index, why in enumerate(failures) if why] == [7]
+    assert str(path) in failures[7]
+    assert seen == [80] * 12  # the first once more, when the data was opened
+
+
 def test_images_that_are_not_resized_are_not_read_ahead(folder: ImageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch of whole photographs may take gigabytes: who asks for all pixels gets one batch at a time."""
     monkeypatch.setattr(workers, "_read_in_threads", lambda *_: pytest.fail("read ahead"))

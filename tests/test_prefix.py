@@ -14,7 +14,7 @@ from torchvision.datasets import ImageFolder
 import transferkit as tk
 from cached import IMPURE, make_model
 from transferkit.data.preprocessing import CONVENTIONS
-from transferkit.features.feed import Frozen
+from transferkit.features.cache import FeatureCache
 from transferkit.features.prefix import NOTHING_FROZEN, Prefix, pure_prefix
 from transferkit.model.layers import Layers
 
@@ -89,12 +89,13 @@ def test_gives_the_bits_of_the_layers_with_what_is_pooled(make_backbone, data, p
     device = tk.Device("cpu", precision)
     backbone = with_statistics(make_backbone(batch_norm=True))
     layers, inputs = frozen_layers(backbone, device, **HEADS[head]), inputs_of(data, backbone)[:8]
+    starts = {first: make_prefix(layers[:first], device)(inputs) for first in range(1, len(layers), 3)}
     for depth in range(1, len(layers) + 1):
         prefix, expected = make_prefix(layers[:depth], device), by_hand(layers[:depth], inputs, device)
         assert torch.equal(prefix(inputs), expected)
         assert prefix.outputs[-1] == (tuple(expected.permute(0, 2, 3, 1).shape[1:]), expected.dtype)
         for first in range(1, depth, 3):
-            assert torch.equal(prefix(make_prefix(layers[:first], device)(inputs), first=first), expected)
+            assert torch.equal(prefix(starts[first], first=first), expected)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -307,8 +308,9 @@ def test_features_of_different_heads_are_the_same_up_to_the_first_difference(bac
     """
     device, inputs = tk.Device("cpu", "bf16"), inputs_of(data, backbone)[:4]
     left, right = (frozen_layers(backbone, device, **HEADS[head]) for head in (one, other))
+    known, found = (digests(layers, precision="bf16") for layers in (left, right))
     for depth in range(1, min(len(left), len(right)) + 1):
-        equal = digests(left, precision="bf16")[depth] == digests(right, precision="bf16")[depth]
+        equal = known[depth] == found[depth]
         assert equal == (pooled_before(left, depth) == pooled_before(right, depth))
         if equal:
             features = [make_prefix(layers[:depth], device)(inputs) for layers in (left, right)]
@@ -426,11 +428,11 @@ def test_a_prefix_whose_digests_nobody_read_is_not_current(layers):
 
 def test_a_batch_size_that_memory_allowed_is_kept(make_backbone):
     """A prefix that is made anew begins with the batch size that the one before it came down to."""
-    frozen = Frozen(make_model(make_backbone), tk.Device("cpu", "fp32"))
-    first = frozen.split()[0]
+    cache, model = FeatureCache(tk.Device("cpu", "fp32")), make_model(make_backbone)
+    first = cache.split(model)[0]
     assert first.batch_size > 3
     first.batch_size = 3
-    second = frozen.split()[0]
+    second = cache.split(model)[0]
     assert second is not first
     assert second.batch_size == 3
 

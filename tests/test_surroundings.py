@@ -151,7 +151,7 @@ def test_a_head_that_gives_no_logits_is_refused(kind):
 @pytest.mark.parametrize("last", [nn.Softmax(dim=1), nn.Sigmoid()])
 def test_a_head_that_ends_with_probabilities_is_refused(last):
     """The loss would take a softmax of a softmax."""
-    with pytest.raises(HeadMismatchError, match="Leave out the softmax or sigmoid"):
+    with pytest.raises(HeadMismatchError, match="Remove the softmax or sigmoid"):
         tk.attach_head(make_backbone(), 3, head=nn.Sequential(nn.Flatten(), nn.Linear(8, 3), last))
 
 

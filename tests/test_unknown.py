@@ -173,7 +173,7 @@ def test_a_damaged_measure_is_refused(change):
         weights["novelty.within"] = weights["novelty.within"][:1]
     else:
         weights["novelty.mean"][0] = float("nan")
-    with pytest.raises(CheckpointError, match="measure of what is known is damaged"):
+    with pytest.raises(CheckpointError, match="novelty measure is damaged"):
         make_trainer(make_model(make_backbone(), "head")).load_state_dict(state)
 
 
@@ -181,7 +181,7 @@ def test_a_damaged_measure_is_refused(change):
 def test_the_exported_module_returns_it_too():
     """With `unknown` the module returns probabilities and scores of raw images, which torch.export takes."""
     trainer = solved_trainer()
-    with pytest.raises(ArgumentError, match="has not learnt which images are known"):
+    with pytest.raises(ArgumentError, match="has not learned which images are known"):
         tk.WithPreprocessing(trainer.model, unknown=True)
     trainer.learn_known(make_images(90))
     images = torch.cat([make_images(6, seed=5)[0], strange_images(4)])

@@ -88,6 +88,14 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+def summed(model: nn.Module) -> dict[str, list[float]]:
+    """Return a few numbers that depend on every weight."""
+    return {
+        name: [value.double().sum().item(), value.double().abs().max().item()]
+        for name, value in model.state_dict().items()
+    }
+
+
 def changed(before: dict[str, Tensor], model: nn.Module) -> set[str]:
     """Return the names of weights and statistics that are not those of `weights_of`, in any bit."""
     return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}

@@ -40,11 +40,11 @@ def best_time(work: Callable[[], object], repetitions: int) -> float:
     return min(times)
 
 
-def measure_rates() -> dict[str, float]:
-    """Return the rates of a memory copy and of a bf16 matrix product, each the best of a few runs."""
+def measure_rates(dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
+    """Return the rates of a memory copy and of a matrix product, each the best of a few runs."""
     source = torch.ones(COPY_BYTES, dtype=torch.uint8)
     target = torch.zeros_like(source)
-    a = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, dtype=torch.bfloat16)
+    a = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype)
     copy_s = best_time(lambda: target.copy_(source), 5)
     product_s = best_time(lambda: torch.mm(a, a), 3)
     return {"copy_gb_s": COPY_BYTES / copy_s / 1e9, "product_gflop_s": 2 * PRODUCT_SIZE**3 / product_s / 1e9}

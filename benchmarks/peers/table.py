@@ -3,6 +3,8 @@
 import statistics
 from collections.abc import Callable
 
+from quality_table import markdown
+
 COLUMNS = ("contestant", "configuration", "s/epoch", "min-max", "total s", "memory MB", "val. accuracy", "ratio")
 
 
@@ -34,7 +36,8 @@ def row(name: str, configuration: str, runs: list[dict], ratio: float | None) ->
     if not finished:
         last = runs[-1]
         missing = ", ".join(last.get("not_installed", ()))
-        return [name, configuration, f"not installed: {missing}" if missing else f"failed: {last['failed']}"]
+        reason = f"not installed: {missing}" if missing else f"failed: {last['failed']}"
+        return [name, configuration, reason, *[""] * (len(COLUMNS) - 3)]
     epochs = [seconds for run in finished for seconds in run["epoch_s"]]
     estimated = any(run["estimated"] for run in finished)
     total = median_total(finished)
@@ -50,25 +53,6 @@ def row(name: str, configuration: str, runs: list[dict], ratio: float | None) ->
         f"{accuracy:.3f}{after}",
         f"{ratio:.2f}" if ratio else "-",
     ]
-
-
-def format_rows(rows: list[list[str]], *, markdown: bool) -> list[str]:
-    if markdown:
-        rule = "|---|---|" + "--:|" * (len(COLUMNS) - 2)
-        lines = [f"| {' | '.join(cells + [''] * (len(COLUMNS) - len(cells)))} |" for cells in [list(COLUMNS), *rows]]
-        return [lines[0], rule, *lines[1:]]
-    full = [cells for cells in [list(COLUMNS), *rows] if len(cells) == len(COLUMNS)]
-    widths = [max(len(cells[column]) for cells in full) for column in range(len(COLUMNS))]
-    widths[:2] = [max(len(cells[column]) for cells in [list(COLUMNS), *rows]) for column in range(2)]
-    lines = []
-    for cells in [list(COLUMNS), *rows]:
-        names = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
-        if len(cells) < len(COLUMNS):
-            lines.append("  ".join([*names, cells[2]]))
-        else:
-            figures = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
-            lines.append("  ".join([*names, *figures]))
-    return lines
 
 
 def headlines(report: dict) -> list[str]:
@@ -90,7 +74,8 @@ def headlines(report: dict) -> list[str]:
     return lines
 
 
-def format_report(report: dict, *, markdown: bool) -> str:
+def format_report(report: dict) -> str:
+    """Return the report as Markdown."""
     job, machine = report["job"], report["machine"]
     versions = {name: version for run in report["runs"] for name, version in run.get("versions", {}).items()}
     groups = rows_by_contestant(report)
@@ -104,11 +89,13 @@ def format_report(report: dict, *, markdown: bool) -> str:
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB; Python {machine['python']}",
         ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
     ]
-    for name, words in (("copy_gb_s", "GB/s copied"), ("product_gflop_s", "GFLOP/s of a bf16 product")):
+    dtype = "fp32" if job.get("precision") == "fp32" else "bf16"
+    for name, words in (
+        ("copy_gb_s", "GB/s copied"),
+        ("product_gflop_s", f"GFLOP/s of a product in {dtype}"),
+    ):
         figures = [rate[name] for rate in rates]
         if figures:
             lines.append(f"machine meanwhile: {min(figures):.1f} to {max(figures):.1f} {words}")
     rows = [row(*key, runs, ratios.get(key)) for key, runs in groups.items()]
-    separator = "\n\n" if markdown else "\n"
-    table = "\n".join(format_rows(rows, markdown=markdown))
-    return "\n\n".join(filter(None, [separator.join(filter(None, lines)), table, separator.join(headlines(report))]))
+    return "\n\n".join([*filter(None, lines), markdown(list(COLUMNS), rows), *headlines(report)])

@@ -43,7 +43,7 @@ def build_model(job: Job) -> nn.Sequential:
 def build_fast_model(job: Job) -> nn.Sequential:
     """Return the network for bf16 autocast: channels-last, frozen layers cast to bf16 once instead of in each step."""
     model = build_model(job).to(memory_format=torch.channels_last)
-    if job.frozen:
+    if job.frozen and job.bf16:
         model[0].to(torch.bfloat16)
     return model
 

@@ -94,5 +94,5 @@ def best(job: Job, data: Data) -> Record:
     loss = nn.CrossEntropyLoss()
     fused_adam = partial(OptimWrapper, opt=torch.optim.Adam, fused=True)
     options = {"lr": job.lr, "opt_func": fused_adam, "wd": 0.0, "metrics": accuracy, "splitter": body_and_head}
-    callbacks = [Clock(record), ChannelsLast(), Autocast()]
+    callbacks = [Clock(record), ChannelsLast(), *([Autocast()] if job.bf16 else [])]
     return fit(Learner(loaders, model, loss, cbs=callbacks, **options), job, record)

@@ -90,5 +90,5 @@ def best(job: Job, data: Data) -> Record:
     """bf16, channels-last, fused Adam, images preprocessed once, validation in larger batches."""
     torch.manual_seed(SEED)
     module = Classifier(build_fast_model(job), job.lr, channels_last=True, fused=True)
-    record = Record()
-    return fit(module, job, record, tensor_datasets(job, data), VALIDATION_BATCH_SIZE, precision="bf16-mixed")
+    record, precision = Record(), "bf16-mixed" if job.bf16 else "32-true"
+    return fit(module, job, record, tensor_datasets(job, data), VALIDATION_BATCH_SIZE, precision=precision)

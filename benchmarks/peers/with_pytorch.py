@@ -66,13 +66,13 @@ def _train(job: Job, data: Data, model: nn.Module, optimizer: torch.optim.Optimi
         model.train()
         for images, targets in train_loader:
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=job.bf16):
                 loss = criterion(model(images.contiguous(memory_format=torch.channels_last)), targets)
             loss.backward()
             optimizer.step()
         model.eval()
         correct = 0
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=job.bf16):
             for images, targets in validation_loader:
                 logits = model(images.contiguous(memory_format=torch.channels_last))
                 correct += (logits.argmax(dim=1) == targets).sum().item()

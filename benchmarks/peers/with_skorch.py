@@ -66,4 +66,4 @@ def best(job: Job, data: Data) -> Record:
     record = Record()
     datasets = tensor_datasets(job, data)
     options = {"optimizer__fused": True, "iterator_valid__batch_size": VALIDATION_BATCH_SIZE}
-    return fit(FastClassifier, model, job, record, datasets, **options)
+    return fit(FastClassifier if job.bf16 else NeuralNetClassifier, model, job, record, datasets, **options)

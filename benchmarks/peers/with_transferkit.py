@@ -13,7 +13,9 @@ def train(job: Job, data: Data, **trainer_arguments: object) -> Record:
     )
     model = tk.attach_head(backbone, NUM_CLASSES, hidden=HIDDEN, pooling="flatten")
     tk.freeze_until(model, "head" if job.frozen else None)
-    trainer = tk.Trainer(model, lr=job.lr, schedule="constant", clip_grad_norm=None, **trainer_arguments)
+    trainer = tk.Trainer(
+        model, lr=job.lr, schedule="constant", clip_grad_norm=None, precision=job.precision, **trainer_arguments
+    )
     record = Record()
     history = trainer.fit(
         (data.train_images, data.train_targets),

@@ -24,7 +24,7 @@ def main() -> None:
 
     # the convolutions run once per image; every epoch trains on their output
     features = tk.cache_features(model, (images, targets), device=device)
-    rows, _ = features.numpy()  # Trainer measures mean and deviation by itself, a loop of your own does not
+    rows, _ = features.numpy()  # Trainer measures mean and deviation; your own loop must do it
     model.head.standardize.mean.copy_(torch.from_numpy(rows.mean(axis=0)))
     model.head.standardize.std.copy_(torch.from_numpy(rows.std(axis=0) + 1e-6))
     loader = DataLoader(features, batch_size=32, shuffle=True)

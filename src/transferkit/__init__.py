@@ -19,10 +19,9 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("transferkit")
-    if name != "__all__" and name.startswith("__"):
-        raise AttributeError(f"module 'transferkit' has no attribute {name!r}")
-    public = {key: value for key, value in vars(import_module("transferkit.api")).items() if not key.startswith("_")}
-    globals().update(public, __all__=sorted(public))
+    if name == "__all__" or not name.startswith("__"):
+        public = {key: each for key, each in vars(import_module("transferkit.api")).items() if not key.startswith("_")}
+        globals().update(public, __all__=sorted(public))
     if name not in globals():
         raise AttributeError(f"module 'transferkit' has no attribute {name!r}")
     return globals()[name]

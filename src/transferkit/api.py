@@ -6,7 +6,7 @@ _check_torchvision()  # before anything imports it, so that the user sees a sent
 
 from transferkit.compute.device import Device as Device
 from transferkit.data.preprocessing import Preprocessing as Preprocessing
-from transferkit.data_audit import audit as audit
+from transferkit.data_audit import Audit as Audit, audit as audit
 from transferkit.errors import TransferKitError as TransferKitError
 from transferkit.explaining import (
     explain as explain,
@@ -21,17 +21,15 @@ from transferkit.model.backbone import Backbone as Backbone, load_backbone as lo
 from transferkit.model.export import WithPreprocessing as WithPreprocessing
 from transferkit.model.freezing import freeze_until as freeze_until
 from transferkit.model.head import TransferModel as TransferModel, attach_head as attach_head
-from transferkit.probing import probe as probe
+from transferkit.probing import Probe as Probe, plot_probe as plot_probe, probe as probe
 from transferkit.results.assessment import (
     Assessment as Assessment,
     confusion_matrix as confusion_matrix,
     plot_confusion_matrix as plot_confusion_matrix,
     plot_predictions as plot_predictions,
 )
-from transferkit.results.auditing import Audit as Audit
 from transferkit.results.history import EpochReport as EpochReport, History as History
 from transferkit.results.lr_sweep import LearningRateSweep as LearningRateSweep, plot_lr_find as plot_lr_find
-from transferkit.results.probing import Probe as Probe, plot_probe as plot_probe
 from transferkit.results.summary import Summary as Summary, summary as summary
 from transferkit.saving.model import load_model as load_model, save_model as save_model
 from transferkit.searching import SearchResult as SearchResult, Trial as Trial, search as search

@@ -1,7 +1,6 @@
-"""Every error transferkit raises.
+"""Every error transferkit raises: what failed, which value it got, what it expected and what to do.
 
-Each is a `TransferKitError` and a builtin error, so code that does not know transferkit can catch `ValueError` or
-`OSError` as usual. A message says what failed, what was got, what was expected and what to do.
+Each is a `TransferKitError` and a builtin error, so other code can catch `ValueError` or `OSError` as usual.
 """
 
 import difflib
@@ -116,27 +115,12 @@ class WorkerError(TransferKitError, RuntimeError):
 
 
 def printable(text: str) -> str:
-    r"""Return text with its control characters escaped: names and texts out of files could forge lines or wipe screens.
-
-    Letters and signs of every alphabet stay as they are.
-
-    Example:
-        >>> print(printable("a\x1b[2Jb\u202ec é 猫"))
-        a\x1b[2Jb\u202ec é 猫
-    """
-    shown = (c if c.isprintable() or c in "\xa0\u3000" else ascii(c)[1:-1] for c in text)
-    return "".join(shown)
+    """Return text with control characters escaped: names and texts out of files could forge lines or wipe screens."""
+    return "".join(c if c.isprintable() or c in "\xa0\u3000" else ascii(c)[1:-1] for c in text)
 
 
 def close_matches(name: object, known: Iterable[str]) -> str:
-    """Return a sentence with the names in `known` closest to a misspelt `name`, or with the first twelve.
-
-    Example:
-        >>> close_matches("addam", ["adam", "sgd"])
-        "Did you mean 'adam'?"
-        >>> close_matches("xyz", ["adam", "sgd"])
-        "Known: 'adam', 'sgd'."
-    """
+    """Return a sentence with the names in `known` closest to a misspelled `name`, or with the first twelve."""
     names = list(known)
     close = difflib.get_close_matches(str(name), names, n=4, cutoff=0.55)
     if close:

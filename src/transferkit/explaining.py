@@ -1,14 +1,14 @@
 """Why a model says what it says: where it looks, and which training images are most like an image."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
-from transferkit.analysis.maps import activation_maps
 from transferkit.analysis.outliers import nearest
 from transferkit.base.arguments import whole_number
 from transferkit.base.processes import alone
@@ -19,34 +19,31 @@ from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError
 from transferkit.linear.design import moments
 from transferkit.linear.table import Table
+from transferkit.model.head import TransferModel
+from transferkit.results.figures import Axes, Figure
 from transferkit.results.gallery import draw_images, read_pixels
 from transferkit.trainer import Trainer
 from transferkit.training.evaluation import head_inputs, opened
 from transferkit.training.step import evaluation_step
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 
 def explain(
     trainer: Trainer, images: object, classes: object = None, *, batch_size: int | None = None, num_workers: int = 0
 ) -> npt.NDArray[np.float32]:
-    """Return how much each place of an image speaks for a class, float32 `(N, image_size, image_size)`.
+    """Return how much each pixel adds to a class's logit, float32 `(N, image_size, image_size)`.
 
-    The numbers of a map sum to the class's logit: positive where the image speaks for it, negative where against. With
-    a linear head, as `attach_head` makes it, each place has exactly its part. With hidden layers the parts hold for
-    small changes.
+    A map sums to the class's logit: positive values speak for the class, negative ones against it. The values are
+    exact for a linear head, the default of `attach_head`. With hidden layers they are a first-order approximation.
 
     Args:
-        trainer: Whose model is asked.
-        images: As in `Trainer.predict_proba`. The maps lie over what the model sees: the middle square, resized.
-        classes: A class name or index for each image, or one for all; None takes each image's most probable class.
+        trainer: Has the model to explain.
+        images: As in `Trainer.predict_proba`. A map covers the image as the model sees it: cropped and resized.
+        classes: A class name or index for each image, or one for all; None is each image's most probable class.
         batch_size: 32 if None.
         num_workers: Processes that read a `Dataset`.
 
     Raises:
-        ArgumentError: When a class is unknown, or there are not as many as images.
+        ArgumentError: When a class is unknown, or the number of classes is not that of the images.
         ImageError: As in `Trainer.predict_proba`.
 
     Example:
@@ -60,22 +57,48 @@ def explain(
     wanted = _indices(classes, model.classes)
     maps: list[Tensor] = []
     seen = 0
-    with alone(), opened(trainer.training, images, batch_size, num_workers, with_targets=False) as batches:
+    with alone(), opened(trainer.training, images, batch_size, num_workers, with_targets=False) as (_, batches):
         for inputs, _ in batches:
+            count = len(inputs)
             if wanted is None:
-                indices = evaluation_step(model, inputs, device=device).argmax(dim=1)
-            elif wanted.ndim == 0:
-                indices = wanted.expand(len(inputs))
+                own = evaluation_step(model, inputs, device=device).argmax(dim=1)
             else:
-                indices = wanted[seen : seen + len(inputs)]
-            seen += len(inputs)
-            if len(indices) != len(inputs):
+                own = wanted[seen : seen + count] if wanted.ndim else wanted.expand(count)
+            seen += count
+            if len(own) != count:
                 break
             with device.autocast():
-                maps.append(activation_maps(model, inputs, indices.to(inputs.device)).cpu())
+                maps.append(activation_maps(model, inputs, own.to(inputs.device)).cpu())
     if wanted is not None and wanted.ndim and seen != len(wanted):
-        raise ArgumentError(f"{len(wanted)} classes for another number of images: expected one for each image.")
+        raise ArgumentError(f"{len(wanted)} classes do not match the number of images: expected one for each image.")
     return torch.cat(maps).numpy()
+
+
+def activation_maps(model: TransferModel, inputs: Tensor, classes: Tensor) -> Tensor:
+    """Return how much each place of an image adds to a logit, float32 `(N, S, S)`; the arguments are on one device.
+
+    Each output that the head takes is multiplied by the slope of the logit there and summed over channels: class
+    activation maps (arXiv:1512.04150) of a linear head, else Grad-CAM without its mean over places (arXiv:2011.08891).
+    What then is missing from the logit, such as the bias, is the same at all places, so that a map sums to the logit.
+    """
+    pools: dict[int, Any] = model.pools or {len(model.backbone.features) - 1: nn.Identity()}
+    activation, outputs = inputs, []
+    with torch.no_grad():
+        for index, layer in enumerate(model.backbone.features):
+            activation = layer(activation)
+            if index in pools:
+                outputs.append(activation.clone())  # the next layer may work in place
+    with torch.enable_grad():
+        pooled = [pool(output.requires_grad_()) for pool, output in zip(pools.values(), outputs, strict=True)]
+        own = model.head(torch.cat(pooled, dim=1))[torch.arange(len(classes)), classes]
+        slopes = torch.autograd.grad(own.sum(), outputs)
+    size = inputs.shape[2:]
+    maps = torch.zeros(len(inputs), *size, device=inputs.device)
+    for output, slope in zip(outputs, slopes, strict=True):
+        small = (output.detach() * slope).sum(dim=1, keepdim=True).float()
+        maps += interpolate(small, size=size, mode="bilinear").squeeze(1) * (small[0].numel() / maps[0].numel())
+    rest = own.detach().float() - maps.sum(dim=(1, 2))
+    return maps.add_(rest[:, None, None] / maps[0].numel())
 
 
 def _indices(classes: object, names: tuple[str, ...]) -> Tensor | None:
@@ -97,8 +120,8 @@ def _indices(classes: object, names: tuple[str, ...]) -> Tensor | None:
 
 
 def plot_explanations(
-    trainer: Trainer, images: object, classes: object = None, *, num_images: int = 6, ax: "Axes | None" = None
-) -> "Figure":
+    trainer: Trainer, images: object, classes: object = None, *, num_images: int = 6, ax: Axes | None = None
+) -> Figure:
     """Show what speaks for a class in the first images: the places in red over each image as the model sees it.
 
     The arguments are those of `explain`, without a `DataLoader`. They are drawn on `ax`, or on a new figure.
@@ -125,16 +148,25 @@ def plot_explanations(
     rows = probabilities.argmax(axis=1) if wanted is None else wanted.expand(count).numpy()
     titles = [f"{trainer.model.classes[row]} {probabilities[index, row]:.2f}" for index, row in enumerate(rows)]
     overlays = [_overlay(image, each) for image, each in zip(seen.permute(0, 2, 3, 1).numpy(), maps, strict=True)]
-    return draw_images(overlays, titles, colors=["black"] * count, ax=ax)
+    return draw_images(overlays, titles, ax=ax)
+
+
+def _overlay(image: npt.NDArray[np.uint8], places: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Return an image in gray, red where places speak for a class and blue where against."""
+    strength = (places / max(float(np.abs(places).max()), 1e-12))[..., None]
+    color = np.where(strength > 0, np.array([0.85, 0.1, 0.1]), np.array([0.1, 0.3, 0.85]))
+    share = 0.75 * np.abs(strength)
+    mixed: npt.NDArray[np.float64] = image.mean(axis=2, keepdims=True) / 255 * (1 - share) + color * share
+    return mixed
 
 
 def show_batch(
-    data: object, classes: Sequence[str] | None = None, *, num_images: int = 12, ax: "Axes | None" = None
-) -> "Figure":
-    """Show images drawn from labelled data with the names of their classes, before anything trains.
+    data: object, classes: Sequence[str] | None = None, *, num_images: int = 12, ax: Axes | None = None
+) -> Figure:
+    """Show images drawn from labeled data with the names of their classes, before anything trains.
 
-    The data is as in `Trainer.fit`, but no `DataLoader`; it is always the same images that are drawn from it, on `ax`,
-    or on a new figure. `classes` are the class names; None takes them from the data.
+    The data is as in `Trainer.fit`, but no `DataLoader`. It always shows the same images, on `ax` or on a new figure.
+    `classes` are the class names; None takes them from the data.
 
     Raises:
         ArgumentError: When the classes are not known, or `num_images` is below 1.
@@ -151,17 +183,7 @@ def show_batch(
     source = open_data(data, names)
     places = shuffled(source.num_images or 0, 0)[: whole_number("num_images", num_images)]
     titles = [names[index] for index in class_indices(source.all_targets(places)).tolist()]
-    return draw_images(read_pixels(source, places.tolist()), titles, colors=["black"] * len(titles), ax=ax)
-
-
-def _overlay(image: npt.NDArray[np.uint8], places: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Return an image in gray, red where places speak for a class and blue where against."""
-    gray = image.mean(axis=2, keepdims=True) / 255 * np.ones(3)
-    strength = np.clip(places / max(float(np.abs(places).max()), 1e-12), -1, 1)[..., None]
-    color = np.where(strength > 0, np.array([0.85, 0.1, 0.1]), np.array([0.1, 0.3, 0.85]))
-    share = 0.75 * np.abs(strength)
-    mixed: npt.NDArray[np.float64] = gray * (1 - share) + color * share
-    return mixed
+    return draw_images(read_pixels(source, places.tolist()), titles, ax=ax)
 
 
 def nearest_images(
@@ -170,7 +192,7 @@ def nearest_images(
     """Return the training images that are most like each image, for this model.
 
     Args:
-        trainer: By whose features images are compared, standardised.
+        trainer: Its model's standardized features are compared.
         data: The training images, as in `Trainer.fit`.
         images: As in `Trainer.predict_proba`.
         count: 1 to the number of training images.
@@ -191,12 +213,12 @@ def nearest_images(
         array([[2]])
     """
     training, columns = trainer.training, trainer.model.columns or None
-    with opened(training, data, None, num_workers) as batches:
-        known, _ = head_inputs(trainer.model, batches, training=training)
+    with opened(training, data, None, num_workers) as (network, batches):
+        known, _ = head_inputs(network, batches, training=training)
     if whole_number("count", count) > len(known):
         raise ArgumentError(f"count={count} cannot be used: expected 1 to {len(known)}, the number of images.")
-    with opened(training, images, None, num_workers, with_targets=False) as batches:
-        asked, _ = head_inputs(trainer.model, batches, training=training)
+    with opened(training, images, None, num_workers, with_targets=False) as (network, batches):
+        asked, _ = head_inputs(network, batches, training=training)
     mean, std = moments(Table.of_tensor(known, columns=columns))
     indices, cosines = nearest((known - mean) / std, (asked - mean) / std, count=count)
     return indices.numpy(), cosines.numpy()

@@ -29,9 +29,11 @@ from transferkit.results.summary import summary
 from transferkit.trainer import Trainer
 from transferkit.training.averaging import WeightAverage
 from transferkit.training.checkpoint import Checkpoint
+from transferkit.training.evaluation import validate
 from transferkit.training.loss import CrossEntropy, Loss, LossFunction
 from transferkit.training.optimizers import LearningRate
 from transferkit.training.progress import BestWeights
+from transferkit.training.run import features_of, open_source
 from transferkit.training.schedules import warmup
 
 HELD_OUT = 0.1
@@ -71,6 +73,7 @@ ALL_IMAGES = "all"
 """Folder of the second run's checkpoints, in that of the first."""
 
 _TIMED_STEPS = 4
+_STEP_PASSES = 4  # forward passes that a training step takes the time of
 _SPARE = 0.93  # fraction of the time left that is planned for
 
 
@@ -110,25 +113,25 @@ def fine_tune(
     num_workers: int = 0,
     verbose: int = 1,
 ) -> Trainer:
-    """Go from a backbone and labelled images to the best model that the time allows.
+    """Train the best model that the time allows, from a backbone and labeled images.
 
     1. With everything frozen, the head is solved to its optimum on cached features; cross-validation chooses its
        penalty.
-    2. Where there are 20 images of a class or more and time for it, the last two blocks, or the last one, are trained
-       together with the head from there: Adam, a warm-up, a cosine, cached random views, a moving average of the
-       weights. A tenth of the images, or the validation data, is held out, and tells whether that was better. If it
-       was, and there is time, all images are trained on once more, and the mean of both runs' weights remains. If it
-       was not, the solved head stays, fitted to all images.
+    2. With 20 or more images per class and enough time, the last two blocks, or the last one, train with the head
+       from there: Adam, a warm-up, a cosine, cached random views, a moving average of the weights. Held-out images, the
+       validation data or a tenth of the images, compare both models. If training was better and time is left, a
+       second run trains on all images, and the model is the mean of both runs' weights. If it was not better, the
+       solved head stays, fitted to all images.
     3. A temperature makes the probabilities honest.
 
-    Each choice can be made by hand. Ctrl-C during the second part ends it, and the best model so far is returned.
+    Each choice is an argument. Ctrl-C ends the second part, and the best model so far is returned.
 
     Args:
         backbone: From `load_backbone`; it becomes part of the model.
         data: As in `Trainer.fit`, but no `DataLoader` that shuffles.
         validation_data: Held-out images; None holds out a tenth of `data`.
-        budget: Seconds that all of it may take; training ends between two epochs. None decides by the number of images,
-            so that a run depends on the seed alone: 12 epochs for up to 4,000 images, fewer for more.
+        budget: Seconds for everything; training ends between two epochs. None decides by the number of images, so a run
+            depends only on the seed: 12 epochs for up to 4,000 images, fewer for more.
         classes: The class names or their number; None takes them from the data.
         layers: As in `attach_head`.
         freeze_until: The first layer that trains: `"head"` solves the head and ends; None trains everything. `"auto"`
@@ -144,7 +147,7 @@ def fine_tune(
         device: As in `Trainer`.
         precision: As in `Trainer`.
         cache: As in `Trainer`.
-        seed: Everything random depends on it.
+        seed: Determines everything random.
         on_bad_image: As in `Trainer.fit`.
         num_workers: Processes that read a `Dataset`.
         verbose: As in `Trainer.fit`.
@@ -186,17 +189,17 @@ def fine_tune(
         cache=cache,
         seed=seed,
     )
-    every = trainer._open_source(data, num_workers, on_bad_image, display)
+    every = open_source(trainer.training, data, num_workers, on_bad_image, display)
     wanted = freeze_until != "head" and (
         freeze_until != "auto" or (every.num_images or 0) >= FEWEST_PER_CLASS * len(model.classes)
     )
     train, held_out = every, None
     if validation_data is not None:
-        held_out = trainer._open_source(validation_data, num_workers, on_bad_image, display)
+        held_out = open_source(trainer.training, validation_data, num_workers, on_bad_image, display)
     elif wanted:
         train, held_out = split_validation(every, HELD_OUT, seed, multi_label=model.threshold is not None)
     computing = clock()
-    trainer._features_of(train, num_workers, display)
+    features_of(trainer.training, train, display)
     solving = clock()
     solved = trainer.solve(train, verbose=verbose)
     features_s, solver_s = solving - computing, clock() - solving
@@ -216,7 +219,7 @@ def fine_tune(
             trainer.solve(every, augment=augment, n_views=views, verbose=verbose)
         elif train is not every:
             trainer.solve(every, l2=None if left > solver_s else solved.l2, verbose=verbose)
-    display.say(f"{clock() - started:.0f} s in all; temperature {model.temperature:.2f}")
+    display.say(f"{clock() - started:.0f} s in total; temperature {model.temperature:.2f}")
     return trainer
 
 
@@ -233,7 +236,7 @@ class _Job:
         augment: As in `Trainer.fit`.
         end: When it must be over, by `time.perf_counter`.
         image_s: Seconds that all frozen layers took for an image.
-        folder: Of the checkpoints.
+        folder: For the checkpoints.
         display: Shows what is done.
     """
 
@@ -271,12 +274,16 @@ class _Job:
         Ctrl-C ends the training, and the best model so far counts.
         """
         trainer, model = self.trainer, self.trainer.model
-        before = trainer._validate(self.held_out)
+        temperature = model.temperature
+        trainer.calibrate(self.held_out)  # as the trained model will be: the losses of both are compared
+        before = validate(trainer.training, self.held_out)
         self.display.say(
-            f"solved head: accuracy {before['accuracy']:.4f} on {self.held_out.num_images:,} held-out images. From "
-            f"{plan.boundary or 'the first layer'} on, {plan.epochs} epochs of training follow"
+            f"solved head: accuracy {before['accuracy']:.4f} on {self.held_out.num_images:,} held-out images. Next: "
+            f"{plan.epochs} epochs of training from {plan.boundary or 'the first layer'} on"
         )
         freeze(model, plan.boundary)
+        if self.end == math.inf and (minutes := self._seconds(plan) / 60) > 2:
+            self.display.say(f"this may take {minutes:.0f} minutes; budget= or Ctrl-C ends it sooner")
         if self.folder is not None and rank() == 0:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             (Path(self.folder) / PLAN).write_text(json.dumps(asdict(plan)))
@@ -285,13 +292,14 @@ class _Job:
         ended, seconds = self._fit(plan, self.train_source, self.held_out, self.folder)
         if trainer.history is not None and trainer.history.reports:
             trainer.calibrate(self.held_out)
-            after = trainer._validate(self.held_out)
+            after = validate(trainer.training, self.held_out)
             if after["loss"] < before["loss"]:
                 if ended:
                     self._train_again(plan, solved, seconds)
                 return True
         self.display.say("training deeper layers was no better on the held-out images: the solved head stays")
         solved.restore()
+        model.temperature = temperature
         freeze(model, "head")
         return False
 
@@ -301,7 +309,7 @@ class _Job:
         more = (self.every.num_images or 0) / (self.train_source.num_images or 1)
         if more * seconds > _SPARE * (self.end - clock()):
             return
-        self.display.say(f"once more on all {self.every.num_images:,} images; the mean of both runs' weights remains")
+        self.display.say(f"training again on all {self.every.num_images:,} images, then averaging both runs' weights")
         first = BestWeights(model)
         first.take()
         history, temperature = trainer.history, model.temperature
@@ -342,8 +350,15 @@ class _Job:
                 verbose=self.display.verbose,
             )
         except KeyboardInterrupt:
-            self.display.say("interrupted: the best model so far")
+            self.display.say("interrupted: kept the best model so far")
         return self.trainer.epoch == first + plan.epochs, clock() - started
+
+    def _seconds(self, plan: _Plan) -> float:
+        """Estimate how long both runs take from the time of the frozen layers; nothing if they were cached already."""
+        table = summary(self.trainer.model)
+        once = sum(table.share(layer) for layer in table.layers if layer.cached)
+        passes = 2 * plan.epochs * _STEP_PASSES * (1 - once) + (plan.n_views or plan.epochs) * once
+        return passes * self.image_s * (self.every.num_images or 0)
 
     def _views(self, epochs: int) -> int | None:
         return None if self.augment is None else min(MOST_VIEWS, (epochs + 1) // 2)  # each is seen twice

@@ -1,4 +1,4 @@
-"""`search` trains a model for each set of hyper-parameters over one feature cache, and returns the best."""
+"""`search` trains a model for each set of hyperparameters over one feature cache, and returns the best."""
 
 import copy
 import inspect
@@ -18,7 +18,7 @@ from torch import nn
 
 from transferkit.base.arguments import positive, whole_number
 from transferkit.base.calls import explained
-from transferkit.base.display import QUIET, Display
+from transferkit.base.display import Display
 from transferkit.base.processes import alone, broadcast, clock, exchange, together, world_size
 from transferkit.base.processes import rank as rank_of_process
 from transferkit.base.randomness import derive_seed, seeded
@@ -29,21 +29,16 @@ from transferkit.data.classes import learn_names
 from transferkit.data.resized import resized
 from transferkit.data.selection import split_validation
 from transferkit.data.sources import Source
-from transferkit.errors import (
-    ArgumentError,
-    NonFiniteError,
-    OutOfMemoryError,
-    TransferKitError,
-    close_matches,
-)
+from transferkit.errors import ArgumentError, NonFiniteError, OutOfMemoryError, TransferKitError, close_matches
 from transferkit.model.freezing import find_boundary, freeze_until, trainable_state
 from transferkit.model.head import TransferModel
-from transferkit.results.history import EpochReport, History
+from transferkit.results.history import History
 from transferkit.results.tabular import html_table
 from transferkit.saving.archive import read_checkpoint, write_checkpoint
 from transferkit.trainer import Trainer
 from transferkit.training.heads import HeadRun, how_many_together, train_heads
-from transferkit.training.run import open_run, without_loader
+from transferkit.training.progress import report_of
+from transferkit.training.run import open_feed, open_run, open_source, without_loader
 from transferkit.training.schedules import check_schedule
 
 FREEZE = "freeze_until"
@@ -63,13 +58,13 @@ Space = Mapping[str, Sequence[Any] | Callable[[random.Random], Any]]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One set of hyper-parameters and its result.
+    """One set of hyperparameters and its result.
 
     Attributes:
-        params: The hyper-parameters.
+        params: The hyperparameters.
         history: The history of its run; without epochs if it failed.
         score: Validation accuracy of its best epoch, 0 to 1; NaN if it failed.
-        seconds: How long it took; those of heads that are trained together are divided among them.
+        seconds: How long it took; the time of heads trained together is divided among them.
         error: Why it failed, or an empty string.
     """
 
@@ -80,17 +75,17 @@ class Trial:
     error: str = ""
 
 
+@dataclass(eq=False, repr=False)
 class SearchResult:
     """The trials of a search, and the best of them. Attribute names are scikit-learn's.
 
     Attributes:
-        trials: A `Trial` for each set of hyper-parameters.
-        best_model_: The model of the trial at `best_index_`, as after its best epoch; None if every trial failed.
+        trials: A `Trial` for each set of hyperparameters.
+        best_model_: The model of the trial at `best_index_` after its best epoch; None if every trial failed.
     """
 
-    def __init__(self, trials: list[Trial], best_model: TransferModel | None) -> None:
-        self.trials = trials
-        self.best_model_ = best_model
+    trials: list[Trial]
+    best_model_: TransferModel | None
 
     @property
     def best_index_(self) -> int:
@@ -99,15 +94,15 @@ class SearchResult:
         Raises:
             NonFiniteError: When every trial failed.
         """
-        best = max((trial.score for trial in self.trials if not math.isnan(trial.score)), default=None)
-        if best is None:
+        scores = [-math.inf if math.isnan(trial.score) else trial.score for trial in self.trials]
+        if not scores or max(scores) == -math.inf:
             reason = f"; the first: {self.trials[0].error}" if self.trials else ""
             raise NonFiniteError(f"every one of {len(self.trials)} trials failed{reason}")
-        return [trial.score for trial in self.trials].index(best)
+        return scores.index(max(scores))
 
     @property
     def best_params_(self) -> dict[str, Any]:
-        """The hyper-parameters of the best trial."""
+        """The hyperparameters of the best trial."""
         return self.trials[self.best_index_].params
 
     @property
@@ -119,7 +114,7 @@ class SearchResult:
     def cv_results_(self) -> dict[str, list[Any]]:
         """A table as lists of equal length.
 
-        They are `params`, `param_...` of each name, `score`, `seconds` and `error`.
+        They are `params`, a `param_...` for each name, `score`, `seconds` and `error`.
         """
         return {
             "params": [trial.params for trial in self.trials],
@@ -143,16 +138,14 @@ class SearchResult:
             ]
             for trial in self._ranked()
         ]
-        return html_table([*self._names, "validation accuracy", "seconds"], rows)
+        return html_table([[*self._names, "validation accuracy", "seconds"], *rows])
 
     @property
     def _names(self) -> list[str]:
         return list(self.trials[0].params) if self.trials else []
 
     def _ranked(self) -> list[Trial]:
-        return sorted(
-            self.trials, key=lambda trial: -math.inf if math.isnan(trial.score) else trial.score, reverse=True
-        )
+        return sorted(self.trials, key=lambda trial: (math.isnan(trial.score), -trial.score))
 
 
 @explained
@@ -176,40 +169,40 @@ def search(
     seed: int = 0,
     verbose: int = 1,
 ) -> SearchResult:
-    """Train a model for each set of hyper-parameters and compare them by validation accuracy.
+    """Train a model for each set of hyperparameters and compare them by validation accuracy.
 
     All trials share one feature cache: the frozen layers run once for each image. Every trial begins with the same
     random numbers. Some trials share their work, too:
 
     - Heads on a frozen backbone, as `attach_head` builds them, that differ in `lr`, `weight_decay`, `schedule`,
-      `clip_grad_norm` and `epochs` alone are trained together. Each is what it would be alone, up to rounding.
+      `clip_grad_norm` and `epochs` alone are trained together, with the same result as alone, up to rounding.
     - With `schedule="constant"`, the longest of the trials that differ in `epochs` alone answers the others.
 
-    A trial that fails is recorded with the reason, and the search continues: its loss becomes infinite, memory does not
-    suffice, or it raises another error.
+    If a trial fails, the reason is recorded and the search continues: its loss became infinite, memory ran out, or it
+    raised another error.
 
     Args:
         build: Returns a model from `attach_head`. It is called with those names of `space` that neither `Trainer` nor
             `fit` takes, and must return the same for the same values. Its result is copied, so it may use the same
             backbone each time.
-        space: A list of values for each hyper-parameter: `lr`, `epochs`, `batch_size`, `freeze_until` (without it,
+        space: A list of values for each hyperparameter: `lr`, `epochs`, `batch_size`, `freeze_until` (without it,
             layers stay frozen as `build` returns them), any other argument of `Trainer`, `augment` and `n_views` of
             `fit`, and whatever `build` takes. With `num_trials`, also functions of a `random.Random` that draw a value.
         train: As in `Trainer.fit`. A `Dataset` without randomness is read once: its resized images stay in memory if
-            they take at most a quarter of what is free.
+            they take at most a quarter of the free memory.
         validation_data: As in `Trainer.fit`.
         validation_split: As in `Trainer.fit`; the same images in every trial.
         num_trials: Number of sets to draw at random; None tries every combination.
         reduction_factor: Successive halving: every set is tried with few epochs, the best of them (one in
             `reduction_factor`) with that many times more, and so on up to `epochs`. Each trial trains from the start.
             2 or more; None tries every set with all epochs.
-        budget: Seconds after which no trial begins. The result lacks those that did not.
+        budget: Seconds after which no trial starts. The result lacks the rest.
         folder: Where finished trials and the best weights are saved. A call with the same arguments and data continues.
         device: As in `Trainer`.
         precision: As in `Trainer`.
         cache: As in `Trainer`.
-        num_workers: Processes that read a `Dataset`.
-        seed: Everything random depends on it: draws, the head's initial weights, the order of images.
+        num_workers: As in `Trainer.fit`.
+        seed: Determines everything random: draws, the head's initial weights, the order of images.
         verbose: 1 shows a line for each trial, and a bar where it can be seen; 2 the lines alone; 0 nothing.
 
     Raises:
@@ -297,13 +290,20 @@ class _Trials:
             trainer = self._trainer(group[0].params)
             for run in group[1:]:
                 self._trainer(run.params, trainer.model)
-            if self.folder is not None:
-                self.facts += [trainer.model.backbone.fingerprint, repr(trainer.model.head)]
-        if self.folder is not None:
-            self.facts += [*facts, derive_seed(re.sub(" at 0x[0-9a-f]+", "", repr(sets)))]
-            self.facts += [[source.num_images, source.digest()] for source in self._open(trainer)]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.held = broadcast(_read_search(self.folder, self.facts), "trials")
+            self.facts += [trainer.model.backbone.fingerprint, repr(trainer.model.head)]
+        if self.folder is None:
+            return
+        self.facts += [*facts, derive_seed(re.sub(" at 0x[0-9a-f]+", "", repr(sets)))]
+        self.facts += [[source.num_images, source.digest()] for source in self._open(trainer)]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / FILE
+        held = broadcast(read_checkpoint(file) if file.exists() else {}, "trials")
+        if held.get("search", self.facts) != self.facts:
+            raise ArgumentError(
+                f"folder={str(self.folder)!r} holds another search: expected the same models, space, data, seed and "
+                "device. Name another folder."
+            )
+        self.held = held
 
     def best_of(self, sets: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """Return the best of the sets that were tried last, in their order; before the first trial all of them."""
@@ -319,7 +319,13 @@ class _Trials:
         self._recall()
         groups = _plan({number: params for number, params in new.items() if number not in self.made})
         first = _build(self.build, self.sets[0], self.settings["seed"])
-        groups.sort(key=lambda group: _depth(first, group[0].params))  # deeper features are derived from shallow ones
+        layers = [name for name, _ in first.named_modules()]
+
+        def depth(group: list[_Run]) -> int:
+            boundary = find_boundary(first, group[0].params.get(FREEZE))
+            return -1 if boundary is None else layers.index(boundary)
+
+        groups.sort(key=depth)  # deeper features are derived from shallow ones
         with self.display.bar("search", len(sets), unit="trials") as bar:
             for group in groups:
                 trainer = self._trainer(group[0].params) if len(group) > 1 else None
@@ -361,7 +367,7 @@ class _Trials:
         if key not in self.sources:
             read = partial(resized, classes=model.classes, preprocess=key[0], device=trainer.device)
             self.sources[key] = [
-                trainer._open_source(read(data, num_workers=workers) or data, workers)
+                open_source(trainer.training, read(data, num_workers=workers) or data, workers)
                 for data, workers in ((train, num_workers), without_loader(validation, num_workers))
                 if data is not None
             ]
@@ -377,7 +383,7 @@ class _Trials:
         source, held_out = self._open(trainer)
 
         def after_epoch(_: Trainer, __: object) -> None:
-            history, progress = trainer.history or History(), trainer._progress
+            history, progress = trainer.history or History(), trainer.training.progress
             if progress is not None and len(history.reports) < last:
                 record(history, partial(_with_weights, trainer.model, progress.best.state()))
 
@@ -397,21 +403,26 @@ class _Trials:
         runs = runs[rank_of_process() :: world_size()]  # of several processes each trains heads of its own
         with alone():
             started = clock()
-        feed = trainer._feeds(params.get("augment"), params.get("n_views"), QUIET)
         self.features = trainer
         try:
-            feeds = [feed(*pair) for pair in zip(self._open(trainer), ("training", "validation"), strict=True)]
+            train, held_out = self._open(trainer)
+            feeds = [
+                open_feed(trainer.training, train, augment=params.get("augment"), n_views=params.get("n_views")),
+                open_feed(trainer.training, held_out, "validation"),
+            ]
             for each in feeds if world_size() > 1 else ():
                 each.open(1)  # which computes the features together
-            with alone(), trainer._alone("fit"), trainer._interrupts:
+            with alone(), trainer.training.alone("fit"), trainer.training.interrupts:
                 heads: dict[HeadRun, _Run] = {}
                 for run in runs:
                     training, size = self._trainer(run.params, trainer.model).training, params.get("batch_size")
                     opened = open_run(training, *feeds, epochs=max(run.numbers), batch_size=size)
                     check_schedule(opened.schedule, opened.num_steps)
-                    opened.check_feeds()
+                    for each in feeds:
+                        each.check()
+                    training.interrupts = trainer.training.interrupts
                     heads[HeadRun(training, opened)] = run
-                for head in train_heads([*heads], interrupts=trainer._interrupts) if heads else ():
+                for head in train_heads([*heads]) if heads else ():
                     weights = {f"head.{name}": weight for name, weight in head.best.items()}
                     model = partial(_with_weights, trainer.model, weights)
                     self._record(heads[head], started, head.history, model, share=len(runs))
@@ -437,7 +448,8 @@ class _Trials:
         self, run: _Run, started: float, history: History, model: Callable[[], TransferModel], *, share: int = 1
     ) -> None:
         """Record the trials that have as many epochs as a history."""
-        score = _score(history)
+        best = None if history.best_epoch is None else history.reports[history.best_epoch].val_accuracy
+        score = math.nan if best is None else best
         error = "validation loss was never finite: try a lower learning rate." if math.isnan(score) else ""
         seconds = (clock() - started) / share
         for number in run.numbers.get(len(history.reports), []):
@@ -452,8 +464,7 @@ class _Trials:
         if not isinstance(failure, NonFiniteError | OutOfMemoryError):
             self.refused = self.refused or failure
         for number in (number for run in runs for number in run.trials() if number not in self.made):
-            seconds = clock() - started
-            self._add(number, Trial(self.sets[number], History(), math.nan, seconds, reason))
+            self._add(number, Trial(self.sets[number], History(), math.nan, clock() - started, reason))
 
     def _add(self, number: int, trial: Trial) -> None:
         self.made[number] = trial
@@ -465,7 +476,7 @@ class _Trials:
         """Take over the trials that the folder holds, and the best model."""
         for number, (reports, *rest) in enumerate(self.held.get("trials", [])[: len(self.sets)]):
             if reports is not None:
-                history = History([_report(figures) for figures in reports])
+                history = History([report_of(figures) for figures in reports])
                 self.made[number] = Trial(self.sets[number], history, *rest)
         number = self.held.get("best", math.inf)
         if number in self.made and (rank := (self.made[number].score, -number)) > self.best:
@@ -475,34 +486,14 @@ class _Trials:
     def _save(self) -> None:
         if self.folder is None or rank_of_process():
             return
-        every = [self.made.get(number) for number in range(len(self.sets))]
-        trials = [
-            [None]
-            if trial is None
-            else [[vars(report) for report in trial.history.reports], trial.score, trial.seconds, trial.error]
-            for trial in every
-        ]
+        trials: list[list[Any]] = [[None] for _ in self.sets]
+        for number, trial in self.made.items():
+            reports = [vars(report) for report in trial.history.reports]
+            trials[number] = [reports, trial.score, trial.seconds, trial.error]
         state: dict[str, Any] = {"search": self.facts, "trials": trials}
         if self.best_model is not None:
             state |= {"best": -self.best[1], "weights": trainable_state(self.best_model)}
         write_checkpoint(self.folder / FILE, state)
-
-
-def _read_search(folder: Path, facts: list[Any]) -> dict[str, Any]:
-    """Return what a folder holds of a search; `ArgumentError` if it is another one."""
-    held = read_checkpoint(folder / FILE) if (folder / FILE).exists() else {}
-    if held.get("search", facts) != facts:
-        raise ArgumentError(
-            f"folder={str(folder)!r} holds another search: expected the same models, space, data, seed and device. "
-            "Name another folder."
-        )
-    return held
-
-
-def _report(figures: dict[str, Any]) -> EpochReport:
-    report = EpochReport(*(figures[name] for name in EpochReport.__dataclass_fields__))
-    vars(report).update(figures)
-    return report
 
 
 def _with_weights(model: TransferModel, weights: Mapping[str, torch.Tensor] | None) -> TransferModel:
@@ -518,7 +509,7 @@ def _rounds(sets: list[dict[str, Any]], factor: int) -> list[tuple[int, dict[str
     if len(given) > 1:
         raise ArgumentError(
             f"space['epochs'] has the values {sorted(given)}: with reduction_factor, which sets the epochs of each "
-            "round, expected one, the most epochs."
+            "round, expected one value, the largest number of epochs."
         )
     [epochs] = given
     last = max(number for number in range(64) if factor**number <= min(len(sets), epochs))
@@ -553,7 +544,7 @@ def _same(value: object) -> object:
 
 
 def _choose(space: Space, num_trials: int | None, seed: int) -> list[dict[str, Any]]:
-    """Return the sets of hyper-parameters to try."""
+    """Return the sets of hyperparameters to try."""
     if not isinstance(space, Mapping) or not space:
         raise ArgumentError(
             f"space={space!r} cannot be used: expected a mapping from names to lists of values, such as "
@@ -564,11 +555,11 @@ def _choose(space: Space, num_trials: int | None, seed: int) -> list[dict[str, A
             raise ArgumentError(f"{name} is an argument of search and the same in all trials: leave it out of space.")
         if callable(values):
             if num_trials is None:
-                raise ArgumentError(f"space[{name!r}] is a function, which draws values: say how many, num_trials=.")
+                raise ArgumentError(f"space[{name!r}] is a function that draws values: pass num_trials=, how many.")
         elif isinstance(values, str) or not isinstance(values, Sequence) or len(values) == 0:
             raise ArgumentError(
-                f"space[{name!r}]={values!r} cannot be used: expected a list of 1 value or more (list(...) makes "
-                "one of an array), or with num_trials a function of a random.Random."
+                f"space[{name!r}]={values!r} cannot be used: expected a list of 1 value or more (use list(...) for "
+                "an array), or with num_trials a function of a random.Random."
             )
     if num_trials is None:
         lists = [values for values in space.values() if not callable(values)]
@@ -596,17 +587,6 @@ def _build(build: Callable[..., TransferModel], params: Mapping[str, Any], seed:
     if not isinstance(model, TransferModel):
         raise ArgumentError(f"build returned a {type(model).__name__}: expected a TransferModel from attach_head.")
     return copy.deepcopy(model)
-
-
-def _depth(model: TransferModel, params: Mapping[str, Any]) -> int:
-    boundary = find_boundary(model, params.get(FREEZE))
-    return -1 if boundary is None else [name for name, _ in model.named_modules()].index(boundary)
-
-
-def _score(history: History) -> float:
-    best = history.best_epoch
-    accuracy = None if best is None else history.reports[best].val_accuracy
-    return math.nan if accuracy is None else accuracy
 
 
 def _line(trial: Trial) -> str:

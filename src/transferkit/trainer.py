@@ -1,86 +1,61 @@
 """`Trainer` composes the other parts."""
 
 import copy
-import difflib
 import inspect
 import os
 import pickle
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
-from transferkit.base.arguments import fraction, one_of, positive, whole_number
+from transferkit.base.arguments import positive, whole_number
 from transferkit.base.calls import explained
-from transferkit.base.display import QUIET, Display
-from transferkit.base.interrupts import Interrupts
-from transferkit.base.processes import broadcast, copy_from_rank_0, rank, together, world_size
+from transferkit.base.display import Display
+from transferkit.base.processes import copy_from_rank_0, rank, together
 from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device, find_device
-from transferkit.data.augmentation import Augment, build_augmentation
-from transferkit.data.classes import learn_names
-from transferkit.data.inputs import Inputs
-from transferkit.data.open import open_data
-from transferkit.data.selection import bad_image_limit, split_validation, without_bad_images
-from transferkit.data.sources import Source, SubsetSource
-from transferkit.data.targets import class_indices
-from transferkit.errors import ArgumentError, CheckpointTypeError, ModelInUseError
-from transferkit.features.cache import FeatureCache, open_folder
-from transferkit.features.chunks import CachedFeatures
-from transferkit.features.feed import Feed, Frozen
+from transferkit.data.augmentation import Augment
+from transferkit.data.selection import split_validation
+from transferkit.errors import ArgumentError, CheckpointTypeError
+from transferkit.features.cache import find_cache
 from transferkit.linear.choice import LinearHead
-from transferkit.linear.temperature import fit_temperature
-from transferkit.model.freezing import describe_frozen, first_trainable
-from transferkit.model.head import Standardize, TransferModel, check_float32, check_head
-from transferkit.model.modes import changing, evaluating
+from transferkit.model.freezing import first_trainable
+from transferkit.model.head import TransferModel, check_float32, check_head
+from transferkit.model.modes import evaluating
 from transferkit.results.assessment import Assessment
 from transferkit.results.history import History
 from transferkit.results.lr_sweep import LearningRateSweep
 from transferkit.saving import archive
 from transferkit.saving import model as model_state
+from transferkit.training import evaluation
 from transferkit.training.callback_list import CallbackList
-from transferkit.training.evaluation import (
-    Batches,
-    assess,
-    evaluate,
-    head_inputs,
-    logits_of,
-    opened,
-    predict_known,
-    predict_proba,
-    ready,
-)
-from transferkit.training.loop import CACHED_BATCH_SIZE, Callback, Epochs, train_epochs
+from transferkit.training.loop import Callback, begin_run, finish_run, one_by_one
 from transferkit.training.loss import Loss, LossFunction, find_loss
 from transferkit.training.lr_find import spaced_rates, sweep
-from transferkit.training.metrics import Sums, check_metrics
-from transferkit.training.optimizers import LearningRate, OptimizerClass, build_optimizer, has_scheduler, set_lr
-from transferkit.training.progress import BestWeights, Progress
+from transferkit.training.metrics import check_metrics
+from transferkit.training.optimizers import LearningRate, OptimizerClass, build_optimizer
 from transferkit.training.run import (
-    Run,
     check_same_data,
     check_trains,
-    choose_batch_size,
+    naming,
+    open_feed,
+    open_held_out,
     open_run,
-    warn_of_high_lr,
+    open_source,
     without_loader,
 )
-from transferkit.training.schedules import Schedule, check_schedule, find_schedule
+from transferkit.training.schedules import Schedule, find_schedule
 from transferkit.training.solving import solve_head
 from transferkit.training.standardizing import measure_features
 from transferkit.training.state import (
     assign_training_state,
     check_training_state,
     complete_training_state,
-    read_run,
-    run_facts,
     training_state,
 )
 from transferkit.training.step import Step
@@ -104,38 +79,38 @@ class Trainer:
             from 1/25 over the first 30 % of the steps, then falls to 0), `warmup("cosine", 0.1)`, or a function of
             progress (0 to 1) that returns a factor. Steps that fp16 skips count. `"auto"` is `warmup("cosine", 0.1)`
             where the number of steps is known and no scheduler of torch's was built over the optimizer, else
-            `"constant"`. A rate that a callback or a scheduler writes into the optimizer's groups holds: the schedule
-            does not change it for the rest of the run, and the next run begins from it.
+            `"constant"`. If a callback or a scheduler writes a learning rate into the optimizer's groups, it holds for
+            the rest of the run, and the next run starts from it.
         clip_grad_norm: Largest Euclidean norm of all gradients together; None does not clip.
-        loss: `CrossEntropy` (None), `BinaryCrossEntropy` where an image may have several labels, or any function or
-            module of (logits, targets) that returns the mean over a batch.
-        metrics: Figures beside loss and accuracy, `{"f1": function}`: a function of (probabilities, targets), or a
-            torchmetrics object. Each is computed over all images of a pass, joins every report as `f1` and `val_f1`,
-            and what `evaluate` and `assess` return.
+        loss: `CrossEntropy` (None), `BinaryCrossEntropy` for several labels per image, or any function or module of
+            (logits, targets) that returns the mean over a batch.
+        metrics: Further metrics, `{"f1": function}`: a function of (probabilities, targets), or a torchmetrics object.
+            Each is computed over all images of a pass. It joins every report, as `f1` and `val_f1`, and the results of
+            `evaluate` and `assess`.
         device: `"auto"`, `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, a `torch.device` or a `Device`.
         precision: `"auto"`, `"bf16"`, `"fp16"` or `"fp32"`; see `Device`.
-        cache: `"auto"` computes what the frozen layers make of each image once, caches it, and trains the rest on that,
-            wherever this gives the same result; where it does not, it says so. True raises there. False never caches. A
-            folder caches in files there, for later runs and other processes; otherwise features lie in the memory of
-            the device if they fit into half of what is free, else in that of the host.
+        cache: `"auto"` computes the output of the frozen layers once for each image, caches it, and trains the rest on
+            it, if this gives the same result; if not, it says so. True raises an error then. False never caches. A
+            folder caches in files there, for later runs and other processes. Otherwise features stay on the device if
+            they fit into half of its free memory, else in host memory.
         max_skipped: Steps of one run that may be skipped because the loss or a gradient is infinite or NaN; such a step
-            changes no weight. One more raises. Overflows in fp16 are the gradient scaler's business and do not count.
-        seed: Order of images, augmentation, dropout and validation split depend on it alone. The head's initial weights
-            are drawn earlier, in `attach_head`, after your `torch.manual_seed`.
+            changes no weight. One more is an error. The gradient scaler handles overflows in fp16; they do not count.
+        seed: Determines the order of images, augmentation, dropout and validation split. The head's initial weights are
+            drawn earlier, in `attach_head`, by your `torch.manual_seed`.
 
     Attributes:
         model: The model.
         device: The `Device`.
         optimizer: The optimizer, with one group of parameters for each block and one for the head. Assign another, its
-            name or its class; it begins without a state.
+            name or its class; it starts without a state.
         micro_batch_size: Images that pass through the network at once. None, the default, is the whole batch. Assign a
             number to save memory: gradients of the micro-batches add up, and the update stays that of the whole batch.
-            It falls by itself where memory runs out.
+            It falls by itself when memory runs out.
         epoch: Epochs finished so far.
         global_step: Steps made so far.
         history: The `History` of the current run, which callbacks may read, else of the last one; None before.
         metrics: The metrics by name.
-        seed: What the order of images, augmentation and dropout depend on.
+        seed: Determines the order of images, augmentation and dropout.
 
     Raises:
         ArgumentError: When a value is out of range.
@@ -190,7 +165,8 @@ class Trainer:
         place = find_device(device, precision)
         check_float32(model, trains=True)
         found = find_loss(loss, model, place.torch_device)
-        self._training = Training(
+        cache_mode, cache_folder = find_cache(cache)
+        self.training = Training(
             model=place.prepare(model),
             device=place,
             optimizer=build_optimizer(optimizer, model, lr, weight_decay),
@@ -201,14 +177,9 @@ class Trainer:
             max_skipped=whole_number("max_skipped", max_skipped, at_least=0),
             seed=whole_number("seed", seed, at_least=0),
             pretrained=model.backbone.is_trained(),
+            cache_mode=cache_mode,
+            cache_folder=cache_folder,
         )
-        self._cache_mode, folder = _find_cache(cache)
-        self._interrupts = Interrupts()
-        self._features = FeatureCache(place, folder, check=self._interrupts.check)
-        self._frozen = Frozen(model, place)
-        self._run: Run | None = None  # the current one
-        self._given: tuple[object, object] = (None, None)  # its training and validation data, as the user passed them
-        self._progress: Progress | None = None
         self._history: History | None = None
         check_head(model)
         model.threshold = found.threshold
@@ -233,48 +204,43 @@ class Trainer:
 
     @property
     def model(self) -> TransferModel:
-        return self._training.model
+        return self.training.model
 
     @property
     def device(self) -> Device:
-        return self._training.device
+        return self.training.device
 
     @property
     def optimizer(self) -> Optimizer:
-        return self._training.optimizer
+        return self.training.optimizer
 
     @optimizer.setter
     def optimizer(self, value: str | OptimizerClass | Optimizer) -> None:
-        self._training.optimizer, self._training.optimizer_mode = build_optimizer(value, self.model, None, None), "eval"
-
-    @property
-    def training(self) -> Training:
-        """What a run changes and needs, for functions of the library's other modules."""
-        return self._training
+        self.training.optimizer, self.training.optimizer_mode = build_optimizer(value, self.model, None, None), "eval"
 
     @property
     def seed(self) -> int:
-        return self._training.seed
+        return self.training.seed
 
     @property
     def metrics(self) -> Mapping[str, Any]:
-        return self._training.metrics
+        return self.training.metrics
 
     @property
     def epoch(self) -> int:
-        return self._training.epoch
+        return self.training.epoch
 
     @property
     def global_step(self) -> int:
-        return self._training.global_step
+        return self.training.global_step
 
     @property
     def micro_batch_size(self) -> int | None:
-        return self._training.micro_batch_size
+        return self.training.micro_batch_size
 
     @micro_batch_size.setter
     def micro_batch_size(self, value: int | None) -> None:
-        self._training.micro_batch_size = None if value is None else whole_number("micro_batch_size", value)
+        self.training.micro_batch_size = None if value is None else whole_number("micro_batch_size", value)
 
     @property
     def history(self) -> History | None:
@@ -297,15 +263,15 @@ class Trainer:
         num_workers: int = 0,
         verbose: int = 1,
     ) -> History:
-        """Train for some epochs, validate after each, and leave the model as it was after the best of them.
+        """Train for some epochs, validate after each, and restore the weights of the best one.
 
         Ctrl-C (SIGINT) and SIGTERM end the run after the current step or batch, and are then raised again as
-        `KeyboardInterrupt` or exit status 143; a second one ends it at once. Whatever ends a run between two steps, a
-        `Checkpoint` among the callbacks first saves where it stands.
+        `KeyboardInterrupt` or exit status 143; a second one ends it at once. If anything ends a run between two steps,
+        a `Checkpoint` among the callbacks saves it first.
 
-        The model is in eval mode afterwards. A layer that you put into eval mode while the rest was in training mode
-        stays in it, in training too. Meanwhile other threads cannot use the model; before and after, any number may
-        predict.
+        Afterwards the model is in eval mode. A layer that you put into eval mode while the rest was in training mode
+        stays in eval mode during training. Other threads cannot use the model during a run; before and after, any
+        number may predict.
 
         Args:
             data: `(images, targets)`; a `Dataset` of such pairs, or of dicts with an image and a label; a `DataLoader`
@@ -313,10 +279,10 @@ class Trainer:
                 `(N, H, W, 3)`, or preprocessed, float; or a list of PIL images of any sizes, arrays or paths. Targets
                 are class indices, class names, or one-hot or soft rows; with `BinaryCrossEntropy`, multi-hot rows. A
                 head with numbers for classes takes the names that `data` has.
-            validation_data: Data of the same forms, evaluated after each epoch. The weights of the epoch with the
-                highest validation accuracy are put back at the end, whatever ended the run; the optimizer's state stays
-                the last. Without validation data the last weights stay.
-            validation_split: Fraction of `data` to hold back as validation data instead, drawn at random by the seed.
+            validation_data: Data of the same forms, evaluated after each epoch. At the end, however the run ended, the
+                weights of the epoch with the highest validation accuracy are restored; the optimizer's state stays the
+                last. Without validation data the last weights stay.
+            validation_split: Fraction of `data` to hold out as validation data instead, drawn at random by the seed.
             epochs: 1 or more.
             batch_size: 1 or more; 32 if None. A `DataLoader` has its own.
             lr: A new base learning rate, from this call on.
@@ -328,15 +294,15 @@ class Trainer:
             callbacks: Called after each epoch with the trainer and the `EpochReport`; one that returns True ends the
                 run. `CallbackList` describes what else a callback may have.
             resume_from: A checkpoint saved during a run, or the folder of a `Checkpoint`. The run continues with the
-                same result as if it had never stopped, and the history covers all of it. If the folder has no
+                result of an uninterrupted run, and the history covers all of it. If the folder has no
                 checkpoint, a new run starts. `epochs` counts the finished ones; data and other arguments must be those
                 of the run. A `DataLoader` that shuffles draws another order.
-            on_bad_image: `"skip"` reads a `Dataset` once before the run and leaves out the images that cannot be used,
-                with a line for each: at most 1 % of them, or one. A number is another limit: 0.05 leaves out up to 5 %.
-                `"raise"` ends the run at the first.
+            on_bad_image: `"skip"` reads a `Dataset` once before the run and skips images that cannot be used, with a
+                line for each: at most 1 % of them, or one. A number is another limit: 0.05 skips up to 5 %. `"raise"`
+                ends the run at the first.
             num_workers: Processes that read a `Dataset`.
-            verbose: 0 shows nothing; 2 a line at the start and one for each epoch; 1 also bars, in a terminal or a
-                notebook where `tqdm` is installed, while features are computed and an epoch runs.
+            verbose: 0 shows nothing; 2 a line at the start and one for each epoch; 1 also progress bars, in a terminal
+                or a notebook with `tqdm` installed.
 
         Returns:
             The reports of the run's epochs.
@@ -344,7 +310,7 @@ class Trainer:
         Raises:
             NothingToTrainError: When everything is frozen.
             NonFiniteError: When a loss or gradient is infinite or NaN, and `max_skipped` steps were skipped before.
-            OutOfMemoryError: When one image at a time is more than the memory holds.
+            OutOfMemoryError: When even one image at a time does not fit into memory.
             CacheError: When features cannot be cached although `cache=True` asks for it.
             CheckpointError: When the checkpoint to resume from cannot be used.
             DataChangedError: When the run to resume began with other data.
@@ -355,56 +321,26 @@ class Trainer:
         """
         if validation_data is not None and validation_split is not None:
             raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
-        called, display = CallbackList(self, callbacks), Display(verbose)
-        training = self._training
-        with self._alone("fit"), self._interrupts, self._naming(data), called.released():
-            source = self._open_source(data, num_workers, on_bad_image, display)
-            validation = None
-            if validation_data is not None:
-                validation = self._open_source(*without_loader(validation_data, num_workers), on_bad_image, display)
+        called, display, training = CallbackList(self, callbacks), Display(verbose), self.training
+        with training.alone("fit"), training.interrupts, naming(training, data), called.released():
+            train = open_source(training, data, num_workers, on_bad_image, display)
+            held_out = open_held_out(training, validation_data, num_workers, on_bad_image, display)
             if validation_split is not None:
-                source, validation = split_validation(
-                    source, validation_split, training.seed, multi_label=self.model.threshold is not None
-                )
-            feed = self._feeds(augment, n_views, display)
+                several = self.model.threshold is not None
+                train, held_out = split_validation(train, validation_split, self.seed, multi_label=several)
             run = open_run(
                 training,
-                feed(source, "training"),
-                None if validation is None else feed(validation, "validation"),
+                open_feed(training, train, augment=augment, n_views=n_views, display=display),
+                None if held_out is None else open_feed(training, held_out, "validation", display=display),
                 epochs=epochs,
                 batch_size=batch_size,
+                validation_data=validation_data,
             )
-            check_schedule(run.schedule, run.num_steps, other=has_scheduler(self.optimizer))
-            called.before_run(validated=validation is not None)
-            several = world_size() > 1
-            facts = run_facts(training, run, lr, augment, called) if called or resume_from or several else {}
-            if several:
-                check_same_data(source, self.model, "fit", **{**facts, "micro_batch_size": None})
-            saved = None if resume_from is None else read_run(training, resume_from, facts, called, display)
-            if saved is None:
-                check_trains(training.model, run)
-                called.before_first_step(training.global_step, resumed_from=None)
-                if lr is not None:
-                    set_lr(training.optimizer, lr)
-            else:
-                assign_training_state(training, saved)  # nothing was changed before
-            warn_of_high_lr(training)
-            frozen = describe_frozen(training.model).replace("; ", ";  ")  # a line may be broken there
-            where = f"on {self.device.torch_device} in {self.device.precision}"
-            display.say(f"{frozen};  {where}{f',  in {world_size()} processes' if several else ''}")
-            run.check_feeds()
-            progress = self._begin(facts, called)
-            if saved is not None:
-                progress.load(saved["run"])
-                training.epoch, training.micro_batch_size = progress.epoch, saved["progress"]["micro_batch_size"]
-            self._run, self._given, self._progress = run, (data, validation_data), progress
+            progress = begin_run(training, run, called, "fit", lr=lr, augment=augment, resume_from=resume_from)
             self._history = progress.history
-            try:
-                Epochs(training, run, progress, callbacks=called, interrupts=self._interrupts, display=display).finish()
-            finally:
-                self._run, self._given, self._progress = None, (None, None), None
-        with self._alone("the end of fit"):
-            called.after_run()
+            finish_run(training, progress)
+        with training.alone("the end of fit"):
+            called.each("after_run")
         return progress.history
 
     def solve(
@@ -420,7 +356,7 @@ class Trainer:
         num_workers: int = 0,
         verbose: int = 1,
     ) -> LinearHead:
-        """Solve a linear head on a frozen backbone: the weights that are best by the loss, without any rate or epoch.
+        """Solve a linear head on a frozen backbone: the weights of lowest loss, without learning rate or epochs.
 
         The features of each image are computed once. Logistic regression with an L2 penalty is then solved to its
         optimum on all of them at once, for penalties from strong to weak. Held-out images choose the penalty, and set
@@ -428,16 +364,16 @@ class Trainer:
         layers.
 
         Args:
-            data: As in `fit`, without a `DataLoader` that shuffles.
-            validation_data: Images to choose the penalty by. None uses cross-validation: each fold is left out once,
-                and the final head is solved on all images.
-            l2: The penalty, above 0: the mean loss plus `l2 / 2` times the sum of the squared weights on standardised
+            data: As in `fit`, but no `DataLoader` that shuffles.
+            validation_data: Images that choose the penalty. None uses cross-validation: each fold is held out once, and
+                the final head is solved on all images.
+            l2: The penalty, above 0: the mean loss plus `l2 / 2` times the sum of the squared weights on standardized
                 features. None chooses it among 15 from 100 to 1e-5.
             folds: Parts of the cross-validation, 2 or more; as many as images is leave-one-out.
             augment: As in `fit`; needs `n_views`.
             n_views: Fixed views of each image, each a row of its own.
             on_bad_image: As in `fit`.
-            num_workers: Processes that read a `Dataset`.
+            num_workers: As in `fit`.
             verbose: As in `fit`.
 
         Returns:
@@ -453,19 +389,15 @@ class Trainer:
             >>> print(found)  # doctest: +SKIP
             accuracy 0.7355 ± 0.0098 on held-out images, L2 0.0316
         """
-        display = Display(verbose)
-        with self._alone("solve"), self._interrupts, self._naming(data):
-            feed = self._feeds(augment, n_views, display)
-            train = feed(self._open_source(*without_loader(data, num_workers), on_bad_image, display), "training")
-            held_out = None
-            if validation_data is not None:
-                plain = without_loader(validation_data, num_workers)
-                held_out = feed(self._open_source(*plain, on_bad_image, display), "validation")
-            check_same_data(train.inputs.source, self.model, "solve", l2=l2, folds=folds, n_views=n_views)
+        display, training = Display(verbose), self.training
+        with training.alone("solve"), training.interrupts, naming(training, data):
+            source = open_source(training, *without_loader(data, num_workers), on_bad_image, display)
+            held_out = open_held_out(training, validation_data, num_workers, on_bad_image, display)
+            check_same_data(source, self.model, "solve", l2=l2, folds=folds, n_views=n_views)
             solved = solve_head(
-                self._training,
-                train,
-                held_out,
+                training,
+                open_feed(training, source, augment=augment, n_views=n_views, display=display),
+                None if held_out is None else open_feed(training, held_out, "validation", display=display),
                 l2=None if l2 is None else positive("l2", l2),
                 folds=whole_number("folds", folds, at_least=2),
             )
@@ -476,25 +408,18 @@ class Trainer:
     def calibrate(self, data: object, *, batch_size: int | None = None, num_workers: int = 0) -> float:
         """Fit the temperature by which the model's logits are divided, and return it.
 
-        Probabilities of unseen images then say how often the model is right. No prediction of a class changes. The
-        temperature is kept in the model: it is saved and exported with it. Further training sets it back to 1.
+        Probabilities of unseen images then say how often the model is right. No predicted class changes. The
+        temperature is saved and exported with the model. Further training resets it to 1.
 
-        Args:
-            data: Labelled images that the model was not trained on, as in `fit`.
-            batch_size: 32 if None.
-            num_workers: Processes that read a `Dataset`.
+        The arguments are those of `evaluate`; the model must not have been trained on these images.
 
         Raises:
-            NonFiniteError: When the model makes infinity or NaN of an image.
+            NonFiniteError: When a logit is infinite or NaN.
 
         References:
             Guo et al., 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599.
         """
-        with self._alone("calibrate"), self._passing(data, batch_size, num_workers) as (network, batches):
-            logits, targets = logits_of(network, batches, training=self._training)
-            found = fit_temperature(logits, targets, self._training.loss)
-            self.model.temperature = broadcast(found, "the temperature")
-        return self.model.temperature
+        return evaluation.calibrate(self.training, data, batch_size, num_workers)
 
     def learn_known(
         self,
@@ -505,19 +430,19 @@ class Trainer:
         batch_size: int | None = None,
         num_workers: int = 0,
     ) -> float:
-        """Learn what the training images look like, so that the model can say of others that it does not know them.
+        """Fit the distribution of the training images' features, so that the model can mark unknown images.
 
-        `predict_classes(unknown="?")`, `novelty` and `assess` use it. It is kept in the model, saved and exported with
-        it, and forgotten when training goes on. Of classes that it has never seen it finds about one image in six
-        where one in twenty of the known is rejected: a flag, no promise.
+        `predict_classes(unknown="?")`, `novelty` and `assess` use it. It is saved and exported with the model; further
+        training deletes it. It misses many images: rejecting one in twenty known images, it finds about one in six
+        of unknown classes.
 
         Args:
             data: The training images, as in `fit`.
-            validation_data: Images that the model was not trained on, to set the threshold by. None uses the training
+            validation_data: Images that the model was not trained on; they set the threshold. None uses the training
                 images, each quarter measured by the other three.
-            rejected: Share of known images that is called unknown, above 0 and below 1.
-            batch_size: 32 if None.
-            num_workers: Processes that read a `Dataset`.
+            rejected: Fraction of known images that are marked unknown, above 0 and below 1.
+            batch_size: As in `evaluate`.
+            num_workers: As in `fit`.
 
         Returns:
             The threshold, a relative Mahalanobis distance.
@@ -528,24 +453,7 @@ class Trainer:
         References:
             Ren et al., 2021, "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection", arXiv:2106.09022.
         """
-        from transferkit.analysis.unknown import learn_known
-
-        if self.model.threshold is not None:
-            raise ArgumentError("learn_known needs images with one label each, but here they may have several.")
-        share = fraction("rejected", rejected)
-        with self._alone("learn_known"):
-            given = []
-            for each in (data, validation_data):
-                if each is not None:
-                    with self._passing(each, batch_size, num_workers) as (network, batches):
-                        given.append(head_inputs(network, batches, training=self._training))
-            kinds = [part.stop - part.start for part in self.model.columns] or None
-            held_out = given[1][0] if len(given) > 1 else None
-            targets = class_indices(given[0][1])
-            known = learn_known(given[0][0], targets, rejected=share, held_out=held_out, kinds=kinds, seed=self.seed)
-            known = broadcast(known, "which images are known")
-            self.model.novelty = known.to(self.device.torch_device).eval()
-        return float(known.threshold)
+        return evaluation.learn_known(self.training, data, validation_data, batch_size, num_workers, rejected=rejected)
 
     def steps(
         self,
@@ -568,35 +476,13 @@ class Trainer:
             >>> for step in trainer.steps(train, epochs=3):  # doctest: +SKIP
             ...     my_logger.log(step.loss, step.lr)
         """
-        with self._alone("steps"), self._naming(data):
-            source = self._open_source(data, num_workers)
-            check_same_data(source, self.model, "steps", epochs=epochs, batch_size=batch_size, lr=lr, n_views=n_views)
-            train = self._feeds(augment, n_views, QUIET)(source, "training")
-            run = open_run(self._training, train, None, epochs=epochs, batch_size=batch_size)
-            check_schedule(run.schedule, run.num_steps, other=has_scheduler(self.optimizer))
-            check_trains(self.model, run)
-            if lr is not None:
-                set_lr(self.optimizer, lr)
-            warn_of_high_lr(self._training)
-            run.check_feeds()
-            measure_features(self._training, run, self._interrupts)
-            progress = self._begin({}, CallbackList(self, ()))
-        return self._one_by_one(train_epochs(self._training, run, progress))
-
-    def _one_by_one(self, steps: Generator[Step, None, None]) -> Iterator[Step]:
-        """Make a step whenever the next is asked for; modes of torch around the caller's code stay the caller's."""
-        try:
-            while True:
-                with self._alone("steps"):
-                    step = next(steps, None)
-                if step is None:
-                    return
-                yield step
-        finally:
-            steps.close()
-            if self._run is None:  # or a later call of fit trains
-                self._training.let_optimizer("eval")
-                self.model.eval()
+        training = self.training
+        with training.alone("steps"), naming(training, data):
+            train = open_feed(training, open_source(training, data, num_workers), augment=augment, n_views=n_views)
+            run = open_run(training, train, epochs=epochs, batch_size=batch_size)
+            progress = begin_run(training, run, CallbackList(self, ()), "steps", lr=lr, augment=augment)
+            measure_features(training, run)
+        return one_by_one(training, progress)
 
     def lr_find(
         self,
@@ -611,7 +497,7 @@ class Trainer:
         num_workers: int = 0,
         verbose: int = 1,
     ) -> LearningRateSweep:
-        """Make training steps at learning rates from low to high, and suggest a rate.
+        """Make training steps at rising learning rates, and suggest one.
 
         Model, optimizer, counters and the global random generators are the same afterwards, bit for bit, even if Ctrl-C
         or an error ends the sweep. Features of frozen layers are computed once and stay cached for `fit`: with the
@@ -625,7 +511,7 @@ class Trainer:
             lr_max: Learning rate of the head in the last step.
             augment: As in `fit`.
             n_views: As in `fit`.
-            num_workers: Processes that read a `Dataset`.
+            num_workers: As in `fit`.
             verbose: As in `fit`.
 
         Raises:
@@ -638,15 +524,15 @@ class Trainer:
             >>> trainer.fit(train, lr=found.suggestion)  # doctest: +SKIP
         """
         rates = spaced_rates(lr_min, lr_max, num_steps)
-        display = Display(verbose)
-        with self._alone("lr_find"), self._interrupts:
-            source = self._open_source(data, num_workers)
+        display, training = Display(verbose), self.training
+        with training.alone("lr_find"), training.interrupts:
+            source = open_source(training, data, num_workers)
             check_same_data(source, self.model, "lr_find", rates=rates, batch_size=batch_size, n_views=n_views)
-            train = self._feeds(augment, n_views, display)(source, "training")
-            run = open_run(self._training, train, None, epochs=1, batch_size=batch_size)
+            train = open_feed(training, source, augment=augment, n_views=n_views, display=display)
+            run = open_run(training, train, epochs=1, batch_size=batch_size)
             check_trains(self.model, run)
-            run.check_feeds()
-            found = sweep(self._training, run, rates, interrupts=self._interrupts, display=display)
+            train.check()
+            found = sweep(training, run, rates)
         if found.suggestion is None:
             display.say(f"lr_find suggests nothing: {found.why_none}")
         return found
@@ -662,16 +548,16 @@ class Trainer:
             batch_size: 32 if None.
             num_workers: Processes that read a `Dataset`.
         """
-        with self._passing(data, batch_size, num_workers) as (network, batches):
-            return evaluate(network, batches, training=self._training, loss=self._training.loss)
+        with evaluation.opened(self.training, data, batch_size, num_workers) as (network, batches):
+            return evaluation.evaluate(network, batches, training=self.training)
 
     def assess(self, data: object, *, batch_size: int | None = None, num_workers: int = 0) -> Assessment:
-        """Return what the model makes of each image of labelled data: accuracy by class, top k, confusion matrix.
+        """Return what the model makes of each image of labeled data: accuracy by class, top k, confusion matrix.
 
         The arguments are those of `evaluate`.
 
         Raises:
-            NonFiniteError: When the model makes infinity or NaN of an image.
+            NonFiniteError: When a logit is infinite or NaN.
 
         Example:
             >>> print(trainer.assess(test))  # doctest: +SKIP
@@ -680,54 +566,40 @@ class Trainer:
             airplane       0.7255  0.7400  0.7327      50
             ...
         """
-        with self._passing(data, batch_size, num_workers) as (network, batches):
-            return assess(network, batches, training=self._training, loss=self._training.loss)
+        with evaluation.opened(self.training, data, batch_size, num_workers) as (network, batches):
+            return evaluation.assess(network, batches, training=self.training)
 
     def predict_proba(
-        self,
-        images: object,
-        *,
-        batch_size: int | None = None,
-        on_bad_image: str = "raise",
-        num_workers: int = 0,
+        self, images: object, *, batch_size: int | None = None, on_bad_image: str = "raise", num_workers: int = 0
     ) -> npt.NDArray[np.float32]:
         """Return the probability of each class, float32 `(N, len(classes))`.
 
-        Rows sum to one, except where an image may have several labels: each probability is then one of its own.
+        Rows sum to one, except if an image may have several labels: the probabilities are then independent.
 
         Args:
             images: One image: the path of a file, its content as bytes, an open file, a PIL image, an array
                 `(H, W, 3)`, a tensor `(H, W, 3)` or `(3, H, W)`. Or many: a list, tuple, array or iterator of these, or
                 all that `fit` takes, with targets (which are ignored) or without.
             batch_size: 32 if None.
-            on_bad_image: `"nan"` reads the images of a list or `Dataset` once before and gives NaN for those that
+            on_bad_image: `"nan"` reads the images of a list or `Dataset` once before and returns NaN for those that
                 cannot be used. `"raise"` ends at the first.
             num_workers: Processes that read a `Dataset` or a list.
 
         Raises:
             ImageError: When an image cannot be read or used; the message has its index and path.
             ArgumentError: When the images are a `DataLoader` that shuffles or leaves images out.
-            NonFiniteError: When the model makes infinity or NaN of an image.
+            NonFiniteError: When a logit is infinite or NaN.
             ModelInUseError: When another thread trains the model.
         """
-        if one_of("on_bad_image", on_bad_image, ("raise", "nan")) == "nan":
-            source = self._open(images, num_workers, with_targets=False, skip=True)
-            good = without_bad_images(source, 1.0, display=QUIET)
-            if isinstance(good, SubsetSource):
-                found = np.full((source.num_images or 0, len(self.model.classes)), np.nan, np.float32)
-                found[good.indices.numpy()] = self.predict_proba(good, batch_size=batch_size)
-                return found
-            images = good
-        with self._passing(images, batch_size, num_workers, with_targets=False) as (network, batches):
-            return predict_proba(network, batches, training=self._training)
+        return evaluation.predict_proba(self.training, images, batch_size, num_workers, on_bad_image=on_bad_image)
 
     def predict(
         self, images: object, *, batch_size: int | None = None, num_workers: int = 0
     ) -> npt.NDArray[np.int64] | npt.NDArray[np.bool_]:
         """Return the most probable class index of each image, int64 `(N,)`; `predict_classes` returns names.
 
-        Where an image may have several labels, return which of them it has, bool `(N, len(classes))`: those whose
-        probability reaches `model.threshold`. The arguments are those of `predict_proba`.
+        If an image may have several labels, return which it has, bool `(N, len(classes))`: those whose probability is
+        at least `model.threshold`. The arguments are those of `predict_proba`.
         """
         probabilities = self.predict_proba(images, batch_size=batch_size, num_workers=num_workers)
         if self.model.threshold is not None:
@@ -742,59 +614,47 @@ class Trainer:
         The arguments are those of `predict_proba`.
 
         Raises:
-            ArgumentError: When `learn_known` was not called since the model was trained.
-            NonFiniteError: When the model makes infinity or NaN of an image.
+            ArgumentError: When `learn_known` was not called after training.
+            NonFiniteError: When a logit is infinite or NaN.
         """
-        with self._passing(images, batch_size, num_workers, with_targets=False) as (network, batches):
-            return predict_known(network, batches, training=self._training)[1]
+        return evaluation.predict_known(self.training, images, batch_size, num_workers)[1]
 
     def predict_classes(
         self, images: object, *, unknown: str | None = None, batch_size: int | None = None, num_workers: int = 0
     ) -> list[str] | list[list[str]]:
         """Return the name of the most probable class of each image, or the names of its labels if it may have several.
 
-        With `unknown`, images that are too unlike the training images get that name; see `learn_known`. The other
-        arguments are those of `predict_proba`.
+        With `unknown`, images too unlike the training images get that name; see `learn_known`. The other arguments are
+        those of `predict_proba`.
 
         Example:
             >>> trainer.predict_classes(["holiday/0001.jpg", "holiday/0002.jpg"])  # doctest: +SKIP
             ['dog', 'airplane']
         """
-        if unknown is not None:
-            with self._passing(images, batch_size, num_workers, with_targets=False) as (network, batches):
-                probabilities, novelty = predict_known(network, batches, training=self._training)
-            known = [unknown, *self.model.classes]
-            return [known[index] for index in np.where(novelty > 0, 0, 1 + probabilities.argmax(axis=1))]
-        predicted, names = self.predict(images, batch_size=batch_size, num_workers=num_workers), self.model.classes
-        if self.model.threshold is not None:
-            return [[name for name, has in zip(names, row, strict=True) if has] for row in predicted]
-        return [names[index] for index in predicted]
+        return evaluation.predict_classes(self.training, images, batch_size, num_workers, unknown=unknown)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return model, optimizer and progress as plain types and tensors, which are not copies."""
+        """Return model, optimizer and progress as plain types and tensors (not copies)."""
         with evaluating(self.model):  # not while another thread trains
-            self._training.let_optimizer("eval")
-            return training_state(self._training, self._progress)
+            return training_state(self.training)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned, including which layers are frozen. On any difference nothing changes.
+        """Load what `state_dict` returned, including which layers are frozen. If anything differs, nothing changes.
 
         Raises:
             HeadMismatchError: When the classes differ.
             CheckpointError: When backbone, head, preprocessing or optimizer differ.
         """
-        with self._alone("load_state_dict"):
-            self._training.let_optimizer("eval")
-            check_training_state(self._training, state, origin="the checkpoint")
-            assign_training_state(self._training, {**state, "optimizer": copy.deepcopy(state["optimizer"])})
+        with self.training.alone("load_state_dict"):
+            check_training_state(self.training, state, origin="the checkpoint")
+            assign_training_state(self.training, {**state, "optimizer": copy.deepcopy(state["optimizer"])})
 
     def save(self, path: str | os.PathLike[str], *, frozen: bool = True) -> None:
-        """Write a checkpoint; `load` and `transferkit.load_model` read it. The file appears whole or not at all.
+        """Write a checkpoint for `load` and `transferkit.load_model`. The file appears whole or not at all.
 
         Args:
-            path: Of the file.
-            frozen: False leaves out the frozen weights. Whoever reads the file must have them; their SHA-256 is
-                compared.
+            path: The file to write.
+            frozen: False leaves out the frozen weights. The reader must have them; their SHA-256 is compared.
 
         Raises:
             CheckpointTypeError: When `load_model` could not build the model again; see `save_model`.
@@ -814,10 +674,9 @@ class Trainer:
             CheckpointError: When there is no such file, it is damaged, or it does not fit.
             HeadMismatchError: When it has other classes.
         """
-        with self._alone("load"):
-            self._training.let_optimizer("eval")
-            state = complete_training_state(self._training, archive.read_checkpoint(path), Path(path))
-            assign_training_state(self._training, state)
+        with self.training.alone("load"):
+            state = complete_training_state(self.training, archive.read_checkpoint(path), Path(path))
+            assign_training_state(self.training, state)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: all but the current run. What cannot be pickled is named.
@@ -828,13 +687,15 @@ class Trainer:
         name = ""
         try:
             for name in ("schedule", "loss", "metrics"):
-                pickle.dumps(getattr(self._training, name))
+                pickle.dumps(getattr(self.training, name))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise CheckpointTypeError(
-                f"Trainer cannot be pickled, because of its {name}: {error}. Expected a function at the top of a "
-                "module, no lambda or inner one. Trainer.save needs no pickle."
+                f"Trainer cannot be pickled, because of its {name}: {error}. Define functions at the top level "
+                "of a module, not as a lambda or inside another. Trainer.save needs no pickle."
             ) from error
-        return {**vars(self), "_run": None, "_given": (None, None), "_progress": None}
+        training = copy.copy(self.training)
+        training.progress = None
+        return {**vars(self), "training": training}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Trainer":
         twin = object.__new__(type(self))
@@ -845,105 +706,9 @@ class Trainer:
     def share_features(self, other: "Trainer") -> None:
         """Use the cached features of another trainer on the same device, and add to them.
 
-        Their keys say which of them belong to this trainer's images and frozen layers.
+        Their keys tell which belong to this trainer's images and frozen layers.
         """
-        self._features.share(other._features)
-
-    def _features_of(self, data: object, num_workers: int, display: Display) -> CachedFeatures:
-        with self._alone("features"), self._interrupts:
-            source = self._open_source(data, num_workers)
-            check_same_data(source, self.model, "features")
-            return self._feeds(None, None, display)(source, "training").features()
-
-    def _validate(self, source: Source) -> dict[str, float]:
-        """Return loss and accuracy of labelled images, over cached features where that is safe."""
-        feed = self._feeds(None, None, QUIET)(source, "validation")
-        with together("validation"), evaluating(self.model), self._interrupts:
-            network, batches = feed.open_part(CACHED_BATCH_SIZE, cached_batch_size=CACHED_BATCH_SIZE)
-            with closing(batches):
-                return evaluate(network, batches, training=self._training, loss=self._training.loss)
-
-    def _begin(self, facts: dict[str, Any], callbacks: CallbackList) -> Progress:
-        self.model.temperature, self.model.novelty = 1.0, None  # they belong to the weights of before
-        sums = Sums(self.device.torch_device, keep_outputs=bool(self.metrics))
-        return Progress(facts, self.global_step, self.epoch, BestWeights(self.model), callbacks, sums)
-
-    def _open_source(
-        self,
-        data: object,
-        num_workers: int,
-        on_bad_image: str | float = "raise",
-        display: Display = QUIET,
-    ) -> Source:
-        """Open labelled data, without the images that cannot be used if those are to be skipped."""
-        limit = bad_image_limit(on_bad_image)
-        source = self._open(data, num_workers, skip=limit is not None)
-        if limit is None:
-            return source
-        return without_bad_images(source, limit, display=display, check=self._interrupts.check)
-
-    @contextmanager
-    def _naming(self, data: object) -> Iterator[None]:
-        """Give a head without class names those of its training data, and take them back if no step is made."""
-        before, step = self.model.classes, self.global_step
-        names = learn_names(data, before)
-        measured = any(int(part.num_images) for part in self.model.head.modules() if isinstance(part, Standardize))
-        if not (step or measured) or {*names} != {*before}:  # trained by its numbers, it keeps their order
-            self.model.classes = names
-        try:
-            yield
-        except BaseException:
-            if self.global_step == step:
-                self.model.classes = before
-            raise
-
-    def _feeds(self, augment: Augment | None, n_views: int | None, display: Display) -> Callable[[Source, str], Feed]:
-        """Return what makes a feed of a source, for training with augmentation or for validation without."""
-        preprocess = self.model.backbone.preprocess
-        transform = None if augment is None else build_augmentation(augment, preprocess.image_size)
-        num_views = None if n_views is None else whole_number("n_views", n_views)
-        make = partial(Feed, frozen=self._frozen, cache=self._features, mode=self._cache_mode, display=display)
-
-        def feed(source: Source, what: str) -> Feed:
-            if what == "validation":
-                return make(Inputs(source, preprocess, self.device), num_views=None, what=what)
-            inputs = Inputs(source, preprocess, self.device, transform, self._training.seed)
-            return make(inputs, num_views=num_views, what=what)
-
-        return feed
-
-    @contextmanager
-    def _passing(
-        self, data: object, batch_size: int | None, num_workers: int, *, with_targets: bool = True
-    ) -> Iterator[tuple[nn.Module, Batches]]:
-        """Put the model into eval mode and yield the network and its batches, over cached features if it can."""
-        run = self._run
-        if run is None or run.validation is None or not with_targets or data is not self._given[1]:
-            with opened(self._training, data, batch_size, num_workers, with_targets=with_targets) as batches:
-                yield self.model, batches
-            return
-        with together("a pass over images"), ready(self._training):
-            size = choose_batch_size(run.validation.inputs.source, batch_size)
-            network, batches = run.validation.open_part(size, cached_batch_size=max(size, CACHED_BATCH_SIZE))
-            with closing(batches):
-                yield network, batches
-
-    def _open(self, data: object, num_workers: int, **how: Any) -> Source:
-        multi_label = self.model.threshold is not None
-        return open_data(data, self.model.classes, num_workers=num_workers, multi_label=multi_label, **how)
-
-    @contextmanager
-    def _alone(self, what: str) -> Iterator[None]:
-        """Let this thread alone change the model, as if no mode of torch had been set outside."""
-        with together(what), changing(self.model), own_surroundings():
-            if self._run is not None and what in ("fit", "solve", "steps"):
-                raise ModelInUseError(
-                    f"{what} was called while fit runs, by one of its callbacks: expected one run at a time. Call "
-                    f"{what} when fit has returned; a callback may evaluate, predict and save."
-                )
-            check_float32(self.model, trains=True)
-            check_head(self.model)
-            yield
+        self.training.features.share(other.training.features)
 
 
 SETTINGS = {
@@ -952,15 +717,3 @@ SETTINGS = {
     *("criterion", "epoch", "global_step", "history", "learning_rate", "loss_fn", "lr_scheduler", "scheduler"),
 } - {"self"}
 """What people assign to a trainer, and what would not reach it."""
-
-
-def _find_cache(cache: object) -> tuple[bool | str, Path | None]:
-    """Return when features are cached and the folder for files of them."""
-    if isinstance(cache, bool) or cache == "auto":
-        return cache, None
-    misspelt = isinstance(cache, str) and difflib.get_close_matches(
-        cache.lower(), ["auto", "true", "false"], cutoff=0.7
-    )
-    if not isinstance(cache, str | os.PathLike) or (misspelt and not Path(cache).exists()):
-        raise ArgumentError(f'cache={cache!r} cannot be used: expected "auto", True, False or a folder.')
-    return "auto", open_folder(cache)

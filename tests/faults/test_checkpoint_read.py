@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import tiny
 import transferkit as tk
 from tiny import STANDARDIZE
 from transferkit.base import torch_files
@@ -66,17 +67,20 @@ def refused(trainer, load, error, message):
     assert "\n" not in str(raised.value)
 
 
-@pytest.fixture
-def run_file(make_backbone, data, tmp_path):
+@pytest.fixture(scope="module")
+def run_bytes(tmp_path_factory):
     """The checkpoint of a run of two epochs, the second of which is under way."""
-    trainer = make_trainer(make_backbone(), seed=3)
+    trainer, data = make_trainer(tiny.make_backbone(), seed=3), tiny.make_images()
+    path = tmp_path_factory.mktemp("run") / "run.pt"
+    fit(trainer, data, epochs=2, callbacks=[lambda trainer, _report: trainer.save(path)], validation_data=data)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def run_file(run_bytes, tmp_path):
+    """A copy of that checkpoint."""
     path = tmp_path / "run.pt"
-
-    class Save:
-        def __call__(self, trainer, report):
-            trainer.save(path)
-
-    fit(trainer, data, epochs=2, callbacks=[Save()], validation_data=data)
+    path.write_bytes(run_bytes)
     return path
 
 
@@ -200,7 +204,7 @@ def test_a_file_of_something_else_is_refused(trainer, tmp_path, content):
     """Nothing, zeros, a web page, an empty archive and an image are refused by name, size and remedy."""
     (tmp_path / "x.pt").write_bytes(content)
 
-    message = rf"x\.pt \({len(content)} bytes\) as a checkpoint: .+ Expected a whole file of Trainer\.save"
+    message = rf"x\.pt \({len(content)} bytes\) as a checkpoint: .+ Expected a complete file of Trainer\.save"
     refused(trainer, lambda: trainer.load(tmp_path / "x.pt"), CheckpointError, message)
 
 

@@ -43,7 +43,7 @@ trainer = tk.Trainer(model, device="cpu", precision="fp32")
 
 
 def become(number):  # every weight is the number
-    trainer._training.global_step = number
+    trainer.training.global_step = number
     with torch.no_grad():
         for weight in model.parameters():
             weight.fill_(number)
@@ -131,7 +131,7 @@ def saved(trainer, tmp_path):
     path = tmp_path / "run" / "last.pt"
     path.parent.mkdir()
     trainer.save(path)
-    trainer._training.global_step = 7
+    trainer.training.global_step = 7
     return path
 
 
@@ -501,8 +501,8 @@ def test_a_state_that_does_not_verify_is_an_error_and_nothing_older_goes(trainer
 
     monkeypatch.setattr(torch, "save", unsound)
     for step, name in ((0, path.name), (1, "step-00000001.pt")):
-        trainer._training.global_step = step
-        with pytest.raises(CheckpointWriteError, match=rf"{name}: it is damaged in its part .*on a sound disk"):
+        trainer.training.global_step = step
+        with pytest.raises(CheckpointWriteError, match=rf"{name}: it is damaged in its part .*on a working disk"):
             callback.save(trainer)
 
     assert names(tmp_path) == ["step-00000000.pt"]
@@ -725,7 +725,7 @@ def test_an_old_state_that_somebody_removes_first_is_no_error(trainer, tmp_path,
     """Another process may remove an old state at the moment when the callback does."""
     callback, unlink = tk.Checkpoint(tmp_path, keep_last=1), Path.unlink
     callback.save(trainer)
-    trainer._training.global_step = 1
+    trainer.training.global_step = 1
 
     def second(path, **options):
         if path.suffix == ".pt":
@@ -785,7 +785,7 @@ def test_the_newest_state_is_read_by_its_own_name(trainer, tmp_path):
     """The newest of several states comes with its path, and the one before it is named where it is damaged."""
     callback = tk.Checkpoint(tmp_path, keep_last=3)
     for step in range(3):
-        trainer._training.global_step = step
+        trainer.training.global_step = step
         callback.save(trainer)
 
     path, state = read_newest(tmp_path)

@@ -16,7 +16,7 @@ from transferkit.compute.device import step_where
 from transferkit.errors import ArgumentError, NonFiniteError, TargetError
 
 MARK = 50.0  # a pixel of this value makes a batch bad
-BAD = 3  # number of the bad batch, of 10
+BAD = 3  # number of the bad batch, of 6
 GRADIENTS = ["NaN gradient", "infinite gradient", "one entry"]
 KINDS = ["NaN pixel", "infinite loss", *GRADIENTS]
 
@@ -88,8 +88,8 @@ def half(monkeypatch):
     monkeypatch.setattr("transferkit.compute.device.supported_precisions", lambda device: ("bf16", "fp16", "fp32"))
 
 
-def make_batches(kind=None, *, bad=(BAD,), number=10, without=()):
-    """Ten batches of four images in their order, some of them bad, or without some of them."""
+def make_batches(kind=None, *, bad=(BAD,), number=6, without=()):
+    """Batches of four images in their order, some of them bad, or without some of them."""
     generator = torch.Generator().manual_seed(3)
     images, targets = torch.randn(4 * number, 3, 32, 32, generator=generator), torch.arange(4 * number) % 3
     for batch in bad if kind else ():
@@ -111,15 +111,15 @@ def assert_same_state(one, other):
 
 
 def assert_stops_before_the_bad_step(make, kind):
-    """Step 13 of two epochs is bad: an error says so, and all is as in a run that ended with step 12."""
+    """Step 9 of two epochs is bad: an error says so, and all is as in a run that ended with step 8."""
     stopped, reference = make(kind), make(kind)
     stopped.fit(make_batches(), verbose=0, epochs=1)
-    with pytest.raises(NonFiniteError, match=r"step 13 \(epoch 1, batch 3, all from 0\)") as caught:
+    with pytest.raises(NonFiniteError, match=r"step 9 \(epoch 1, batch 3, all from 0\)") as caught:
         stopped.fit(make_batches(kind), verbose=0, epochs=1)
     reference.fit(make_batches(), verbose=0, epochs=1)
-    reference.fit(make_batches(without=range(BAD, 10)), verbose=0, epochs=1)
+    reference.fit(make_batches(without=range(BAD, 6)), verbose=0, epochs=1)
     assert_same_state(stopped, reference)
-    assert (stopped.global_step, reference.global_step) == (13, 13)
+    assert (stopped.global_step, reference.global_step) == (9, 9)
     assert all(parameter.grad is None for parameter in stopped.model.parameters())
     return str(caught.value)
 
@@ -207,7 +207,7 @@ def test_a_checkpoint_is_saved_there(make_trainer, tmp_path):
     with pytest.raises(NonFiniteError):
         stopped.fit(make_batches("NaN gradient"), callbacks=[tk.Checkpoint(tmp_path)], verbose=0, epochs=1)
     assert [path.name for path in tmp_path.iterdir()] == [f"step-{BAD:08d}.pt"]
-    reference.fit(make_batches(without=range(BAD, 10)), verbose=0, epochs=1)
+    reference.fit(make_batches(without=range(BAD, 6)), verbose=0, epochs=1)
     loaded.load(tmp_path / f"step-{BAD:08d}.pt")
     assert_same_state(loaded, reference)
 
@@ -395,14 +395,14 @@ def test_the_best_epoch_comes_back_where_a_later_one_overflows(make_backbone, da
     ids=str,
 )
 def test_a_step_left_out_is_as_if_its_batch_had_not_been_there(make_trainer, kind, arguments, bad):
-    """9 updates of 10, and the bits of a run without the bad batch, be it the first: dropout, moments, means."""
+    """5 updates of 6, and the bits of a run without the bad batch, be it the first: dropout, moments, means."""
     arguments = {"batch_norm": True, "dropout": 0.5, **arguments}
     skipping = make_trainer(kind, max_skipped=10, **arguments)
     reference = make_trainer(kind, **arguments)
     torch.full((10_000,), 1e30)  # what memory that is not cleared may hold
     history = skipping.fit(make_batches(kind, bad=(bad,)), verbose=0, epochs=1)
     expected = reference.fit(make_batches(without=(bad,)), verbose=0, epochs=1)
-    assert (skipping.global_step, history.reports[0].skipped) == (9, 1)
+    assert (skipping.global_step, history.reports[0].skipped) == (5, 1)
     assert history.history["loss"] == expected.history["loss"]
     assert history.history["accuracy"] == expected.history["accuracy"]
     assert differences(skipping.model.state_dict(), reference.model.state_dict()) == []
@@ -410,21 +410,21 @@ def test_a_step_left_out_is_as_if_its_batch_had_not_been_there(make_trainer, kin
 
 
 def test_it_is_counted_and_printed_and_the_schedule_moves_with_the_updates(make_trainer, capsys):
-    """The line of the epoch tells how many were left out; the last of 9 updates is at progress 8/10."""
+    """The line of the epoch tells how many were left out; the last of 5 updates is at progress 4/6."""
     trainer = make_trainer("NaN gradient", max_skipped=10, schedule="linear", lr=1.0)
     rates = [step.lr for step in trainer.steps(make_batches("NaN gradient"))]
-    assert rates == pytest.approx([1 - made / 10 for made in range(9)])
+    assert rates == pytest.approx([1 - made / 6 for made in range(5)])
     history = trainer.fit(make_batches("NaN gradient"), lr=1e-3, epochs=1)
     assert "1 steps skipped: not finite" in capsys.readouterr().out
     assert history.reports[0].skipped == 1
-    assert trainer.global_step == 18
+    assert trainer.global_step == 10
 
 
 def test_the_budget_holds_over_a_run(make_trainer):
     """Two of a budget of two pass in the first epoch; the third, in the second, is an error."""
     trainer = make_trainer("NaN gradient", max_skipped=2)
     reports = []
-    with pytest.raises(NonFiniteError, match=r"step 9 \(epoch 1, batch 1, .*max_skipped=.* it is 2"):
+    with pytest.raises(NonFiniteError, match=r"step 5 \(epoch 1, batch 1, .*max_skipped=.* it is 2"):
         trainer.fit(
             make_batches("NaN gradient", bad=(1, 2)),
             epochs=2,
@@ -442,10 +442,10 @@ def test_what_was_left_out_is_remembered_over_a_stop(make_trainer, tmp_path):
     make = functools.partial(make_trainer, "NaN gradient", max_skipped=1, dropout=0.5)
     whole, stopped, resumed = make(), make(), make()
     expected = whole.fit(make_batches("NaN gradient"), verbose=0, epochs=1)
-    checkpoint = tk.Checkpoint(tmp_path, every_steps=5)
+    checkpoint = tk.Checkpoint(tmp_path, every_steps=4)
 
     def stop(module, inputs):
-        if stopped.global_step == 5:
+        if stopped.global_step == 4:
             raise InterruptedError
 
     stopped.model.head.register_forward_pre_hook(stop)

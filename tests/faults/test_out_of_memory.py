@@ -394,7 +394,7 @@ def test_the_prefix_says_when_one_image_does_not_fit(make_backbone, data):
     """Then the run ends with the same error as a training step."""
     model = tk.freeze_until(tk.attach_head(make_backbone(), CLASSES), "head")
     trainer = tk.Trainer(model, device="cpu", precision="fp32")
-    with Crowded(0), pytest.raises(OutOfMemoryError, match=r"frozen layers, one image at a time.*GiB free of"):
+    with Crowded(0), pytest.raises(OutOfMemoryError, match=r"frozen layers, even one image at a time.*GiB free of"):
         trainer.fit(data, verbose=0, epochs=1)
 
 

@@ -388,7 +388,7 @@ def test_a_login_page_is_refused(server, tmp_path):
     page = server.serve("net-0123abcd.pth", b"<html>Welcome</html>", **{"Content-Type": "text/html"})
     redirected = server.serve("net-4567abcd.pth", b"", status=302, Location=page)
     for url in (page, redirected):
-        with pytest.raises(WeightsError, match=r"sent \(20 bytes\) .*SHA-256.*login page may have answered"):
+        with pytest.raises(WeightsError, match=r"\(20 bytes\) does not have the SHA-256.*login page may have answered"):
             weights.download(url, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import transferkit as tk
-from tiny import make_backbone, make_images, make_model, make_trainer
+from tiny import make_backbone, make_images, make_model, make_trainer, summed
 from transferkit.features import cache, prefix
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -35,14 +35,6 @@ def trained(boundary: str | None, *, data: Any = DATA, settings: Any = None, hea
 def fresh(boundary: str | None) -> tk.Trainer:
     """Return a trainer of a new network."""
     return make_trainer(make_model(make_backbone(), boundary))
-
-
-def summed(model: nn.Module) -> dict[str, list[float]]:
-    """Return a few numbers that depend on every weight."""
-    return {
-        name: [value.double().sum().item(), value.double().abs().max().item()]
-        for name, value in model.state_dict().items()
-    }
 
 
 class Broken(Dataset[tuple[Tensor, int]]):

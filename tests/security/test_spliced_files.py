@@ -100,7 +100,7 @@ SPLICES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda good: b"PK\x03\x04" + shifted(good)[4:],
         "its first part is not at its first byte",
     ),
-    "two parts of one name": (doubled("archive/data.pkl"), "two parts of one name"),
+    "two parts of one name": (doubled("archive/data.pkl"), "two parts with the same name"),
     "two parts but for case": (doubled("archive/data.PKL"), "the part 'archive/data.PKL'"),
     "a folder but for case": (doubled("Archive/data.pkl"), "its parts are in several folders"),
     "the pickle in capitals": (renamed("data.pkl", "DATA.PKL"), "the part 'archive/DATA.PKL'"),

@@ -12,9 +12,7 @@ from transferkit.data.inputs import Images
 SIDE = 8  # of a thumbnail: small enough that compression does not show, large enough to tell images apart
 SAME = 0.2  # two images are copies if their thumbnails differ by less than this fraction of their contrast
 
-_LEAST_CONTRAST = 1.0  # grey levels; images with less have no content to compare
 _BLOCK_NUMBERS = 2**24  # of distances that are held at a time
-_PAIRS = 2**16  # of thumbnails that are compared at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +64,7 @@ def find_copies(small: Tensor, reference: Tensor | None = None) -> list[Copy]:
         same = differences < SAME
         for pair in zip(*(each[same].tolist() for each in (indices, of, differences, mirrored)), strict=True):
             copy = Copy(*pair)
-            if copy.index not in found or copy.of < found[copy.index].of:
-                found[copy.index] = copy
+            found[copy.index] = min(copy, found.get(copy.index, copy), key=lambda each: each.of)
     for index, earlier in enumerate(same_as):  # an image with the same thumbnail, or itself
         if earlier != index and reference is None:
             found[index] = Copy(index, earlier, 0.0, mirrored=False)
@@ -85,33 +82,23 @@ def _distinct(small: Tensor) -> tuple[Tensor, list[int]]:
 
 def _near(small: Tensor, others: Tensor, *, within: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield pairs of places that may be copies: no copy is missing, and few others are there."""
-    left, right = _even(small), _even(others)
-    scale = SAME * math.sqrt(small[0].numel())
-    reach, their_reach = ((scale * _contrast(each)).square() for each in (small, others))
+    # Half the sum with the mirror image: two of them are at most as far apart as the thumbnails, mirrored or not.
+    left, right = (((each + each.flip(3))[..., : SIDE // 2] / math.sqrt(2)).flatten(1) for each in (small, others))
+    reach, their_reach = ((SAME * _contrast(each)).square() * small[0].numel() for each in (small, others))
     for rows in torch.split(torch.arange(len(small)), max(1, _BLOCK_NUMBERS // len(others))):
         stop = int(rows[-1]) + 1 if within else len(others)  # an image is compared with earlier ones
         squares = left[rows].square().sum(dim=1)[:, None] + right[:stop].square().sum(dim=1)
         squares.addmm_(left[rows], right[:stop].T, alpha=-2)
         limit = torch.minimum(reach[rows, None], their_reach[:stop])
         near, of = (squares <= limit.mul_(1.01).add_(1)).nonzero(as_tuple=True)  # rounding of squares of up to 10^7
-        pairs = torch.stack([rows[near], of])
-        if within:
-            pairs = pairs[:, pairs[1] < pairs[0]]
-        if pairs.numel():
-            yield from ((part[0], part[1]) for part in torch.split(pairs, _PAIRS, dim=1))
-
-
-def _even(small: Tensor) -> Tensor:
-    """Return what mirroring does not change of thumbnails, `(N, 96)`: half their sum with their mirror images.
-
-    Two of them are at most as far apart as the thumbnails are, mirrored or not.
-    """
-    return ((small + small.flip(3))[..., : SIDE // 2] / math.sqrt(2)).flatten(1)
+        pairs = torch.stack([rows[near], of], dim=1)
+        pairs = pairs[pairs[:, 1] < pairs[:, 0]] if within else pairs
+        yield from ((part[:, 0], part[:, 1]) for part in torch.split(pairs, 2**16) if len(part))
 
 
 def _contrast(small: Tensor) -> Tensor:
-    """Return how much each thumbnail varies over its positions, in grey levels, `(N,)`: no cast of color counts."""
-    return small.flatten(2).std(dim=2).square().mean(dim=1).sqrt().clamp_min(_LEAST_CONTRAST)
+    """Return how much each thumbnail varies over its positions, `(N,)`, at least 1 gray level: no cast counts."""
+    return small.flatten(2).var(dim=2).mean(dim=1).sqrt().clamp_min(1.0)
 
 
 def _differences(small: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

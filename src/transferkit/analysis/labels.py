@@ -10,10 +10,9 @@ def label_probabilities(probabilities: Tensor, targets: Tensor) -> Tensor:
 
 
 def find_wrong_labels(probabilities: Tensor, targets: Tensor, limit: float) -> Tensor:
-    """Return the images whose label is likely wrong, the likeliest first, int64.
+    """Return the images that are taken for another class, their own label at most as probable as `limit`, int64.
 
-    A model that did not see these images takes them for another class, and gives their own label a probability of at
-    most `limit` (Northcutt et al., 2021, "Confident Learning"). Probabilities are `(N, K)`, targets int64 `(N,)`.
+    The likeliest to be wrong come first. Probabilities are `(N, K)`, of a model that did not see them.
     """
     own = label_probabilities(probabilities, targets)
     places = ((probabilities.argmax(dim=1) != targets) & (own <= limit)).nonzero().squeeze(1)
@@ -29,7 +28,7 @@ def find_limit(own: Tensor, exchanged: Tensor) -> float:
 
 
 def exchange_labels(targets: Tensor, classes: int, *, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return targets of which some are exchanged for another class at random, and whether each is, bool `(N,)`."""
+    """Return targets with some changed to another class at random, and which were changed, bool `(N,)`."""
     generator = torch.Generator().manual_seed(seed)
     places = torch.randperm(len(targets), generator=generator)[: max(1, round(fraction * len(targets)))]
     changed = targets.clone()

@@ -9,8 +9,6 @@ FAR = 3.5
 
 NEIGHBOURS = 10
 
-_BLOCK_NUMBERS = 2**24  # of similarities that are held at a time
-
 
 def unlike(values: Tensor, *, spread: float = 0.0) -> Tensor:
     """Return how many robust standard deviations each number is from the median, with its sign, float64 `(N,)`.
@@ -28,26 +26,18 @@ def unlike(values: Tensor, *, spread: float = 0.0) -> Tensor:
 
 
 def distances(features: Tensor) -> Tensor:
-    """Return how far each row is from its nearest others: 1 less the mean cosine with 10 of them, float32 `(N,)`.
-
-    `features` are centred rows `(N, D)`. All pairs are compared, in `2 D N^2` operations.
-    """
+    """Return how far each centered row is from the nearest 10, float32 `(N,)`: 1 less the mean cosine."""
     rows = normalize(features.float(), dim=1)
-    count = len(rows)
-    if count < 2:
-        return torch.zeros(count)
+    count = min(NEIGHBOURS, len(rows) - 1)
     found = []
-    for places in torch.split(torch.arange(count), max(1, _BLOCK_NUMBERS // count)):
+    for places in torch.split(torch.arange(len(rows)), max(1, 2**24 // len(rows))):  # similarities held at a time
         cosines = rows[places] @ rows.T
         cosines[torch.arange(len(places)), places] = -1.0  # not itself
-        found.append(1 - cosines.topk(min(NEIGHBOURS, count - 1), dim=1).values.mean(dim=1))
-    return torch.cat(found)
+        found.append(1 - cosines.topk(count, dim=1).values.mean(dim=1))
+    return torch.cat(found) if count else torch.zeros(len(rows))
 
 
 def nearest(features: Tensor, queries: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` rows nearest to each query by cosine: their indices, int64 `(Q, count)`, and the cosines.
-
-    `features` are centred rows `(N, D)`; from the queries `(Q, D)` the same mean was taken.
-    """
+    """Return the indices of the `count` centered rows nearest to each query, int64 `(Q, count)`, and their cosines."""
     cosines, indices = (normalize(queries.float(), dim=1) @ normalize(features.float(), dim=1).T).topk(count, dim=1)
     return indices, cosines

@@ -57,9 +57,8 @@ def _fit(features: Tensor, targets: Tensor, kinds: list[int] | None) -> Novelty:
 
 
 def _whitening(rows: Tensor) -> Tensor:
-    """Return the matrix that makes the covariance of centred rows, with some of a sphere, the identity."""
+    """Return the matrix that makes the covariance of centered rows, with some of a sphere, the identity."""
     covariance = rows.T @ rows / len(rows)
-    size = len(covariance)
-    sphere = (covariance.trace() / size).clamp_min(1e-12) * torch.eye(size, dtype=rows.dtype)
+    sphere = covariance.diagonal().mean().clamp_min(1e-12) * torch.eye(len(covariance), dtype=rows.dtype)
     factor: Tensor = torch.linalg.cholesky(torch.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * sphere))
     return factor

@@ -1,4 +1,1 @@
-"""What any program needs: checks of arguments, files, digests, random numbers, signals, lines and bars on a screen.
-
-Knows nothing of networks, images or devices. Imports `errors` alone.
-"""
+"""What any program needs. Knows nothing of networks, images or devices, and imports `errors` alone."""

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,7 @@ from torch import Tensor
 
 
 def tensor_from_array(array: npt.NDArray[Any]) -> Tensor:
-    """Return a tensor that shares an array's memory where torch can, else a copy. The library never writes to it.
-
-    Torch reads no object arrays, such as a column of a table, no foreign byte order, long doubles or negative strides.
-    What is no array of numbers, or masked, is a `TypeError`; elements that differ in shape are a `ValueError`.
-    """
+    """Return an array of numbers as a tensor that nobody may write to; `TypeError` or `ValueError` if it is none."""
     if np.ma.is_masked(array):
         raise TypeError("some values are masked; fill them with .filled(value)")
     if array.dtype == object:
@@ -26,19 +23,11 @@ def tensor_from_array(array: npt.NDArray[Any]) -> Tensor:
         array = array.astype(array.dtype.newbyteorder("="))
     if any(stride < 0 for stride in array.strides):
         array = np.ascontiguousarray(array)
-    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writeable(array)))
-
-
-class _Writeable:
-    """A read-only array, such as a memory map, as one that torch takes without a warning.
-
-    Ignoring the warning instead would change the process's filters, which is not safe in threads.
-    """
-
-    def __init__(self, array: npt.NDArray[Any]) -> None:
-        self._array = array  # keeps the memory
+    if not array.flags.writeable:  # torch would warn, and to filter warnings is not safe in threads
         address, _ = array.__array_interface__["data"]
-        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
+        interface = {**array.__array_interface__, "data": (address, False)}
+        array = np.asarray(SimpleNamespace(__array_interface__=interface, keeps_the_memory=array))
+    return torch.from_numpy(array)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

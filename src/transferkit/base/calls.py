@@ -9,8 +9,7 @@ from transferkit.errors import CallError, MissingMethodError, close_matches
 
 _Called = TypeVar("_Called", bound=Callable[..., Any])
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {}
-"""Every public function by the name it is called by, so that an argument of another one can be named."""
+_FUNCTIONS: dict[str, Callable[..., Any]] = {}  # public ones, to name those that have an argument
 
 _OTHER_NAMES = {
     "lr": "learning_rate base_lr lr_max max_lr",
@@ -47,28 +46,18 @@ _ADVICE = {
     "lower is better for names that end in loss or error: leave it out.": "mode",
     "it shows nothing: leave it out.": "verbose",
 }
-_ELSEWHERE = {
+_ELSEWHERE = {  # what to write, and for which methods that others look for in a model
     "Trainer(model).{}(data)": "fit evaluate predict predict_proba predict_classes solve lr_find",
     "transferkit.{}(model)": "summary",
     "transferkit.{}_model(model, path)": "save",
     "{}_until(model, 'head')": "freeze",
 }
-"""What to write, and for which methods that others look for in a model."""
 
 
 def explained(called: _Called) -> _Called:
     """Let a function, or a class with the methods that have options, say what to write where a call does not fit.
 
-    A call that fits costs nothing more.
-
-    Example:
-        >>> @explained
-        ... def fit(data, *, lr=0.1):
-        ...     return lr
-        >>> fit([], learning_rate=0.2)
-        Traceback (most recent call last):
-            ...
-        transferkit.errors.CallError: fit has no argument learning_rate: write lr=.
+    `fit(data, learning_rate=0.2)` is then a `CallError`: "fit has no argument learning_rate: write lr=."
     """
     if not inspect.isclass(called):
         return cast("_Called", _explained(called, called.__name__))
@@ -107,7 +96,11 @@ def _explained(function: Callable[..., Any], shown: str) -> Callable[..., Any]:
 def _explanation(shown: str, signature: inspect.Signature, given: int, named: list[str], misfit: TypeError) -> str:
     own = {name: parameter for name, parameter in signature.parameters.items() if name != "self"}
     if unknown := [name for name in named if name not in own]:
-        return f"{shown} has no argument {unknown[0]}: {_advice(unknown[0], list(own))}"
+        ours = _find(unknown[0], _OTHER_NAMES) or unknown[0]
+        having = [name for name, function in _FUNCTIONS.items() if ours in inspect.signature(function).parameters]
+        elsewhere = f"{' and '.join(having[:3])} {'have' if having[1:] else 'has'} {ours}=." if having else ""
+        advice = f"write {ours}=." if ours in own else _find(unknown[0], _ADVICE) or elsewhere
+        return f"{shown} has no argument {unknown[0]}: {advice or close_matches(unknown[0], own)}"
     unnamed = [name for name, parameter in own.items() if parameter.kind is not parameter.KEYWORD_ONLY]
     given -= "self" in signature.parameters
     if given <= len(unnamed):
@@ -118,19 +111,6 @@ def _explanation(shown: str, signature: inspect.Signature, given: int, named: li
         f"{shown}({', '.join([*unnamed, *others])})."
         + (" Images and targets are one argument: fit((images, targets))." if "data" in unnamed else "")
     )
-
-
-def _advice(word: str, own: list[str]) -> str:
-    """Return what to write instead of an unknown argument."""
-    ours = _find(word, _OTHER_NAMES) or word
-    if ours in own:
-        return f"write {ours}=."
-    if advice := _find(word, _ADVICE):
-        return advice
-    having = [name for name, function in _FUNCTIONS.items() if ours in inspect.signature(function).parameters]
-    if having:
-        return f"{' and '.join(having[:3])} {'have' if having[1:] else 'has'} {ours}=."
-    return close_matches(word, own)
 
 
 def _find(word: str, table: dict[str, str]) -> str:

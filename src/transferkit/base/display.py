@@ -28,10 +28,7 @@ class Bar:
         self._due = 0.0
 
     def advance(self, count: int, figures: Callable[[], str] = str) -> None:
-        """Add to the count of images, and redraw the bar if `REDRAW_S` has passed.
-
-        `figures` returns text to show beside the bar. It may wait for the device, so it is called only for a redraw.
-        """
+        """Count images, and redraw the bar with `figures`, which may wait for the device, if `REDRAW_S` has passed."""
         if self._draw is None:
             return
         if self._drawn is None:
@@ -43,7 +40,6 @@ class Bar:
             self._due = time.perf_counter() + REDRAW_S
 
     def close(self) -> None:
-        """Remove the bar."""
         if self._drawn is not None:
             self._drawn.close()
 
@@ -55,10 +51,7 @@ class Bar:
 
 
 class Display:
-    """Lines of text on standard output, and bars in a terminal or a notebook if `tqdm` is installed.
-
-    `verbose` 0 shows nothing, 1 lines and bars, 2 lines only.
-    """
+    """Lines of text, and bars if `tqdm` is installed; `verbose` 0 shows nothing, 1 lines and bars, 2 lines only."""
 
     def __init__(self, verbose: int) -> None:
         if verbose not in (0, 1, 2):
@@ -72,10 +65,10 @@ class Display:
         if self.verbose == 0 or sys.stdout is None or rank():  # of several processes the first prints
             return
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        text = "\n".join(_fitted(printable(line))).encode(encoding, "backslashreplace").decode(encoding)
+        text = _in_rows(printable(line)).encode(encoding, "backslashreplace").decode(encoding)
         with suppress(OSError):  # a full disk or a reader that has gone away ends no run
             if self._tqdm is None:
-                print(text, flush=True)  # noqa: T201
+                print(text, flush=True)  # noqa: T201 - what it is for
             else:
                 self._tqdm.write(text)
                 sys.stdout.flush()  # stdout may be a file or a pipe while the bar is in a terminal
@@ -94,14 +87,14 @@ class Display:
 QUIET = Display(0)
 
 
-def _fitted(line: str) -> list[str]:
+def _in_rows(line: str) -> str:
     """Break a line that is wider than the terminal, or 80 columns elsewhere, between figures, two spaces apart."""
     rows, width = [""], shutil.get_terminal_size().columns if sys.stdout.isatty() else COLUMNS
     for part in re.split("(?=  )", line):
         if rows[-1] and len(rows[-1] + part) > width:
             rows.append("")
         rows[-1] += part
-    return rows
+    return "\n".join(rows)
 
 
 def in_notebook() -> bool:

@@ -26,12 +26,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """Return what is at a path: `"a file"`, `"a folder"`, `"a pipe or device"`, `"nothing"`, or why nothing can be.
-
-    Example:
-        >>> kind_of("/"), kind_of("x" * 300)
-        ('a folder', 'nothing (File name too long)')
-    """
+    """Return what is at a path: `"a file"`, `"a folder"`, `"a pipe or device"`, `"nothing"`, or why nothing can be."""
     try:
         mode = Path(path).stat().st_mode
     except FileNotFoundError:
@@ -47,11 +42,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     The content is flushed to the disk before the file is renamed, so that after a crash `path` is the old file or the
     new one. The new file has the old one's mode and group; a link stays a link. A writer locks its hidden file. One
-    that is not locked was left by a killed writer, and the next writer of the same path removes it.
-
-    Raises:
-        OSError: The folder is missing, read-only or full, or what is at `path` is read-only or no file. `path` is
-            unchanged.
+    that is not locked was left by a killed writer, and the next writer of the same path removes it. Where `path`
+    cannot be written, `OSError` is raised and nothing is changed.
     """
     found = kind_of(path)
     if found == "a file":
@@ -85,10 +77,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def lock_folder(folder: Path) -> BinaryIO | None:
-    """Return an open file that keeps other processes from locking a folder until it is closed; None without locks.
-
-    Where another process holds it, `BlockingIOError` is raised.
-    """
+    """Lock a folder until the file returned is closed, or raise `BlockingIOError`; None where there are no locks."""
     path = folder / ".lock"
     if fcntl is None or kind_of(path) not in ("nothing", "a file"):
         return None

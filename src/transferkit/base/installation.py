@@ -11,25 +11,15 @@ def check_torchvision() -> None:
     try:
         import torchvision  # noqa: F401 - only to see whether it loads
     except (ImportError, RuntimeError, OSError) as error:
-        # A mismatch raises "operator torchvision::nms does not exist" (RuntimeError) or an undefined symbol
-        # (ImportError, OSError).
+        # a mismatch raises "operator torchvision::nms does not exist" (RuntimeError), or names an undefined symbol
+        wanted = "two built for each other"
+        try:
+            got = f"torch {version('torch')} with torchvision {version('torchvision')}"
+            needs = [need for need in requires("torchvision") or () if re.match(r"torch\b", need)]
+            wanted = f"{needs[0]}, which this torchvision requires" if needs else wanted
+        except PackageNotFoundError as missing:
+            got = f"no installed package {missing.name}"
         raise TorchvisionMismatchError(
-            f"torchvision does not load: {error}. Got torch {_installed('torch')} with torchvision "
-            f"{_installed('torchvision')}; expected {_wanted()}. Install a matching pair: "
+            f"torchvision does not load: {error}. Got {got}; expected {wanted}. Install a matching pair: "
             "pip install --upgrade --force-reinstall torch torchvision"
         ) from error
-
-
-def _installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(not installed)"
-
-
-def _wanted() -> str:
-    try:
-        needs = [need for need in requires("torchvision") or () if re.match(r"torch\b", need)]
-    except PackageNotFoundError:
-        needs = []
-    return f"{needs[0]}, which this torchvision requires" if needs else "two built for each other"

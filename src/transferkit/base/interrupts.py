@@ -30,15 +30,11 @@ def receive_elsewhere(number: int) -> None:
 
 
 class Interrupts:
-    """Delays signals inside a `with` block, and raises the one received when the block ends.
+    """Delays signals inside a `with` block, and raises the one `received` when the block ends; `twice` if two came.
 
     SIGINT becomes `KeyboardInterrupt` and SIGTERM exit status 143 (`SystemExit`). If the process had its own handler,
     that is restored and called first. Nothing changes outside the main thread, which alone receives signals, or for
     signals that were ignored. In nested blocks of the same `Interrupts` the outermost does all this.
-
-    Attributes:
-        received: The delayed signal, or None.
-        twice: Whether a second signal came.
     """
 
     def __init__(self) -> None:
@@ -79,7 +75,6 @@ class Interrupts:
             raise interruption
 
     def watched(self, items: Iterable[_Item]) -> Iterator[_Item]:
-        """Yield the items, and `check` after each."""
         for item in items:
             yield item
             self.check()

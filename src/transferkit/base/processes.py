@@ -23,13 +23,18 @@ from transferkit.base.interrupts import Interruption, raise_again, receive_elsew
 from transferkit.errors import ProcessError, TransferKitError
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for another that does not answer."""
+"""How long a rank waits for another that does not answer, unless somebody else made the process group."""
+
+_GRACE_S = 5.0
+"""How much later than the first to give up waiting the last one may be."""
 
 _Value = TypeVar("_Value")
 
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 _STARTED: list[bool] = []
+_THREADS: list[threading.Thread] = []  # the one whose calls are in step with the other ranks'
 _GROUP: list[Any] = [None, None]  # the default group, and the one in which ranks meet on the host
+atexit.register(_GROUP.clear)  # a group that outlives torch's own reference aborts the process
 
 
 def start() -> None:
@@ -85,10 +90,13 @@ def together(what: str) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    if threading.current_thread() is not threading.main_thread():
+    here = threading.current_thread()
+    if not _THREADS or not _THREADS[0].is_alive():
+        _THREADS[:] = [here]
+    if _THREADS[0] is not here:
         raise ProcessError(
-            f"{what} was called outside of the main thread, but {world_size()} processes take part in it: expected "
-            "calls in the same order in each. Call it in the main thread."
+            f"{what} was called in another thread than what came before, but {world_size()} processes take part in "
+            f"it: expected calls in the same order in each. Call it in the thread {_THREADS[0].name}."
         )
     try:
         yield
@@ -284,15 +292,30 @@ def _exchange(value: Any, what: str) -> list[Any]:
 
 def _guarded(what: str, collective: Callable[[], object]) -> None:
     """Run a collective; what torch raises when a peer has gone or does not answer names the work."""
+    started = time.monotonic()
     try:
         collective()
     except RuntimeError as failure:
-        raise _known_to_all(
-            ProcessError(
-                f"a process that takes part in {what} has ended, or has not answered for {TIMEOUT}. The output of the "
-                f"process that ended first says why. {str(failure).splitlines()[0]}"
-            )
-        ) from failure
+        reason, waited = str(failure).splitlines()[0], time.monotonic() - started
+        found = f"a process that takes part in {what} has ended. Its output says why. {reason}"
+        if "timed out" in reason.lower():
+            found = f"{_silent()} did not come to {what} within {waited:.0f} s: hangs, or has more to do than others."
+        raise _known_to_all(ProcessError(found)) from failure
+
+
+def _silent() -> str:
+    """Return which ranks have not given up waiting: those that the others wait for."""
+    others = [r for r in range(world_size()) if r != rank()]
+    if distributed.is_torchelastic_launched():  # whose store is in none of these processes
+        store = distributed.distributed_c10d._get_default_store()
+        store.set(f"gave up {rank()}", "")
+        end = time.monotonic() + _GRACE_S
+        while others and time.monotonic() < end:
+            time.sleep(0.1)
+            others = [r for r in others if not store.check([f"gave up {r}"])]
+        if others:
+            return f"rank {', '.join(map(str, others))}"
+    return "another rank"
 
 
 def _backends() -> str:

@@ -1,7 +1,4 @@
-"""Random numbers that depend only on where they are used, not on what was drawn before.
-
-A run that is resumed, or that reads its data with another number of workers, draws the same numbers.
-"""
+"""Random numbers that depend on where they are used alone, not on what was drawn before or by how many workers."""
 
 import hashlib
 import inspect
@@ -36,19 +33,9 @@ def shuffled(count: int, seed: int) -> torch.Tensor:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed the global generators of torch, numpy and Python inside the block, and restore them afterwards.
-
-    The process has one of each: a thread waits until no other one is inside, so that both draw their own numbers. The
-    generator of a CUDA `device` is seeded too.
-
-    Example:
-        >>> with seeded(1):
-        ...     first = torch.rand(1)
-        >>> with seeded(1):
-        ...     assert torch.equal(torch.rand(1), first)
-    """
+    """Seed the generators of torch, numpy, Python and a CUDA `device` inside the block, and restore them afterwards."""
     cuda = device if device is not None and device.type == "cuda" else None
-    with _LOCK[0]:
+    with _LOCK[0]:  # a thread waits until no other one is inside, so that both draw their own numbers
         states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - users' transforms draw from it
         cuda_state = torch.cuda.get_rng_state(cuda) if cuda else None
         try:
@@ -68,10 +55,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
 
 def next_numbers() -> tuple[float, ...]:
-    """Draw a number from each of the global generators of torch, Python and numpy.
-
-    After `seeded` they tell whether anything was drawn before, in microseconds; reading whole states takes 100.
-    """
+    """Draw from each global generator: that tells in microseconds whether anything was drawn since `seeded`."""
     drawn = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
     return drawn, random.random(), np.random.random_sample()  # noqa: NPY002, S311
 

@@ -9,11 +9,7 @@ import torch
 
 
 class ProcessSetting:
-    """A setting that torch has once in a process, changed for a while by any number of threads.
-
-    When the last of them is done, the value of before is back. While two threads want different values, the later one
-    has its own. `read` returns the value and `write` sets it.
-    """
+    """A setting that torch has once in a process, changed for a while by several threads; the latest change counts."""
 
     def __init__(self, read: Callable[[], Any], write: Callable[[Any], None]) -> None:
         self._read = read
@@ -24,7 +20,6 @@ class ProcessSetting:
 
     @contextmanager
     def at(self, value: Any) -> Iterator[None]:
-        """Set the value inside the block."""
         entry = (object(), value)  # not equal to another with the same value
         with self._lock:
             if not self._values:
@@ -44,15 +39,11 @@ _DEFAULT_DTYPE = ProcessSetting(torch.get_default_dtype, torch.set_default_dtype
 
 @contextmanager
 def own_surroundings() -> Iterator[None]:
-    """Compute inside as if no mode or default of torch had been changed outside; also a decorator.
-
-    `no_grad`, `inference_mode` and a foreign `autocast` are off, new tensors are float32 and on the CPU. All but the
-    default dtype belong to this thread alone.
-    """
+    """Compute with autograd, without autocast, in float32 and on the CPU, whatever is set outside; also a decorator."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_DEFAULT_DTYPE.at(torch.float32))
+        stack.enter_context(_DEFAULT_DTYPE.at(torch.float32))  # for the process; all else is this thread's alone
         for device in ("cpu", "cuda", "mps"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))

@@ -37,29 +37,19 @@ _GLOBALS = {
 
 _OLD_PICKLES, _CONTENT = 5, 3  # before torch 1.6: a magic number, a version, the writer's system, content, storages
 
-_ZIP, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
-
-_ZIPS = "it may be an archive of another program, such as a .keras or .npz file"
-_HDF5 = "it is an HDF5 file, as Keras writes: copy its arrays into a state dict"
-_SAFETENSORS = "it is a safetensors file: pass the state dict that safetensors.torch.load_file(path) returns"
-
 
 def read_torch_file(path: Path, *, mmap: bool = False, legacy: Callable[[], None] | None = None) -> object:
     """Read a file that `torch.save` wrote, with its tensors on the CPU. No code in the file runs.
 
     With `mmap` the tensors are mapped, not copied: they change with the file, so the caller must not keep them.
     `legacy` is called before a file in the format of torch before 1.6 is read, which has no checksums and cannot be
-    mapped; None refuses such a file.
-
-    Raises:
-        ValueError: The file is damaged, malicious, or not a file that `torch.save` writes. The message is one line.
-        OSError: The file is missing, cannot be read, or is a folder, pipe or device.
-        MemoryError: There is not enough memory for its tensors.
+    mapped; None refuses such a file. A file that is damaged, malicious or of another kind is a `ValueError` of one
+    line, one that cannot be opened or read an `OSError`, one that does not fit into memory a `MemoryError`.
     """
     with _one_line_errors(), open_file(path) as file:
         begin = file.read(9)
         file.seek(0)
-        if begin.startswith(_ZIP):
+        if begin.startswith(b"PK\x03\x04"):
             check_archive(file)  # 0.3 s for 528 MB
         else:
             _check_old_format(file, begin)
@@ -77,7 +67,7 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except MemoryError as error:
         raise MemoryError("there is not enough memory for its tensors") from error
-    except Exception as error:
+    except Exception as error:  # whatever zipfile, pickletools and torch raise over a strange file
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # damage makes zipfile seek to nowhere: EINVAL
             raise
         if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # torch has no class for it on the CPU
@@ -90,13 +80,8 @@ def _one_line_errors() -> Iterator[None]:
 def check_archive(file: BinaryIO) -> None:
     """Verify the checksum of every part of an archive that `torch.save` wrote, once its size is known to be harmless.
 
-    torch itself verifies no checksum and inflates compressed parts. `weights_only=True` keeps code from running, but
-    does not keep a few bytes from filling the memory. torch and `zipfile` find the parts in different ways, so the file
-    must be one archive from its first byte to its last.
-
-    Raises:
-        ValueError: The file is no archive, a checksum is wrong, or it has what `torch.save` does not write.
-        OSError: The file cannot be read.
+    torch verifies none and inflates compressed parts, so a few bytes could fill the memory. Any other archive is a
+    `ValueError`.
     """
     size = file.seek(0, 2)
     _check_ends(file, size)
@@ -114,11 +99,12 @@ def check_archive(file: BinaryIO) -> None:
         names = [member.orig_filename for member in members]
         known = [_MEMBER.fullmatch(name) for name in names]
         if strange := [name for name, found in zip(names, known, strict=True) if not found]:
-            raise ValueError(f"it has the part {strange[0]!r}, which torch.save does not write: {_ZIPS}")
+            other = "it may be an archive of another program, such as a .keras or .npz file"
+            raise ValueError(f"it has the part {strange[0]!r}, which torch.save does not write: {other}")
         if len({found[1] for found in known if found}) > 1:
             raise ValueError("its parts are in several folders, which torch.save does not write")
         if len(set(names)) != len(names):
-            raise ValueError("it has two parts of one name")
+            raise ValueError("it has two parts with the same name")
         pickles = [name for name in names if name.endswith(".pkl")]
         pickled = sum(archive.getinfo(name).file_size for name in pickles)
         if pickled > MAX_PICKLE_BYTES:
@@ -131,14 +117,11 @@ def check_archive(file: BinaryIO) -> None:
 
 
 def _check_ends(file: BinaryIO, size: int) -> None:
-    """Check that an archive's own table of contents ends the file, lies where it says, and lists its first part first.
-
-    Otherwise `zipfile` and torch may each read another archive in the file.
-    """
+    """Check that a file is one archive from first byte to last, or `zipfile` and torch may each read another in it."""
     file.seek(max(0, size - 98))
     end = file.read().rjust(98)  # 56 bytes and 20 of zip64, then 22
     signature, _, _, here, total, length, start, comment = struct.unpack("<4s4H2LH", end[-22:])
-    if signature != _ZIP_END or comment or here != total:
+    if signature != b"PK\x05\x06" or comment or here != total:
         raise ValueError("it is cut short, or has bytes behind its archive")
     tail = 22
     if end[56:60] == b"PK\x06\x07":
@@ -167,8 +150,10 @@ def _check_pickle(pickled: bytes | BinaryIO, largest: float = math.inf) -> None:
 
 
 def _check_old_format(file: BinaryIO, begin: bytes) -> None:
-    if begin.startswith(b"\x89HDF") or begin.endswith(b"{"):
-        raise ValueError(_HDF5 if begin.startswith(b"\x89") else _SAFETENSORS)
+    if begin.startswith(b"\x89HDF"):
+        raise ValueError("it is an HDF5 file, as Keras writes: copy its arrays into a state dict")
+    if begin.endswith(b"{"):
+        raise ValueError("it is a safetensors file: pass the state dict that safetensors.torch.load_file(path) returns")
     if begin[:1] != b"\x80":
         raise ValueError("torch.save did not write it, or it is damaged")
     size = os.fstat(file.fileno()).st_size

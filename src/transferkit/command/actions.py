@@ -1,13 +1,16 @@
-"""What each command but `train` does: the text and the data that it shows."""
+"""What each command does: the text and the data that it shows."""
 
 import importlib.util
 import inspect
 import json
 import platform
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +19,21 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from transferkit.base.randomness import seeded
-from transferkit.command.images import find_images, open_parts
+from transferkit.command.images import find_images, open_parts, open_training
+from transferkit.command.report import in_words, report
 from transferkit.compute.device import Device
 from transferkit.data_audit import audit
 from transferkit.errors import ArgumentError, MissingPackageError
+from transferkit.fine_tuning import fine_tune
 from transferkit.model.backbone import Backbone, load_backbone
 from transferkit.model.export import WithPreprocessing
 from transferkit.model.head import TransferModel
 from transferkit.results.assessment import Assessment
-from transferkit.saving.model import load_model
+from transferkit.saving.model import load_model, save_model
 from transferkit.trainer import Trainer
 
-MODEL, SETTINGS, ASSESSMENT = "model.pt", "settings.json", "assessment.json"
+MODEL, SETTINGS, ASSESSMENT, CHECKPOINTS = "model.pt", "settings.json", "assessment.json", "checkpoints"
+INDIFFERENT = ("command", "folder", "json", "no_audit", "num_workers", "verbose")  # the model does not depend on them
 Options = Mapping[str, Any]  # what was written, by the library's names, and paths by their names in capitals
 Shown = tuple[str, Any]  # as text, and as JSON
 
@@ -52,21 +58,77 @@ def _read_model(path: Path) -> TransferModel:
     return load_model(path / MODEL if path.is_dir() else path)
 
 
+def run_train(options: Options) -> Shown:
+    """Train, and write the run folder; a run that was ended before continues."""
+    data: Path = options["DATA"]
+    folder = options.get("folder", Path("runs", data.resolve().name))
+    if data.resolve() in folder.resolve().parents:
+        raise ArgumentError(f"{folder} lies in {data}, where it would be a class: expected --folder elsewhere.")
+    images, backbone = open_training(options), read_backbone(options)
+    settings: dict[str, Any] = {
+        "command": options["command"],
+        "options": {name: value for name, value in options.items() if name not in INDIFFERENT},
+        "backbone": backbone.fingerprint,
+        "versions": versions(),
+    }
+    _check_folder(folder, json.loads(to_json(settings)))
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS).write_text(to_json(settings))
+
+    how = {**given(fine_tune, options), "folder": folder / CHECKPOINTS, "on_bad_image": "raise"}
+    trainer = fine_tune(backbone, images["train"], images["val"], **how)
+    if "rejected" in options:
+        trainer.learn_known(images["train"], images["val"], **given(Trainer.learn_known, options))
+    save_model(trainer.model, folder / MODEL)
+    assessment = trainer.assess(images.get("test", images["val"]), **given(Trainer.assess, options))
+    found = None
+    if "no_audit" not in options:
+        others: ConcatDataset[Any] = ConcatDataset([images[part] for part in ("val", "test") if part in images])
+        how = {**given(audit, options), "device": trainer.device, "cache": trainer}
+        found = audit(read_backbone(options), images["train"], others, **how)
+        found.to_csv(folder / "audit.csv")
+    (folder / "history.json").write_text(to_json(trainer.history.history if trainer.history else {}))
+    (folder / ASSESSMENT).write_text(to_json(figures(assessment)))
+    page = report(folder / MODEL, settings=settings, images=images, trainer=trainer, assessment=assessment, audit=found)
+    shown = folder / "report.html"
+    shown.write_text(page, encoding="utf-8")
+    shutil.rmtree(folder / CHECKPOINTS)  # nothing is left to continue
+    text = f"{in_words(assessment)}\nmodel   {folder / MODEL}\nreport  {shown}"
+    return text, {"folder": str(folder), **figures(assessment)}
+
+
+def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse a run folder that holds anything but an unfinished run with the same settings."""
+    free = next(name for name in (f"{folder}-{number}" for number in range(2, 10**6)) if not Path(name).exists())
+    advice = f"expected a new folder, such as --folder {shlex.quote(free)}"
+    kept = folder / CHECKPOINTS
+    if folder.exists() and not kept.is_dir() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArgumentError(f"{folder} exists already and holds no unfinished run: {advice}.")
+    if any(kept.rglob("*.pt")):
+        before = json.loads((folder / SETTINGS).read_text())
+        old, new = ({**each["options"], "backbone": each["backbone"]} for each in (before, settings))
+        if different := [name for name in {**new, **old} if old.get(name) != new.get(name)]:
+            raise ArgumentError(
+                f"{folder} holds an unfinished run with other settings ({', '.join(different)}): {advice}, or the "
+                f"command that continues it: {before['command']}"
+            )
+    else:
+        shutil.rmtree(kept, ignore_errors=True)  # there is nothing to continue
+
+
 def run_predict(options: Options) -> Shown:
     """Return path, class and probability of each image, and the probabilities of all classes."""
     trainer = Trainer(_read_model(options["MODEL"]), **given(Trainer, options))
     paths, classes, threshold = find_images(options["IMAGES"]), trainer.model.classes, trainer.model.threshold
     rows = trainer.predict_proba(paths, **given(Trainer.predict_proba, options))
-    read = [index for index, row in enumerate(rows) if not np.isnan(row).any()]
-    far = dict.fromkeys(read, False)
-    if "unknown" in options and read:
-        scores = trainer.novelty([paths[index] for index in read], **given(Trainer.novelty, options))
-        far = dict(zip(read, scores > 0, strict=True))
+    read, far = [not np.isnan(row).any() for row in rows], np.zeros(len(rows), dtype=bool)
+    if "unknown" in options and any(read):
+        far[read] = trainer.novelty(list(compress(paths, read)), **given(Trainer.novelty, options)) > 0
     lines, found = [], []
-    for place, (path, row) in enumerate(zip(paths, rows, strict=True)):
+    for path, row, is_read, is_far in zip(paths, rows, read, far, strict=True):
         indices = [row.argmax()] if threshold is None else (row >= threshold).nonzero()[0]
-        named = [(options["unknown"] if far[place] else classes[i], row[i]) for i in indices if place in far]
-        lines += [f"{path}\t{name}\t{share:.4f}" for name, share in (named if place in far else [("", np.nan)])]
+        named = [(options["unknown"] if is_far else classes[i], row[i]) for i in indices] if is_read else []
+        lines += [f"{path}\t{name}\t{share:.4f}" for name, share in (named if is_read else [("", np.nan)])]
         ranked = {classes[i]: float(row[i]) for i in (-row).argsort(kind="stable")}
         found.append({"path": str(path), "classes": [name for name, _ in named], "probabilities": ranked})
     return "\n".join(lines), found
@@ -75,17 +137,11 @@ def run_predict(options: Options) -> Shown:
 def run_evaluate(options: Options) -> Shown:
     """Return what the model makes of the images of test/, else of val/, else of all."""
     parts = open_parts(options["DATA"])
-    images = next(parts[part] for part in ("test", "val", "train") if part in parts)
+    images = parts.get("test") or parts.get("val") or parts["train"]
     sys.stderr.write(f"{len(images):,} images of {images.root}\n")
     trainer = Trainer(_read_model(options["MODEL"]), **given(Trainer, options))
     assessment = trainer.assess(images, **given(Trainer.assess, options))
     return f"{assessment}\n{in_words(assessment)}", figures(assessment)
-
-
-def in_words(assessment: Assessment) -> str:
-    """Return the accuracy and its interval in a line."""
-    (low, high), count = assessment.accuracy_interval(), len(assessment.targets)
-    return f"accuracy {assessment.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}) on {count:,} images"
 
 
 def figures(assessment: Assessment) -> dict[str, Any]:
@@ -134,9 +190,8 @@ def run_export(options: Options) -> Shown:
         onnx: Any = torch.onnx.export(module, (images,), dynamic_shapes=shapes, **how)
         onnx.model.metadata_props["classes"] = classes
         onnx.save(str(path))
-    text = (
-        f"{path}: raw images, uint8 (N, 3, height, width), to {' and '.join(outputs)} of {len(module.classes)} classes"
-    )
+    taken, given_back = "raw images, uint8 (N, 3, height, width)", " and ".join(outputs)
+    text = f"{path}: {taken}, to {given_back} of {len(module.classes)} classes"
     return text, {"path": str(path), "classes": list(module.classes), "outputs": outputs}
 
 
@@ -153,9 +208,9 @@ def run_info(options: Options) -> Shown:
         data: dict[str, Any] = {**versions(), "device": str(Device("auto"))}
     else:
         model = _read_model(path)
+        preprocess = model.backbone.preprocess
         data = {"classes": list(model.classes), "backbone": model.backbone.name, "layers": list(model.layers)}
-        shown = {"preprocessing": "name", "geometry": "geometry", "image_size": "image_size"}
-        data |= {name: getattr(model.backbone.preprocess, field) for name, field in shown.items()}
+        data |= {"preprocessing": preprocess.name, "geometry": preprocess.geometry, "image_size": preprocess.image_size}
         data |= {"temperature": model.temperature, "threshold": model.threshold, "unknown": model.novelty is not None}
         for name, key in ((ASSESSMENT, "accuracy"), (SETTINGS, "command"), (SETTINGS, "versions")):
             if (path / name).is_file():

@@ -13,7 +13,7 @@ LEGEND = 110  # width of an entry
 
 
 def chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str) -> str:
-    """Return lines through finite points as an SVG element, in the colours of a style sheet's classes `s0`, `s1`, ...
+    """Return lines through finite points as an SVG element, in the colors of a style sheet's classes `s0`, `s1`, ...
 
     Example:
         >>> chart({"training": [(1, 0.5), (2, 0.25)]}, x="epoch", y="loss").count("<circle")

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from transferkit.base.display import Display
 from transferkit.data.selection import bad_image_limit, split_validation, without_bad_images
 from transferkit.data.sources import DatasetSource, SubsetSource
+from transferkit.data.targets import as_targets
 from transferkit.errors import ArgumentError, EmptyDataError
 
 PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -24,12 +26,11 @@ def open_parts(folder: Path) -> dict[str, ImageFolder]:
     parents = sorted(path for path in folder.iterdir() if path.is_dir() and any(map(Path.is_dir, path.iterdir())))
     named = [(part, path) for part, names in PARTS.items() for path in parents if path.name.lower() in names]
     if len(named) > len(dict(named)):
-        raise ArgumentError(
-            f"{folder} needs one folder for each of train, val, test: {', '.join(str(p) for _, p in named)}."
-        )
+        found = ", ".join(str(path) for _, path in named)
+        raise ArgumentError(f"{folder} needs one folder for each of train, val, test: {found}.")
     parts = {part: _open(path) for part, path in named} or {"train": _open(folder)}
-    first, *others = parts.values()
-    for other in others:
+    first = next(iter(parts.values()))
+    for other in parts.values():
         if other.classes != first.classes:
             raise ArgumentError(f"{other.root} has other folders than {first.root}: expected the same classes in both.")
     return parts
@@ -56,8 +57,10 @@ def open_training(options: Mapping[str, Any]) -> dict[str, "Dataset[Any]"]:
         raise ArgumentError(f"{options['DATA']} has {' and '.join(parts)} but no train: expected train/ beside them.")
     images, limit = parts["train"], bad_image_limit(options.get("on_bad_image", "raise"))
 
+    read_targets = partial(as_targets, num_classes=len(images.classes))
+
     def source(part: Any) -> DatasetSource:
-        return DatasetSource(part, images.classes, num_workers=options.get("num_workers", 0), with_targets=True)
+        return DatasetSource(part, read_targets, num_workers=options.get("num_workers", 0))
 
     if "val" not in parts:
         halves = split_validation(source(images), options.get("validation_split", 0.1), options.get("seed", 0))

@@ -159,10 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(build_parser().parse_args(arguments))
     try:
         with redirect_stdout(sys.stderr):  # the library shows its progress on standard output
-            from transferkit.command import actions, train
+            from transferkit.command import actions
 
-            run: Callable[..., tuple[str, Any]]
-            run = train.run_train if options["command"] == "train" else getattr(actions, f"run_{options['command']}")
+            run: Callable[..., tuple[str, Any]] = getattr(actions, f"run_{options['command']}")
             text, data = run({**options, "command": shlex.join(["transferkit", *arguments])})
         print(actions.to_json(data) if "json" in options else text, flush=True)  # noqa: T201
     except BrokenPipeError:  # whoever reads, such as head, has enough

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from transferkit.command.actions import MODEL, in_words
 from transferkit.command.chart import chart
 from transferkit.data.images import open_image
 from transferkit.data.samples import innermost, path_of
+from transferkit.data_audit import KINDS, Audit
 from transferkit.model.freezing import describe_frozen, first_trainable
 from transferkit.results.assessment import Assessment
-from transferkit.results.auditing import KINDS, Audit
 from transferkit.trainer import Trainer
 
 MOST_CLASSES = 25  # a wider confusion matrix cannot be read
@@ -27,7 +26,7 @@ THUMBNAIL, BINS = 192, 10  # pixels; of probabilities
 
 
 def report(
-    folder: Path,
+    model: Path,
     *,
     settings: Mapping[str, Any],
     images: Mapping[str, Any],
@@ -35,7 +34,7 @@ def report(
     assessment: Assessment,
     audit: Audit | None,
 ) -> str:
-    """Return the page of a run folder: `images` are data sets of files by part, the rest is what was made of them."""
+    """Return the page of a saved model: `images` are data sets of files by part, the rest is what was made of them."""
     seen = "it had not seen" if "test" in images else "it was not trained on, but chosen by, which flatters it a little"
     backbone, weights = trainer.model.backbone, settings["options"].get("weights", "DEFAULT") or "random"
     facts = {
@@ -46,7 +45,7 @@ def report(
     }
     page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     return page.substitute(
-        title=f"{escape(folder.name)}: {assessment.accuracy:.1%} right",
+        title=f"{escape(model.parent.name)}: {assessment.accuracy:.1%} right",
         summary=f"{len(assessment.classes)} classes. {in_words(assessment).capitalize()} that {seen}.",
         facts=_table(facts.items()),
         command="".join(f"<span>{escape(word)} </span>" for word in settings["command"].split(" ")),
@@ -56,10 +55,16 @@ def report(
         worst=_worst(images.get("test", images["val"]), assessment),
         calibration=_calibration(assessment),
         audit=_audit(audit) if audit else "<p>There was none.</p>",
-        predict=escape(shlex.join(["transferkit", "predict", str(folder), "photo.jpg"])),
-        model=escape(repr(str(folder / MODEL))),
+        predict=escape(shlex.join(["transferkit", "predict", str(model.parent), "photo.jpg"])),
+        model=escape(repr(str(model))),
         versions=_table(settings["versions"].items()),
     )
+
+
+def in_words(assessment: Assessment) -> str:
+    """Return the accuracy and its interval in a line."""
+    (low, high), count = assessment.accuracy_interval(), len(assessment.targets)
+    return f"accuracy {assessment.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}) on {count:,} images"
 
 
 def _curves(trainer: Trainer) -> str:
@@ -80,12 +85,11 @@ def _confusion(assessment: Assessment) -> str:
     counts, names = assessment.confusion_matrix(), assessment.classes
     if len(names) > MOST_CLASSES:
         return _table([("true class", "predicted class", "images"), *assessment.most_confused(NUM_SHOWN)])
-    shares = 55 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # % of a colour
+    shares = 55 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # % of a color
     rows = f"<tr><th></th>{''.join(f'<th><span>{escape(name)}</span></th>' for name in names)}</tr>"
-    for name, row, colours in zip(names, counts.tolist(), shares, strict=True):
+    for name, row, colors in zip(names, counts.tolist(), shares, strict=True):
         cells = [
-            f'<td style="--share:{colour:.0f}%">{number or ""}</td>'
-            for number, colour in zip(row, colours, strict=True)
+            f'<td style="--share:{color:.0f}%">{number or ""}</td>' for number, color in zip(row, colors, strict=True)
         ]
         rows += f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>'
     return f'<div class="wide"><table class="matrix">{rows}</table></div>'

@@ -1,4 +1,1 @@
-"""Where computation runs and what can go wrong there: devices, precision, memory, infinite and NaN values.
-
-May import `base`.
-"""
+"""Where computation runs and what can go wrong there: precision, memory, infinite and NaN values. May import `base`."""

@@ -1,7 +1,4 @@
-"""Where computation runs and in which precision.
-
-`Device` does not depend on `Trainer`: use it in your own training loop.
-"""
+"""Where computation runs and in which precision. `Device` works without `Trainer`, in your own training loop."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -57,7 +54,13 @@ class Device:
 
     def __init__(self, device: str | torch.device = "auto", precision: str = "auto") -> None:
         self.torch_device = _resolve_device(device)
-        self.precision = _resolve_precision(precision, self.torch_device)
+        supported = supported_precisions(self.torch_device)
+        self.precision = supported[0] if precision == "auto" else one_of("precision", precision, PRECISIONS)
+        if self.precision not in supported:
+            raise DeviceError(
+                f"precision={precision!r} is not supported on {self.torch_device}: expected one of "
+                f'{", ".join(supported)}. Pass one of these, or precision="auto" (here {supported[0]}).'
+            )
         self.dtype = PRECISIONS[self.precision]
         self.scaler = torch.amp.GradScaler(self.torch_device.type, enabled=self.precision == "fp16")
         if self.torch_device.type == "cpu":
@@ -69,9 +72,9 @@ class Device:
     def prepare(self, module: _Module) -> _Module:
         """Move a module to the device in channels-last layout, in place, and return it.
 
-        Such convolutions ran 1.2 to 1.4 times as fast on CPUs in every precision, and tensor cores use that layout.
+        CPU convolutions run 1.2 to 1.4 times as fast in that layout, in every precision, and tensor cores use it.
         """
-        module.to(self.torch_device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module.to(self.torch_device, memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs lack it
         return module
 
     def move(self, data: _Data) -> _Data:
@@ -112,7 +115,7 @@ class Device:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar loss to those present, scaled in fp16 so that small ones do not underflow."""
         with self._tf32():
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call] # torch's
 
     def update(
         self, optimizer: Optimizer, *, clip_grad_norm: float | None = None, finite: Tensor | None = None
@@ -122,7 +125,7 @@ class Device:
         optimizer.zero_grad(set_to_none=True)
 
     def apply(self, optimizer: Optimizer, *, clip_grad_norm: float | None = None, finite: Tensor | None = None) -> None:
-        """Unscale, clip and apply the gradients, which stay as they were applied.
+        """Unscale, clip and apply the gradients, and keep them as applied.
 
         In fp16, an update whose gradients overflowed is skipped and the scale is reduced.
 
@@ -132,8 +135,10 @@ class Device:
             finite: bool `()`, on the device. If false, the update is skipped. Fused optimizers read it on the device
                 without a host sync, except on the first step. None always updates.
         """
-        if finite is not None and self.scaler.is_enabled():
-            _spoil_unless(finite, optimizer)
+        if finite is not None and self.scaler.is_enabled():  # NaN in a gradient makes the scaler skip, without a sync
+            gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None and p.numel()]
+            smallest = min(gradients, key=Tensor.numel)
+            smallest += torch.where(finite, 0.0, float("nan"))
         if clip_grad_norm is not None:
             self.scaler.unscale_(optimizer)  # first: the limit is for unscaled gradients
             nn.utils.clip_grad_norm_(parameters_of(optimizer), clip_grad_norm)
@@ -149,7 +154,7 @@ class Device:
         self.update(optimizer, clip_grad_norm=clip_grad_norm)
 
     def synchronize(self) -> None:
-        """Wait until the device has finished all queued work. Only for timing: it costs the overlap with the host."""
+        """Wait until the device has finished all queued work. Only for timing: it ends the overlap with the host."""
         if self.torch_device.type == "cuda":
             torch.cuda.synchronize(self.torch_device)
         elif self.torch_device.type == "mps":
@@ -158,8 +163,7 @@ class Device:
     def memory(self) -> dict[str, int]:
         """Return the current `"free"` and `"total"` memory of the device, in bytes.
 
-        Raises:
-            DeviceError: The system does not report it: on MPS, and on a CPU under any system but Linux.
+        On MPS, and on a CPU under any system but Linux, nobody reports it: that is a `DeviceError`.
         """
         if self.torch_device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.torch_device)
@@ -180,28 +184,20 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def find_device(device: str | torch.device | Device, precision: str) -> Device:
-    """Return the device that a call was given, or the one that its arguments describe.
-
-    Raises:
-        ArgumentError: A `Device` has another precision than the one asked for.
-        DeviceError: As in `Device`.
-    """
+    """Return the device that a call was given, which must not contradict `precision`, or the one described."""
     if not isinstance(device, Device):
         return Device(device, precision)
     if precision not in ("auto", device.precision):
-        raise ArgumentError(f"precision={precision!r} contradicts {device}: say it in one place.")
+        raise ArgumentError(f"precision={precision!r} contradicts {device}: pass only one of them.")
     return device
 
 
 def step_where(finite: Tensor, optimizer: Any) -> None:
-    """Make an optimizer's step if `finite`, bool `()`, is true; change nothing if it is false.
-
-    With a fused optimizer the host does not wait: the kernels read two attributes that `GradScaler` uses to report
-    overflows. The first step does wait: torch's fused SGD would leave its momentum uninitialized.
-    """
+    """Make an optimizer's step if `finite`, bool `()`, is true; change nothing if it is false."""
+    # torch's fused SGD would leave its momentum uninitialized on the first step
     has_state = all(p in optimizer.state for p in parameters_of(optimizer) if p.grad is not None)
     if has_state and getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # GradScaler's: no host sync
         try:
             optimizer.step()
         finally:
@@ -210,25 +206,20 @@ def step_where(finite: Tensor, optimizer: Any) -> None:
         optimizer.step()
 
 
-def _spoil_unless(finite: Tensor, optimizer: Optimizer) -> None:
-    """Set a gradient to NaN if `finite` is false, so that the gradient scaler skips the step, without a host sync."""
-    gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None and p.numel()]
-    smallest = min(gradients, key=Tensor.numel)
-    smallest += torch.where(finite, 0.0, float("nan"))
-
-
 float32_products = ProcessSetting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
 """In which precision of torch's float32 matrix products are computed: "highest", "high" or "medium"."""
 
 
 def _resolve_device(device: str | torch.device) -> torch.device:
+    mps = torch.backends.mps.is_available()
+    available = [*(f"cuda:{index}" for index in range(torch.cuda.device_count())), *(["mps"] if mps else []), "cpu"]
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise DeviceError(
-            f"device {device!r} is not known to torch: expected one of {_available()}, 'auto' or a torch.device."
+            f"device {device!r} is not known to torch: expected one of {available}, 'auto' or a torch.device."
         ) from error
     if resolved.type != "cuda":
         resolved = torch.device(resolved.type)  # "cpu:0" is "cpu"
@@ -236,37 +227,16 @@ def _resolve_device(device: str | torch.device) -> torch.device:
         local = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun's: each process on a machine has a GPU of its own
         index = torch.cuda.current_device() or (local if local < torch.cuda.device_count() else 0)
         resolved = torch.device("cuda", index)
-    if str(resolved) not in _available():
+    if str(resolved) not in available:
         raise DeviceError(
-            f"device {str(resolved)!r} is not available on this machine: expected one of {_available()}. "
+            f"device {str(resolved)!r} is not available on this machine: expected one of {available}. "
             'Pass one of these, or device="auto".'
         )
     return resolved
 
 
-def _available() -> list[str]:
-    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    return [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
-
-
-def _resolve_precision(precision: str, device: torch.device) -> str:
-    supported = supported_precisions(device)
-    if precision == "auto":
-        return supported[0]
-    precision = one_of("precision", precision, PRECISIONS)
-    if precision not in supported:
-        raise DeviceError(
-            f"precision={precision!r} is not supported on {device}: expected one of {', '.join(supported)}. "
-            f'Pass one of these, or precision="auto" (here {supported[0]}).'
-        )
-    return precision
-
-
 def supported_precisions(device: torch.device) -> tuple[str, ...]:
-    """Return the precisions that `device` can train in, starting with the one that `"auto"` selects.
-
-    Any CPU and older CUDA cards support bf16 in software, slower than fp32.
-    """
+    """Return the precisions `device` can train in, that of `"auto"` first; bf16 in software is slower than fp32."""
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
         return ("bf16", "fp16", "fp32") if native else ("fp16", "fp32", "bf16")

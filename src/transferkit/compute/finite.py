@@ -9,21 +9,13 @@ from torch.optim import Optimizer
 from transferkit.compute.device import Device, parameters_of
 from transferkit.errors import NonFiniteError
 
-MIN_SCALE = 1.0
-"""Below this the fp16 gradient scale, which starts at 65,536, has collapsed: gradients overflow in every step."""
-
-
 SUM = "the sum of a gradient over the batch"
-
-MAX_GRADIENT = 1e15
-"""Optimizers and clipping add up the squares of gradients: those of 100 million parameters of this size still fit."""
+MAX_GRADIENT = 1e15  # the sum of the squares of 100 million such gradients, for clipping, is still finite
+MIN_SCALE = 1.0  # of gradients in fp16, which starts at 65,536: below this they overflow in every step
 
 
 def gradients_are_finite(loss: Tensor, optimizer: Optimizer) -> Tensor:
-    """Return whether the loss is finite and no gradient is above `MAX_GRADIENT` or NaN, bool `()`, on the device.
-
-    Reads every gradient once, at memory bandwidth.
-    """
+    """Return whether the loss is finite and no gradient is above `MAX_GRADIENT` or NaN, bool `()`, on the device."""
     gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None and p.numel()]
     bounds = [loss.detach() * 0.0]  # NaN unless it is finite
     if loss.device.type == "cpu":  # aminmax reads 50 GB/s there, torch's norms 3
@@ -51,18 +43,12 @@ class BufferCopies:
             for name, buffer in module.named_buffers(recurse=False)
         ]
 
-    def restore(self) -> None:
-        """Restore the buffers."""
-        with torch.no_grad():
-            for module, name, copy in self._copies:
-                module.get_buffer(name).copy_(copy)
-
-    def restore_unless(self, finite: Tensor) -> None:
-        """Restore the buffers if `finite`, bool `()`, is false, without a host sync."""
+    def restore(self, *, unless: Tensor | None = None) -> None:
+        """Restore the buffers, but not if `unless`, bool `()`, is true; there is no host sync."""
         with torch.no_grad():
             for module, name, copy in self._copies:
                 live = module.get_buffer(name)  # looked up again: the module may have assigned another
-                live.copy_(torch.where(finite, live, copy))
+                live.copy_(copy if unless is None else torch.where(unless, live, copy))
 
 
 def find_nonfinite(
@@ -73,10 +59,9 @@ def find_nonfinite(
     model: nn.Module,
     device: Device,
 ) -> str:
-    """Name the first non-finite tensor of a step, by repeating its forward and backward passes.
+    """Name the first non-finite tensor of a step, by repeating its forward and backward passes with the weights it had.
 
-    `network` has the weights it had in that step, `parts` are inputs and targets of its micro-batches, `loss_of` maps
-    logits and targets to the loss. `model`, which contains the network, gives the names, `device` the precision.
+    `parts` are inputs and targets of its micro-batches; `model`, which contains the network, gives the names.
     """
     bad = [~inputs.flatten(1).isfinite().all(dim=1) for inputs, _ in parts]  # none if other processes have all images
     if bad and bool((rows := torch.cat(bad)).any()):
@@ -84,6 +69,7 @@ def find_nonfinite(
     found: list[str] = []
     used = set(network.modules())
     names = {module: name for name, module in model.named_modules() if module in used and not list(module.children())}
+    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def note(module: nn.Module, _inputs: object, output: object) -> None:
         if isinstance(output, Tensor) and not found and not bool(output.isfinite().all()):
@@ -96,8 +82,12 @@ def find_nonfinite(
                 loss = loss_of(network(inputs), targets)
             if not found and not bool(loss.isfinite()):
                 found.append("the loss")
-            if found or (first := _first_gradient(loss, model)):
-                return found[0] if found else str(first)
+            if found:
+                return found[0]
+            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            for name, gradient in zip(weights, gradients, strict=True):
+                if gradient is not None and not bool((gradient.abs() < MAX_GRADIENT).all()):
+                    return f"the gradient of {name}"
     finally:
         for hook in hooks:
             hook.remove()
@@ -105,20 +95,8 @@ def find_nonfinite(
     return SUM
 
 
-def _first_gradient(loss: Tensor, model: nn.Module) -> str | None:
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
-    for (name, _), gradient in zip(named, gradients, strict=True):
-        if gradient is not None and not bool((gradient.abs() < MAX_GRADIENT).all()):
-            return f"the gradient of {name}"
-    return None
-
-
 def check_weights(model: nn.Module) -> None:
-    """Raise `NonFiniteError` if an epoch left an infinite number or NaN in what trains. Reads it once; a host sync.
-
-    A step is checked before its update, so what an update itself makes too large shows here.
-    """
+    """Raise `NonFiniteError` if an epoch's updates left infinity or NaN in what trains. Reads it once; a host sync."""
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad and value.numel()}
     for path, module in model.named_modules():
         if module.training:

@@ -4,31 +4,22 @@ import ctypes
 import sys
 from pathlib import Path
 
-_SETTINGS = {
-    -3: 2**31 - 1,  # M_MMAP_THRESHOLD, in bytes: mallopt takes an int
-    -1: 2**31 - 1,  # M_TRIM_THRESHOLD
-    -2: 64 * 2**20,  # M_TOP_PAD
-}
-
 
 def keep_freed_blocks() -> bool:
-    """Stop glibc from returning freed blocks over 128 KiB to the system at once, and return whether that worked.
+    """Stop glibc from returning freed blocks over 128 KiB at once, and return whether that worked.
 
-    Otherwise every step maps memory for its gradients and activations again and the kernel clears it page by page:
-    half the time of a step that trains a 4096-4096 head on a CPU (`benchmarks/host_memory.py`). The price: the process
-    keeps its peak memory until it ends.
+    Large steps take half the time (`benchmarks/host_memory.py`); the process keeps its peak memory until it ends.
     """
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    return mallopt is not None and all(mallopt(name, value) == 1 for name, value in _SETTINGS.items())
+    # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes as a C int, and M_TOP_PAD
+    settings = {-3: 2**31 - 1, -1: 2**31 - 1, -2: 64 * 2**20}
+    return mallopt is not None and all(mallopt(name, value) == 1 for name, value in settings.items())
 
 
 def host_bytes() -> dict[str, int] | None:
-    """Return the current `"free"` and `"total"` host memory, in bytes; None on any system but Linux.
-
-    A container's limit counts as the total if it is lower.
-    """
+    """Return `"free"` and `"total"` memory of the host, or of a container with less, in bytes; None but under Linux."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None

@@ -31,8 +31,8 @@ def within_memory(
 ) -> tuple[_Result, int]:
     """Return the result of `run(size)`, halving the size until memory suffices, and the size that did.
 
-    `run` does the work, `what`, in parts of that many images; `undo` is called before each further try. Where memory
-    does not suffice for one image at a time, `OutOfMemoryError` is raised.
+    `run` does the work, `what`, in parts of that many images, and `undo` is called before each further try. Where one
+    image is too much, `OutOfMemoryError` is raised.
     """
     while True:
         try:
@@ -45,7 +45,7 @@ def within_memory(
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if size == 1:
                 raise OutOfMemoryError(
-                    f"memory does not suffice for {what}, one image at a time, on {device.torch_device} "
+                    f"not enough memory for {what}, even one image at a time, on {device.torch_device} "
                     f"({_memory(device)}): {reason} Freeze more layers, use a smaller image_size or a smaller head, or "
                     "free other memory."
                 ) from error
@@ -60,7 +60,9 @@ def within_memory(
 def reserve_state(optimizer: Optimizer, device: Device) -> None:
     """Raise `OutOfMemoryError` if there is no room for the state that an optimizer's first step creates."""
     fresh = [p for p in parameters_of(optimizer) if p.grad is not None and p not in optimizer.state]
-    copies = _count_copies(optimizer)
+    copies = 2  # tensors of a parameter's size: as many as Adam, for those that are not known
+    if type(optimizer) is torch.optim.SGD:
+        copies = int(any(group["momentum"] for group in optimizer.param_groups))
     try:
         [torch.empty_like(p) for p in fresh for _ in range(copies)]  # all at once, then freed
     except (RuntimeError, MemoryError) as error:
@@ -68,17 +70,10 @@ def reserve_state(optimizer: Optimizer, device: Device) -> None:
             raise
         needed = copies * sum(p.numel() * p.element_size() for p in fresh)
         raise OutOfMemoryError(
-            f"memory does not suffice for the optimizer's state, {needed / 2**30:.2f} GiB, on {device.torch_device} "
+            f"not enough memory for the optimizer's state, {needed / 2**30:.2f} GiB, on {device.torch_device} "
             f"({_memory(device)}). No weight was changed. Freeze more layers, use a smaller head, or "
             'optimizer="sgd", which needs half of that.'
         ) from error
-
-
-def _count_copies(optimizer: Optimizer) -> int:
-    """Return how many tensors of a parameter's size an optimizer keeps; for unknown ones, as many as Adam: 2."""
-    if type(optimizer) is torch.optim.SGD:
-        return int(any(group["momentum"] for group in optimizer.param_groups))
-    return 2
 
 
 def _memory(device: Device) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -16,32 +17,18 @@ Augment = str | Transform | Sequence[str | Transform]
 
 
 def build_augmentation(augment: Augment, image_size: int) -> Transform:
-    """Return one transform of a raw image, uint8 `(3, S, S)`, that applies named augmentations and callables in turn.
-
-    Args:
-        augment: One or several of `"flip"` (left-right, with probability 0.5), `"crop"` (pads each side by an eighth
-            of the size with its reflection, then crops at random), `"color"` (changes brightness, contrast and
-            saturation by up to 20 %), `"trivial"` (TrivialAugment: Müller and Hutter, 2021, arXiv:2103.10158), or
-            callables such as torchvision's `transforms.v2`. Anything else is an `ArgumentError`.
-        image_size: S, in pixels.
-    """
+    """Return one transform of a raw image, uint8 `(3, S, S)`, that applies several augmentations in turn."""
     from torchvision.transforms import v2  # takes 0.2 s: not at import
 
     known: dict[str, Transform] = {
         "flip": v2.RandomHorizontalFlip(),
         "crop": v2.RandomCrop(image_size, padding=image_size // 8, padding_mode="reflect"),
         "color": v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
-        "trivial": v2.TrivialAugmentWide(),
+        "trivial": v2.TrivialAugmentWide(),  # Müller and Hutter, 2021, arXiv:2103.10158
     }
     parts = augment if isinstance(augment, list | tuple) else [augment]
     chain = [part if callable(part) else known[one_of("augment", part, known)] for part in parts]
-
-    def transform(image: Tensor) -> Tensor:
-        for part in chain:
-            image = part(image)
-        return image
-
-    return transform
+    return lambda image: reduce(lambda changed, part: part(changed), chain, image)
 
 
 def describe_augmentation(augment: Augment) -> list[str]:
@@ -51,35 +38,29 @@ def describe_augmentation(augment: Augment) -> list[str]:
 
 
 def augment_batch(transform: Transform, images: Tensor, indices: Sequence[int], *, seed: int, epoch: int) -> Tensor:
-    """Return a batch, uint8 `(N, 3, S, S)`, in which each image is transformed under its own seed.
-
-    torchvision's transforms draw once per call: on a whole batch they would flip all images or none. `indices` are the
-    places of the images in the data set. A transform that fails, or changes shape or dtype, is an `ImageError`.
-    """
+    """Return a batch, uint8 `(N, 3, S, S)`, in which each image, by its index in the data set, has its own seed."""
     augmented = []
-    for image, index in zip(images, indices, strict=True):
+    for image, index in zip(images, indices, strict=True):  # a whole batch would be flipped, or none of it
         with seeded(derive_seed(seed, "augment", epoch, index), image.device):
             try:
                 augmented.append(transform(image))
-            except Exception as error:
+            except Exception as error:  # whatever a user's transform raises
                 raise ImageError(
                     f"augment failed on image {index}: {type(error).__name__}: {error}. It gets one raw image, uint8 "
                     f"{tuple(image.shape)}, without its target. CutMix and MixUp go into a DataLoader's collate_fn."
                 ) from error
-        result = augmented[-1]
-        if not isinstance(result, Tensor) or result.shape != image.shape or result.dtype != image.dtype:
-            got = (
-                f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
-            )
+        result: Any = augmented[-1]
+        form = f"{tuple(image.shape)} {image.dtype}"
+        got = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        if got != form:
             raise ImageError(
-                f"augment changed image {index} from {tuple(image.shape)} {image.dtype} to {got}: expected the same "
+                f"augment changed image {index} from {form} to {got}: expected the same "
                 "shape and dtype. Images are normalized afterwards."
             )
     return torch.stack(augmented)
 
 
 def _describe(part: Any) -> str:
-    """Return a callable and its parameters as text that is the same in another process."""
     if (code := getattr(part, "__code__", None)) is not None:  # a function
         cells = [cell.cell_contents for cell in part.__closure__ or ()]
         part = (part.__qualname__, *code.co_consts, part.__defaults__, cells)

@@ -1,6 +1,6 @@
 """Which class an index stands for: names that data has, compared with those of a model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,9 @@ from transferkit.data.columns import as_columns, find_column, listed, names_in
 from transferkit.data.samples import Samples, evenly_spaced, listed_targets
 from transferkit.errors import ArgumentError, HeadMismatchError, TransferKitError
 
-SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"})
-"""Folders that hold the parts of a data set, not a class."""
-
-NO_CLASS = frozenset({"__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN"})
-"""Folders that programs make, beside those whose name begins with a dot."""
+# folders that hold the parts of a data set, and folders that programs make, beside those that begin with a dot
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
+NO_CLASS = {"__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN"}
 
 _KNOWN = """To evaluate a folder that lacks classes or sorts them otherwise, number its folders as the model does:
 class Known(torchvision.datasets.ImageFolder):
@@ -30,15 +28,10 @@ and pass Known(path, allow_empty=True)."""
 def class_names(data: object) -> dict[int, str] | None:
     """Return the class name of each index that the targets of a data set may have; None if it has no names.
 
-    Names are found inside `Subset`, `ConcatDataset` and `DataLoader`. A wrapper of the user's own has the names of the
-    data set inside only if its targets are those of that data set. Parts of a `ConcatDataset` with different names are
-    a `HeadMismatchError`.
-
-    Example:
-        >>> class_names((["1.png", "2.png"], ["dog", "cat"]))
-        {0: 'cat', 1: 'dog'}
+    Names are found inside other data sets. Parts of a `ConcatDataset` with different ones are a `HeadMismatchError`.
     """
-    labels = _label_names(data)
+    columns = as_columns(data)
+    labels = names_in(columns[1]) if isinstance(columns, tuple) and len(columns) == 2 else None
     return _names(data) if labels is None else dict(enumerate(sorted(set(labels))))
 
 
@@ -54,17 +47,21 @@ def _names(data: object) -> dict[int, str] | None:
                 f"the parts of a ConcatDataset have {_listed(parts[0])} and {_listed(different[0])}: expected the same."
             )
         return parts[0] if parts else None
-    parts = _wrapped(data)
-    if len(parts) != 1 or not (isinstance(data, Subset | DataLoader) or _passes_targets(data, parts[0])):
+    inner = _wrapped(data)
+    if len(inner) != 1:
         return None
-    return _names(parts[0])
+    if not isinstance(data, Subset | DataLoader):  # a wrapper of the user's own, which may give other targets
+        if _length(data) is None or _length(data) != _length(inner[0]):
+            return None
+        one, other = _some_targets(data), _some_targets(inner[0])
+        both = one.keys() & other.keys()
+        if not both or any(not np.array_equal(one[index], other[index]) for index in both):
+            return None
+    return _names(inner[0])
 
 
 def find_classes(data: object, classes: Sequence[str] | int | None) -> Sequence[str] | int:
-    """Return the classes given or, if there are none, those that data names, or their number by its targets.
-
-    Where the data does not tell, `ArgumentError`.
-    """
+    """Return the classes given, else those that data names or their number by its targets, else an `ArgumentError`."""
     if classes is not None and not isinstance(classes, Integral):
         return classes
     names = class_names(data)
@@ -98,15 +95,15 @@ def learn_names(data: object, classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def check_classes(data: object, classes: Sequence[str]) -> None:
-    """Refuse labelled data whose class indices stand for other classes than those of a model.
-
-    Raises:
-        HeadMismatchError: A name differs, there are more or fewer classes, or a class is a folder that holds none.
-    """
-    for part in _inside(data):
+    """Raise `HeadMismatchError` if a class index of labeled data stands for another class than that of a model."""
+    left, seen = [data], set[int]()
+    while left:
+        part = left.pop()
         if isinstance(part, DatasetFolder):
             _check_folders(part)
-    names = None if _label_names(data) is not None else class_names(data)  # labels that are names are looked up
+        left += [inner for inner in _wrapped(part) if id(inner) not in seen]
+        seen.update(map(id, left))
+    names = _names(data)  # none of labels that are names: they are looked up
     if names is None:
         return
     whole = sorted(names) == list(range(len(names)))
@@ -130,7 +127,7 @@ def _check_folders(data: DatasetFolder) -> None:
     if hidden:
         raise HeadMismatchError(
             f"the data has {hidden[0]!r} as a class, a folder that a program made beside the class folders. Delete "
-            f"{Path(data.root) / hidden[0]}, and make the ImageFolder and the head anew."
+            f"{Path(data.root) / hidden[0]}, and create the ImageFolder and the head again."
         )
     parts = [name for name in data.classes if name.lower() in SPLITS]
     holds = any((Path(data.root) / part / name).is_dir() for part in parts for name in data.classes)
@@ -142,19 +139,11 @@ def _check_folders(data: DatasetFolder) -> None:
 
 
 def _listed(names: Mapping[int, str]) -> str:
-    """Return the number of classes and the first of them, for a message."""
     first = ", ".join(list(names.values())[:8])
     return f"{len(names)} classes ({first}{', ...' if len(names) > 8 else ''})"
 
 
-def _label_names(data: object) -> list[str] | None:
-    """Return the labels of columns if they are names."""
-    data = as_columns(data)
-    return names_in(data[1]) if isinstance(data, tuple) and len(data) == 2 else None
-
-
 def _names_of(data: Any) -> dict[int, str] | None:
-    """Return the names that a data set itself lists, by the index it gives them."""
     features = getattr(data, "features", None) if hasattr(data, "column_names") else None  # of Hugging Face
     if isinstance(features, Mapping):
         label = find_column(list(features), "label")
@@ -188,31 +177,11 @@ def _wrapped(data: object) -> list[Any]:
     return [value for value in held if isinstance(value, Dataset) or hasattr(value, "column_names")]
 
 
-def _inside(data: object) -> Iterator[Any]:
-    """Yield a data set and all inside it."""
-    left, seen = [data], set[int]()
-    while left:
-        part = left.pop()
-        if id(part) not in seen:
-            seen.add(id(part))
-            yield part
-            left += _wrapped(part)
-
-
-def _passes_targets(data: Any, inner: Any) -> bool:
-    """Return whether a wrapper gives the targets of the data set inside it, as far as some samples tell."""
-    if _length(data) is None or _length(data) != _length(inner):
-        return False
-    one, other = _some_targets(data), _some_targets(inner)
-    both = one.keys() & other.keys()
-    return len(both) > 0 and all(np.array_equal(one[index], other[index]) for index in both)
-
-
-def _length(data: Any) -> int | None:
-    return len(data) if hasattr(data, "__len__") else None
-
-
 def _some_targets(data: Any) -> dict[int, Any]:
     samples, indices = Samples(data, with_targets=True), evenly_spaced(len(data))
     read = [samples.try_read(index, 0) for index in indices]
     return {sample[2]: np.asarray(sample[1]) for sample in read if not isinstance(sample, TransferKitError)}
+
+
+def _length(data: Any) -> int | None:
+    return len(data) if hasattr(data, "__len__") else None

@@ -30,12 +30,7 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def find_column(names: Sequence[Any], kind: str) -> Any:
-    """Return the one name that a column of `"image"` or `"label"` has; None where none or several do.
-
-    Example:
-        >>> find_column(["Id", "Image", "Label"], "image"), find_column(["fine_label", "coarse_label"], "label")
-        ('Image', None)
-    """
+    """Return the one name that a column of `"image"` or `"label"` has; None where none or several do."""
     for group in ("image", "path") if kind == "image" else (kind,):
         found = [name for name in names if str(name).lower() in _NAMES[group]]
         if found:
@@ -44,14 +39,11 @@ def find_column(names: Sequence[Any], kind: str) -> Any:
 
 
 def image_and_target(sample: Any, what: str) -> tuple[Any, Any]:
-    """Return the image and the label of a sample, or the images and labels of a batch: a pair, or parts with names.
-
-    `what` is the sample, for the message of the `TargetError` if it is neither, or names do not say which is the label.
-    """
+    """Return image and label of a sample or batch; a `TargetError` about `what` says how to make a pair of it."""
     parts = _named(sample)
-    names = [] if parts is None else list(parts)
+    names = list(parts)
     image, label = find_column(names, "image"), find_column(names, "label")
-    if parts is not None and image is not None and label is not None:
+    if image is not None and label is not None:
         return parts[image], parts[label]
     if isinstance(sample, tuple | list) and len(sample) == 2:
         return sample[0], sample[1]
@@ -73,23 +65,28 @@ def image_and_target(sample: Any, what: str) -> tuple[Any, Any]:
 
 def image_of(sample: Any) -> Any:
     """Return the image of a sample, or the images of a batch, that may have a label and more."""
-    parts = None if is_image(sample) else _named(sample)
-    image = None if parts is None else find_column(list(parts), "image")
-    if parts is not None and image is not None:
+    parts = {} if is_image(sample) else _named(sample)
+    if (image := find_column(list(parts), "image")) is not None:
         return parts[image]
     return sample[0] if isinstance(sample, tuple | list) and len(sample) else sample
 
 
 def as_columns(data: Any) -> Any:
-    """Return a table, a dict of columns or a list of rows as a pair (images, labels); anything else unchanged.
-
-    Names that do not say which columns are meant, and rows that are no pairs, are refused.
-    """
+    """Return a table, a dict of columns or a list of rows as a pair (images, labels); anything else unchanged."""
     if (names := column_names(data)) is not None:
         image, label = find_column(names, "image"), find_column(names, "label")
-        if image is None or label is None:
-            raise ArgumentError(_unclear(data, names, image, label))
-        return data[image], data[label]
+        if image is not None and label is not None:
+            return data[image], data[label]
+        held = list(data.values()) if isinstance(data, Mapping) else []
+        advice = "Pass a pair, such as (data[{!r}], data[{!r}]).".format(*_fill(names, image, label))
+        if any(isinstance(value, Mapping | Dataset) or hasattr(value, "column_names") for value in held):
+            advice = f"Pass one of these data sets, data[{names[0]!r}], and another one as validation_data."
+        elif held and all(isinstance(value, int | str) for value in held):
+            advice = "If these are labels by image, pass (list(data), list(data.values()))."
+        raise ArgumentError(
+            f"data is a {type(data).__name__} of {', '.join(map(repr, names[:8]))}: which is the image and which the "
+            f"label is not clear. {advice}"
+        )
     data = listed(data) if isinstance(data, np.ndarray) and data.dtype.kind in "OUST" else data
     if type(data) not in (list, tuple) or len(data) == 0 or (type(data) is tuple and len(data) == 2):
         return data
@@ -129,7 +126,7 @@ def names_in(labels: Any) -> list[str] | None:
     for index, value in enumerate(values):
         if not isinstance(value, str):
             raise TargetError(
-                f"label {value!r} at index {index} is missing, or no name as the others are: leave that image out, or "
+                f"label {value!r} at index {index} is missing, or not a name like the others: leave that image out, or "
                 "name it."
             )
     return values
@@ -142,8 +139,8 @@ def class_indices_of(names: Sequence[str], classes: Sequence[str]) -> list[int]:
         if name not in places:
             own = sorted(set(names))
             raise TargetError(
-                f"label {name!r} at index {index} is none of the model's classes ({', '.join(classes[:8])}): expected "
-                f"names of these. To train on these labels, build the head from them: attach_head(backbone, "
+                f"label {name!r} at index {index} is not one of the model's classes ({', '.join(classes[:8])}): "
+                f"expected names of these. To train on these labels, build the head from them: attach_head(backbone, "
                 f"{own if len(own) <= 12 else 'sorted(set(labels))'})."
             )
     return [places[name] for name in names]
@@ -157,38 +154,18 @@ def is_image(value: Any) -> bool:
     return encoded or isinstance(value, Image.Image | str | PathLike) or is_encoded(value)
 
 
-def is_file(value: Any) -> bool:
-    """Return whether a value is an open file."""
-    return callable(getattr(value, "read", None)) and not hasattr(value, "__getitem__")
-
-
 def _are_images(values: Any) -> bool:
     """Return whether a value holds the images of several samples, and is no sample itself."""
     if isinstance(values, np.ndarray | Tensor) and values.ndim != 1:
         return values.ndim == 4
-    held = listed(values)
-    return held is not None and len(held) > 2 and all(map(is_image, held[:3]))
+    held = listed(values) or []
+    return len(held) > 2 and all(map(is_image, held[:3]))
 
 
-def _named(sample: Any) -> Mapping[Any, Any] | None:
-    """Return the parts of a sample by name, if it has names."""
+def _named(sample: Any) -> Mapping[Any, Any]:
     if isinstance(sample, tuple) and hasattr(sample, "_fields"):
         return dict(zip(sample._fields, sample, strict=True))
-    return sample if isinstance(sample, Mapping) else None
-
-
-def _unclear(data: Any, names: list[Any], image: Any, label: Any) -> str:
-    """Say how to name the columns of data, or to choose a part of it."""
-    held = list(data.values()) if isinstance(data, Mapping) else []
-    advice = "Pass a pair, such as (data[{!r}], data[{!r}]).".format(*_fill(names, image, label))
-    if any(isinstance(value, Mapping | Dataset) or hasattr(value, "column_names") for value in held):
-        advice = f"Pass one of these data sets, data[{names[0]!r}], and another one as validation_data."
-    elif held and all(isinstance(value, int | str) for value in held):
-        advice = "If these are labels by image, pass (list(data), list(data.values()))."
-    return (
-        f"data is a {type(data).__name__} of {', '.join(map(repr, names[:8]))}: which is the image and which the label "
-        f"is not clear. {advice}"
-    )
+    return sample if isinstance(sample, Mapping) else {}
 
 
 def _fill(names: list[Any], image: Any, label: Any) -> tuple[Any, Any]:

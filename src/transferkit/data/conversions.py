@@ -5,19 +5,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-_WHITE = (255, 1023, 4095, 16383, 65535)
-"""Largest values of 8, 10, 12, 14 and 16 bits."""
+_WHITE = (255, 1023, 4095, 16383, 65535)  # largest values of 8, 10, 12, 14 and 16 bits
 
 
 def conversion(images: Any, name: str, *, ndim: int) -> str:
-    """Return statements that make raw images, uint8 with three channels, of an array or tensor; "" if none do.
-
-    `name` is the variable of the statements; `ndim` is 4 for a batch and 3 for one image.
-
-    Example:
-        >>> conversion(np.zeros((9, 8, 8), np.float32), "images", ndim=4)
-        "images = (images * 255).round().astype('uint8'); images = images[..., None].repeat(3, axis=-1)"
-    """
+    """Return statements that make raw images of three channels of an array or tensor, called `name`; "" if none do."""
     lines = []
     values: Any
     if isinstance(images, Tensor):

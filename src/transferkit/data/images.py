@@ -93,8 +93,12 @@ def check_one_image(image: "np.ndarray[Any, Any] | Tensor") -> None:
 
 def is_encoded(image: object) -> bool:
     """Return whether this is the content of an image file: bytes, or an open file."""
-    is_file = callable(getattr(image, "read", None)) and not hasattr(image, "__getitem__")
-    return is_file or isinstance(image, bytes | bytearray | memoryview)
+    return is_file(image) or isinstance(image, bytes | bytearray | memoryview)
+
+
+def is_file(value: object) -> bool:
+    """Return whether a value is an open file."""
+    return callable(getattr(value, "read", None)) and not hasattr(value, "__getitem__")
 
 
 def open_image(source: Any, index: int, *, prepare: Callable[[Image.Image], object] | None = None) -> Image.Image:

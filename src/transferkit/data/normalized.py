@@ -1,8 +1,8 @@
 """Whether float images were normalized as the weights expect, seen in their values.
 
-Pixels of 8 bits that were normalized lie on evenly spaced levels, 1/std apart and shifted by mean/std. That shows mean
-and standard deviation of each channel, unless the images were resized or changed as floats. Then the range is all there
-is to see. A right image is never refused; where the values leave it open, a warning says so.
+Pixels of 8 bits that were normalized lie on evenly spaced levels, 1/std apart and shifted by mean/std, unless they were
+resized or changed as floats; then the range is all there is to see. A right image is never refused; where the values
+leave it open, a warning says so.
 """
 
 import warnings
@@ -20,11 +20,7 @@ _ALIKE = 0.002  # conventions differ by more in the proportions of their standar
 
 
 def check_normalized(images: Tensor, preprocess: Preprocessing) -> None:
-    """Refuse float images whose values cannot come from a preprocessing; warn of those that hardly can.
-
-    They are float32 `(N, 3, H, W)`, on the host; infinite and NaN values are ignored. Images that were scaled to 0..1,
-    normalized by other means or standard deviations, or not at all are an `ImageError`.
-    """
+    """Refuse float32 images `(N, 3, H, W)`, on the host, that cannot come from preprocessing; warn of unlikely ones."""
     pixels = images.flatten(2)
     pixels = pixels[:, :, :: max(1, pixels.shape[2] // _SAMPLED)]
     mean, std = (torch.tensor(values).view(3, 1) for values in (preprocess.mean, preprocess.std))
@@ -59,7 +55,7 @@ def _share(values: Tensor) -> Tensor:
 
 
 def _why_wrong(pixels: Tensor, levels: Tensor, std: Tensor) -> str | None:
-    """Return what cannot be right about images, given their pixels and the levels, 0 to 255, they would stand for."""
+    """Return what is impossible about images, given their pixels and the levels, 0 to 255, they stand for."""
     if bool((_share((levels < -_OVERSHOOT) | (levels > 255 + _OVERSHOOT)) > 0.05).any()):
         return f"they stand for pixels from {float(levels.min()):.0f} to {float(levels.max()):.0f}"
     lows, highs = pixels.amin(dim=(0, 2)), pixels.amax(dim=(0, 2))

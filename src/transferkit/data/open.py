@@ -1,6 +1,7 @@
 """Turn whatever a user passes as data into a `Source`, or say why that cannot be done."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from transferkit.base.arguments import whole_number
 from transferkit.base.files import kind_of
 from transferkit.data.classes import check_classes
-from transferkit.data.columns import (
-    as_columns,
-    class_indices_of,
-    column_names,
-    find_column,
-    is_file,
-    is_image,
-    listed,
-    names_in,
-)
-from transferkit.data.images import check_one_image
+from transferkit.data.columns import as_columns, class_indices_of, column_names, find_column, is_image, listed, names_in
+from transferkit.data.images import check_one_image, is_file
 from transferkit.data.samples import GivenImages
 from transferkit.data.sources import ArraySource, DatasetSource, LoaderSource, Source, SubsetSource, check_order
+from transferkit.data.targets import as_targets
 from transferkit.errors import ArgumentError, ImageError, TargetError
 
 
@@ -143,33 +136,32 @@ def open_data(
         return data
     if with_targets:
         check_classes(data, classes)
-        data = _labelled(as_columns(data), classes, check=not skip)
+        data = _labeled(as_columns(data), classes, check=not skip)
     else:
         data = as_data(data)
         if isinstance(data, DataLoader):
             check_order(data)
+    read_targets = partial(as_targets, num_classes=len(classes), multi_label=multi_label) if with_targets else None
     if isinstance(data, DataLoader):
-        return LoaderSource(data, classes, with_targets=with_targets, multi_label=multi_label)
+        return LoaderSource(data, read_targets)
     if isinstance(data, IterableDataset):
         name = type(data).__name__
         raise ArgumentError(f"data is a {name}, which has no length or order: wrap it in a DataLoader.")
     if isinstance(data, tuple) and len(data) == 2:
-        return ArraySource(data[0], data[1] if with_targets else None, classes, multi_label=multi_label)
+        return ArraySource(*data, read_targets)
     if isinstance(data, Tensor | np.ndarray):
         if with_targets:
             raise TargetError("data has images but no targets: expected a pair (images, targets).")
-        return ArraySource(data, None, classes)
+        return ArraySource(data, None, None)
     if isinstance(data, str | PathLike):
         raise ArgumentError(
             f"data is a {type(data).__name__}: expected images, not a path. If it has a folder of images for each "
             "class, pass torchvision.datasets.ImageFolder(path), without a transform."
         )
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):  # a Dataset, a list
-        source = DatasetSource(
-            data, classes, num_workers=num_workers, with_targets=with_targets, multi_label=multi_label
-        )
+        source = DatasetSource(data, read_targets, num_workers=num_workers)
         if not skip:
-            source.check_first()
+            source.check_first(len(classes))
         return source
     forms = (
         "a pair (images, targets)" if with_targets else "images in one tensor or array, or in a list ([image] for one)"
@@ -177,7 +169,7 @@ def open_data(
     raise ArgumentError(f"data is of type {type(data).__name__}: expected {forms}, a torch Dataset or a DataLoader.")
 
 
-def _labelled(data: Any, classes: Sequence[str], *, check: bool) -> Any:
+def _labeled(data: Any, classes: Sequence[str], *, check: bool) -> Any:
     """Return columns with their labels as class indices, and a list of images as a data set; else data unchanged."""
     if not isinstance(data, tuple) or len(data) != 2:
         return data

@@ -1,18 +1,7 @@
-"""Raw uint8 images to VGG's input: the geometry that makes them square, and the conventions of weights.
-
-The three conventions that VGG's weights were trained with:
-
-| convention            | channels | scale  | mean                   | standard deviation |
-|-----------------------|----------|--------|------------------------|--------------------|
-| `IMAGENET1K_V1`       | RGB      | 0..1   | .485 .456 .406         | .229 .224 .225     |
-| `IMAGENET1K_FEATURES` | RGB      | 0..1   | .48235 .45882 .40784   | 1/255 each         |
-| `KERAS`               | BGR      | 0..255 | 103.939 116.779 123.68 | 1                  |
-
-The second and third belong to the same network: only the channel order of the first convolution differs. (Their means
-differ by up to 0.7 of 255 in the red channel; use each with the weights of that name.)
-"""
+"""Raw uint8 images to VGG's input: the geometry that makes them square, and the conventions of weights."""
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from PIL import Image
@@ -29,8 +18,7 @@ Triple = tuple[float, float, float]
 
 GEOMETRIES = ("crop", "torchvision", "letterbox", "squash")
 
-MOST_PIXELS = 8
-"""How many times as many pixels as the result an image may have when it is resized, before its middle is cut out."""
+MOST_PIXELS = 8  # times those of the result may a resized image have before its middle is cut out
 
 
 @dataclass(frozen=True)
@@ -43,16 +31,14 @@ class Preprocessing:
         std: Standard deviation of each channel, in the same scale and order.
         channels: Which of the R, G, B channels comes first, second, third: (0, 1, 2) is RGB, (2, 1, 0) BGR.
         image_size: Height and width of the result, in pixels.
-        geometry: How an image of another shape becomes a square. `"crop"` resizes its shorter side to `image_size` and
+        geometry: How an image of another shape becomes square. `"crop"` resizes its shorter side to `image_size` and
             keeps the middle. `"torchvision"` is the geometry of torchvision's own transforms
             (`VGG16_Weights.IMAGENET1K_V1.transforms()`): the shorter side becomes 256/224 of `image_size`, the middle
             is kept, and sizes are truncated. `"letterbox"` resizes the longer side to `image_size` and adds bars of
-            the mean colour. `"squash"` resizes both sides, so that nothing is lost but the proportions.
+            the mean color. `"squash"` resizes both sides, so that only the proportions are lost. Any other is an
+            `ArgumentError`.
         scaled_decoding: Whether a JPEG file is decoded at an eighth, a quarter or half of its size if that divides both
             sides and is at least twice the size it is resized to. Never for `"torchvision"`.
-
-    Raises:
-        ArgumentError: `geometry` is none of these.
 
     Example:
         >>> images = torch.zeros(2, 3, 40, 50, dtype=torch.uint8)
@@ -73,28 +59,18 @@ class Preprocessing:
         object.__setattr__(self, "geometry", known)  # as dataclasses set the fields of frozen ones
 
     def __call__(self, images: Tensor | list[Tensor]) -> Tensor:
-        """Return raw images as model input.
+        """Return raw images as model input, float32 `(N, 3, image_size, image_size)`, on the device that they are on.
 
-        Args:
-            images: uint8 `(N, 3, H, W)`, RGB, 0 to 255, of any size, on any device; or a list of images `(3, H, W)` of
-                different sizes.
-
-        Returns:
-            float32 `(N, 3, image_size, image_size)` on the same device.
-
-        Raises:
-            ImageError: The images have another shape or dtype, or the list is empty.
+        They are uint8 `(N, 3, H, W)`, RGB, 0 to 255, of any size; or a list of images `(3, H, W)` of different sizes.
+        Another shape or dtype, or an empty list, is an `ImageError`.
         """
         return self.normalize(self.resize(images))
 
     def resize(self, images: Tensor | list[Tensor]) -> Tensor:
-        """Return images made square by the geometry: uint8 `(N, 3, image_size, image_size)`.
+        """Return images made square by the geometry: uint8 `(N, 3, image_size, image_size)`; errors as in `__call__`.
 
         Interpolation is bilinear with antialiasing, rounded to uint8, so an image gives the same pixels in any batch.
         Of an image much longer than wide only the middle is computed, which bounds memory.
-
-        Raises:
-            ImageError: As in `__call__`.
         """
         if isinstance(images, list):
             if not images:
@@ -136,10 +112,9 @@ class Preprocessing:
             return resize_as_pillow(images, high, wide)
         from torchvision.transforms.v2 import functional as transforms  # takes 0.2 s: not at import
 
-        return transforms.resize(images, [high, wide], antialias=True)  # type: ignore[no-any-return]
+        return cast("Tensor", transforms.resize(images, [high, wide], antialias=True))
 
     def _cut(self, images: Tensor) -> Tensor:
-        """Return the middle of images `(N, 3, H, W)`, `image_size` high and wide, with bars where they are smaller."""
         size, (high, wide) = self.image_size, images.shape[2:]
         if (high, wide) == (size, size):
             return images
@@ -148,8 +123,8 @@ class Preprocessing:
         if self.geometry == "letterbox":
             top, left = round((size - high) / 2), round((size - wide) / 2)
             bars = [left, top, size - wide - left, size - high - top]
-            images = transforms.pad(images, bars, fill=self.bar_colour)
-        return transforms.center_crop(images, [size, size])  # type: ignore[no-any-return]
+            images = transforms.pad(images, bars, fill=self.bar_color)
+        return cast("Tensor", transforms.center_crop(images, [size, size]))
 
     def _sides_of(self, height: int, width: int) -> tuple[int, int]:
         high, wide = self.resized_sides(torch.tensor([height, width], dtype=torch.float64)).tolist()
@@ -158,8 +133,7 @@ class Preprocessing:
     def resized_sides(self, sides: Tensor) -> Tensor:
         """Return height and width to which images are resized, before the middle is cut out or bars are added.
 
-        Args:
-            sides: Height and width of the images, float64 `(2,)`. A tensor, so that `torch.export` can trace this.
+        Like theirs, `sides`, they are float64 `(2,)`: a tensor, so that `torch.export` can trace this.
         """
         size = self.image_size
         if self.geometry == "squash":
@@ -176,10 +150,10 @@ class Preprocessing:
         return PILLOW_BITS if self.geometry == "torchvision" else None
 
     @property
-    def bar_colour(self) -> list[int]:
+    def bar_color(self) -> list[int]:
         """R, G and B of a letterbox's bars, the mean, which normalizing makes 0, as convolutions pad an image."""
-        colour = dict(zip(self.channels, self.mean, strict=True))
-        return [min(max(round(colour[channel]), 0), 255) for channel in range(3)]
+        color = dict(zip(self.channels, self.mean, strict=True))
+        return [min(max(round(color[channel]), 0), 255) for channel in range(3)]
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return RGB images, uint8 `(N, 3, H, W)`, as float32 in the network's channel order and scale."""
@@ -192,29 +166,18 @@ class Preprocessing:
         return replace(self, image_size=image_size)
 
 
-def _to_255(*values: float) -> Triple:
-    red, green, blue = (255 * value for value in values)
-    return red, green, blue
-
-
+# the second and third belong to the same network, whose first convolution has its channels in the other order there;
+# their means differ by up to 0.7 in the red channel: use each with the weights of that name
 CONVENTIONS: dict[str, Preprocessing] = {
     convention.name: convention
     for convention in (
-        Preprocessing("IMAGENET1K_V1", _to_255(0.485, 0.456, 0.406), _to_255(0.229, 0.224, 0.225)),
-        Preprocessing("IMAGENET1K_FEATURES", _to_255(0.48235, 0.45882, 0.40784), _to_255(1 / 255, 1 / 255, 1 / 255)),
+        Preprocessing("IMAGENET1K_V1", (123.675, 116.28, 103.53), (255 * 0.229, 255 * 0.224, 255 * 0.225)),
+        Preprocessing("IMAGENET1K_FEATURES", (122.99925, 116.9991, 103.9992), (1.0, 1.0, 1.0)),  # divided by 255: 0..1
         Preprocessing("KERAS", (103.939, 116.779, 123.68), (1.0, 1.0, 1.0), channels=(2, 1, 0)),
     )
 }
 
 
 def find_convention(name: str) -> Preprocessing:
-    """Return the convention called `name`.
-
-    Raises:
-        ArgumentError: No convention has that name.
-
-    Example:
-        >>> find_convention("KERAS").mean
-        (103.939, 116.779, 123.68)
-    """
+    """Return the convention called `name`, or raise `ArgumentError`."""
     return CONVENTIONS[one_of("preprocessing", name, CONVENTIONS, hint="Or pass your own transferkit.Preprocessing.")]

@@ -10,8 +10,7 @@ from transferkit.data.preprocessing import Preprocessing
 from transferkit.data.sources import ArraySource
 from transferkit.errors import CacheError
 
-MEMORY_SHARE = 0.25
-"""Fraction of the free host memory that the resized images may take."""
+MEMORY_SHARE = 0.25  # of the free host memory may the resized images take
 
 
 def resized(
@@ -19,22 +18,15 @@ def resized(
 ) -> tuple[Tensor, Tensor] | None:
     """Return raw images, uint8 `(N, 3, S, S)`, and targets, on which training gives the same weights as on the data.
 
-    Resizing handles each image alone and leaves images of the right size unchanged, so every pixel is the same. (With
-    the geometry `"torchvision"` it would change them.) It runs on the device, as in training: another device may
-    round some pixels differently.
-
-    Returns:
-        None if the data should be used directly: reading it again may give other images, it is in memory already, its
-        images are preprocessed, resizing them again would change them, or they would not fit in memory.
+    They are resized on the device, as in training. None if the data should be used directly.
     """
     source = open_data(data, classes, num_workers=num_workers)
-    if preprocess.geometry == "torchvision" or isinstance(source, ArraySource):
+    if preprocess.geometry == "torchvision" or isinstance(source, ArraySource):  # it would resize once more
         return None
     if source.num_images is None or source.why_not_repeatable() is not None:
         return None
     memory = host_bytes()
-    size = source.num_images * 3 * preprocess.image_size**2
-    if memory is None or size > MEMORY_SHARE * memory["free"]:
+    if memory is None or source.num_images * 3 * preprocess.image_size**2 > MEMORY_SHARE * memory["free"]:
         return None
     images, targets = [], []
     try:

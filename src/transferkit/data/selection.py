@@ -21,8 +21,7 @@ def split_validation(
 ) -> tuple[SubsetSource, SubsetSource]:
     """Split data at random, by `seed`, into training and validation images, both in the order of the data.
 
-    Each class with two images or more is in both, in the same proportion as far as whole images allow. Where an image
-    may have several labels the split is blind to them. A fraction that leaves one part empty is an error.
+    Each class with two images or more is in both, in proportion, unless an image may have several labels.
     """
     if fraction("validation_split", validation_split) == 0:
         raise ArgumentError("validation_split=0 leaves no validation images: expected a fraction, or None.")
@@ -58,48 +57,36 @@ def _of_each_class(classes: Tensor, order: Tensor, share: float) -> Tensor:
     return torch.cat(held_out)
 
 
-POLICIES = ("raise", "skip")
 MAX_BAD_FRACTION = 0.01  # of the images that "skip" may leave out; it may always leave out one
 _MOST_NAMED = 100  # bad images after which the search for more ends
 
 
 def bad_image_limit(on_bad_image: str | float) -> float | None:
-    """Return the fraction of images that may be left out, None if none may; anything else is an `ArgumentError`.
-
-    Example:
-        >>> bad_image_limit("skip"), bad_image_limit(0.05), bad_image_limit("raise")
-        (0.01, 0.05, None)
-    """
+    """Return the fraction of images that may be left out, None if none may; anything else is an `ArgumentError`."""
     if isinstance(on_bad_image, Real) and not isinstance(on_bad_image, bool) and 0 <= on_bad_image <= 1:
         return float(on_bad_image)
     hint = "Or a number from 0 to 1: the fraction of images that may be left out."
-    return MAX_BAD_FRACTION if one_of("on_bad_image", on_bad_image, POLICIES, hint=hint) == "skip" else None
+    return MAX_BAD_FRACTION if one_of("on_bad_image", on_bad_image, ("raise", "skip"), hint=hint) == "skip" else None
 
 
 def without_bad_images(
     source: Source, limit: float, *, display: Display, check: Callable[[], None] = lambda: None
 ) -> Source:
-    """Read every image of a data set once, and return the data set without the images that cannot be used.
+    """Read every image of a data set once, and return the data set without those that cannot be used.
 
-    So the images of a run and the number of steps in an epoch are fixed before the first step. Images in memory are
-    returned unchanged. `check` is called after each batch and may raise to stop.
-
-    Raises:
-        ImageError: More than one image and more than the fraction `limit` are bad. The message names the first 100.
-        ArgumentError: The data is a `DataLoader`.
-        EmptyDataError: Every image is bad.
+    More than one and the fraction `limit` are an `ImageError`. `check` is called after each batch, and may raise.
     """
     if not isinstance(source, DatasetSource):
         if source.num_images is None:
             raise ArgumentError('on_bad_image="skip" does not work with a DataLoader: pass its Dataset.')
         return source
-    bad: dict[int, str] = {}
+    bad: dict[int, str] = {}  # known before the first step: images and steps of an epoch stay the same
     read = 0
     with closing(source.failures()) as found, display.bar("looking for bad images", source.num_images) as bar:
-        for number, failures in found:
-            bar.advance(number - read)
-            read = number
-            bad.update(failures)
+        for reasons in found:
+            bar.advance(len(reasons))
+            bad |= {index: reason for index, reason in enumerate(reasons, start=read) if reason is not None}
+            read += len(reasons)
             check()
             if len(bad) > max(_MOST_NAMED, limit * source.num_images):
                 break

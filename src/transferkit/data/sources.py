@@ -3,33 +3,31 @@
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
+from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import sampler as samplers
 
-from transferkit.base.arrays import sha256_of, tensor_from_array
+from transferkit.base.arrays import sha256_of
 from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.data.columns import image_and_target, image_of
 from transferkit.data.images import as_image, as_images
-from transferkit.data.preprocessing import Preprocessing
+from transferkit.data.preprocessing import Preprocessing, find_convention
 from transferkit.data.samples import SKIP_HINT, Sample, Samples, evenly_spaced, listed_targets
-from transferkit.data.targets import as_targets
 from transferkit.data.workers import read_in_workers
 from transferkit.errors import ArgumentError, EmptyDataError, ImageError, TargetError, TransferKitError
 
-Sizes = int | list[int]
-"""Images in a batch, or in each batch."""
-
-Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]
-"""Images, targets (empty, `(0,)`, if not requested) and the images' indices in the data set."""
+Sizes = int | list[int]  # images in a batch, or in each batch
+ReadTargets = Callable[..., Tensor]  # `as_targets` for some classes; None where targets are not needed
+Batch = tuple[Tensor | list[Tensor], Tensor, list[int]]  # images, targets, or none `(0,)`, and indices in the data set
 
 _SCANNED = 32  # images read at a time outside of epochs; a signal is checked between batches
 _NO_TARGETS = torch.empty(0, dtype=torch.int64)
+_SMALLEST = replace(find_convention("IMAGENET1K_V1"), image_size=32, geometry="squash")
+"""For samples that are read only to see whether they can be: a photograph is verified whole, but little is decoded."""
 
 
 class Source(Protocol):
@@ -42,14 +40,11 @@ class Source(Protocol):
     def batches(
         self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
     ) -> Iterator[Batch]:
-        """Yield each image once.
+        """Yield each image once; a `DataLoader` has batches of its own.
 
-        Args:
-            batch_size: Images in a batch, or in each batch; a `DataLoader` has its own.
-            seed: Seeds the random transforms of a data set; None raises `CacheError` where it draws random numbers.
-            order: Indices of the images, int64 `(N,)`; None keeps the order of the data set.
-            preprocess: What will be applied to the images. Those of a data set then come in no more pixels than it
-                needs; None gives them as they are.
+        `seed` seeds the random transforms of a data set; None raises `CacheError` where it draws random numbers.
+        `order` are indices of images, int64 `(N,)`; None keeps that of the data set. For `preprocess`, images come in
+        no more pixels than it needs.
         """
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
@@ -68,20 +63,19 @@ def epoch_order(num_images: int | None, seed: int, epoch: int) -> Tensor | None:
 
 
 def _in_batches(order: Tensor | None, num_images: int, batch_size: Sizes) -> Sequence[Tensor]:
-    batches: Sequence[Tensor] = torch.split(torch.arange(num_images) if order is None else order, batch_size)
-    return batches
+    return torch.split(torch.arange(num_images) if order is None else order, batch_size)
 
 
 class ArraySource:
     """Images and targets in memory. Each batch is one indexing operation."""
 
-    def __init__(self, images: object, targets: object, classes: Sequence[str], *, multi_label: bool = False) -> None:
+    def __init__(self, images: object, targets: object, read_targets: ReadTargets | None) -> None:
         self.images = as_images(images)
         self.num_images = len(self.images)
         if self.num_images == 0:
             raise EmptyDataError(f"data holds no images: got shape {tuple(self.images.shape)}, expected 1 or more.")
-        self.targets = _NO_TARGETS if targets is None else as_targets(targets, len(classes), multi_label=multi_label)
-        if targets is not None and len(self.targets) != self.num_images:
+        self.targets = _NO_TARGETS if read_targets is None else read_targets(targets)
+        if read_targets is not None and len(self.targets) != self.num_images:
             raise TargetError(f"{self.num_images} images but {len(self.targets)} targets: expected one for each.")
 
     def batches(self, batch_size: Sizes, *, order: Tensor | None, **_: Any) -> Iterator[Batch]:
@@ -103,45 +97,37 @@ class ArraySource:
 class DatasetSource:
     """A map-style `Dataset`; its random transforms are seeded for each image."""
 
-    def __init__(
-        self, dataset: Any, classes: Sequence[str], *, num_workers: int, with_targets: bool, multi_label: bool = False
-    ) -> None:
-        self.read_targets = partial(as_targets, num_classes=len(classes), multi_label=multi_label)
+    def __init__(self, dataset: Any, read_targets: ReadTargets | None, *, num_workers: int) -> None:
+        self.read_targets = read_targets
         self.num_images = len(dataset)
         if self.num_images == 0:
             raise EmptyDataError(f"data is an empty {type(dataset).__name__}: expected 1 image or more.")
-        self.samples = Samples(dataset, with_targets=with_targets)
-        self.num_classes = len(classes)
+        self.samples = Samples(dataset, with_targets=read_targets is not None)
         self.num_workers = num_workers
-        listed = listed_targets(dataset) if with_targets else None
-        self.targets = None if listed is None else self.read_targets(_stack(listed, len(classes)))
+        listed = None if read_targets is None else listed_targets(dataset)
+        self.targets = None if listed is None or read_targets is None else read_targets(listed)
 
-    def check_first(self) -> None:
+    def check_first(self, num_classes: int) -> None:
         """Read the first sample, and one that a list beside the data calls out of range, so that these fail at once."""
-        listed = getattr(self.samples.dataset, "targets", None) if self.samples.with_targets else None
+        listed = None if self.read_targets is None else getattr(self.samples.dataset, "targets", None)
         suspects = [0]
         if self.targets is None and isinstance(listed, list) and len(listed) == self.num_images:
             labels = enumerate(listed)
-            suspects += [row for row, label in labels if type(label) is int and not 0 <= label < self.num_classes][:1]
+            suspects += [row for row, label in labels if type(label) is int and not 0 <= label < num_classes][:1]
         for index in suspects:
-            self._collate([self.samples.read(index, 0)])
-
-    def _collate(self, samples: Sequence[Sample | TransferKitError]) -> Batch:
-        return _collate(samples, self.read_targets if self.samples.with_targets else None, self.num_classes)
+            _collate([self.samples.for_input(_SMALLEST).read(index, 0)], self.read_targets)
 
     def batches(
         self, batch_size: Sizes, *, seed: int | None, order: Tensor | None, preprocess: Preprocessing | None = None
     ) -> Iterator[Batch]:
-        batches = _in_batches(order, self.num_images, batch_size)
-
-        def key(index: int) -> tuple[int, int | None]:
-            return index, None if seed is None else derive_seed(seed, index)
-
-        keys = [[key(index) for index in batch.tolist()] for batch in batches]
-        workers = 0 if order is not None and len(batches) == 1 else self.num_workers  # a few images that are looked at
+        keys = [
+            [(index, None if seed is None else derive_seed(seed, index)) for index in batch.tolist()]
+            for batch in _in_batches(order, self.num_images, batch_size)
+        ]
+        workers = 0 if order is not None and len(keys) == 1 else self.num_workers  # a few images that are looked at
         read = self.samples.for_input(preprocess)
         for samples in read_in_workers(read, keys, num_workers=workers, seed=seed or 0):
-            yield self._collate(samples)
+            yield _collate(samples, self.read_targets)
 
     def why_not_repeatable(self, indices: Tensor | None = None) -> str | None:
         return self.samples.why_not_repeatable(evenly_spaced(self.num_images, indices))
@@ -149,48 +135,41 @@ class DatasetSource:
     def all_targets(self, indices: Tensor | None = None) -> Tensor:
         if self.targets is not None:
             return self.targets if indices is None else self.targets[indices]
-        return torch.cat([targets for _, targets, _ in self.batches(_SCANNED, seed=0, order=indices)])
+        batches = self.batches(_SCANNED, seed=0, order=indices, preprocess=_SMALLEST)
+        return torch.cat([targets for _, targets, _ in batches])
 
     def digest(self, indices: Tensor | None = None) -> str:
-        tensors = {
-            "targets": _NO_TARGETS if self.targets is None else self.targets,
-            "indices": _NO_TARGETS if indices is None else indices,
-        }
+        tensors = {"targets": self.targets, "indices": indices}
         if self.why_not_repeatable(indices) is None:
             for index in evenly_spaced(self.num_images, indices):
-                image, target, _ = self.samples.read(index, 0)
-                tensors |= {f"image {index}": image, f"target {index}": self.read_targets([target])}
-        return sha256_of(tensors)
+                image, target, _ = _collate([self.samples.read(index, 0)], self.read_targets)
+                tensors |= {f"image {index}": image[0], f"target {index}": target}
+        return sha256_of({name: _NO_TARGETS if value is None else value for name, value in tensors.items()})
 
-    def failures(self) -> Generator[tuple[int, dict[int, str]], None, None]:
-        """Read every sample; after each batch, yield the number read so far and the failures in it, by index."""
-        read = 0
+    def failures(self) -> Generator[list[str | None], None, None]:
+        """Read every sample; of each batch of them, yield why each cannot be used, or None if it can."""
         indices = [batch.tolist() for batch in _in_batches(None, self.num_images, _SCANNED)]
         keys: list[list[tuple[int, int | None]]] = [[(index, 0) for index in batch] for batch in indices]
-        for batch in read_in_workers(self.samples, keys, num_workers=self.num_workers, seed=0):
-            failed = {read + row: sample for row, sample in enumerate(batch) if isinstance(sample, TransferKitError)}
-            read += len(batch)
-            yield read, {index: str(error).removesuffix(SKIP_HINT) for index, error in failed.items()}
+        read_small = self.samples.for_input(_SMALLEST)
+        for batch in read_in_workers(read_small, keys, num_workers=self.num_workers, seed=0):
+            yield [str(s).removesuffix(SKIP_HINT) if isinstance(s, TransferKitError) else None for s in batch]
 
 
 class LoaderSource:
     """A user's `DataLoader`: its batches, in its order."""
 
-    def __init__(
-        self, loader: "DataLoader[Any]", classes: Sequence[str], *, with_targets: bool, multi_label: bool = False
-    ) -> None:
+    def __init__(self, loader: "DataLoader[Any]", read_targets: ReadTargets | None) -> None:
         self.loader = loader
-        self.read_targets = partial(as_targets, num_classes=len(classes), multi_label=multi_label)
-        self.with_targets = with_targets
-        self.num_classes = len(classes)
+        self.read_targets = read_targets
         self.num_images: int | None = None
         self.length = None
-        if hasattr(loader.dataset, "__len__"):
+        dataset: Any = loader.dataset
+        if hasattr(dataset, "__len__"):
             with suppress(TypeError):  # a sampler without a length
                 self.length = len(loader)
         if self.length == 0:
             raise EmptyDataError(
-                f"the DataLoader makes 0 batches: {len(loader.dataset)} images, "  # type: ignore[arg-type]
+                f"the DataLoader makes 0 batches: {len(dataset)} images, "
                 f"batch_size {loader.batch_size}, drop_last={loader.drop_last}. Expected 1 batch or more."
             )
 
@@ -198,15 +177,15 @@ class LoaderSource:
         first = 0
         for number, batch in enumerate(_made_by(self.loader)):
             what = f"batch {number} of the DataLoader"
-            images, targets = image_and_target(batch, what) if self.with_targets else (image_of(batch), None)
+            images, targets = (image_of(batch), None) if self.read_targets is None else image_and_target(batch, what)
             indices = list(range(first, first + len(images)))
             if isinstance(images, list | tuple):  # of different sizes, by the user's own collate_fn
                 read = [as_image(image, index) for image, index in zip(images, indices, strict=True)]
                 labels = [None] * len(read) if targets is None else targets
                 samples = list(zip(read, labels, indices, strict=True))
-                yield _collate(samples, self.read_targets if self.with_targets else None, self.num_classes)
+                yield _collate(samples, self.read_targets)
             else:
-                labels = self.read_targets(targets, indices=indices) if self.with_targets else _NO_TARGETS
+                labels = _NO_TARGETS if self.read_targets is None else self.read_targets(targets, indices=indices)
                 yield as_images(images), labels, indices
             first += len(images)
         if first == 0:
@@ -231,7 +210,7 @@ def _made_by(loader: "DataLoader[Any]") -> Iterator[Any]:
         yield from loader
     except TransferKitError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a user's data set, collate_fn and workers raise
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         cause = lines[-1] if "Original Traceback" in str(error) else f"{type(error).__name__}: {lines[0]}"
         size = "" if loader.batch_size is None else f" and batch_size={loader.batch_size}"
@@ -266,9 +245,7 @@ def check_order(loader: "DataLoader[Any]") -> None:
         warnings.warn(f"{own}: predictions come in its order, which may not be that of the data set.", stacklevel=2)
 
 
-def _collate(
-    samples: Sequence[Sample | TransferKitError], read_targets: Callable[..., Tensor] | None, num_classes: int
-) -> Batch:
+def _collate(samples: Sequence[Sample | TransferKitError], read_targets: ReadTargets | None) -> Batch:
     if failed := [sample for sample in samples if isinstance(sample, TransferKitError)]:
         raise failed[0]
     images, targets, indices = map(list, zip(*samples, strict=True))
@@ -277,26 +254,8 @@ def _collate(
     same_size = len({image.shape for image in images}) == 1
     if not same_size and images[0].is_floating_point():
         raise ImageError(f"images {indices} are preprocessed (float) but differ in size: expected one size.")
-    labels = _NO_TARGETS
-    if read_targets is not None:
-        labels = read_targets(_stack(targets, num_classes, indices), indices=indices)
+    labels = _NO_TARGETS if read_targets is None else read_targets(targets, indices=indices)
     return torch.stack(images) if same_size else images, labels, indices
-
-
-def _stack(targets: Any, num_classes: int, indices: Sequence[int] | None = None) -> Tensor:
-    """Return the targets of images as one tensor."""
-    try:
-        if isinstance(targets, np.ndarray):
-            return tensor_from_array(targets)
-        if isinstance(targets, Tensor) or all(type(target) is int for target in targets):
-            return torch.as_tensor(targets)
-        return torch.stack([torch.as_tensor(target) for target in targets])
-    except (TypeError, ValueError, RuntimeError) as error:  # class names, or rows of different lengths
-        raise TargetError(
-            f"targets of {'all images' if indices is None else f'images {indices}'} do not form a batch ({error}): "
-            f"expected class indices 0 to {num_classes - 1}, or rows of {num_classes}; got {targets[0]!r} for the "
-            "first."
-        ) from error
 
 
 class SubsetSource:

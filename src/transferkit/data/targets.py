@@ -1,10 +1,9 @@
-"""The forms of targets that the library accepts, and the ones it uses.
+"""The forms of targets that the library accepts, and the ones it uses: class indices, int64 `(N,)`, or rows, float32.
 
-Targets are class indices, int64 `(N,)`, or one row for each image, float32 `(N, K)`: probabilities that sum to one or,
-where an image may have several labels, a number from 0 to 1 for each label.
+A row has probabilities `(K,)` that sum to one or, where an image may have several labels, numbers from 0 to 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from transferkit.base.arrays import tensor_from_array
 from transferkit.errors import TargetError
 
-_ROW_SUM_TOLERANCE = 1e-2  # accepts rows rounded to bfloat16 or read from a text file
+_ROUNDING = 1e-2  # of the sum of a row, in bfloat16 or in a text file
 
 
 def as_targets(
@@ -21,31 +20,38 @@ def as_targets(
 ) -> Tensor:
     """Return targets as int64 `(N,)` or float32 `(N, num_classes)`; `TargetError` names the first that is neither.
 
-    Args:
-        targets: A tensor, an array or a sequence: class indices of any integer dtype, `(N,)` or `(N, 1)`; or one-hot
-            or soft rows `(N, num_classes)` of any dtype.
-        num_classes: Class indices run from 0 to `num_classes - 1`.
-        multi_label: Whether an image may have several labels: only rows of numbers from 0 to 1 are accepted.
-        indices: Index of each target in the data set, for the message; None if `targets` is the whole data set.
+    They are a tensor, an array or a sequence: class indices of any integer dtype, `(N,)` or `(N, 1)`, or one-hot or
+    soft rows `(N, num_classes)` of any dtype; with `multi_label`, rows of numbers from 0 to 1 alone. `indices` are
+    those of the targets in the data set, for the message; None if they are the whole data set.
     """
     try:
+        if isinstance(targets, list) and any(isinstance(target, Tensor) for target in targets):
+            targets = torch.stack([torch.as_tensor(target) for target in targets])
         values = targets if isinstance(targets, Tensor) else tensor_from_array(np.asanyarray(targets))
-    except (TypeError, ValueError) as error:
-        expected = f"class indices 0 to {num_classes - 1}, such as [classes.index(name) for name in names]"
-        raise TargetError(f"targets are not numbers ({error}): expected {expected}.") from error
-    if multi_label:
-        return _check_labels(values, num_classes, indices)
-    if values.ndim == 2 and values.shape[1] == 1 and not values.is_floating_point():
-        values = values[:, 0]  # (N, 1), as in keras.datasets.cifar10
+    except (TypeError, ValueError, RuntimeError) as error:  # class names, or rows of different lengths
+        first = next(iter(targets), None) if isinstance(targets, Iterable) else targets
+        raise TargetError(
+            f"targets are not numbers of one shape ({error}){f', in images {indices}' if indices else ''}: expected "
+            f"class indices 0 to {num_classes - 1}, such as [classes.index(name) for name in names], or rows of "
+            f"{num_classes}; got {first!r} for the first."
+        ) from error
     got = f"targets have shape {tuple(values.shape)} and dtype {values.dtype}"
     if values.ndim == 2 and values.shape[1] == num_classes:
-        return _check_probabilities(values.float(), indices)
+        return _check_rows(values.float(), indices, multi_label=multi_label)
+    if multi_label:
+        raise TargetError(
+            f"{got}: for several labels per image, expected rows (N, {num_classes}) of 0 and 1. If these are class "
+            f"indices, pass torch.nn.functional.one_hot(torch.as_tensor(targets), {num_classes}), or for one label per "
+            "image Trainer(loss=transferkit.CrossEntropy())."
+        )
+    if values.ndim == 2 and values.shape[1] == 1 and not values.is_floating_point():
+        values = values[:, 0]  # (N, 1), as in keras.datasets.cifar10
     advice = "If these are class indices, convert them: targets.astype('int64')."
     if values.ndim == 1 and values.is_floating_point() and bool((fractional := values != values.round()).any()):
         row = int(fractional.nonzero()[0])
         got += f", such as {values[row].item():g} at index {indices[row] if indices else row}"
         if values.isnan().any():
-            advice = "NaN stands for an unlabelled image: leave such images out."
+            advice = "NaN stands for an unlabeled image: leave such images out."
     if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
         raise TargetError(
             f"{got}: expected class indices, integers (N,), or rows (N, {num_classes}) that sum to one. {advice}"
@@ -57,7 +63,7 @@ def as_targets(
         advice = "If labels start at 1, subtract 1; for more classes, use attach_head."
         if classes[row] < 0:
             advice = (
-                "A negative label often stands for an unlabelled image: leave such images out. For arrays and lists: "
+                "A negative label often stands for an unlabeled image: leave such images out. For arrays and lists: "
                 "keep = numpy.asarray(targets) >= 0, and (numpy.asarray(images)[keep], numpy.asarray(targets)[keep]). "
                 "For a Dataset: Subset(data, [index for index in range(len(data)) if data[index][1] >= 0])."
             )
@@ -73,31 +79,18 @@ def class_indices(targets: Tensor) -> Tensor:
     return targets if targets.ndim == 1 else targets.argmax(dim=1)
 
 
-def _check_probabilities(rows: Tensor, indices: Sequence[int] | None) -> Tensor:
-    wrong = ((rows.sum(dim=1) - 1).abs() > _ROW_SUM_TOLERANCE) | (rows < 0).any(dim=1) | rows.isnan().any(dim=1)
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise TargetError(
-            f"target row {indices[row] if indices else row} sums to {float(rows[row].sum()):.4g}, and its smallest "
-            f"entry is {float(rows[row].min()):.4g}: expected numbers from 0 to 1 that sum to 1. For several labels an "
-            "image pass Trainer(loss=transferkit.BinaryCrossEntropy())."
-        )
-    return rows
-
-
-def _check_labels(values: Tensor, num_classes: int, indices: Sequence[int] | None) -> Tensor:
-    if values.ndim != 2 or values.shape[1] != num_classes:
-        raise TargetError(
-            f"targets have shape {tuple(values.shape)} and dtype {values.dtype}: for several labels an image expected "
-            f"rows (N, {num_classes}) of 0 and 1. If these are class indices, take "
-            f"torch.nn.functional.one_hot(torch.as_tensor(targets), {num_classes}), or for one label an image "
-            "Trainer(loss=transferkit.CrossEntropy())."
-        )
-    rows = values.float()
-    if bool((wrong := ~((rows >= 0) & (rows <= 1)).all(dim=1)).any()):
-        row = int(wrong.nonzero()[0])
-        raise TargetError(
-            f"target row {indices[row] if indices else row} has entries from {float(rows[row].min()):.4g} to "
-            f"{float(rows[row].max()):.4g}: expected 1 for each label of the image and 0 for the others."
-        )
-    return rows
+def _check_rows(rows: Tensor, indices: Sequence[int] | None, *, multi_label: bool) -> Tensor:
+    in_range = (rows <= 1).all(dim=1) if multi_label else (rows.sum(dim=1) - 1).abs() <= _ROUNDING
+    right = in_range & (rows >= 0).all(dim=1)  # false where there is NaN
+    if bool(right.all()):
+        return rows
+    row = int((~right).nonzero()[0])
+    least, most = float(rows[row].min()), float(rows[row].max())
+    where = f"target row {indices[row] if indices else row}"
+    if multi_label:
+        expected = "expected 1 for each label of the image and 0 for the others."
+        raise TargetError(f"{where} has entries from {least:.4g} to {most:.4g}: {expected}")
+    raise TargetError(
+        f"{where} sums to {float(rows[row].sum()):.4g}, and its smallest entry is {least:.4g}: expected numbers from 0 "
+        "to 1 that sum to 1. For several labels per image, pass Trainer(loss=transferkit.BinaryCrossEntropy())."
+    )

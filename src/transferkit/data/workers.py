@@ -113,7 +113,7 @@ def _read_in_threads(samples: Samples, keys: Sequence[_Keys]) -> Iterator[_Sampl
 def _start(samples: Samples, keys: Sequence[_Keys], info: Any, reading: Any) -> _Worker:
     """Start a worker process.
 
-    Under the start methods `"spawn"` and `"forkserver"` a worker first runs the main script anew. Where that has no
+    Under the start methods `"spawn"` and `"forkserver"` a worker first runs the main script again. Where that has no
     main guard it comes here, too, and ends with a code that the main process knows.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -207,7 +207,7 @@ def _describe(error: Exception, samples: Samples, reading: Sequence[int]) -> str
     ]
     if str(error) == f"exit code {_NO_GUARD}":
         return (
-            "worker processes run the script anew when they start, and began to train, too. All were killed. Put what "
+            "worker processes run the script again when they start, and began to train, too. All were killed. Put what "
             'the script does under `if __name__ == "__main__":`, or pass num_workers=0.'
         )
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -5,28 +5,28 @@ on. Nothing else counts, neither the image's place nor its file nor its data set
 or data, an image added to a data set costs one image, and any part of the cache is of use by itself.
 """
 
+import difflib
 import math
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
-from typing import cast
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transferkit.base.display import Display
 from transferkit.base.processes import broadcast, exchange, gather, rank, send, total, world_size
 from transferkit.compute.device import Device
 from transferkit.compute.host_memory import host_bytes
 from transferkit.data.inputs import Images, Inputs
-from transferkit.errors import CacheError
+from transferkit.errors import ArgumentError, CacheError
 from transferkit.features.chunks import CachedFeatures, Chunk, image_digests, together
-from transferkit.features.file import DIGEST_BYTES, SUFFIX, FeatureFile, open_features, write_features
-from transferkit.features.prefix import Prefix
+from transferkit.features.file import SUFFIX, FeatureFile, open_features, write_features
+from transferkit.features.prefix import Prefix, pure_prefix
+from transferkit.model.head import TransferModel
 
 MEMORY_SHARE = 0.5
 """Fraction of the free memory, on the device and on the host, that features may take."""
@@ -53,13 +53,22 @@ def open_folder(path: str | PathLike[str] | None) -> Path | None:
     return folder
 
 
-class FeatureCache:
-    """The features that a trainer has in memory, and those in files of a folder.
+def find_cache(cache: object) -> tuple[bool | str, Path | None]:
+    """Return when a trainer caches features, and its folder for files of them; see `Trainer`."""
+    if isinstance(cache, bool) or cache == "auto":
+        return cache, None
+    misspelled = isinstance(cache, str) and difflib.get_close_matches(
+        cache.lower(), ["auto", "true", "false"], cutoff=0.7
+    )
+    if not isinstance(cache, str | PathLike) or (misspelled and not Path(cache).exists()):
+        raise ArgumentError(f'cache={cache!r} cannot be used: expected "auto", True, False or a folder.')
+    return "auto", open_folder(cache)
 
-    Args:
-        device: Where features are used.
-        folder: Where they are written for later runs and other processes; None keeps them in memory.
-        check: Called after each batch; raises to stop.
+
+class FeatureCache:
+    """The features that a trainer uses on a device, in memory or in files of a folder.
+
+    `check` is called after each batch; it raises to stop.
     """
 
     def __init__(self, device: Device, folder: Path | None = None, *, check: Callable[[], None] = lambda: None) -> None:
@@ -67,18 +76,26 @@ class FeatureCache:
         self.folder = folder
         self.check = check
         self.chunks: list[Chunk] = []
+        self._prefix: Prefix | None = None  # the last one, made again whenever the layers changed
+
+    def split(self, model: TransferModel) -> tuple[Prefix | None, nn.Module, str]:
+        """Return the frozen prefix of a model, the network behind it, and `""`; or None, the model, and why."""
+        layers, reason = pure_prefix(model)
+        if reason:
+            return None, model, reason
+        preprocess, before = model.backbone.preprocess, self._prefix
+        if before is None or not before.is_current(layers, preprocess):
+            self._prefix = Prefix(layers, preprocess, device=self.device)
+            if before is not None:
+                self._prefix.batch_size = min(self._prefix.batch_size, before.batch_size)  # memory ran out before
+        return self._prefix, model.split()[1], ""
 
     def share(self, other: "FeatureCache") -> None:
         """Use the features of another cache, and add to them."""
         self.chunks = other.chunks
 
     def fill(self, inputs: Inputs, prefix: Prefix, *, num_views: int | None, display: Display) -> CachedFeatures:
-        """Return the features of every image, after computing those that are not known; `num_views` of each image.
-
-        Raises:
-            CacheError: When new features would take too much memory, data without views draws random numbers, or
-                targets change from view to view.
-        """
+        """Return the features of every image, after computing those that are not known; `num_views` of each image."""
         filling = _Filling(self, inputs, prefix, display)
         images, targets = filling.run(num_views)
         chunks, parts, rows = self._place([filling.rows[len(prefix)][image] for image in images])
@@ -146,7 +163,7 @@ class _Filling:
         self.display = display
         self.folder = cache.folder
         self.chunk: Chunk | None = None  # the one being filled
-        self.where: dict[str, int] = {}  # bytes of new features by where they are
+        self.where = Counter[str]()  # bytes of new features by where they are
         self.shape, self.dtype = prefix.outputs[-1]
         self.row_bytes = math.prod(self.shape) * self.dtype.itemsize
         batches = min(CHUNK_IMAGES, CHUNK_BYTES // self.row_bytes) // prefix.batch_size
@@ -154,11 +171,11 @@ class _Filling:
         self.chunk_images = max(1, batches if self.folder else 1) * self.batch_size
         self.rows: dict[int, dict[bytes, tuple[Chunk, int]]] = {}  # by number of layers, most first
         self.files: dict[int, dict[bytes, FeatureFile]] = {}
-        cache.chunks[:] = [chunk for chunk in cache.chunks if chunk.is_intact()]  # others are verified anew
+        cache.chunks[:] = [chunk for chunk in cache.chunks if chunk.is_intact()]  # others are verified again
         paths = [] if cache.folder is None else sorted(cache.folder.glob(f"*{SUFFIX}"))
         for path in paths:
             if "-" not in path.name:
-                display.say(f"a file of features is passed over: {path} is of an earlier version. Delete it.")
+                display.say(f"skipped a feature file: {path} is of an earlier version. Delete it.")
         for depth in range(len(prefix), 0, -1):
             self.rows[depth], self.files[depth] = {}, {}
             for chunk in cache.chunks:
@@ -170,12 +187,11 @@ class _Filling:
 
     def run(self, num_views: int | None) -> tuple[list[bytes], Tensor]:
         """Return the digests of all images, view after view, and the targets, on the host."""
-        count = self.inputs.source.num_images or 0
-        own = self._own_places(count)
+        count, own = self.inputs.source.num_images or 0, None
+        if world_size() > 1:  # each looks at every so many chunks: these, and so files, do not depend on their number
+            own = torch.cat([*self._chunks(count)[rank() :: world_size()], torch.arange(0)])
         total = (num_views or 1) * (count if own is None else len(own))
-        images: list[bytes] = []
-        targets: list[Tensor] = []
-        depths: list[int] = []
+        images, targets, depths = list[bytes](), list[Tensor](), list[int]()
         with self.display.bar("features", total) as bar:
             for view in [None] if num_views is None else range(num_views):
                 # closed at once, or a traceback that somebody holds would keep worker processes
@@ -188,77 +204,72 @@ class _Filling:
                         bar.advance(len(digests))
                         self.cache.check()
         self._close()
-        every_target = torch.cat(targets) if targets else None
+        whole = torch.cat(targets) if targets else torch.empty(0)
         if own is not None:
-            images, every_target = self._exchange(images, every_target, count, num_views or 1)
-        text = self._describe(depths)
-        self.display.say(f"features of {len(images):,} images: {text}")
-        first, *others = cast("Tensor", every_target).chunk(num_views or 1)
+            images, whole = self._exchange(images, whole if targets else None, count, num_views or 1)
+        self.display.say(f"features of {len(images):,} images: {self._describe(depths)}")
+        first, *others = whole.chunk(num_views or 1)
         if not all(torch.equal(first, other) for other in others):
             raise CacheError("the data set's targets change from view to view")
         return images, first
 
-    def _own_places(self, count: int) -> Tensor | None:
-        """Return which images this process looks at: every so many chunks; None for all, in one process.
-
-        Chunks do not depend on the number of processes, so that neither do files.
-        """
-        if world_size() == 1:
-            return None
-        chunks = torch.split(torch.arange(count), self.chunk_images)[rank() :: world_size()]
-        return torch.cat([*chunks, torch.arange(0)])
+    def _chunks(self, count: int) -> Sequence[Tensor]:
+        """Return the places of the images in each chunk."""
+        chunks: Sequence[Tensor] = torch.split(torch.arange(count), self.chunk_images)
+        return chunks
 
     def _read(self, own: Tensor | None, view: int | None) -> Generator[tuple[Images, Tensor], None, None]:
+        """Yield batches; the processes meet after so many, and so learn soon of one that failed."""
+        every = max(1, CHUNK_IMAGES // self.batch_size)
+        most = math.ceil((self.inputs.source.num_images or 0) / self.chunk_images / world_size()) * self.chunk_images
+        meetings = math.ceil(most / self.batch_size / every)
         with closing(self.inputs.read(self.batch_size, order=own, view=view)) as batches:
             for number, batch in enumerate(batches):
                 if self.folder is not None and number * self.batch_size % self.chunk_images == 0:
-                    self._close()
+                    self._close()  # a file has whole chunks
+                if number % every == 0:
+                    meetings -= 1
+                    total(0, "the next features")
                 yield batch
+        for _ in range(meetings):  # of a process that has less to read than others
+            total(0, "the next features")
 
     def _exchange(
         self, images: list[bytes], targets: Tensor | None, count: int, num_views: int
     ) -> tuple[list[bytes], Tensor]:
         """Return digests and targets of all images, in order, after taking over the features that others have."""
-        size = world_size()
-        owned = [torch.split(torch.arange(count), self.chunk_images)[r::size] for r in range(size)]
+        owned = [self._chunks(count)[r :: world_size()] for r in range(world_size())]
         places = [part + view * count for parts in owned for view in range(num_views) for part in parts]
-        order = torch.cat(places).argsort()  # gathered rows come process by process
-        own = torch.frombuffer(bytearray(b"".join(images)), dtype=torch.uint8) if images else None
-        rows = gather(None if own is None else own.view(-1, DIGEST_BYTES), "digests").numpy().tobytes()
-        held = [rows[start : start + DIGEST_BYTES] for start in range(0, len(rows), DIGEST_BYTES)]
+        order = torch.cat(places).argsort()  # what is gathered comes process by process
+        everyone = exchange(images, "digests")
         whole = gather(targets, "targets").cpu()[order]
         if self.folder is not None:  # others have written there meanwhile, if it is the same folder
             for path in sorted(self.folder.glob(f"{self.prefix.digests[-1][:32]}*{SUFFIX}")):
                 self._note(len(self.prefix), path)
-        ends = list(accumulate(num_views * sum(map(len, parts)) for parts in owned))
-        self._take_over(held, ends)
+        self._take_over(everyone)
+        held = [image for theirs in everyone for image in theirs]
         return [held[place] for place in order.tolist()], whole
 
-    def _take_over(self, held: list[bytes], ends: list[int]) -> None:
+    def _take_over(self, everyone: list[list[bytes]]) -> None:
         """Get the features that this process lacks from those that have them, block by block, in memory or files.
 
-        `held` are the images that the first process has features of, those of the second, ...; `ends` says where they
-        end.
+        `everyone` are the images that each process has features of.
         """
         depth, in_memory = len(self.prefix), self.folder is None
-        lacking = np.array([self._depth(image) != depth for image in held], dtype=bool)
-        masks = exchange(np.packbits(lacking), "features that processes lack")
-        wanted = np.unpackbits(np.bitwise_or.reduce(masks), count=len(held)).astype(bool)
-        new = [image for image, wants in zip(held, wanted, strict=True) if wants]
-        place = self.cache.choose_memory(len({*new}) * self.row_bytes) if in_memory and new else torch.device("cpu")
-        rows_in_memory = len({*new}) if in_memory else 0
-        whole = Chunk(
-            self.prefix.digests[-1], [], torch.empty(rows_in_memory, *self.shape, dtype=self.dtype, device=place)
-        )
+        lacking = {image for theirs in everyone for image in theirs if self._depth(image) != depth}
+        wanted = set[bytes]().union(*exchange(lacking, "features that processes lack"))
+        room = len(wanted) if in_memory else 0
+        place = self.cache.choose_memory(room * self.row_bytes) if room else torch.device("cpu")
+        whole = Chunk(self.prefix.digests[-1], [], torch.empty(room, *self.shape, dtype=self.dtype, device=place))
         total(0, "memory for features")  # where one process lacks it, all train without
-        done: set[bytes] = set()
-        for owner, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-            sent = [image for image, wants in zip(held[start:end], wanted[start:end], strict=True) if wants]
-            sent = [image for image in dict.fromkeys(sent) if image not in done]  # a copy may be elsewhere, too
-            done.update(sent)
+        for owner, theirs in enumerate(everyone):
+            sent = [image for image in dict.fromkeys(theirs) if image in wanted]
+            wanted.difference_update(sent)  # others may have a copy, too
             for first in range(0, len(sent), self.chunk_images):
-                block = sent[first : first + self.chunk_images]
-                own = self._rows_of(block) if owner == rank() else None
+                block, own = sent[first : first + self.chunk_images], None
+                if owner == rank():
+                    found = (self.rows[depth][image] for image in block)
+                    own = torch.stack([chunk.features[row].cpu() for chunk, row in found])
                 total(0, "features of a chunk")
                 rows = send(own, (len(block), *self.shape), self.dtype, owner=owner, what="features of a chunk")
                 if in_memory:
@@ -270,12 +281,7 @@ class _Filling:
                     self._close()
         self._add(depth, whole)
         if whole.images:
-            self.where = {f"memory of {place}": len(whole.images) * self.row_bytes}
-
-    def _rows_of(self, images: list[bytes]) -> Tensor:
-        """Return known features of images, on the host."""
-        found = [self.rows[len(self.prefix)][image] for image in images]
-        return torch.stack([chunk.features[row].cpu() for chunk, row in found])
+            self.where = Counter({f"memory of {place}": len(whole.images) * self.row_bytes})
 
     def _complete(self, batch: Images, digests: list[bytes], *, most: int) -> list[int]:
         """Compute the features that a batch lacks; return the depth behind which those of each image were known."""
@@ -288,7 +294,9 @@ class _Filling:
                 rows = torch.stack([self.cache.device.move(chunk.features[row]) for chunk, row in known])
                 start = rows.permute(0, 3, 1, 2)
             else:
-                start = self.inputs.prepare(_select(batch, list(missing.values())))
+                places = list(missing.values())
+                new = [batch[place] for place in places] if isinstance(batch, list) else batch[places]
+                start = self.inputs.prepare(new)
             first = len(target.images)
             features = self.prefix(start, first=depth).permute(0, 2, 3, 1)
             target.features[first : first + len(missing)].copy_(features, non_blocking=True)
@@ -310,7 +318,7 @@ class _Filling:
         try:
             file = open_features(path, layers=self.prefix.digests[depth], shape=shape, dtype=dtype)
         except CacheError as error:
-            self.display.say(f"a file of features is passed over: {error}")
+            self.display.say(f"skipped a feature file: {error}")
         else:
             self.files[depth].update(dict.fromkeys(file.images, file))
 
@@ -322,7 +330,7 @@ class _Filling:
         try:
             chunk = Chunk.of_file(file)
         except CacheError as error:
-            self.display.say(f"a file of features is passed over: {error}")
+            self.display.say(f"skipped a feature file: {error}")
             for other in file.images:
                 self.files[depth].pop(other, None)
             return False
@@ -360,14 +368,13 @@ class _Filling:
                 self.folder = None
         elif len(chunk.images) < room:
             chunk.features = chunk.features.clone()  # and let go of the room for images that were known
-        self.where[where] = self.where.get(where, 0) + len(chunk.images) * self.row_bytes
+        self.where[where] += len(chunk.images) * self.row_bytes
 
     def _describe(self, depths: list[int]) -> str:
         """Say how the features came about of images that were known behind so many layers, on all processes."""
-        counted, places = Counter[int](), Counter[str]()
-        for own, there in exchange((Counter(depths), self.where), "how features came about"):
-            counted.update(own)
-            places.update(there)
+        found = exchange((Counter(depths), self.where), "how features came about")
+        counted = sum((own for own, _ in found), Counter[int]())
+        places = sum((there for _, there in found), Counter[str]())
         kinds = {len(self.prefix): "known", 0: "computed"}
         counts = sorted(counted.items(), reverse=True)
         texts = [(count, kinds.get(depth, f"derived from those behind {depth} layers")) for depth, count in counts]
@@ -376,9 +383,3 @@ class _Filling:
         how = texts[0][1] if len(texts) == 1 else ", ".join(f"{count:,} {text}" for count, text in texts)
         where = " and ".join(f"{where} ({num_bytes / 1e6:,.0f} MB)" for where, num_bytes in places.items())
         return f"{how}{f' by {world_size()} processes' if world_size() > 1 else ''}, cached in {where}"
-
-
-def _select(batch: Images, places: list[int]) -> Images:
-    if len(places) == len(batch):
-        return batch
-    return [batch[place] for place in places] if isinstance(batch, list) else batch[places]

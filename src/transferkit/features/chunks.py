@@ -135,8 +135,8 @@ class CachedFeatures:
         if not self.is_intact():
             changed = next(str(chunk.file.path) for chunk in self.mapped if chunk.file and not chunk.is_intact())
             raise CacheError(
-                f"somebody wrote to {changed} while its features were used: keep the cache folder private, and run "
-                "again. Damaged features are computed anew."
+                f"another program wrote to {changed} while its features were used: keep the cache folder private, and "
+                "run again. Damaged features are computed again."
             )
         first = self.parts[0]
         pinned = self.device.torch_device.type == "cuda" and first.device.type == "cpu"  # so that nobody waits

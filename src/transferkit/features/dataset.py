@@ -24,7 +24,7 @@ from transferkit.data.sources import Source
 from transferkit.errors import ArgumentError
 from transferkit.features.cache import FeatureCache, open_folder
 from transferkit.features.chunks import CachedFeatures
-from transferkit.features.feed import Feed, Frozen
+from transferkit.features.feed import Feed
 from transferkit.model.head import TransferModel, check_float32
 
 
@@ -47,7 +47,7 @@ class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
     def features(self) -> Tensor:
         """All features, `(views * N, C, h, w)`, channels-last; do not write to it.
 
-        They are put together in memory unless they lie in this order in one tensor or file.
+        They are copied into one tensor unless they already lie in this order in one tensor or file.
         """
         whole = self._cached.parts[0]
         in_order = torch.equal(self._rows.cpu(), torch.arange(len(whole), device="cpu"))
@@ -60,7 +60,7 @@ class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
         return self._cached.gather(self._rows[index][None])[0].permute(2, 0, 1), self.targets[index]
 
     def numpy(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64 | np.float32]]:
-        """Return copies as scikit-learn takes them: features float32 `(views * N, C * h * w)`, and targets.
+        """Return copies for scikit-learn: features, float32 `(views * N, C * h * w)`, and targets.
 
         The columns have the order that the head's first layer sees.
         """
@@ -89,19 +89,19 @@ def cache_features(
     Args:
         model: From `attach_head`, with frozen layers; it is moved to the device.
         data: `(images, targets)` or a `Dataset`, as in `Trainer.fit`.
-        cache: A folder for files of features, for later runs and other processes; None keeps them in memory.
+        cache: A folder for feature files, for later runs and other processes; None keeps them in memory.
         augment: As in `Trainer.fit`; needs `n_views`.
         n_views: Fixed random views of each image.
-        seed: The views depend on it.
+        seed: Determines the views.
         device: As in `Trainer`.
         precision: As in `Trainer`.
-        num_workers: Processes that read a `Dataset`.
+        num_workers: As in `Trainer.fit`.
         verbose: As in `Trainer.fit`.
 
     Raises:
         ArgumentError: When `model` is something else, or an argument is out of range.
-        CacheError: When nothing is frozen, the frozen layers are no pure function, the images differ each time they are
-            read, or there is no room.
+        CacheError: When nothing is frozen, the frozen layers are not a pure function, the images differ each time they
+            are read, or there is no room.
         TransferKitError: When the data cannot be used.
 
     Example:
@@ -146,5 +146,6 @@ def features_of(
         digest = zlib.crc32(b"".join(raw_bytes(value) for value in model.backbone.state_dict().values()))
         check_same({"images": source.num_images, "data": source.digest(), "backbone": digest}, "the features")
     inputs = Inputs(source, model.backbone.preprocess, device, transform, seed)
-    frozen = Frozen(device.prepare(model), device)
-    return Feed(inputs, frozen, cache, mode=True, num_views=num_views, what="given", display=display).features()
+    model = device.prepare(model)
+    feed = Feed(inputs=inputs, model=model, cache=cache, mode=True, num_views=num_views, what="given", display=display)
+    return feed.features()

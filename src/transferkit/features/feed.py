@@ -3,7 +3,7 @@
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -12,86 +12,41 @@ from torch import Tensor, nn
 from transferkit.base.display import Display
 from transferkit.base.processes import part_of, together, total, world_size
 from transferkit.base.randomness import derive_seed
-from transferkit.compute.device import Device
 from transferkit.data.inputs import Inputs
 from transferkit.data.sources import Sizes
 from transferkit.errors import ArgumentError, CacheError, TransferKitError
 from transferkit.features.cache import FeatureCache
 from transferkit.features.chunks import CachedFeatures, image_digests
-from transferkit.features.prefix import NOTHING_FROZEN, Prefix, pure_prefix
+from transferkit.features.prefix import NOTHING_FROZEN, Prefix
 from transferkit.model.head import TransferModel
 
 Batches = Generator[tuple[Tensor, Tensor], None, None]
 
-
-class Frozen:
-    """The frozen prefix of a model and the network behind it, made anew whenever the model's layers changed."""
-
-    def __init__(self, model: TransferModel, device: Device) -> None:
-        self.model = model
-        self.device = device
-        self._prefix: Prefix | None = None
-
-    def split(self) -> tuple[Prefix | None, nn.Module, str]:
-        """Return the prefix, the network behind it, and `""`; or None, the whole model, and why there is no prefix."""
-        layers, reason = pure_prefix(self.model)
-        if reason:
-            return None, self.model, reason
-        preprocess, before = self.model.backbone.preprocess, self._prefix
-        if before is None or not before.is_current(layers, preprocess):
-            self._prefix = Prefix(layers, preprocess, device=self.device)
-            if before is not None:
-                self._prefix.batch_size = min(self._prefix.batch_size, before.batch_size)  # memory ran out before
-        return self._prefix, self.model.split()[1], ""
+CACHED_BATCH_SIZE = 256
+"""Images evaluated at once where their features are cached: there are no convolutions to take memory."""
 
 
+@dataclass(eq=False, kw_only=True)
 class Feed:
-    """One source of a run, as its epochs read it.
+    """One source of a run, as its epochs read it."""
 
-    Args:
-        inputs: The images.
-        frozen: The model's frozen prefix.
-        cache: The cached features.
-        mode: `"auto"` caches features where that is safe, and says so where it is not; True raises there; False never
-            caches.
-        num_views: Fixed views of each image that epochs go through in turn; None draws each epoch anew.
-        what: What the images are for: `"training"` or `"validation"`.
-        display: Shows what is done.
+    inputs: Inputs
+    model: TransferModel
+    cache: FeatureCache
+    mode: bool | str  # "auto" caches features where that is safe, and says so where not; True raises there; or False
+    num_views: int | None  # fixed views of each image, which epochs go through in turn; None draws each epoch again
+    what: str  # the images are for: "training" or "validation"
+    display: Display
+    fill_s: float = 0.0  # seconds spent on features so far
+    _prefix: Prefix | None = None
+    _features: CachedFeatures | None = None
+    _said: set[str] = field(default_factory=set)
 
-    Attributes:
-        fill_s: Seconds spent on features so far.
-    """
-
-    def __init__(
-        self,
-        inputs: Inputs,
-        frozen: Frozen,
-        cache: FeatureCache,
-        *,
-        mode: bool | str,
-        num_views: int | None,
-        what: str,
-        display: Display,
-    ) -> None:
-        self.inputs = inputs
-        self.frozen = frozen
-        self.cache = cache
-        self.mode = mode
-        self.num_views = num_views
-        self.what = what
-        self.display = display
-        self.fill_s = 0.0
-        self._prefix: Prefix | None = None
-        self._features: CachedFeatures | None = None
-        self._said: set[str] = set()
-
-    def open_part(self, batch_size: int, *, cached_batch_size: int) -> tuple[nn.Module, Batches]:
-        """Return what `open` does, for this process's part of the images as they lie."""
+    def open_part(self, batch_size: int) -> tuple[nn.Module, Batches]:
+        """Return what `open` does, for this process's part of the images as they lie, in larger batches if cached."""
         count = self.inputs.source.num_images
-        if count is None or world_size() == 1:
-            return self.open(batch_size, cached_batch_size=cached_batch_size)
-        order = torch.arange(count)[part_of(count)]
-        return self.open(batch_size, order=order, cached_batch_size=cached_batch_size)
+        order = None if count is None or world_size() == 1 else torch.arange(count)[part_of(count)]
+        return self.open(batch_size, order=order, cached_batch_size=max(batch_size, CACHED_BATCH_SIZE))
 
     def open(
         self, batch_size: Sizes, *, order: Tensor | None = None, epoch: int = 0, cached_batch_size: int | None = None
@@ -99,11 +54,9 @@ class Feed:
         """Return the network and, for one epoch, the batches of its input and of targets, on the device.
 
         `batch_size` is that of all batches or of each; `cached_batch_size` another where features are cached. `order`
-        are places in the source, int64; None takes the images as they lie. Random changes depend on the epoch. A
-        `CacheError` where features cannot be cached and `mode` is True.
+        are places in the source, int64; None takes the images as they lie. Random changes depend on the epoch.
         """
-        prefix, network, reason = self.frozen.split()
-        self._follow_preprocessing()
+        prefix, network, reason = self._split()
         view = epoch if self.num_views is None else epoch % self.num_views
         if prefix is None:
             self._refuse(reason)
@@ -126,24 +79,20 @@ class Feed:
     def check(self) -> None:
         """Refuse what can be refused before anything is computed: `CacheError` if `mode` is True."""
         if self.mode is True:
-            prefix, _, reason = self.frozen.split()
+            prefix, _, reason = self.cache.split(self.model)
             if found := reason if prefix is None else self._unrepeatable:
                 self._refuse(found)
 
     def features(self) -> CachedFeatures:
         """Return the features of every image; a `CacheError` where they cannot be cached."""
-        prefix, _, reason = self.frozen.split()
-        self._follow_preprocessing()
+        prefix, _, reason = self._split()
         if prefix is None:
             raise CacheError(f"features cannot be cached: {reason}.")
         return self._fill(prefix)
 
-    def _follow_preprocessing(self) -> None:
-        """Let images be preprocessed as the model's features are, if a callback gave it another preprocessing.
-
-        Augmented images cannot change their size: an `ArgumentError`.
-        """
-        preprocess, before = self.frozen.model.backbone.preprocess, self.inputs.preprocess
+    def _split(self) -> tuple[Prefix | None, nn.Module, str]:
+        """Do what `FeatureCache.split` does, and follow a model that a callback gave another preprocessing."""
+        preprocess, before = self.model.backbone.preprocess, self.inputs.preprocess
         if preprocess != before:
             if self.inputs.transform is not None and preprocess.image_size != before.image_size:
                 raise ArgumentError(
@@ -151,12 +100,10 @@ class Feed:
                     "augment, which was made for the old one: change it between two calls of fit."
                 )
             self.inputs = replace(self.inputs, preprocess=preprocess)
+        return self.cache.split(self.model)
 
     def _has_changed(self, epoch: int) -> bool:
-        """Return whether a file of cached features changed, or one of two images, others in each epoch, or its target.
-
-        A callback may change a data set during a run. All images are read again then.
-        """
+        """Return whether a file of features changed, or one of two images, others in each epoch: all are read again."""
         features = self._features
         if features is None or not features.is_intact():
             return features is not None

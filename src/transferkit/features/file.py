@@ -31,22 +31,14 @@ class FeatureFile:
 
     It holds a page of JSON with a SHA-256 of itself, the bare numbers, and the images' digests. Its name is made of the
     digests of layers and images, so two processes that write the same features write the same file.
-
-    Attributes:
-        path: The file.
-        layers: What computed the features: one of `Prefix.digests`.
-        images: A digest of each image, 16 bytes.
-        shape: `(len(images), ...)`.
-        dtype: Of the features.
-        sha256: Of the numbers, in hexadecimal digits.
     """
 
     path: Path
-    layers: str
-    images: tuple[bytes, ...]
-    shape: tuple[int, ...]
+    layers: str  # what computed the features: one of `Prefix.digests`
+    images: tuple[bytes, ...]  # a digest of each image, 16 bytes
+    shape: tuple[int, ...]  # (len(images), ...)
     dtype: torch.dtype
-    sha256: str
+    sha256: str  # of the numbers, in hexadecimal digits
 
     def state(self) -> tuple[int, ...] | None:
         """Return what changes when somebody writes to the file or cuts it short; None if it is gone."""
@@ -57,12 +49,9 @@ class FeatureFile:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def read(self) -> Tensor:
-        """Map the file and return its features, after comparing every byte with their SHA-256.
+        """Map the file and return its features, after comparing every byte with their SHA-256: half a second for 1 GB.
 
-        Writing to the tensor changes neither the file nor what others map. Reading 1 GB takes about half a second.
-
-        Raises:
-            CacheError: When the file is gone or its features are damaged.
+        Writing to the tensor changes neither the file nor what others map.
         """
         end = _HEADER_BYTES + _num_bytes(self.shape, self.dtype)
         state = self.state()
@@ -79,21 +68,11 @@ class FeatureFile:
 
 
 def write_features(folder: Path, layers: str, images: Sequence[bytes], features: Tensor) -> FeatureFile:
-    """Write a chunk of features into a file in `folder`, whole or not at all.
-
-    Args:
-        folder: An existing folder.
-        layers: What computed the features: one of `Prefix.digests`.
-        images: A digest of each image, 16 bytes.
-        features: `(len(images), ...)`, bfloat16, float16 or float32.
-
-    Raises:
-        CacheError: When the folder is missing or cannot be written, or the disk has no room for the file.
-    """
+    """Write a chunk of features, `(len(images), ...)`, into a file in an existing folder, whole or not at all."""
     digests = b"".join(images)
     path = folder / f"{layers[:32]}-{hashlib.sha256(digests).hexdigest()[:32]}{SUFFIX}"
     if not folder.is_dir():
-        raise CacheError(f"{folder} is no folder: create it, or name another with cache=.")
+        raise CacheError(f"{folder} is not a folder: create it, or name another with cache=.")
     num_bytes = features.numel() * features.element_size()
     free = shutil.disk_usage(folder).free
     if free < _HEADER_BYTES + num_bytes + len(digests):
@@ -102,9 +81,8 @@ def write_features(folder: Path, layers: str, images: Sequence[bytes], features:
             "room there, or name another folder with cache=."
         )
     numbers = raw_bytes(features)
-    file = FeatureFile(
-        path, layers, tuple(images), tuple(features.shape), features.dtype, hashlib.sha256(numbers).hexdigest()
-    )
+    sha256 = hashlib.sha256(numbers).hexdigest()
+    file = FeatureFile(path, layers, tuple(images), tuple(features.shape), features.dtype, sha256)
     try:
         with atomic_write(path) as opened:
             opened.write(_header(file))
@@ -118,17 +96,7 @@ def write_features(folder: Path, layers: str, images: Sequence[bytes], features:
 
 
 def open_features(path: Path, *, layers: str, shape: tuple[int, ...], dtype: torch.dtype) -> FeatureFile:
-    """Read what a file holds, without its features.
-
-    Args:
-        path: The file.
-        layers: The layers that its features must come from.
-        shape: The shape that one image's features must have.
-        dtype: The dtype that they must have.
-
-    Raises:
-        CacheError: When the file cannot be read, is damaged or cut short, or holds something else.
-    """
+    """Read what a file holds, without its features: those behind some layers, of one shape for each image."""
     try:
         with open_file(path) as opened:
             page = opened.read(_HEADER_BYTES)
@@ -147,7 +115,7 @@ def open_features(path: Path, *, layers: str, shape: tuple[int, ...], dtype: tor
     except OSError as error:
         raise CacheError(f"{path} cannot be read: {error}.") from error
     except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-        raise CacheError(f"{path} is no whole file of features ({error}): delete it.") from error
+        raise CacheError(f"{path} is not a complete feature file ({error}): delete it.") from error
     if found != expected:
         raise CacheError(f"{path} holds {found}: expected {expected}. Delete it.")
     if not whole:

@@ -150,7 +150,7 @@ class Prefix:
     def is_current(self, layers: Layers, preprocess: Preprocessing) -> bool:
         """Return whether `digests` were read, and these layers are those they were read of, and unchanged.
 
-        Reads every weight: 15 ms for VGG16. A prefix whose digests nobody has read is never current: making it anew
+        Reads every weight: 15 ms for VGG16. A prefix whose digests nobody has read is never current: making it again
         costs no more than comparing it.
         """
         return self._state is not None and _state(layers, preprocess) == self._state

@@ -16,7 +16,7 @@ from transferkit.linear.logistic import PAIRS, Loss, Problems
 from transferkit.linear.table import Table
 
 STRENGTHS = tuple(10 ** (2 - step / 2) for step in range(15))
-"""Penalties tried, from strong to weak: 100 to 1e-5 in half decades, for standardised features."""
+"""Penalties tried, from strong to weak: 100 to 1e-5 in half decades, for standardized features."""
 
 ONE_FOLD_ROWS = 20_000
 """Above this number of rows only the first fold is held out: a quarter of them tells strengths apart."""
@@ -50,7 +50,7 @@ class Strength:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LinearHead:
-    """A linear head at its optimum, for standardised features.
+    """A linear head at its optimum, for standardized features.
 
     Attributes:
         weight: `(K, D)`, float32, for features less `mean` and divided by `std`.
@@ -58,8 +58,8 @@ class LinearHead:
         mean: Of each feature over all rows, `(D,)`.
         std: Standard deviation of each feature over all rows, `(D,)`, with a floor; see `design.divisors`.
         l2: The penalty.
-        path: What was tried, from strong to weak; empty if nothing was held out.
-        held_out: int64: which rows were held out, of the training rows or of the validation rows.
+        path: The penalties tried, from strong to weak; empty if nothing was held out.
+        held_out: int64: indices of the held-out rows, among the training or the validation rows.
         logits: Logits of these rows, `(len(held_out), K)`, from heads that were not trained on them, at the chosen
             penalty.
     """
@@ -103,7 +103,7 @@ def solve(
 ) -> LinearHead:
     """Solve a linear head to its optimum, with the penalty that does best on held-out rows.
 
-    The head minimises the mean loss plus `l2 / 2` times the sum of its squared weights. The penalties are tried from
+    The head minimizes the mean loss plus `l2 / 2` times the sum of its squared weights. The penalties are tried from
     strong to weak, each from the last one's solution, until the loss on held-out rows has risen twice by more than its
     standard error. Then all rows are solved with the best.
 
@@ -117,7 +117,7 @@ def solve(
     Args:
         table: The features, `(N, D)`.
         targets: int64 `(N,)`, or float32 `(N, K)`.
-        loss: What is minimised: convex in the logits, and a sum over rows. Weights that it holds are on `table.device`.
+        loss: What is minimized: convex in the logits, and a sum over rows. Weights that it holds are on `table.device`.
         classes: Number of classes `K`.
         validation: Features and targets of validation rows; None holds out folds of the training rows.
         strengths: The penalties, from strong to weak. If there is only one, it is scored and used.
@@ -125,7 +125,7 @@ def solve(
             needs a single strength.
         groups: int64 `(N,)`: rows of one group, such as the views of one image, are in the same fold. None lets each
             row be a group.
-        seed: Of the folds.
+        seed: Determines the folds.
         every_fold: Hold out each fold in turn however many rows there are.
         count_correct: How many rows are right, given logits and targets; None counts those whose largest logit is at
             their target.
@@ -208,7 +208,7 @@ def assign_folds(targets: Tensor, folds: int, *, groups: Tensor | None = None, s
         targets: int64 `(N,)`, or `(N, K)`, where a row counts as the rarest of its labels.
         folds: Number of folds; as many as there are groups, if these are fewer.
         groups: int64 `(N,)`: rows of one group share a fold, and count as the first of them; None has no groups.
-        seed: Of the order in which the rows of a class are dealt out.
+        seed: Determines the order in which the rows of a class are dealt out.
 
     Example:
         >>> assign_folds(torch.tensor([0, 0, 1, 1]), 2).view(2, 2).sum(dim=1)
@@ -318,8 +318,8 @@ def _check(
         raise ArgumentError(f"l2={list(strengths)} cannot be used: expected numbers above 0, from strong to weak.")
     if validation is None and folds < 2 and len(strengths) > 1:
         raise ArgumentError(
-            f"folds={folds} holds out no rows to choose among {len(strengths)} penalties by: expected 2 folds or more, "
-            "validation data, or one l2."
+            f"folds={folds} holds out no rows that could choose among {len(strengths)} penalties: expected 2 folds or "
+            "more, validation data, or one l2."
         )
     for name, rows, labels in [("training", table, targets), *([("validation", *validation)] if validation else [])]:
         if rows.shape[0] != len(labels) or rows.shape[1] != table.shape[1]:

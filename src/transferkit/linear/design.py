@@ -1,4 +1,4 @@
-"""Standardised features as what maps weights to logits, with an estimate of how its logistic regressions curve."""
+"""Standardized features as what maps weights to logits, with an estimate of how its logistic regressions curve."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _JITTER = 1e-9  # added to the inner products, as a fraction of their mean squar
 
 @dataclass(frozen=True, eq=False)
 class Design:
-    """What maps weights to logits: standardised rows and a column of ones, with a weight for each column.
+    """What maps weights to logits: standardized rows and a column of ones, with a weight for each column.
 
     Where there are more features than rows, the rows are replaced by the Cholesky factor of their inner products. It
     has the same inner products, so the optimum is the same, and its size does not depend on the number of features.
@@ -69,14 +69,14 @@ class Design:
         """
         curvature = curvature[:, None, None]
         penalties = torch.full_like(self.variances, penalty)
-        penalties[-1] = 0  # biases are not penalised
+        penalties[-1] = 0  # biases are not penalized
         variances = curvature * self.variances + penalties
         rest = curvature * self.rest + penalty
         along = gradient @ self.axes
         return gradient / rest + (along * (1 / variances - 1 / rest)) @ self.axes.T
 
     def on_features(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weights `(M, A + 1)` as weights on the standardised features `(M, D)` and biases `(M,)`."""
+        """Return weights `(M, A + 1)` as weights on the standardized features `(M, D)` and biases `(M,)`."""
         own, bias = weights[:, :-1], weights[:, -1]
         if self.factor is not None:
             by_row = torch.linalg.solve_triangular(self.factor.T, own.T.double(), upper=True)
@@ -138,7 +138,7 @@ def divisors(mean: Tensor, std: Tensor, kinds: list[int] | None) -> Tensor:
 
 
 def design_of(table: Table, *, seed: int = 0) -> Design:
-    """Standardise a table, and take its rows to memory: all, or as many as fit there as float32, drawn by the seed.
+    """Standardize a table, and take its rows to memory: all, or as many as fit there as float32, drawn by the seed.
 
     Reads the table once, or a few times where there are more features than rows.
 
@@ -178,7 +178,7 @@ def placed(blocks: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _factor(table: Table, mean: Tensor, std: Tensor) -> Tensor:
-    """Return the Cholesky factor of the inner products of all standardised rows, float64 `(N, N)`."""
+    """Return the Cholesky factor of the inner products of all standardized rows, float64 `(N, N)`."""
     count = table.shape[0]
     products = torch.zeros(count, count, dtype=torch.float64, device=table.device)
     for rows, block in placed(standardised(table, mean, std)):
@@ -195,7 +195,7 @@ def _factor(table: Table, mean: Tensor, std: Tensor) -> Tensor:
 def principal_axes(
     blocks: Callable[[], Iterable[Tensor]], shape: tuple[int, int], *, most: int
 ) -> tuple[Tensor, Tensor]:
-    """Return axes `(D, R)` along which centred rows `(N, D)` vary most, and the variances along them, rising, `(R,)`.
+    """Return axes `(D, R)` along which centered rows `(N, D)` vary most, and the variances along them, rising, `(R,)`.
 
     `blocks` returns the rows from the first to the last each time it is called: three times.
 

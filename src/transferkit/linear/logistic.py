@@ -66,8 +66,8 @@ def conjugate_gradients(
 class Problems:
     """Logistic regressions on different rows of one design, solved together.
 
-    Each minimises `sum of losses / total weight + l2 / 2 * sum of squared weights` over its rows; biases are not
-    penalised. All are solved in the same passes over the rows: their logits are one matrix product.
+    Each minimizes `sum of losses / total weight + l2 / 2 * sum of squared weights` over its rows; biases are not
+    penalized. All are solved in the same passes over the rows: their logits are one matrix product.
 
     Args:
         design: The rows.
@@ -101,6 +101,7 @@ class Problems:
         self.weights = torch.zeros(problems, classes, len(design.axes), device=members.device)
         self.logits = torch.zeros(count, problems, classes, device=members.device)
         self.curvature = torch.ones(problems, device=members.device)
+        self.length = torch.ones(problems, device=members.device)  # of steps that a sample suggests
         self._path: deque[tuple[float, Tensor]] = deque(maxlen=2)
 
     def follow(self, l2: float, *, tolerance: float) -> None:
@@ -140,7 +141,7 @@ class Problems:
             slope = (gradient * direction).sum(dim=(1, 2))
             if not bool(slope.isfinite().all()):  # host sync
                 raise NonFiniteError(
-                    "the loss has a slope that is not finite: expected a loss that is finite for every logit."
+                    "the gradient of the loss is not finite: expected a loss that is finite for every logit."
                 )
             halved = -slope < 0.5 * mark
             mark, stale = torch.where(halved, -slope, mark), torch.where(halved, 0, stale + 1)
@@ -156,6 +157,7 @@ class Problems:
             if mean is None or end is not new_slopes:
                 new_slopes, mean = end, self._gradient(end)
             self._measure_curvature(change, length, new_slopes - slopes, running)
+            self.length = torch.where(running, (self.length * length).clamp(0.01, 1), self.length)
             step = length[:, None, None] * direction
             self.weights = self.weights + step
             self.logits = self.logits + length[:, None] * change
@@ -231,6 +233,8 @@ class Problems:
             leaf = self.logits[own].flatten(0, 1).requires_grad_()
             total = self.loss.sum(leaf, self.targets[own].flatten(0, 1))
             (slopes,) = torch.autograd.grad(total, leaf, create_graph=True)
+        if not slopes.requires_grad:  # a loss of straight pieces
+            return estimate(gradient)
 
         def bend(direction: Tensor) -> Tensor:
             change = (rows @ direction.flatten(0, 1).T).view(-1, gradient.shape[1])
@@ -238,7 +242,7 @@ class Problems:
             bends = bends.view(len(own), *gradient.shape[:2]) * scale
             return (bends.flatten(1).T @ rows).view(gradient.shape) + penalty * direction
 
-        return conjugate_gradients(bend, gradient, estimate)
+        return self.length[:, None, None] * conjugate_gradients(bend, gradient, estimate)
 
     def _search(
         self, slopes: Tensor, change: Tensor, start: Tensor, linear: Tensor, square: Tensor

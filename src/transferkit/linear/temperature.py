@@ -16,7 +16,8 @@ def fit_temperature(logits: Tensor, targets: Tensor, loss: Loss) -> float:
 
     Above 1 the model was too sure of itself. Dividing by it changes no prediction of a class. Logits `(N, K)` are of
     images that the model was not trained on, targets int64 `(N,)` or float32 `(N, K)`. The loss is taken without
-    smoothing and weights.
+    smoothing and weights. One image with a random label is added: if all the others are right, the model may be sure
+    of itself, but no surer than their number allows.
 
     Raises:
         EmptyDataError: When there are no rows.
@@ -26,26 +27,33 @@ def fit_temperature(logits: Tensor, targets: Tensor, loss: Loss) -> float:
         >>> from transferkit.training.loss import CrossEntropy
         >>> logits = torch.tensor([[9.0, 0.0], [9.0, 0.0], [9.0, 0.0], [9.0, 0.0]])
         >>> temperature = fit_temperature(logits, torch.tensor([0, 0, 0, 1]), CrossEntropy())
-        >>> (logits / temperature).softmax(dim=1)[0, 0]  # three of four are right
-        tensor(0.7500)
+        >>> (logits / temperature).softmax(dim=1)[0, 0]  # three of four are right, but they are few
+        tensor(0.6500)
 
     References:
-        Guo et al., 2017, "On Calibration of Modern Neural Networks".
+        Guo et al., 2017, "On Calibration of Modern Neural Networks". Platt, 1999, "Probabilistic Outputs for Support
+        Vector Machines": the added image.
     """
     if len(logits) == 0:
         raise EmptyDataError("a temperature cannot be fitted to 0 images: expected at least one.")
     if not bool(logits.isfinite().all()):
         row = int((~logits.isfinite().all(dim=1)).nonzero()[0])
         raise NonFiniteError(f"the logits of row {row} are not finite: expected numbers.")
+    count, classes = logits.shape
+    if targets.ndim == 1:
+        any_label = (targets + torch.arange(1, count + 1, device=targets.device)) % classes  # right in one of K rows
+    else:
+        any_label = targets.mean(dim=0).expand_as(targets)
     low, high = math.log(LOWEST), math.log(HIGHEST)
     while high - low > 1e-6:  # the loss falls, then rises, because it is convex in 1 / T
         middle = (low + high) / 2
         with torch.enable_grad():
             variable = torch.tensor(middle, device=logits.device, requires_grad=True)
-            mean = loss.each(logits.detach().float() * torch.exp(-variable), targets).mean()
-            slope = float(torch.autograd.grad(mean, variable)[0])
+            scaled = logits.detach().float() * torch.exp(-variable)
+            total = loss.each(scaled, targets).sum() + loss.each(scaled, any_label).mean()
+            slope = float(torch.autograd.grad(total / count, variable)[0])
         if not math.isfinite(slope):
-            raise NonFiniteError("the loss has a slope that is not finite: expected a loss finite for every logit.")
+            raise NonFiniteError("the gradient of the loss is not finite: expected a loss finite for every logit.")
         if slope == 0:  # no logit prefers a class
             return math.exp(middle)
         low, high = (low, middle) if slope > 0 else (middle, high)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 
-from transferkit.base.arguments import one_of, square
+from transferkit.base.arguments import one_of
 from transferkit.base.arrays import sha256_of
 from transferkit.base.calls import explain_missing, explained
 from transferkit.base.files import kind_of
@@ -28,7 +28,6 @@ from transferkit.model.weights import (
 )
 
 MIN_IMAGE_SIZE = 32  # five pooling layers halve it to one pixel
-IMAGENET = "IMAGENET"  # what Keras calls the weights that torchvision has by default
 MODELS = ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
 
 
@@ -87,20 +86,15 @@ class Backbone(nn.Module):
         return self.name in MODELS and any(bool(bias.any()) for bias in biases)  # host sync
 
     def num_channels(self, index: int) -> int:
-        """Return how many channels `features[index]` puts out."""
+        """Return the number of output channels of `features[index]`."""
         convolutions = [module for module in self.features[: index + 1] if isinstance(module, nn.Conv2d)]
         return convolutions[-1].out_channels
 
     def forward(self, images: Tensor, pools: Mapping[int, Pool] | None = None) -> Tensor:
         """Return the features `(N, 512, H // 32, W // 32)` of preprocessed images `(N, 3, H, W)`.
 
-        Args:
-            images: Preprocessed.
-            pools: Return the pooled outputs of these layers instead, `(N, D, 1, 1)`, the last layer among them; see
-                `Layers`.
-
-        Raises:
-            ImageError: The images are raw (uint8), not of shape `(N, 3, H, W)`, or smaller than 32 pixels.
+        With `pools`, return the pooled outputs of these layers instead, `(N, D, 1, 1)`, the last layer among them; see
+        `Layers`. Images that are raw (uint8), not of that shape, or smaller than 32 pixels are an `ImageError`.
         """
         if isinstance(images, torch.fx.Proxy):  # symbolic tracing: there is no shape to look at
             return run_layers(list(self.features), images, pools if isinstance(pools, Mapping) else {})
@@ -120,8 +114,7 @@ class Backbone(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal digits, of name, preprocessing and weights, on any device.
 
-        Two backbones with the same fingerprint compute the same features. Each access reads all weights: 0.1 s for
-        VGG16.
+        Backbones of one fingerprint compute the same features. Each access reads all weights: 0.1 s for VGG16.
         """
         return sha256_of(self.state_dict(), begin=f"{self.name} {self.preprocess}")
 
@@ -136,15 +129,15 @@ def load_backbone(
     preprocessing: str | Preprocessing = "auto",
     geometry: str | None = None,
 ) -> Backbone:
-    """Load the convolutional part of a VGG network, without its classifier.
+    """Load the convolutional part of a VGG network (Simonyan and Zisserman, 2014, arXiv:1409.1556), not its classifier.
 
     Args:
         name: `"vgg11"`, `"vgg13"`, `"vgg16"`, `"vgg19"`, or one of these with `"_bn"` (batch norm).
         weights: A torchvision weights enum or its name (`"DEFAULT"`, `"IMAGENET1K_V1"`, for VGG16 also
             `"IMAGENET1K_FEATURES"`), downloaded once and verified at every use; the path of a state dict, read without
             network access; a state dict; or None for random weights. Keys of the classifier are ignored.
-        image_size: Height and width, in pixels, that images are resized to; 32 or more. A pair of equal numbers will
-            do.
+        image_size: Height and width, in pixels, that images are resized to; 32 or more. A pair of equal numbers also
+            works.
         preprocessing: `"auto"` selects the convention that belongs to named weights. For a path or a state dict, name
             the convention its weights were trained with: `"IMAGENET1K_V1"`, `"IMAGENET1K_FEATURES"` (the original VGG
             weights), `"KERAS"`, or a `Preprocessing`.
@@ -165,13 +158,11 @@ def load_backbone(
         >>> images = torch.zeros(1, 3, 480, 640, dtype=torch.uint8)
         >>> backbone(backbone.preprocess(images)).shape
         torch.Size([1, 512, 2, 2])
-
-    References:
-        Simonyan and Zisserman, 2014, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
-        arXiv:1409.1556.
     """
     name = one_of("name", name, MODELS)
-    image_size = square(image_size)
+    pair: Any = image_size  # of equal numbers, as others write sizes
+    if isinstance(pair, tuple | list) and len(pair) > 1 and pair[0] == pair[1] and list(pair[2:]) in ([], [3]):
+        image_size = pair[0]
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < MIN_IMAGE_SIZE:
         raise ArgumentError(
             f"image_size={image_size!r} cannot be used: expected a whole number of {MIN_IMAGE_SIZE} pixels or more, "
@@ -179,16 +170,23 @@ def load_backbone(
         )
     weights = _find_weights(weights, name)
     convention = _find_preprocessing(preprocessing, weights, name)
-    convention = replace(
-        convention, image_size=image_size, geometry=convention.geometry if geometry is None else geometry
-    )
-    state = _read_weights(weights)
-
+    geometry = convention.geometry if geometry is None else geometry
+    convention = replace(convention, image_size=image_size, geometry=geometry)
+    state: Mapping[str, Tensor] | None = None
+    if isinstance(weights, str | os.PathLike | WeightsEnum):
+        state = read_state_dict(download(weights.url) if isinstance(weights, WeightsEnum) else weights)
+    elif weights is not None:
+        state = checked_state_dict(weights, _origin(weights))
     with torch.device("meta"):  # takes no memory for the classifier's 124 million parameters
         features: nn.Sequential = get_model_builder(name)(weights=None, init_weights=False).features
     features.to_empty(device="cpu")
+    for module in features:  # as torchvision does: He et al., 2015, arXiv:1502.01852
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type] # VGG's convolutions all have a bias
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
     backbone = Backbone(name, features, convention)
-    _initialize(features)
     if state is not None:
         convolutions = {key: value for key, value in state.items() if not key.startswith("classifier.")}
         load_exactly(backbone, convolutions, origin=_origin(weights))
@@ -217,8 +215,8 @@ def _find_preprocessing(preprocessing: object, weights: object, name: str) -> Pr
 def _find_weights(weights: object, name: str) -> object:
     """Return the torchvision enum for a name of weights; check other values and return them unchanged."""
     known = get_model_weights(name)
-    if isinstance(weights, str) and weights.upper() in {**known.__members__, IMAGENET: None}:
-        return known["DEFAULT" if weights.upper() == IMAGENET else weights.upper()]
+    if isinstance(weights, str) and weights.upper() in (*known.__members__, "IMAGENET"):  # Keras's name of the default
+        return known["DEFAULT" if weights.upper() == "IMAGENET" else weights.upper()]
     if isinstance(weights, WeightsEnum) and not isinstance(weights, known):
         raise ArgumentError(
             f"weights={weights} are for another network: expected {', '.join(map(str, known))} for name={name!r}."
@@ -233,12 +231,6 @@ def _find_weights(weights: object, name: str) -> object:
     return weights
 
 
-def _read_weights(weights: object) -> Mapping[str, Tensor] | None:
-    if isinstance(weights, str | os.PathLike | WeightsEnum):
-        return read_state_dict(download(weights.url) if isinstance(weights, WeightsEnum) else weights)
-    return None if weights is None else checked_state_dict(weights, _origin(weights))
-
-
 def _origin(weights: object) -> str:
     if isinstance(weights, str | os.PathLike | WeightsEnum):
         return str(weights)
@@ -247,29 +239,17 @@ def _origin(weights: object) -> str:
 
 def _layer_names(features: nn.Sequential) -> tuple[str, ...]:
     """Name each module by its block and its position there, as Keras names VGG's convolutions and pooling layers."""
-    kinds: dict[type[nn.Module], str] = {nn.Conv2d: "conv", nn.BatchNorm2d: "bn", nn.ReLU: "relu"}
+    kinds = {nn.Conv2d: "conv", nn.BatchNorm2d: "bn", nn.ReLU: "relu", nn.MaxPool2d: "pool"}
     names, block, convolution = [], 1, 0
     for index, module in enumerate(features):
-        if isinstance(module, nn.MaxPool2d):
-            names.append(f"block{block}_pool")
-            block, convolution = block + 1, 0
-            continue
         kind = next((kinds[known] for known in kinds if isinstance(module, known)), None)
         if kind is None:
             raise ArgumentError(
                 f"features[{index}] is a {type(module).__name__}: expected VGG's layers: Conv2d, BatchNorm2d, "
                 "ReLU and MaxPool2d."
             )
-        convolution += isinstance(module, nn.Conv2d)
-        names.append(f"block{block}_{kind}{convolution}")
+        convolution += kind == "conv"
+        names.append(f"block{block}_{kind}{'' if kind == 'pool' else convolution}")
+        if kind == "pool":
+            block, convolution = block + 1, 0
     return tuple(names)
-
-
-def _initialize(features: nn.Sequential) -> None:
-    """Initialize as torchvision does: convolutions as in He et al., 2015, arXiv:1502.01852."""
-    for module in features:
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type] # VGG's convolutions all have a bias
-        elif isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()

@@ -13,28 +13,28 @@ from transferkit.model.head import TransferModel
 
 @explained
 class WithPreprocessing(nn.Module):
-    """A model that takes raw images of any size: geometry and normalisation are part of it.
+    """A model that takes raw images of any size: geometry and normalization are part of it.
 
     It computes what `Trainer.predict_proba` does in fp32, from the same pixels bit for bit: those of
     `model.backbone.preprocess` on a CPU. All of it is plain tensor arithmetic on sizes known only when it runs, so
     `torch.export.export` and `torch.onnx.export` take it with a dynamic batch, height and width.
 
-    It holds a copy of the model, in float32 on the CPU and in eval mode: what becomes of the original changes nothing
-    here.
+    It holds a copy of the model, in float32 on the CPU and in eval mode, so later changes of the original do not
+    matter.
 
     Args:
         model: From `attach_head` or `load_model`.
-        unknown: Return also how unlike the training images each image is; see `Trainer.learn_known`.
+        unknown: Also return how unlike the training images each image is; see `Trainer.learn_known`.
 
     Attributes:
         model: The copy.
         classes: The class names, in the order of the probabilities.
-        threshold: Probability from which a label counts, where an image may have several; None where it has one.
+        threshold: Probability from which a label counts, if an image may have several; None if it has one.
         temperature: What logits are divided by, above 0.
         image_size: Height and width, in pixels, that images are resized to.
 
     Raises:
-        ArgumentError: `model` is no `TransferModel`, or `unknown` is asked for and the model has not learnt it.
+        ArgumentError: `model` is not a `TransferModel`, or `unknown=True` before `Trainer.learn_known`.
 
     Example:
         >>> from transferkit import attach_head, load_backbone
@@ -50,9 +50,9 @@ class WithPreprocessing(nn.Module):
             raise ArgumentError(f"model is a {type(model).__name__}: {expected}")
         # plain strides: torch.export.save warns of channels-last weights as if they were parts of others
         self.model: TransferModel = copy.deepcopy(model)
-        self.model.to("cpu", torch.float32, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.model.to("cpu", torch.float32, memory_format=torch.contiguous_format)  # type: ignore[call-overload] # not in stubs
         if unknown and model.novelty is None:
-            raise ArgumentError("the model has not learnt which images are known: call trainer.learn_known first.")
+            raise ArgumentError("the model has not learned which images are known: call trainer.learn_known first.")
         self.novelty = self.model.novelty if unknown else None
         self.classes = model.classes
         self.threshold = model.threshold
@@ -63,10 +63,8 @@ class WithPreprocessing(nn.Module):
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return the probability of each class, float32 `(N, K)`, for raw images, uint8 `(N, 3, H, W)`.
 
-        With `unknown`, return also how unlike the training images each is, float32 `(N,)`: above 0 it is unknown.
-
-        Raises:
-            ImageError: Another shape or number type.
+        With `unknown`, return also how unlike the training images each is, float32 `(N,)`: above 0 it is unknown. Any
+        other shape or number type is an `ImageError`.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ImageError(
@@ -96,5 +94,5 @@ class WithPreprocessing(nn.Module):
         places = torch.arange(size, dtype=pixels.dtype, device=pixels.device)
         rows, columns = (places + ((side - size) / 2).round() for side in (high, wide))
         inside = ((rows >= 0) & (rows < high))[:, None] & (columns >= 0) & (columns < wide)
-        planes = [torch.where(inside, pixels[:, c], float(colour)) for c, colour in enumerate(preprocess.bar_colour)]
+        planes = [torch.where(inside, pixels[:, c], float(color)) for c, color in enumerate(preprocess.bar_color)]
         return torch.stack(planes, dim=1)

@@ -1,6 +1,7 @@
 """Freeze the early layers of a network, so that training does not change a bit of them."""
 
 from collections.abc import Collection, Mapping
+from itertools import takewhile
 from typing import TypeVar
 
 import torch
@@ -17,15 +18,11 @@ _PAST_LAST_LAYER = "(past the last layer)"  # the boundary that freezes everythi
 
 
 class _StayInEval:
-    """Replaces a frozen module's `train` method, so that `model.train()` leaves the module in eval mode.
-
-    `requires_grad=False` alone stops neither the update of batch norm's running statistics nor dropout. `mode` is the
-    requested mode, which the module gets when it is unfrozen.
-    """
+    """Replaces a frozen module's `train` method: `model.train()` leaves its batch norm and dropout in eval mode."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.mode = module.training
+        self.mode = module.training  # the requested mode, which the module gets when it is unfrozen
 
     def __call__(self, mode: bool = True) -> nn.Module:  # noqa: FBT001, FBT002 - torch's signature
         self.mode = mode
@@ -41,19 +38,19 @@ def _keep_statistics() -> None:
 
 def _freeze(module: nn.Module) -> None:
     if not stays_in_eval(module):
-        module.train = _StayInEval(module)  # type: ignore[method-assign]
+        module.train = _StayInEval(module)  # type: ignore[method-assign] # its purpose
     module.training = False
     if isinstance(module, _Norm):
-        module.reset_running_stats = _keep_statistics  # type: ignore[method-assign]
+        module.reset_running_stats = _keep_statistics  # type: ignore[method-assign] # its purpose
 
 
 @explained
 def freeze_until(model: _Module, layer: str | None) -> _Module:
-    """Freeze every layer before `layer`; `layer` and all layers after it train.
+    """Freeze every layer before `layer`, in place, and return the model; `layer` and all layers after it train.
 
     Frozen parameters take no gradient, and frozen modules stay in eval mode even after `model.train()`: batch norm's
     statistics do not change and dropout is off. Layers that an earlier call froze and this one does not train again.
-    A second call with the same `layer` changes nothing.
+    A second call with the same `layer` changes nothing. Yosinski et al., 2014, arXiv:1411.1792, measured the effect.
 
     Args:
         model: A `Backbone`, a `TransferModel`, a module that contains a `Backbone`, or any module that registers its
@@ -61,31 +58,28 @@ def freeze_until(model: _Module, layer: str | None) -> _Module:
         layer: A block (`"block5"`), a layer (`"block4_conv2"`), a module name (`"features.24"`), `"head"` (freezes
             the whole backbone), or None (freezes nothing).
 
-    Returns:
-        The same model, changed in place.
-
     Raises:
         UnknownLayerError: `model` has no such layer. The message lists close matches.
-        ArgumentError: `model` is no module.
+        ArgumentError: `model` is not a module.
 
     Example:
         >>> from transferkit import load_backbone
         >>> backbone = freeze_until(load_backbone(weights=None), "block2")  # block 1 has 1,792 + 36,928
         >>> sum(p.numel() for p in backbone.parameters() if not p.requires_grad)
         38720
-
-    References:
-        Yosinski et al., 2014, "How transferable are features in deep neural networks?", arXiv:1411.1792.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}: write freeze_until(model, 'head').")
-    boundary, trainable = find_boundary(model, layer), parameters_from(model, layer)
+    trainable = parameters_from(model, layer)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(name in trainable)
             parameter.grad = parameter.grad if name in trainable else None  # or an optimizer would still apply it
-    before = _names_before(boundary, [name for name, _ in model.named_modules()])
-    freeze_modules(model, {name for name in before if not _contains(name, boundary)})
+    boundary = find_boundary(model, layer)
+    before = set(_modules_before(model, boundary))
+    if boundary != _PAST_LAST_LAYER:  # what contains the boundary must follow model.train()
+        before -= {name for name in before if f"{boundary}.".startswith(f"{name}." if name else "")}
+    freeze_modules(model, before)
     return model
 
 
@@ -103,17 +97,15 @@ def freeze_modules(model: nn.Module, names: Collection[str]) -> None:
 
 def parameters_from(model: nn.Module, layer: str | None) -> dict[str, nn.Parameter]:
     """Return the parameters that train after `freeze_until(model, layer)`, by name."""
-    modules = dict(model.named_modules())
-    before = _names_before(find_boundary(model, layer), list(modules))
+    before = _modules_before(model, find_boundary(model, layer))
     # A parameter shared by a frozen and a trainable module is frozen: the frozen part must not change.
-    frozen = {id(p) for name in before for p in modules[name].parameters(recurse=False)}
+    frozen = {id(p) for module in before.values() for p in module.parameters(recurse=False)}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in frozen}
 
 
 def freeze_statistics(model: nn.Module) -> list[str]:
-    """Freeze batch norm whose parameters are all frozen and whose statistics are not; return the names.
+    """Freeze batch norm whose parameters are all frozen, by hand or before a conversion, and return the names.
 
-    That is the case where layers were converted after `freeze_until`, or frozen by hand with `requires_grad` alone.
     Batch norm without parameters counts as frozen where it lies in a `Backbone` before the first trainable layer.
     """
     modules = dict(model.named_modules())
@@ -135,12 +127,6 @@ def stays_in_eval(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("train"), _StayInEval)
 
 
-def stand_ins(model: nn.Module) -> list[_StayInEval]:
-    """Return what replaces the `train` methods of frozen modules; each has the requested mode."""
-    found = [module.__dict__.get("train") for module in model.modules()]
-    return [stand_in for stand_in in found if isinstance(stand_in, _StayInEval)]
-
-
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights and buffers that training changes, by name, not copied."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -151,25 +137,14 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_values(values: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
-    """Copy values over those that a model has, `live`, such as its state dict; others stay.
-
-    Example:
-        >>> layer = nn.Linear(2, 1)
-        >>> write_values({"bias": torch.ones(1)}, layer.state_dict())
-        >>> layer.bias.item()
-        1.0
-    """
+    """Copy values over those that a model has, `live`, such as its state dict; others stay."""
     with torch.no_grad():
         for name, value in values.items():
             live[name].copy_(value)
 
 
 def first_trainable(model: nn.Module) -> str | None:
-    """Return the name of the first layer with a trainable parameter; None if there is none.
-
-    Layers of a `Backbone` have their block names. If something trains, `freeze_until(model, first_trainable(model))`
-    changes nothing.
-    """
+    """Return the name of the first layer that trains, in a `Backbone` its block name; None if nothing trains."""
     names = {qualified: alias for alias, qualified in reversed(_aliases(model).items()) if "_" in alias}
     first = first_trainable_module(model)
     return None if first is None else str(names.get(first, first))
@@ -224,14 +199,9 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def _names_before(boundary: str | None, names: list[str]) -> set[str]:
-    """Return the names of the modules registered before `boundary`, those that contain it included."""
-    if boundary is None:
-        return set()
-    return set(names if boundary == _PAST_LAST_LAYER else names[: names.index(boundary)])
-
-
-def _contains(name: str, boundary: str | None) -> bool:
-    """Return whether the module called `name` contains the boundary, and so must follow `model.train()`."""
-    inside = boundary is not None and boundary != _PAST_LAST_LAYER
-    return inside and (name == "" or str(boundary).startswith(f"{name}."))
+def _modules_before(model: nn.Module, boundary: str | None) -> dict[str, nn.Module]:
+    """Return the modules registered before `boundary` by name, those that contain it included."""
+    modules = dict(model.named_modules())
+    if boundary == _PAST_LAST_LAYER:
+        return modules
+    return {} if boundary is None else dict(takewhile(lambda item: item[0] != boundary, modules.items()))

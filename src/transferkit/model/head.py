@@ -5,7 +5,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,25 +30,19 @@ _DEPENDS_ON_MODE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutN
 
 
 class Standardize(nn.Module):
-    """Subtracts a mean from each feature and divides by a standard deviation, float32 `(D,)`, of `num_images` images.
+    """Subtracts the mean of each feature of `num_images` images and divides by its standard deviation, float32 `(D,)`.
 
-    Features of one kind are the means, or the maxima, of one layer's channels. What varies less than their median is
-    divided by that: it must not drown the others in an image where it does vary. `Trainer` measures both before its
-    first step; training does not change them.
+    `Trainer` measures both before its first step; training does not change them. A feature that varies less than
+    the median of its kind, such as the means of one layer, is divided by that median, not to dominate where it varies.
     """
-
-    mean: Tensor
-    std: Tensor
-    num_images: Tensor
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(num_features))
-        self.register_buffer("std", torch.ones(num_features))
-        self.register_buffer("num_images", torch.zeros((), dtype=torch.int64))
+        self.mean = nn.Buffer(torch.zeros(num_features))
+        self.std = nn.Buffer(torch.ones(num_features))
+        self.num_images = nn.Buffer(torch.zeros((), dtype=torch.int64))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return standardised features, of the shape `(N, D)` that they have."""
         return (features - self.mean) / self.std
 
 
@@ -57,18 +51,16 @@ class TransferModel(nn.Module):
 
     Attributes:
         backbone: The `Backbone`.
-        head: Maps features to logits `(N, len(classes))`: the pooled outputs of several layers, `(N, D, 1, 1)`, or the
-            output of the last one, `(N, 512, h, w)`.
+        head: Maps features to logits `(N, len(classes))`. Features are the pooled outputs of several layers,
+            `(N, D, 1, 1)`, or the output of the last one, `(N, 512, h, w)`.
         classes: The class names; class index i is `classes[i]`.
-        head_arguments: The arguments that `attach_head` built the head from; None for a user's own head.
+        head_arguments: The arguments from which `attach_head` built the head; None for a user's own head.
         pools: How the outputs of layers are pooled for the head, by the index of the layer in `backbone.features`;
-            empty where the head takes the output of the last one.
+            empty if the head takes the output of the last one.
         threshold: Probability, 0 to 1, from which a label counts as predicted, if an image may have several labels;
             None if each has exactly one. `Trainer` sets it from its loss.
-        temperature: What logits are divided by before they become probabilities, above 0. `Trainer.calibrate` sets it.
+        temperature: Divides logits before they become probabilities, above 0. `Trainer.calibrate` sets it.
         novelty: How unlike the training images an image is; None until `Trainer.learn_known` has measured it.
-        kept_in_eval: Names of modules that stay in eval mode in training; see `begin_training`.
-        fits: The head and the image size that `check_head` has seen to fit; None before.
     """
 
     def __init__(
@@ -88,8 +80,8 @@ class TransferModel(nn.Module):
         self.threshold: float | None = None
         self.temperature = 1.0
         self.novelty: Novelty | None = None
-        self.kept_in_eval: tuple[str, ...] = ()
-        self.fits: tuple[nn.Module, int] | None = None
+        self.kept_in_eval: tuple[str, ...] = ()  # modules that stay in eval mode in training; see `begin_training`
+        self.fits: tuple[nn.Module, int] | None = None  # the head and the image size that `check_head` has seen to fit
         self.training = backbone.training  # a run left the backbone in eval mode: it chose no layers of this model
 
     def __getattr__(self, name: str) -> Any:
@@ -98,20 +90,19 @@ class TransferModel(nn.Module):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the layers whose pooled outputs the head takes; empty where it takes the output of the last one."""
+        """Names of the layers whose pooled outputs the head takes; empty if it takes the output of the last one."""
         return tuple(self.backbone.layer_names[index] for index in self.pools)
 
     @property
     def columns(self) -> list[slice]:
-        """Where in the pooled features each kind of number lies, such as a layer's means or its maxima."""
+        """Slices of the pooled features, one for each kind of number, such as a layer's means or its maxima."""
         kinds = [pool.channels for pool in self.pools.values() for _ in range(pool.size // pool.channels)]
         return [slice(end - size, end) for size, end in zip(kinds, accumulate(kinds), strict=True)]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits `(N, len(classes))` of preprocessed images, float `(N, 3, H, W)`."""
         features = self.backbone(images, self.pools) if self.pools else self.backbone(images)
-        logits: Tensor = self.head(features)
-        return logits
+        return cast("Tensor", self.head(features))
 
     def split(self) -> tuple[Layers, Layers]:
         """Return prefix and suffix, split where training begins: `suffix(prefix(x))` equals `model(x)`.
@@ -130,7 +121,10 @@ class TransferModel(nn.Module):
         """
         layers = Layers([*self.backbone.features, self.head], self.pools)
         frozen = 0
-        while frozen < len(layers) and _is_frozen(layers[frozen]):
+        for layer in layers:
+            drawn = any(part.training for part in layer.modules() if isinstance(part, _DEPENDS_ON_MODE))
+            if drawn or any(parameter.requires_grad for parameter in layer.parameters()):
+                break
             frozen += 1
         return layers[:frozen], layers[frozen:]
 
@@ -153,10 +147,10 @@ def attach_head(
         backbone: It becomes part of the model; it is not copied.
         classes: Two or more class names, or their number (the names are then "0", "1", ...).
         layers: The blocks or layers whose outputs the head takes, such as `["block4", "block5"]`; a block stands for
-            the output of its last layer. Layers behind the last one named are left out of the model. None takes the
+            the output of its last layer. The model leaves out all later layers. None takes the
             last three blocks, or with `pooling="flatten"` the last one.
-        pooling: How each layer's output is pooled over its positions: `"avg"`, `"max"`, or `"avgmax"` for both. What
-            is pooled is concatenated (2 * (256 + 512 + 512) numbers for blocks 3 to 5) and standardised by the training
+        pooling: How each layer's output is pooled over its positions: `"avg"`, `"max"`, or `"avgmax"` for both. Pooled
+            outputs are concatenated (2 * (256 + 512 + 512) numbers for blocks 3 to 5) and standardized by the training
             images. `"flatten"` keeps every position of the last block (512 * h * w numbers) as it is.
         hidden: Widths of fully connected layers before the last, each followed by ReLU and dropout.
         dropout: Probability of dropping a hidden activation in training, or without `hidden` a feature; at least 0 and
@@ -175,9 +169,6 @@ def attach_head(
         >>> from transferkit import load_backbone
         >>> attach_head(load_backbone(weights=None), ["cat", "dog"]).head.logits.in_features  # 2 * (256 + 512 + 512)
         2560
-        >>> recipe = attach_head(load_backbone(weights=None), 10, hidden=(4096, 4096), pooling="flatten")
-        >>> recipe.head.fc1.in_features  # 512 * 7 * 7
-        25088
     """
     if not isinstance(backbone, Backbone):
         raise HeadMismatchError(
@@ -290,17 +281,13 @@ def check_float32(model: nn.Module, *, trains: bool) -> None:
 
 
 def check_head(model: TransferModel) -> None:
-    """Run a head, if it or the image size is new, on zeros, in both modes, and put everything back that this changes.
-
-    One that does not take the backbone's features, or does not return logits, one for each class, is a
-    `HeadMismatchError`.
-    """
+    """Raise `HeadMismatchError` for a head that makes no logits of the backbone's features; remember a good one."""
     if model.fits == (model.head, model.backbone.image_size):
         return
     head, shape, num_classes = model.head, _feature_shape(model.backbone, model.pools), len(model.classes)
     features = torch.zeros(2, *shape, device=next(model.parameters()).device)
     buffers = {name: buffer.clone() for name, buffer in head.named_buffers() if not is_lazy(buffer)}
-    try:
+    try:  # everything that this changes is put back
         with modes_kept(head), seeded(0, features.device):
             outputs = [head.train(mode)(features) for mode in (True, False)]
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, MemoryError) as error:
@@ -331,12 +318,7 @@ def check_head(model: TransferModel) -> None:
         certain = bool((logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < 1e-5).all())
     if certain or isinstance(list(head.modules())[-1], nn.Softmax | nn.Sigmoid):
         raise HeadMismatchError(
-            "head returns probabilities: expected logits, of which the loss makes probabilities. Leave out the softmax "
+            "head returns probabilities: expected logits, which the loss turns into probabilities. Remove the softmax "
             "or sigmoid at its end."
         )
     model.fits = (head, model.backbone.image_size)
-
-
-def _is_frozen(layer: nn.Module) -> bool:
-    trains = any(parameter.requires_grad for parameter in layer.parameters())
-    return not trains and not any(m.training for m in layer.modules() if isinstance(m, _DEPENDS_ON_MODE))

@@ -15,19 +15,13 @@ POOLINGS: dict[str, tuple[Callable[[Tensor, int], Tensor], ...]] = {
 
 
 class Pool(NamedTuple):
-    """How a layer's output is pooled over its positions, `(N, C, h, w)` to `(N, size, 1, 1)`.
-
-    Attributes:
-        name: `"avg"`, `"max"`, or `"avgmax"` for both, one after the other.
-        channels: C.
-    """
+    """How a layer's output of C channels is pooled over its positions, `(N, C, h, w)` to `(N, size, 1, 1)`."""
 
     name: str
     channels: int
 
     @property
     def size(self) -> int:
-        """Numbers that an image gives."""
         return self.channels * len(POOLINGS[self.name])
 
     def __call__(self, activation: Tensor) -> Tensor:
@@ -35,16 +29,12 @@ class Pool(NamedTuple):
 
 
 class Layers(nn.Sequential):
-    """Consecutive layers of a model: an `nn.Sequential` that may also pool the outputs of some layers.
+    """Consecutive layers of a model: an `nn.Sequential` that may also pool the outputs of some, by index in `pools`.
 
     Behind the last pooled layer the result is all that was pooled, concatenated: `(N, D, 1, 1)`. Layers that end before
     it return their activation with what is pooled so far in rows below it, `(N, C, h + r, w)`, so that one tensor holds
-    all that the following layers need. It can be cached, and cut at any layer: `layers[n:](layers[:n](x))` equals
-    `layers(x)`.
-
-    Attributes:
-        pools: How the output of a layer is pooled, by the index of the layer.
-        pooled: Numbers pooled by earlier layers, which lie below the input.
+    all that the following layers need, which are told how many numbers are `pooled`. It can be cached, and cut at any
+    layer: `layers[n:](layers[:n](x))` equals `layers(x)`.
 
     Example:
         >>> layers = Layers([nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1)], {0: Pool("avg", 4), 1: Pool("avg", 5)})
@@ -82,7 +72,6 @@ class Layers(nn.Sequential):
         return self.pooled + sum(pool.size for place, pool in self.pools.items() if place < index)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return the output of the last layer, with what is pooled below it if more is to come."""
         return run_layers(list(self), inputs, self.pools, self.pooled)
 
 
@@ -101,17 +90,12 @@ def run_layers(layers: list[nn.Module], inputs: Tensor, pools: Mapping[int, Pool
     return _below(activation, parts)
 
 
-def _rows(pooled: int, channels: int, width: int) -> int:
-    """Return how many rows of an activation so many numbers take."""
-    return -(-pooled // (channels * width))
-
-
 def _below(activation: Tensor, pooled: list[Tensor]) -> Tensor:
     if not pooled:
         return activation
     _, channels, _, width = activation.shape
     numbers = torch.cat(pooled, dim=1).flatten(1)
-    rows = _rows(numbers.shape[1], channels, width)
+    rows = -(-numbers.shape[1] // (channels * width))
     numbers = functional.pad(numbers, (0, rows * width * channels - numbers.shape[1]))
     return torch.cat([activation, numbers.view(-1, rows, width, channels).permute(0, 3, 1, 2)], dim=2)
 
@@ -120,7 +104,7 @@ def _separate(inputs: Tensor, pooled: int) -> tuple[Tensor, list[Tensor]]:
     if not pooled:
         return inputs, []
     _, channels, _, width = inputs.shape
-    rows = _rows(pooled, channels, width)
+    rows = -(-pooled // (channels * width))
     numbers = inputs[:, :, -rows:].permute(0, 2, 3, 1).flatten(1)[:, :pooled]
     # with the strides that it would have without rows below it: other kernels would round otherwise
     channels_last = inputs.is_contiguous(memory_format=torch.channels_last)
@@ -132,12 +116,7 @@ _SHAPES = {"in_channels", "out_channels", "in_features", "out_features", "num_fe
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the type of each module by name, and the settings of torch's own that its weights' shapes do not tell.
-
-    Example:
-        >>> structure(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
-        {'': {'type': 'Sequential'}, '0': {'type': 'Linear'}, '1': {'type': 'Dropout', 'p': 0.5}}
-    """
+    """Return the type of each module by name, and the settings of torch's own that its weights' shapes do not tell."""
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         settings = vars(module) if type(module).__module__.startswith("torch.nn.modules.") else {}

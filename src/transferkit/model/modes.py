@@ -9,17 +9,14 @@ from typing import Any
 from torch import nn
 
 from transferkit.errors import ModelInUseError
-from transferkit.model.freezing import stand_ins, stays_in_eval
+from transferkit.model.freezing import stays_in_eval
 
 
 @dataclass(slots=True)
 class _Use:
-    """The threads that use a module now."""
-
-    evaluated_by: list[int] = field(default_factory=list)  # one more than once where blocks are nested
+    evaluated_by: list[int] = field(default_factory=list)  # threads, one more than once where blocks are nested
     mode: bool = False  # whether it was in training mode before the first of them
-    changed_by: int | None = None  # the thread that trains it
-    depth: int = 0  # in nested blocks of that thread
+    changed_by: list[int] = field(default_factory=list)  # the thread that trains it, likewise
 
 
 _CONDITION = threading.Condition()  # one for all models, because models share modules
@@ -28,11 +25,7 @@ _USES: dict[nn.Module, _Use] = {}
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Have a model in eval mode while any number of threads evaluate it; then each module has its mode back.
-
-    `model.train(was_training)` would not do: it puts a layer that the user set to eval mode back into training mode,
-    and it would do so while another thread still evaluates. If another thread trains the model, `ModelInUseError`.
-    """
+    """Have a model in eval mode while any number of threads evaluate it; then each module has its own mode back."""
     me, modules = threading.get_ident(), list(model.modules())
     with _CONDITION:
         for use, module in zip(_uses(modules, me), modules, strict=True):
@@ -54,17 +47,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def changing(model: nn.Module) -> Iterator[None]:
-    """Let this thread alone use a model, once others that evaluate it are done; what is frozen may be shared.
-
-    If another thread trains the model, `ModelInUseError`.
-    """
+    """Let this thread alone use a model, but for what is frozen, once others that evaluate it are done."""
     me = threading.get_ident()
     modules = [module for module in model.modules() if module is model or not stays_in_eval(module)]
     with _CONDITION:
         uses = _uses(modules, me)
         for use in uses:
-            use.changed_by = me
-            use.depth += 1
+            use.changed_by.append(me)
     try:
         with _CONDITION:
             _CONDITION.wait_for(lambda: all(thread == me for use in uses for thread in use.evaluated_by))
@@ -72,14 +61,12 @@ def changing(model: nn.Module) -> Iterator[None]:
     finally:
         with _CONDITION:
             for use in uses:
-                use.depth -= 1
-                use.changed_by = me if use.depth else None
+                use.changed_by.remove(me)
             _forget(modules)
 
 
 def _uses(modules: list[nn.Module], me: int) -> list[_Use]:
-    """Return the uses of modules, unless another thread changes one."""
-    if any(_USES[module].changed_by not in (None, me) for module in modules if module in _USES):
+    if any(thread != me for module in modules if module in _USES for thread in _USES[module].changed_by):
         raise ModelInUseError(
             "another thread trains this model or loads weights into it. Wait until that is done, or use a copy made "
             "before, Trainer(copy.deepcopy(model))."
@@ -88,18 +75,14 @@ def _uses(modules: list[nn.Module], me: int) -> list[_Use]:
 
 
 def _forget(modules: list[nn.Module]) -> None:
-    """Drop the uses that ended, and wake those who wait for that."""
     for module in modules:
-        if not _USES[module].evaluated_by and not _USES[module].depth:
+        if not _USES[module].evaluated_by and not _USES[module].changed_by:
             del _USES[module]
     _CONDITION.notify_all()
 
 
 def begin_training(model: Any) -> None:
-    """Put a model into training mode, except the layers that its user put into eval mode while the rest trained.
-
-    Their names are remembered in the model, because a run ends with everything in eval mode.
-    """
+    """Put a model into training mode, except the layers that its user put into eval mode while the rest trained."""
     modules = dict(model.named_modules())
     if model.training:  # or they are all in eval mode, and nobody chose
         parents = {name: modules[name.rpartition(".")[0]] for name in modules if name}
@@ -118,7 +101,7 @@ def begin_training(model: Any) -> None:
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Let modes be changed inside, and give each module back the mode it had."""
     modes = [(module, module.training) for module in model.modules()]
-    asked = [(stand_in, stand_in.mode) for stand_in in stand_ins(model)]
+    asked = [(vars(module)["train"], vars(module)["train"].mode) for module, _ in modes if stays_in_eval(module)]
     try:
         yield
     finally:

@@ -10,39 +10,20 @@ from typing_extensions import Self
 class Novelty(nn.Module):
     """The relative Mahalanobis distance: how far features are from the nearest class, less how far they are from all.
 
-    Ren et al., 2021, arXiv:2106.09022. `Trainer.learn_known` fits it to training images. D features are projected on R
-    axes, for K classes.
-
-    Attributes:
-        mean: Of the training features, float32 `(D,)`.
-        axes: Principal axes of the standardised features, divided by their standard deviations, `(D, R)`.
-        centres: Mean of each class along the axes, `(K, R)`.
-        within: What whitens differences from a class's centre, `(R, R)`.
-        overall: What whitens differences from the mean of all, `(R, R)`.
-        threshold: Distance above which an image is unknown, `()`.
+    Ren et al., 2021, arXiv:2106.09022. `Trainer.learn_known` fits it to training images.
     """
-
-    mean: Tensor
-    axes: Tensor
-    centres: Tensor
-    within: Tensor
-    overall: Tensor
-    threshold: Tensor
 
     def __init__(self, num_features: int, num_axes: int, num_classes: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(num_features))
-        self.register_buffer("axes", torch.zeros(num_features, num_axes))
-        self.register_buffer("centres", torch.zeros(num_classes, num_axes))
-        self.register_buffer("within", torch.zeros(num_axes, num_axes))
-        self.register_buffer("overall", torch.zeros(num_axes, num_axes))
-        self.register_buffer("threshold", torch.zeros(()))
+        self.mean = nn.Buffer(torch.zeros(num_features))  # of the training features
+        self.axes = nn.Buffer(torch.zeros(num_features, num_axes))  # principal ones, over their standard deviations
+        self.centres = nn.Buffer(torch.zeros(num_classes, num_axes))  # mean of each class along the axes
+        self.within = nn.Buffer(torch.zeros(num_axes, num_axes))  # whitens differences from a class's centre
+        self.overall = nn.Buffer(torch.zeros(num_axes, num_axes))  # whitens differences from the mean of all
+        self.threshold = nn.Buffer(torch.zeros(()))  # distance above which an image is unknown
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the distance of each row of features `(N, D)` or `(N, C, h, w)`, less the threshold, float32 `(N,)`.
-
-        Above 0 it counts as unknown.
-        """
+        """Return how unlike the training images features `(N, D)` are, float32 `(N,)`: above 0 it is unknown."""
         along = (features.flatten(1).float() - self.mean) @ self.axes
         white, centres = along @ self.within, self.centres @ self.within
         near = (white[:, None] - centres).square().sum(dim=2).min(dim=1).values

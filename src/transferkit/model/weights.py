@@ -22,21 +22,15 @@ TIMEOUT_S = 30.0
 _CHUNK_BYTES = 1 << 20
 
 # A file name pins only the first eight digits. Where all digits are known they are compared.
-_FULL_SHA256 = {
-    "vgg16-397923af.pth": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
-}
+_FULL_SHA256 = {"vgg16-397923af.pth": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"}
 
 
 def download(url: str, folder: Path | None = None) -> Path:
     """Return the local copy of a weight file, after downloading it if the folder does not have it.
 
     The file is verified at every use and appears in the folder whole or not at all. Its name, the last part of the URL,
-    holds the start of its SHA-256. The folder is torch.hub's own by default, which torchvision uses too.
-
-    Raises:
-        WeightsDownloadError: There is no network or no such file, the connection stalls or breaks, or the disk is full
-            or read-only.
-        WeightsError: The name holds no SHA-256, or the content has another one.
+    holds the start of its SHA-256. The folder is torch.hub's own by default, which torchvision uses too. What cannot be
+    fetched or stored is a `WeightsDownloadError`, another content or a name without SHA-256 a `WeightsError`.
     """
     folder = folder or Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / url.rsplit("/", 1)[-1]
@@ -63,9 +57,8 @@ def is_published(path: Path) -> bool:
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a file of tensors by name, as `torch.save(model.state_dict(), path)` writes it; else `WeightsError`.
 
-    The checksum of every part is verified first, no code in the file runs, and nothing is downloaded. A file in the
-    format of torch before 1.6 has no checksums: that gives a warning, unless its name holds its SHA-256. Tensors are
-    mapped, not copied: the 500 MB of an unused classifier take no memory.
+    Every checksum is verified first; of a file from before torch 1.6, which has none, a warning says so, unless its
+    name holds its SHA-256. Tensors are mapped, not copied: the 500 MB of an unused classifier take no memory.
     """
     path = Path(path)
     check_is_file(path)
@@ -85,7 +78,7 @@ def _warn_of_old_format(path: Path) -> None:
     if not is_published(path):
         warnings.warn(
             f"{printable(str(path))} has the format of torch before 1.6, which has no checksums: damage would not be "
-            "noticed. Save it anew: torch.save(torch.load(path, weights_only=True), path).",
+            "noticed. Save it again: torch.save(torch.load(path, weights_only=True), path).",
             stacklevel=5,
         )
 
@@ -119,27 +112,24 @@ def checked_state_dict(content: object, origin: str) -> dict[str, Tensor]:
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Copy `state` into `module`, if every name and shape fits; else raise `WeightsError`.
-
-    Floating-point weights of another dtype, as in a bfloat16 file, are converted to the module's. Batch norm's
-    `num_batches_tracked` may be missing, as in files from before torch 0.4.1, and is then 0.
-    """
+    """Copy `state` into `module`, in its floating-point dtype, if every name and shape fits; else `WeightsError`."""
     own = module.state_dict()
+    # missing in files from before torch 0.4.1
     counts = {key: torch.zeros_like(own[key]) for key in own if key.endswith(".num_batches_tracked")}
     state = {**counts, **state}
     if faults := differences(own, state):
+        first = next(iter(own))
+        prefixes = [key[: -len(first)] for key in state if key.endswith(f".{first}")]
+        cause = f"The names there begin with {prefixes[0]!r}: remove that from each." if prefixes else ""
         raise WeightsError(
             f"weights from {origin} do not fit: {faults}. Expected exactly the {len(own)} tensors "
-            f"{next(iter(own))} ... {list(own)[-1]}. {_likely_cause(own, state)}"
+            f"{first} ... {list(own)[-1]}. {cause or 'Is it the file of another network?'}"
         )
     module.load_state_dict(dict(state))
 
 
 def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, same_width: bool = False) -> str:
-    """Say in which names, shapes and dtypes `state` differs from `own`, with an empty string if in none.
-
-    Two floating-point dtypes count as different only with `same_width`.
-    """
+    """Say in which names, shapes and dtypes `state` differs from `own`; floating-point ones only with `same_width`."""
     found: dict[str, list[str]] = {
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own],
@@ -157,14 +147,6 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, same_
         for what, items in found.items()
         if items
     )
-
-
-def _likely_cause(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    first = next(iter(own))
-    prefixes = [key[: -len(first)] for key in state if key.endswith(f".{first}")]
-    if prefixes:
-        return f"The names there begin with {prefixes[0]!r}: remove that from each."
-    return "Is it the file of another network?"
 
 
 def _expected_sha256(name: str) -> str | None:
@@ -212,6 +194,6 @@ def _copy_verified(response: http.client.HTTPResponse, file: BinaryIO, url: str,
         raise ConnectionError(f"the connection ended after {received} of {announced} bytes")
     if not digest.hexdigest().startswith(expected):
         raise WeightsError(
-            f"what {url} sent ({received} bytes) does not have the SHA-256 in its name. Nothing was kept. A login page "
-            "may have answered: try another network, or pass a path as weights=."
+            f"the download from {url} ({received} bytes) does not have the SHA-256 in its name. Nothing was kept. A "
+            "login page may have answered: try another network, or pass a path as weights=."
         )

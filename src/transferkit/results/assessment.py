@@ -1,10 +1,10 @@
-"""What a model makes of labelled images, image by image, and the figures that follow from it."""
+"""A model's predictions for labeled images, image by image, and the metrics that follow from them."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,23 +14,16 @@ from transferkit.base.arguments import fraction, whole_number
 from transferkit.data.open import open_data
 from transferkit.data.targets import class_indices
 from transferkit.errors import ArgumentError, printable
-from transferkit.results.figures import open_axes
-from transferkit.results.gallery import WRONG, draw_images, read_pixels
+from transferkit.results.figures import Axes, Figure, open_axes
+from transferkit.results.gallery import draw_images, read_pixels
 from transferkit.results.tabular import html_table, text_table
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
-_COLUMNS = ("class", "precision", "recall", "f1", "images")
-
 
 def confusion_matrix(targets: npt.ArrayLike, predicted: npt.ArrayLike, num_classes: int) -> Integers:
-    """Return how often each class was taken for each other, int64 `(K, K)`: rows are true classes, columns predicted.
+    """Return how often each class was predicted for each true class, int64 `(K, K)`: rows are true classes.
 
     `targets` and `predicted` are class indices `(N,)`, from 0 to `num_classes - 1`.
 
@@ -92,16 +85,16 @@ class ClassFigures(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Assessment:
-    """What a model made of each image of labelled data; from `Trainer.assess`.
+    """A model's predictions for each image of labeled data; from `Trainer.assess`.
 
     Attributes:
         probabilities: Of each class, float32 `(N, K)`, in the order of the data.
         losses: Loss of each image without smoothing and weights, float32 `(N,)`: higher means less probability on the
             true class.
-        targets: True class indices, int64 `(N,)`; of soft targets, the largest. Or true labels, bool `(N, K)`, where
-            an image may have several.
+        targets: True class indices, int64 `(N,)`; of soft targets, the largest. Or true labels, bool `(N, K)`, if an
+            image may have several.
         classes: The class names.
-        threshold: Probability from which a label counts as predicted; None where each image has exactly one label.
+        threshold: Probability from which a label counts as predicted; None if each image has exactly one label.
         metrics: The trainer's metrics over these images, by name.
         temperature: What the model divides its logits by; see `Trainer.calibrate`.
         novelty: How unlike the training images each image is, float32 `(N,)`, above 0 where it counts as unknown; None
@@ -148,8 +141,7 @@ class Assessment:
     def accuracy(self) -> float:
         """Fraction of the images whose most probable class is the true one, 0 to 1.
 
-        With a threshold, the mean over the images of the labels that are both true and predicted over those that are
-        either, where an image that has and gets no label counts 1.
+        With a threshold, the mean Jaccard index of true and predicted labels; an image without either counts 1.
         """
         if self.threshold is None:
             return float((self.predicted == self.targets).mean())
@@ -158,7 +150,7 @@ class Assessment:
         return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())
 
     def accuracy_interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Return the bounds between which the accuracy on all images of this kind lies (Wilson, 1927).
+        """Return a confidence interval of the accuracy on all images of this kind (Wilson, 1927).
 
         Raises:
             ArgumentError: When `confidence` is not from 0 to below 1, or an image may have several labels.
@@ -173,7 +165,7 @@ class Assessment:
     def calibration_error(self, *, calibrated: bool = True) -> float:
         """Return the expected calibration error: how far confidence is from accuracy, 0 to 1, over 15 bins.
 
-        With `calibrated=False` it is that of the model without its temperature.
+        `calibrated=False` leaves out the temperature.
         """
         probabilities = self.probabilities.astype(np.float64)
         if not calibrated:  # without a temperature, probabilities are in proportion to these powers
@@ -204,7 +196,7 @@ class Assessment:
         return confusion_matrix(self.targets, self.predicted, len(self.classes))
 
     def most_confused(self, count: int) -> list[tuple[str, str, int]]:
-        """Return the classes that were most often taken for another: true class, predicted class, number of images.
+        """Return the most frequent confusions: true class, predicted class, number of images.
 
         Raises:
             ArgumentError: When `count` is below 1, or an image may have several labels.
@@ -225,16 +217,15 @@ class Assessment:
 
     def worst(self, num_images: int) -> Integers:
         """Return the indices of the images with the highest loss, the worst first, int64."""
-        order = np.argsort(-self.losses, kind="stable")
-        return order[: whole_number("num_images", num_images)]
+        return np.argsort(-self.losses, kind="stable")[: whole_number("num_images", num_images)]
 
     def __str__(self) -> str:
-        return f"{self._first_line()}\n{text_table(_COLUMNS, self._rows())}"
+        return f"{self._first_line()}\n{text_table(self._table())}"
 
     __repr__ = __str__  # what an interpreter shows
 
     def _repr_html_(self) -> str:
-        return f"<p>{self._first_line()}</p>{html_table(_COLUMNS, self._rows())}"
+        return f"<p>{self._first_line()}</p>{html_table(self._table())}"
 
     def _first_line(self) -> str:
         parts = [f"accuracy {self.accuracy:.4f}", f"loss {self.loss:.4f}"]
@@ -246,15 +237,15 @@ class Assessment:
             parts.append(f"{(self.novelty > 0).mean():.1%} unknown")
         return ", ".join([*parts, f"{len(self.targets):,} images"])
 
-    def _rows(self) -> list[list[str]]:
-        return [
-            [printable(name), *(f"{figure:.4f}" for figure in figures), str(support)]
-            for name, *figures, support in self.per_class()
-        ]
+    def _table(self) -> list[list[str]]:
+        table = [["class", "precision", "recall", "f1", "images"]]
+        for name, *row, count in self.per_class():
+            table.append([printable(name), *(f"{each:.4f}" for each in row), str(count)])
+        return table
 
     def _labels(self, values: Integers) -> npt.NDArray[np.bool_]:
         """Return class indices as one row of labels for each image, bool `(N, K)`; labels as they are."""
-        labels = values if values.ndim == 2 else np.eye(len(self.classes), dtype=bool)[values]
+        labels = values.astype(bool) if values.ndim == 2 else np.eye(len(self.classes), dtype=bool)[values]
         return cast("npt.NDArray[np.bool_]", labels)
 
     def _one_label(self, what: str) -> None:
@@ -264,20 +255,13 @@ class Assessment:
                 "labels of each class."
             )
 
-    def _names(self, labels: npt.NDArray[np.bool_]) -> str:
-        """Return the names of an image's classes, for a title."""
-        return " + ".join(name for name, has in zip(self.classes, labels, strict=True) if has) or "none"
 
-
-_WRITTEN = 20  # classes up to which a confusion matrix has its counts written into it: more would be too small
-
-
-def plot_confusion_matrix(assessment: Assessment, *, ax: "Axes | None" = None, normalize: bool = False) -> "Figure":
+def plot_confusion_matrix(assessment: Assessment, *, ax: Axes | None = None, normalize: bool = False) -> Figure:
     """Draw how often each class was taken for each other: rows are true classes, columns predicted ones.
 
-    Where an image may have several labels, the columns are instead: labels found, labels missed, and images that got
-    the label without having it. Colors show fractions of each true class; `normalize` writes these instead of counts.
-    It is drawn on `ax`, or on a new figure.
+    If an image may have several labels, the columns are labels found, labels missed, and labels predicted wrongly.
+    Colors show fractions of each true class; `normalize` writes these instead of counts. It is drawn on `ax`, or on a
+    new figure.
 
     Raises:
         MissingPackageError: When matplotlib is not installed.
@@ -288,26 +272,24 @@ def plot_confusion_matrix(assessment: Assessment, *, ax: "Axes | None" = None, n
         >>> [text.get_text() for text in figure.axes[0].texts]
         ['2', '0', '2', '0']
     """
-    names = assessment.classes
+    names, columns, label = assessment.classes, assessment.classes, "predicted class"
     if assessment.threshold is None:
-        counts, columns = assessment.confusion_matrix(), names
+        counts = assessment.confusion_matrix()
         totals = counts.sum(axis=1, keepdims=True)
     else:
         true, predicted = assessment.targets.astype(bool), assessment.predicted.astype(bool)
         counts = np.stack([(true & predicted).sum(0), (true & ~predicted).sum(0), (~true & predicted).sum(0)], axis=1)
-        columns, totals = ("found", "missed", "false"), true.sum(axis=0)[:, None]
+        columns, label, totals = ("found", "missed", "false"), "labels", true.sum(axis=0)[:, None]
     fractions = counts / np.maximum(totals, 1)
     side = 2.5 + 0.45 * min(len(counts), 30)
     ax, figure = open_axes(ax, width=side + 0.5, height=side)
-    image = ax.imshow(
-        fractions, cmap="Blues", vmin=0.0, vmax=1.0, aspect="equal" if assessment.threshold is None else "auto"
-    )
+    image = ax.imshow(fractions, cmap="Blues", vmin=0.0, vmax=1.0, aspect="equal")
+    if assessment.threshold is not None:
+        ax.set_aspect("auto")
     ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(names)), names)
-    ax.set(xlabel="predicted class", ylabel="true class", title=f"accuracy {assessment.accuracy:.3f}")
-    if assessment.threshold is not None:
-        ax.set_xlabel("labels")
-    if len(counts) <= _WRITTEN:
+    ax.set(xlabel=label, ylabel="true class", title=f"accuracy {assessment.accuracy:.3f}")
+    if len(counts) <= 20:  # numbers of more classes would be too small
         for row, column in np.ndindex(*counts.shape):
             value = f"{fractions[row, column]:.2f}" if normalize else f"{counts[row, column]}"
             color = "white" if fractions[row, column] > 0.5 else "black"
@@ -316,9 +298,7 @@ def plot_confusion_matrix(assessment: Assessment, *, ax: "Axes | None" = None, n
     return figure
 
 
-def plot_predictions(
-    assessment: Assessment, data: object, *, num_images: int = 12, ax: "Axes | None" = None
-) -> "Figure":
+def plot_predictions(assessment: Assessment, data: object, *, num_images: int = 12, ax: Axes | None = None) -> Figure:
     """Show images with their predicted class and its probability, the worst first.
 
     The worst have the highest loss: the model was sure and wrong. Wrong predictions have a red title, with the true
@@ -348,16 +328,14 @@ def plot_predictions(
     differs = (given.numpy() != assessment.targets[places]).reshape(len(places), -1).any(axis=1)
     if differs.any():
         raise ArgumentError(
-            f"image {places[differs][0]} of the data is not the one that was assessed: its target is another. Expected "
+            f"image {places[differs][0]} of the data is not the one that was assessed: its target differs. Expected "
             "the same data in the same order, and no DataLoader that shuffles in assess."
         )
-    predicted, titles, colors = assessment.predicted[places], [], []
-    labels = (assessment._labels(values) for values in (assessment.targets[places], predicted))
-    for place, true, found in zip(places, *labels, strict=True):
-        title = assessment._names(found)
-        if assessment.threshold is None:
-            title += f" {assessment.probabilities[place, found][0]:.2f}"
-        right = bool((true == found).all())
-        titles.append(title if right else f"{title} ({assessment._names(true)})")
-        colors.append("black" if right else WRONG)
-    return draw_images(read_pixels(source, places.tolist()), titles, colors=colors, ax=ax)
+    true, found = (assessment._labels(labels)[places] for labels in (assessment.targets, assessment.predicted))
+    names = np.array(assessment.classes)
+    told, expected = ([" + ".join(names[row]) or "none" for row in labels] for labels in (found, true))
+    if assessment.threshold is None:
+        told = [f"{name} {assessment.probabilities[place].max():.2f}" for name, place in zip(told, places, strict=True)]
+    wrong = (true != found).any(axis=1).tolist()
+    titles = [f"{what} ({name})" if bad else what for what, name, bad in zip(told, expected, wrong, strict=True)]
+    return draw_images(read_pixels(source, places.tolist()), titles, wrong=wrong, ax=ax)

@@ -1,34 +1,35 @@
-"""matplotlib figures without pyplot, which would keep every figure in the process.
-
-matplotlib is optional and imported when a figure is made.
-"""
+"""matplotlib figures without pyplot, which would keep every figure in the process."""
 
 import io
 import warnings
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from typing_extensions import override
 
 from transferkit.base.display import in_notebook, shell
 from transferkit.errors import MissingPackageError
 
+__all__ = ["Axes", "Figure", "open_axes"]
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+else:  # names for annotations: matplotlib is optional, and imported when a figure is made
+    Axes, Figure = (type(name, (), {"__module__": "matplotlib"}) for name in ("Axes", "Figure"))
 
 
-def open_axes(ax: "Axes | None", *, width: float, height: float) -> "tuple[Axes, Figure]":
+def open_axes(ax: Axes | None, *, width: float, height: float) -> tuple[Axes, Figure]:
     """Return the axes to draw on and their figure, a new one if there are none."""
     if ax is not None:
         return ax, cast("Figure", ax.get_figure(root=True))
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure as PlainFigure
     except ImportError as error:
         raise MissingPackageError(
             "plots need the package matplotlib, which is not installed. From a clone: pip install '.[notebook]'."
         ) from error
 
-    class ShownFigure(Figure):
+    class ShownFigure(PlainFigure):
         """A figure that a notebook shows although pyplot does not know it."""
 
         shown = False
@@ -42,8 +43,7 @@ def open_axes(ax: "Axes | None", *, width: float, height: float) -> "tuple[Axes,
             from IPython.display import display
 
             self.shown = True
-            picture = {"image/png": self._repr_png_(), "text/plain": repr(self)}
-            display(picture, raw=True)
+            display({"image/png": self._repr_png_(), "text/plain": repr(self)}, raw=True)
 
         @override
         def show(self, warn: bool = True) -> None:
@@ -54,17 +54,12 @@ def open_axes(ax: "Axes | None", *, width: float, height: float) -> "tuple[Axes,
 
     figure = ShownFigure(figsize=(width, height), layout="constrained")
     if in_notebook():
-        _show_after_cell(figure)
+        events = shell().events
+
+        def show_once() -> None:  # when the cell has run: its last line alone would be shown without this
+            events.unregister("post_execute", show_once)
+            if not figure.shown:
+                figure.show()
+
+        events.register("post_execute", show_once)
     return figure.add_subplot(), figure
-
-
-def _show_after_cell(figure: Any) -> None:
-    """Show a figure when the cell has run, unless it was shown: the last line of a cell alone would be."""
-    events = shell().events
-
-    def show() -> None:
-        events.unregister("post_execute", show)
-        if not figure.shown:
-            figure.show()
-
-    events.register("post_execute", show)

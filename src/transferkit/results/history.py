@@ -8,21 +8,17 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from transferkit.errors import ArgumentError, close_matches
-from transferkit.results.figures import open_axes
+from transferkit.results.figures import Axes, Figure, open_axes
 from transferkit.results.tabular import html_table
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 @dataclass(eq=False)
 class EpochReport:
-    """One epoch's figures.
+    """One epoch's metrics.
 
     Metrics of the trainer are attributes too: `report.f1` on the training images and `report.val_f1` on the validation
     images. So is every number that a callback assigns: after `report.pets = 0.5` the history, the plots, early stopping
-    and the loggers have a figure `pets`.
+    and the loggers have `pets`.
 
     Attributes:
         epoch: Number of the epoch in the life of the trainer, from 0.
@@ -59,7 +55,7 @@ class EpochReport:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Every figure that was measured, by name, in the order training, validation, others."""
+        """Every metric that was measured, by name, in the order training, validation, others."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def __eq__(self, other: object) -> bool:
@@ -93,7 +89,7 @@ class History:
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """The values of each figure, one for each epoch, NaN where an epoch lacks a figure that another one has."""
+        """The values of each metric, one for each epoch; NaN if the epoch lacks it."""
         rows = [report.figures for report in self.reports]
         names = list(dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "skipped")))
         return {name: [row.get(name, math.nan) for row in rows] for name in names}
@@ -102,7 +98,7 @@ class History:
         """The values of one figure: `history["loss"]` is `history.history["loss"]`."""
         figures = self.history
         if name not in figures:
-            raise ArgumentError(f"history[{name!r}] is no figure. {close_matches(name, figures)}")
+            raise ArgumentError(f"history[{name!r}] is not a metric. {close_matches(name, figures)}")
         return figures[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -127,7 +123,7 @@ class History:
         ]
         return -max(ranked)[2] if ranked else None
 
-    def plot(self, ax: "Axes | None" = None) -> "Figure":
+    def plot(self, ax: Axes | None = None) -> Figure:
         """Draw loss, accuracy, metrics and learning rate of each epoch, and mark the best epoch.
 
         `ax`, or a new figure, is divided into one part for each of them.
@@ -147,28 +143,24 @@ class History:
         names = list(dict.fromkeys(["loss", "accuracy", *names, "lr"]))
         ax, figure = open_axes(ax, width=3.0 * len(names), height=3.0)
         ax.axis("off")
-        for position, name in enumerate(names):
-            self._draw(name, ax.inset_axes((position * 1.08 / len(names), 0.0, 0.84 / len(names), 1.0)))
-        return figure
-
-    def _draw(self, name: str, part: "Axes") -> None:
-        """Draw one figure of each epoch, of the training and of the validation images."""
         figures, epochs = self.history, [number + 1 for number in self.epoch]
-        lines = {name: ("C0", "training"), f"val_{name}": ("C1", "validation")}
-        for key, (color, label) in lines.items():
-            if key in figures:
-                part.plot(epochs, figures[key], marker="o", markersize=3, color=color, label=label)
-        if self.best_epoch is not None:
-            part.axvline(epochs[self.best_epoch], color="0.6", linestyle=":", label="best epoch")
-        part.set(title="learning rate" if name == "lr" else name, xlabel="epoch")
-        part.locator_params(axis="x", integer=True)
-        if name == "loss":
-            part.legend(fontsize="small")
-        elif name == "lr" and max(figures[name]) > 10 * min(figures[name]):
+        for position, name in enumerate(names):
+            part = ax.inset_axes((position * 1.08 / len(names), 0.0, 0.84 / len(names), 1.0))
+            for key, color, label in ((name, "C0", "training"), (f"val_{name}", "C1", "validation")):
+                if key in figures:
+                    part.plot(epochs, figures[key], marker="o", markersize=3, color=color, label=label)
+            if self.best_epoch is not None:
+                part.axvline(epochs[self.best_epoch], color="0.6", linestyle=":", label="best epoch")
+            part.set(title="learning rate" if name == "lr" else name, xlabel="epoch")
+            part.locator_params(axis="x", integer=True)
+            if name == "loss":
+                part.legend(fontsize="small")
+        if max(figures["lr"]) > 10 * min(figures["lr"]):
             part.set_yscale("log")
-        elif name == "lr":
-            part.set_ylim(0.0, 1.2 * max(figures[name]))
+        else:
+            part.set_ylim(0.0, 1.2 * max(figures["lr"]))
             part.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+        return figure
 
     def _repr_html_(self) -> str:
         figures = self.history
@@ -176,4 +168,4 @@ class History:
             [str(epoch + 1), *(f"{value:.4g}" for value in values)]
             for epoch, values in zip(self.epoch, zip(*figures.values(), strict=True), strict=True)
         ]
-        return html_table(["epoch", *figures], rows, bold=self.best_epoch)
+        return html_table([["epoch", *figures], *rows], bold=self.best_epoch)

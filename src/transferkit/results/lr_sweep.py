@@ -2,22 +2,41 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from transferkit.results.figures import open_axes
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
+from transferkit.results.figures import Axes, Figure, open_axes
 
 SMOOTHING = 0.9  # weight of the past in the smoothed loss, because single batches are noisy
 DIVERGED = 4.0  # a smoothed loss this many times the lowest one ends the sweep
 BELOW_LOWEST = 10.0  # the rate of the lowest smoothed loss, where training is about to fail, is divided by this
 FELL = 0.8  # the smoothed loss must fall to this fraction of its first value, or it says nothing about rates
 ROSE = 0.25  # and then rise by this fraction of what it fell, or nothing says where training begins to fail
+
+
+def plot_lr_find(sweep: "LearningRateSweep", ax: Axes | None = None) -> Figure:
+    """Draw the loss over the learning rate on `ax`, or on a new figure, and mark the suggestion.
+
+    `LearningRateSweep.plot` is the same.
+
+    Raises:
+        MissingPackageError: When matplotlib is not installed.
+
+    Example:
+        >>> figure = plot_lr_find(LearningRateSweep([1e-4, 1e-3, 1e-2], [2.0, 1.0, 3.0]))
+        >>> figure.axes[0].get_xlabel()
+        'learning rate'
+    """
+    ax, figure = open_axes(ax, width=5.0, height=3.2)
+    ax.plot(sweep.lrs, sweep.losses, color="0.75", linewidth=1, label="each step")
+    ax.plot(sweep.lrs, sweep.smoothed, label="smoothed")
+    if sweep.suggestion is not None:
+        ax.axvline(sweep.suggestion, color="firebrick", linestyle=":", label=f"suggestion {sweep.suggestion:.1e}")
+    low, high = np.nanmin(sweep.smoothed), max(sweep.smoothed[0], np.nanmin(sweep.smoothed))
+    ax.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low) + 1e-6)
+    ax.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+    ax.legend(fontsize="small")
+    return figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +75,14 @@ class LearningRateSweep:
         None if the loss never fell by a fifth of its mean over the first tenth of the steps, or never rose again by
         a quarter of what it fell; `why_none` says which.
         """
-        return None if self.why_none else self.lrs[self._lowest[1]] / BELOW_LOWEST
+        return None if self.why_none else self.lrs[self._lowest[2]] / BELOW_LOWEST
 
     @property
     def why_none(self) -> str:
         """Why there is no suggestion; empty if there is one."""
         if not self.losses or not math.isfinite(self.losses[0]):
             return "the loss of the first step is not finite. Look at the images and at the weights."
-        first, (lowest, step) = sum(self.losses[: self._start]) / self._start, self._lowest
+        first, lowest, step = self._lowest
         if lowest > FELL * first:
             return "the loss never fell. Is the model trained already?"
         if all(loss <= lowest + ROSE * (first - lowest) for loss in self.smoothed[step:]):
@@ -72,56 +91,24 @@ class LearningRateSweep:
         return ""
 
     @property
-    def _start(self) -> int:
-        """Number of steps whose mean loss is the first value."""
-        return max(1, len(self.losses) // 10)
-
-    @property
-    def _lowest(self) -> tuple[float, int]:
-        """The lowest smoothed loss after these steps, and its step."""
-        later = [(loss, step) for step, loss in enumerate(self.smoothed) if step >= self._start and math.isfinite(loss)]
-        return min(later, default=(math.inf, 0))
+    def _lowest(self) -> tuple[float, float, int]:
+        """The mean loss of the first tenth of the steps, and the lowest smoothed loss after it with its step."""
+        start = max(1, len(self.losses) // 10)
+        later = [(loss, step) for step, loss in enumerate(self.smoothed) if step >= start and math.isfinite(loss)]
+        return sum(self.losses[:start]) / start, *min(later, default=(math.inf, 0))
 
     @property
     def diverged(self) -> bool:
-        """Whether the smoothed loss has risen so far that trying larger rates is pointless."""
-        smoothed = self.smoothed
-        lowest = min((loss for loss in smoothed if math.isfinite(loss)), default=math.inf)
-        return bool(smoothed) and not smoothed[-1] <= DIVERGED * lowest
+        """Whether the smoothed loss has risen so far that larger learning rates are pointless."""
+        lowest = min(filter(math.isfinite, self.smoothed), default=math.inf)
+        return bool(self.losses) and not self.smoothed[-1] <= DIVERGED * lowest
 
-    def plot(self, ax: "Axes | None" = None) -> "Figure":
-        """Draw it; see `plot_lr_find`."""
-        return plot_lr_find(self, ax=ax)
+    plot = plot_lr_find
 
     def _repr_html_(self) -> str:
-        lowest = min(loss for loss in self.smoothed if math.isfinite(loss)) if self.suggestion else math.nan
+        lowest = min(filter(math.isfinite, self.smoothed), default=math.nan)
         rate = "none" if self.suggestion is None else f"{self.suggestion:.2g}"
         return (
             f"<p>{len(self.lrs)} steps from learning rate {self.lrs[0]:.1e} to {self.lrs[-1]:.1e}, lowest smoothed "
             f"loss {lowest:.3f}: suggestion <b>{rate}</b></p>"
         )
-
-
-def plot_lr_find(sweep: LearningRateSweep, *, ax: "Axes | None" = None) -> "Figure":
-    """Draw the loss over the learning rate on `ax`, or on a new figure, and mark the suggestion.
-
-    `LearningRateSweep.plot` is the same.
-
-    Raises:
-        MissingPackageError: When matplotlib is not installed.
-
-    Example:
-        >>> figure = plot_lr_find(LearningRateSweep([1e-4, 1e-3, 1e-2], [2.0, 1.0, 3.0]))
-        >>> figure.axes[0].get_xlabel()
-        'learning rate'
-    """
-    ax, figure = open_axes(ax, width=5.0, height=3.2)
-    ax.plot(sweep.lrs, sweep.losses, color="0.75", linewidth=1, label="each step")
-    ax.plot(sweep.lrs, sweep.smoothed, label="smoothed")
-    if sweep.suggestion is not None:
-        ax.axvline(sweep.suggestion, color="firebrick", linestyle=":", label=f"suggestion {sweep.suggestion:.1e}")
-    low, high = np.nanmin(sweep.smoothed), max(sweep.smoothed[0], np.nanmin(sweep.smoothed))
-    ax.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low) + 1e-6)
-    ax.set(xscale="log", xlabel="learning rate", ylabel="training loss")
-    ax.legend(fontsize="small")
-    return figure

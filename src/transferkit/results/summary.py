@@ -16,8 +16,6 @@ from transferkit.model.head import TransferModel
 from transferkit.model.modes import evaluating
 from transferkit.results.tabular import html_table, text_table
 
-_COLUMNS = ("layer", "output", "parameters", "state", "arithmetic")
-
 
 class LayerSummary(NamedTuple):
     """One layer.
@@ -41,8 +39,8 @@ class LayerSummary(NamedTuple):
     @property
     def state(self) -> str:
         """Whether it trains or is frozen, where it has parameters, and whether it is cached."""
-        trained = [] if not self.num_parameters else ["trains"] if self.trains else ["frozen"]
-        return ", ".join([*trained, *(["cached"] if self.cached else [])])
+        trained = "" if not self.num_parameters else "trains" if self.trains else "frozen"
+        return ", ".join(filter(None, [trained, "cached" if self.cached else ""]))
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,24 +64,20 @@ class Summary:
         return layer.multiply_adds / max(1, sum(other.multiply_adds for other in self.layers))
 
     def __str__(self) -> str:
-        return f"{text_table(_COLUMNS, self._rows())}\n{self._last_line()}"
+        return f"{text_table(self._table())}\n{self._last_line()}"
 
     __repr__ = __str__  # what an interpreter shows
 
     def _repr_html_(self) -> str:
-        return f"{html_table(_COLUMNS, self._rows())}<p>{self._last_line()}</p>"
+        return f"{html_table(self._table())}<p>{self._last_line()}</p>"
 
-    def _rows(self) -> list[list[str]]:
-        return [
-            [
-                layer.name,
-                "x".join(map(str, layer.output_shape)),
-                f"{layer.num_parameters:,}" if layer.num_parameters else "",
-                layer.state,
-                f"{self.share(layer):.1%}" if layer.multiply_adds else "",
-            ]
-            for layer in self.layers
-        ]
+    def _table(self) -> list[list[str]]:
+        table = [["layer", "output", "parameters", "state", "arithmetic"]]
+        for layer in self.layers:
+            own = f"{layer.num_parameters:,}" if layer.num_parameters else ""
+            share = f"{self.share(layer):.1%}" if layer.multiply_adds else ""
+            table.append([layer.name, "x".join(map(str, layer.output_shape)), own, layer.state, share])
+        return table
 
     def _last_line(self) -> str:
         arithmetic = sum(layer.multiply_adds for layer in self.layers)
@@ -99,11 +93,11 @@ class Summary:
 def summary(model: Backbone | TransferModel) -> Summary:
     r"""Return a model layer by layer: output shape, parameters, frozen or trained, cached or not, share of arithmetic.
 
-    The layers marked "cached" are those whose output `Trainer` caches where the data allows it: the frozen ones from
-    the first on, provided they are pure functions. One image of zeros goes through the model, which is left as it was.
+    `Trainer` caches the output of the layers marked "cached" if the data allows it: the first frozen layers, if they
+    are pure functions. One image of zeros goes through the model; the model does not change.
 
     Raises:
-        ArgumentError: When it is neither from `load_backbone` nor from `attach_head`.
+        ArgumentError: When `model` is neither from `load_backbone` nor from `attach_head`.
 
     Example:
         >>> from transferkit import attach_head, freeze_until, load_backbone

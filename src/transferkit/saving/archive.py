@@ -26,13 +26,8 @@ _PLAIN_BYTES = 2**20  # room for what is not tensors
 def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write plain types and tensors beside their place, read the checksums back, flush to the disk and rename.
 
-    The tensors are not copied. If another thread changes them meanwhile, that is an error, unless it uses `.data` or
-    has not finished when the file has.
-
-    Raises:
-        CheckpointTypeError: The state holds something else. Nothing was written.
-        CheckpointWriteError: The folder is missing, read-only or full, a tensor changed meanwhile, or the file does
-            not read back. An earlier file at `path` is still there.
+    Anything else is a `CheckpointTypeError`. What keeps the file from being whole, or another thread that changes the
+    tensors meanwhile, is a `CheckpointWriteError`, and an earlier file at `path` is still there.
     """
     path = Path(path)
     tensors = check_plain(state, CheckpointTypeError)
@@ -40,16 +35,16 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> 
     needed = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     try:
         if (free := shutil.disk_usage(path.parent).free) < needed + _PLAIN_BYTES:
-            raise OSError(f"it needs {needed / 1e6:,.0f} MB and {path.parent} has {free / 1e6:,.0f} MB free")  # noqa: TRY301
+            raise OSError(f"it needs {needed / 1e6:,.0f} MB and {path.parent} has {free / 1e6:,.0f} MB free")
         with atomic_write(path) as file:
             torch.save({"format": FORMAT, "versions": VERSIONS, **state}, file)
             if versions != [tensor._version for tensor in tensors]:
-                raise OSError("another thread changed its tensors meanwhile, save between two steps")  # noqa: TRY301
+                raise OSError("another thread changed its tensors meanwhile, save between two steps")
             check_archive(file)
     except (OSError, RuntimeError, ValueError) as error:  # torch raises RuntimeError where the disk is full
         raise CheckpointWriteError(
-            f"cannot write a checkpoint to {path}: {error}. An earlier file there is unchanged. Expected a folder "
-            "that can be written, with room, on a sound disk."
+            f"cannot write a checkpoint to {path}: {error}. An earlier file there is unchanged. Expected a "
+            "folder with write permission and enough room on a working disk."
         ) from error
 
 
@@ -62,16 +57,23 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         state = read_torch_file(path)
     except ValueError as error:
         raise CheckpointError(
-            f"cannot read {path} ({path.stat().st_size} bytes) as a checkpoint: {error}. Expected a whole file of "
+            f"cannot read {path} ({path.stat().st_size} bytes) as a checkpoint: {error}. Expected a complete file of "
             "Trainer.save: delete it and use an earlier one. Weights alone are for load_backbone(weights=path)."
         ) from error
     except (OSError, MemoryError) as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error}. The file may be good.") from error
-    form = state.get("format", "none") if isinstance(state, dict) else "none"
+    content: dict[str, Any] = state if isinstance(state, dict) else {}
+    form = content.get("format", "none")
     if type(form) is not int or form != FORMAT:
-        raise CheckpointError(f"{path} {_other_format(state, form)}")
-    check_plain(state, CheckpointError)
-    return state  # type: ignore[return-value]
+        versions = content.get("versions")
+        writer = versions.get("transferkit") if isinstance(versions, dict) else None
+        by = f", written by transferkit {shown(writer)}" if writer else ""
+        raise CheckpointError(
+            f"{path} has checkpoint format {shown(form)}{by}: this is transferkit {VERSIONS['transferkit']}, which "
+            f"reads format {FORMAT}. Expected a file that Trainer.save wrote, or install its transferkit."
+        )
+    check_plain(content, CheckpointError)
+    return content
 
 
 def shown(value: object) -> str:
@@ -79,22 +81,8 @@ def shown(value: object) -> str:
     return printable(value) if isinstance(value, str) and len(value) < 80 else reprlib.repr(value)
 
 
-def _other_format(state: object, found: object) -> str:
-    versions = state.get("versions") if isinstance(state, dict) else None
-    writer = versions.get("transferkit") if isinstance(versions, dict) else None
-    by = f", written by transferkit {shown(writer)}" if writer else ""
-    return (
-        f"has checkpoint format {shown(found)}{by}: this is transferkit {VERSIONS['transferkit']}, which reads format "
-        f"{FORMAT}. Expected a file that Trainer.save wrote, or install its transferkit."
-    )
-
-
 def check_plain(state: object, error: type[CheckpointError]) -> list[Tensor]:
-    """Return the tensors in a nested state.
-
-    A value that is not of a plain type or a dense tensor with memory of its own, or a key that is not text, is an
-    `error`, which names the place.
-    """
+    """Return the tensors in a nested state; an `error` names what is no plain type, dense tensor or key of text."""
     tensors: list[Tensor] = []
     seen: set[int] = set()  # without it a list that holds one list twice, nested, would take forever
     waiting: list[tuple[str, object]] = [("", state)]
@@ -121,8 +109,8 @@ def check_plain(state: object, error: type[CheckpointError]) -> list[Tensor]:
 def check_parts(state: object, parts: Any, *, origin: str, place: str = "") -> None:
     """Compare a nested state with a table of what it must hold; `CheckpointError` names the place of what differs.
 
-    A table is a tuple of the types that a value may have; a dict of the keys that a mapping must have, with `str` as
-    key for every key; or a list of one entry, for every item of a list. `origin` is the file.
+    A table is a tuple of the types that a value may have; a dict of the keys that a mapping must have, with `str` for
+    every key; or a list of one entry, for every item of a list. `origin` is the file.
     """
     kinds = parts if isinstance(parts, tuple) else (type(parts),)
     if not isinstance(state, kinds) or (isinstance(state, bool) and bool not in kinds):

@@ -66,10 +66,7 @@ def model_state(model: TransferModel) -> dict[str, Any]:
 
 
 def check_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
-    """Compare a saved model, of the form `PARTS`, with a live one, so that nothing is assigned unless all fits.
-
-    Other classes are a `HeadMismatchError`, all else is a `CheckpointError` that names what differs.
-    """
+    """Refuse a saved model, of the form `PARTS`, that differs from a live one, before anything is assigned."""
     _check_description(state)
     others = len(model.classes) != len(state["classes"])
     if list(model.classes) != state["classes"] and (others or not numbered(model.classes)):
@@ -112,11 +109,7 @@ def _preprocessing(state: Mapping[str, Any]) -> Preprocessing:
 
 
 def check_loadable(model: object) -> None:
-    """Raise `CheckpointTypeError` for a model that `load_model` could not build again from its file.
-
-    It is a wrapper or a subclass; a layer of its backbone or of the head that `attach_head` built was replaced,
-    changed, compiled, pruned or parametrized, or has a `forward` of its own; or weights are not float32.
-    """
+    """Raise `CheckpointTypeError` for a model that `load_model` could not build again from its file."""
     if not isinstance(model, TransferModel) or type(model) is not TransferModel:
         inside = [name for name in ("module", "_orig_mod") if isinstance(getattr(model, name, None), TransferModel)]
         advice = f"Pass what it wraps: model.{inside[0]}." if inside else "Build one with attach_head."
@@ -124,9 +117,8 @@ def check_loadable(model: object) -> None:
     with torch.device("meta"):
         known = {type(layer): layer for layer in make_layers([1, "M"], batch_norm=True)}
         layers = [copy.deepcopy(known.get(type(layer), nn.Identity())) for layer in model.backbone.features]
-    expected: dict[str, tuple[nn.Module, nn.Module]] = {
-        "backbone.features.": (model.backbone.features, nn.Sequential(*layers))
-    }
+    expected: dict[str, tuple[nn.Module, nn.Module]] = {}
+    expected["backbone.features."] = model.backbone.features, nn.Sequential(*layers)
     pools = model.pools
     if model.head_arguments is not None:
         pools, head = _head_without_weights(model.backbone, model.layers, model.head_arguments, len(model.classes))
@@ -195,7 +187,6 @@ def load_model_state(model: TransferModel, state: Mapping[str, Any]) -> None:
 
 
 def _structure(model: TransferModel) -> dict[str, dict[str, Any]]:
-    """Return the structure of backbone and head; a model may have learnt what it knows or not."""
     return {name: settings for name, settings in structure(model).items() if name != NOVELTY[:-1]}
 
 
@@ -209,7 +200,7 @@ def _build_novelty(buffers: Mapping[str, Tensor]) -> Novelty | None:
     try:
         return Novelty.of_state(buffers) if buffers else None
     except ValueError as error:
-        raise CheckpointError(f"the checkpoint's measure of what is known is damaged: {error}.") from error
+        raise CheckpointError(f"the checkpoint's novelty measure is damaged: {error}.") from error
 
 
 def leave_out_frozen(state: Mapping[str, Any], model: TransferModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -221,10 +212,7 @@ def leave_out_frozen(state: Mapping[str, Any], model: TransferModel) -> tuple[di
 
 
 def put_back(state: dict[str, Any], path: Path, *others: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the state of a model with the weights that `leave_out_frozen` left out of its file, told by their SHA-256.
-
-    They are those of `others`, weights of live models, or of a file in the folder of `path`; else `CheckpointError`.
-    """
+    """Return a model's state with the frozen weights that its file lacks: of live models, `others`, or of a file."""
     _check_description(state)
     if not state["left_out"]:
         return state
@@ -255,13 +243,13 @@ def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bo
     """Write a model, whole or not at all, for `load_model` to read.
 
     Args:
-        model: The file also holds its class names, its preprocessing and what is frozen.
-        path: Of the file.
+        model: The file also holds its class names, its preprocessing and which layers are frozen.
+        path: The file to write.
         frozen: `False` leaves out the frozen weights, which makes 56 kB for a linear head of three classes.
             `load_model` must then be given a backbone that has them, and compares their SHA-256.
 
     Raises:
-        CheckpointTypeError: `load_model` could not build the model again: it is wrapped, or a layer was exchanged,
+        CheckpointTypeError: `load_model` could not build the model again: it is wrapped, or a layer was replaced,
             changed, pruned, parametrized or converted to another dtype.
         CheckpointWriteError: The folder is missing, read-only or full.
 
@@ -284,15 +272,12 @@ def save_model(model: TransferModel, path: str | os.PathLike[str], *, frozen: bo
 def load_model(
     path: str | os.PathLike[str], *, head: nn.Module | None = None, backbone: Backbone | None = None
 ) -> TransferModel:
-    """Build the model that `Trainer.save` or `save_model` wrote, from the file alone and without a download.
+    """Build the model that `Trainer.save` or `save_model` wrote, on the CPU and in eval mode, without a download.
 
     Args:
-        path: Of the file.
+        path: The file to read.
         head: A head built like that of the model, if it was your own.
         backbone: A backbone with the frozen weights, if they were left out. It becomes part of the model.
-
-    Returns:
-        The model, on the CPU and in eval mode.
 
     Raises:
         CheckpointError: The file is missing, damaged or no checkpoint; it has a head of your own and no `head` is
@@ -331,20 +316,15 @@ def _build(state: Mapping[str, Any], head: nn.Module | None, backbone: Backbone 
         preprocessing = _check_description(state)
         size = preprocessing.image_size
         backbone = load_backbone(state["backbone"], weights=None, image_size=size, preprocessing=preprocessing)
-    if head is None:
-        _check_head_size(backbone, state)
-    arguments = state["head"] if head is None else {"head": head}
+    arguments: dict[str, Any] = state["head"] if head is None else {"head": head}
+    if head is None:  # one larger than its weights in the file is refused before any memory is allocated for it
+        saved = {name.removeprefix("head."): w for name, w in state["weights"].items() if name.startswith("head.")}
+        if len(arguments.get("hidden", ())) > (count := len(state["weights"])):
+            raise CheckpointError(f"the checkpoint describes a head of more layers than {count} weights.")
+        expected = _head_without_weights(backbone, state["layers"], arguments, len(state["classes"]))[1]
+        if faults := differences(expected.state_dict(), saved):
+            raise CheckpointError(f"the checkpoint's weights do not fit the head that it describes: {faults}.")
     return attach_head(backbone, state["classes"], layers=state["layers"] or None, **arguments)
-
-
-def _check_head_size(backbone: Backbone, state: Mapping[str, Any]) -> None:
-    """Refuse a head that is larger than its weights in the file, before any memory is allocated for it."""
-    if len(state["head"].get("hidden", ())) > len(state["weights"]):
-        raise CheckpointError(f"the checkpoint describes a head of more layers than {len(state['weights'])} weights.")
-    head = _head_without_weights(backbone, state["layers"], state["head"], len(state["classes"]))[1]
-    weights = {name.removeprefix("head."): w for name, w in state["weights"].items() if name.startswith("head.")}
-    if faults := differences(head.state_dict(), weights):
-        raise CheckpointError(f"the checkpoint's weights do not fit the head that it describes: {faults}.")
 
 
 def _head_without_weights(

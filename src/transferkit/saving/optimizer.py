@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from transferkit.compute.device import parameters_of
 from transferkit.errors import CheckpointError
 from transferkit.saving.archive import check_parts, check_ranges, shown
 
@@ -57,7 +58,7 @@ def _check_settings(kind: type[Optimizer], place: str, saved: Mapping[str, Any])
     numbers = [part for value in saved.values() for part in (value if isinstance(value, tuple | list) else [value])]
     try:
         if not all(math.isfinite(number) for number in numbers if isinstance(number, Real | Tensor)):
-            raise ValueError("a number is infinite or NaN")  # noqa: TRY301
+            raise ValueError("a number is infinite or NaN")
         settings = {key: value for key, value in saved.items() if key in known}
         kind([nn.Parameter(torch.zeros(2, 3))], **settings)
     except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -65,12 +66,21 @@ def _check_settings(kind: type[Optimizer], place: str, saved: Mapping[str, Any])
         raise CheckpointError(f"{wrong} Got {shown(dict(saved))}.") from error
 
 
-_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum")
-_NOT_NEGATIVE = (*_SQUARES, "step", "step_size", "eta")
+_NOT_NEGATIVE = [
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_inf",
+    "square_avg",
+    "acc_delta",
+    "sum",
+    "step",
+    "step_size",
+    "eta",
+]
 
 
 def _check_numbers(name: str, values: Mapping[str, Any]) -> None:
-    """Refuse moments that are not finite, and second moments or counts below 0, of which the next step makes NaN."""
+    """Refuse moments that are not finite, and second moments or counts below 0, which would make the next step NaN."""
     for key, value in values.items():
         if isinstance(value, Tensor) and value.numel() and value.is_floating_point():
             least, most = (float(end) for end in value.detach().aminmax())
@@ -81,10 +91,7 @@ def _check_numbers(name: str, values: Mapping[str, Any]) -> None:
 
 
 def _state_after_a_step(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """Return what one of torch's optimizers stores of a parameter, with meta tensors of the right shapes and dtypes.
-
-    A step with a tiny parameter of as many dimensions tells, in less than a millisecond.
-    """
+    """Return what one of torch's optimizers stores of a parameter, as meta tensors: the step of a tiny one tells."""
     sizes = dict(enumerate(parameter.shape, start=2))  # the tiny one is 2 x 3 x ...
     tiny = nn.Parameter(torch.zeros(tuple(sizes), dtype=parameter.dtype, device=parameter.device))
     tiny.grad = torch.zeros_like(tiny)
@@ -122,12 +129,8 @@ def _kind(value: object) -> str:
 def load_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
     """Assign a saved optimizer, which `check_optimizer_state` has accepted, to a live one."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    in_order = [names[id(parameter)] for parameter in parameters_of(optimizer)]  # as torch numbers them
+    numbered = {number: state["state"][name] for number, name in enumerate(in_order) if name in state["state"]}
     live = optimizer.state_dict()["param_groups"]
-    numbered = {
-        number: state["state"][names[id(parameter)]]
-        for group, live_group in zip(optimizer.param_groups, live, strict=True)
-        for parameter, number in zip(group["params"], live_group["params"], strict=True)
-        if names[id(parameter)] in state["state"]
-    }
     groups = [{**saved, "params": group["params"]} for saved, group in zip(state["groups"], live, strict=True)]
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})

@@ -16,15 +16,14 @@ from transferkit.model.weights import differences
 
 @explained
 class WeightAverage:
-    """A callback that keeps an exponential moving average of all weights that train: one more copy of them.
+    """A callback that keeps an exponential moving average of all trainable weights, as one more copy.
 
-    Validation sees the average, and so do the best weights that `fit` leaves in the model; training steps do not.
-    Without validation data the model has the average at the end of the run. In the first steps the average forgets
-    faster: over n steps it covers about the last tenth, until `decay` says more.
+    Validation and the best weights that `fit` restores use the average; training steps do not. Without validation data
+    the model gets the average at the end of the run. In the first steps the average forgets faster: after n steps it
+    covers about the last tenth, until `decay` covers more.
 
     Args:
-        decay: How much of the average stays in each step, at least 0 and less than 1; 0.99 averages over about 100
-            steps.
+        decay: Fraction of the average that each step keeps, at least 0 and less than 1; 0.99 averages about 100 steps.
 
     Raises:
         ArgumentError: When `decay` is out of range.
@@ -87,11 +86,7 @@ class WeightAverage:
         return {**self._average, "steps": torch.tensor(self._steps)}
 
     def load(self, state: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
-        """Take over what `state` returned in another process; `live` are the model's weights.
-
-        Raises:
-            CheckpointError: When it does not fit.
-        """
+        """Take over what `state` returned in another process; a `CheckpointError` if it does not fit `live` weights."""
         average = {name: value for name, value in state.items() if name != "steps"}
         faults = differences({name: live[name] for name in average if name in live}, average, same_width=True)
         if faults or "steps" not in state:

@@ -4,7 +4,6 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,17 @@ from transferkit.results.history import EpochReport
 
 
 class CallbackList:
-    """Calls the callbacks of a run.
+    """The callbacks of a run, in the order in which they are called.
 
     A callback is a function of `(trainer, report)`, called after each epoch; True ends the run (a `bool` of
     Python, numpy or torch). An object may also have any of these:
 
     - `order`, a number: those with a lower one are called first, those with none count 0. `GradualUnfreezing` has -1,
       early stopping and the loggers 1, so that they see what others add to the report, and `Checkpoint` 2.
-    - `before_run(trainer, validated=...)`, called before anything changes, to refuse a run it cannot serve.
-    - `before_first_step(global_step, resumed_from=...)`, called once it is known where the run begins.
+    - `before_run(trainer, validated=...)`, called before anything changes, to refuse a run it cannot serve; `validated`
+      says whether there is validation data.
+    - `before_first_step(global_step, resumed_from=...)`, called once it is known where the run begins, before anything
+      is assigned.
     - `after_step(trainer)`.
     - `validating(trainer)`, a context manager around validation and the choice of the best weights.
     - `on_stop(trainer)`, called when something ends the run early between two steps; returns the path it saved to.
@@ -31,13 +32,6 @@ class CallbackList:
     - `release()`, called when `fit` ends, whatever ended it.
     - `state()`, tensors by name that a checkpoint holds for it, and `load(state, live)`, which gets them and the
       model's weights when the run is resumed.
-
-    Args:
-        trainer: What callbacks are called with.
-        callbacks: In the order in which the user gave them.
-
-    Raises:
-        ArgumentError: When `callbacks` is no list of functions.
     """
 
     def __init__(self, trainer: Any, callbacks: object) -> None:
@@ -54,50 +48,36 @@ class CallbackList:
                     'as Checkpoint("runs/a").'
                 )
             _check_arguments(callback)
-        self._trainer = trainer
+        self.trainer = trainer
         self._callbacks: list[Any] = sorted(callbacks, key=lambda callback: getattr(callback, "order", 0))
-        self._after_step = [callback.after_step for callback in self._having("after_step")]
 
     def __bool__(self) -> bool:
         return bool(self._callbacks)
 
-    def before_run(self, *, validated: bool) -> None:
-        """Let each refuse the run; `validated` says whether there is validation data."""
-        for callback in self._having("before_run"):
-            callback.before_run(self._trainer, validated=validated)
+    def each(self, method: str, *arguments: Any, **named: Any) -> list[Any]:
+        """Call a method of every callback that has it; return the answers."""
+        return [getattr(callback, method)(*arguments, **named) for callback in self._having(method)]
 
-    def before_first_step(self, global_step: int, *, resumed_from: Path | None) -> None:
-        """Tell each where the run begins, before anything is assigned."""
-        for callback in self._having("before_first_step"):
-            callback.before_first_step(global_step, resumed_from=resumed_from)
-
-    def after_step(self) -> None:
-        """Call those that want every step."""
-        for after_step in self._after_step:
-            after_step(self._trainer)
+    def after_epoch(self, report: EpochReport) -> bool:
+        """Call all with the report; return whether one returned True, and warn of what else could be meant so."""
+        ends = False
+        for callback in self._callbacks:
+            answer = callback(self.trainer, report)
+            if isinstance(answer, Tensor | np.generic) and answer.ndim == 0:
+                answer = answer.item()  # a bool of theirs counts
+            if isinstance(answer, str | int | float) and not isinstance(answer, bool):
+                name = getattr(callback, "__qualname__", type(callback).__name__)
+                warnings.warn(f"callback {name} returned {answer!r}, which ends no run: True does.", stacklevel=3)
+            ends = ends or answer is True
+        return ends
 
     @contextmanager
     def validating(self) -> Iterator[None]:
         """Enter the contexts of those that want another model validated."""
         with ExitStack() as stack:
             for callback in self._having("validating"):
-                stack.enter_context(callback.validating(self._trainer))
+                stack.enter_context(callback.validating(self.trainer))
             yield
-
-    def after_epoch(self, report: EpochReport) -> bool:
-        """Call each with the report; return whether one of them ends the run."""
-        return any([_ends_run(callback, callback(self._trainer, report)) for callback in self._callbacks])  # noqa: C419
-
-    def on_stop(self) -> list[Path] | None:
-        """Save where a run stands that ends early; None if no callback saves."""
-        saving = self._having("on_stop")
-        paths = [callback.on_stop(self._trainer) for callback in saving]
-        return [path for path in paths if path is not None] if saving else None
-
-    def after_run(self) -> None:
-        """Let each raise what it kept to itself during the run."""
-        for callback in self._having("after_run"):
-            callback.after_run()
 
     @contextmanager
     def released(self) -> Iterator[None]:
@@ -105,8 +85,7 @@ class CallbackList:
         try:
             yield
         finally:
-            for callback in self._having("release"):
-                callback.release()
+            self.each("release")
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return what a checkpoint holds for each callback that has a state, by its settings."""
@@ -114,7 +93,7 @@ class CallbackList:
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Give each its state back; `state` has the same keys as that of the present callbacks."""
-        live = self._trainer.model.state_dict()
+        live = self.trainer.model.state_dict()
         for callback in self._having("state"):
             callback.load(state[repr(callback)], live)
 
@@ -134,13 +113,3 @@ def _check_arguments(callback: Any) -> None:
         raise ArgumentError(
             f"callback {callback!r} takes {signature}: expected a function of (trainer, report)."
         ) from error
-
-
-def _ends_run(callback: object, answer: Any) -> bool:
-    """Return whether a callback returned True, numpy's and torch's included; warn of what else could be meant so."""
-    if isinstance(answer, Tensor | np.generic) and answer.ndim == 0:
-        answer = answer.item()
-    if isinstance(answer, str | int | float) and not isinstance(answer, bool):
-        name = getattr(callback, "__qualname__", type(callback).__name__)
-        warnings.warn(f"callback {name} returned {answer!r}, which ends no run: True does.", stacklevel=3)
-    return answer is True

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from transferkit.base.arguments import not_negative, whole_number
+from transferkit.base.arguments import positive, whole_number
 from transferkit.base.calls import explained
 from transferkit.errors import ArgumentError, close_matches
 from transferkit.model.freezing import freeze_until, parameters_from
@@ -18,20 +18,20 @@ from transferkit.training.optimizers import check_held
 
 @explained
 class EarlyStopping:
-    """A callback that ends a run once a figure has not improved for some epochs.
+    """A callback that ends a run once a metric has not improved for some epochs.
 
-    With validation data, `fit` then leaves the model as it was after the best epoch.
+    With validation data, `fit` then restores the weights of the best epoch.
 
     Args:
         monitor: `"val_accuracy"`, `"val_loss"`, `"accuracy"`, `"loss"`, a metric of the trainer (`"val_f1"`, `"f1"`),
-            or a figure that another callback adds to the report. Lower is better for names that end in `loss` or
+            or a value that another callback adds to the report. Lower is better for names that end in `loss` or
             `error`, higher for all others.
         patience: Epochs without improvement after which the run ends, 1 or more.
-        min_delta: How much better than the best so far counts as an improvement, 0 or more.
+        min_delta: The smallest change that counts as an improvement, 0 or more.
 
     Raises:
         ArgumentError: When a value is out of range. When a run starts, if `monitor` needs validation data and there is
-            none, or comes close to a figure and is none. After an epoch whose report lacks the figure.
+            none, or if it looks like a misspelled metric. After an epoch whose report lacks it.
 
     Example:
         >>> stopping = EarlyStopping("val_loss", patience=2)
@@ -44,11 +44,11 @@ class EarlyStopping:
     def __init__(self, monitor: str = "val_accuracy", *, patience: int = 3, min_delta: float = 0.0) -> None:
         if not isinstance(monitor, str) or not monitor:
             raise ArgumentError(
-                f"monitor={monitor!r} cannot be used: expected the name of a figure, such as 'val_loss'."
+                f"monitor={monitor!r} cannot be used: expected the name of a metric, such as 'val_loss'."
             )
         self.monitor = monitor
         self.patience = whole_number("patience", patience)
-        self.min_delta = not_negative("min_delta", min_delta)
+        self.min_delta = positive("min_delta", min_delta, or_zero=True)
 
     def before_run(self, trainer: Any, *, validated: bool) -> None:
         """Refuse to watch what is not measured, before the first step."""
@@ -56,17 +56,17 @@ class EarlyStopping:
         known = [f"val_{name}" for name in measured] + measured
         if self.monitor in known and self.monitor.startswith("val_") and not validated:
             raise ArgumentError(
-                f"EarlyStopping watches {self.monitor}, but there is no validation data: pass validation_data or "
-                'validation_split to fit, or watch the training loss, EarlyStopping("loss").'
+                f"EarlyStopping monitors {self.monitor}, but there is no validation data: pass validation_data or "
+                'validation_split to fit, or monitor the training loss, EarlyStopping("loss").'
             )
         if self.monitor not in known and difflib.get_close_matches(self.monitor, known, cutoff=0.7):
-            raise ArgumentError(f"monitor={self.monitor!r} is no figure. {close_matches(self.monitor, known)}")
+            raise ArgumentError(f"monitor={self.monitor!r} is not a metric. {close_matches(self.monitor, known)}")
 
     def __call__(self, trainer: Any, report: EpochReport) -> bool:
         figures = (trainer.history or History()).history
         if self.monitor not in figures:
             raise ArgumentError(
-                f"EarlyStopping watches {self.monitor!r}, which the report lacks: it has {', '.join(figures)}. A "
+                f"EarlyStopping monitors {self.monitor!r}, which the report lacks: it has {', '.join(figures)}. A "
                 f"callback that sets report.{self.monitor} must not have a higher `order` than {self.order}."
             )
         return self.is_over(figures[self.monitor])
@@ -85,24 +85,21 @@ class EarlyStopping:
 class GradualUnfreezing:
     """A callback that trains more of the backbone as a run advances.
 
-    Blocks have the trainer's learning rates from the start: `lr={"head": 1e-3, "backbone": 1e-4}`. A block that begins
-    to train has its full rate at once, so keep that small: the warm-up is over by then.
+    Blocks have the trainer's learning rates from the start: `lr={"head": 1e-3, "backbone": 1e-4}`. A block that starts
+    to train has its full rate at once, so keep it small: the warm-up is over by then.
 
     Args:
-        layers: From which layer on to train, by the number of finished epochs, 1 or more: `{2: "block5", 4: "block4"}`
-            trains what is trainable at the start for two epochs, then block 5 too, and after four epochs block 4 as
-            well. Layers as in `freeze_until`; None trains everything.
+        layers: The first layer to train, by the number of finished epochs, 1 or more. `{2: "block5", 4: "block4"}` also
+            trains block 5 after two epochs, and block 4 after four. Layers as in `freeze_until`; None trains
+            everything.
 
     Raises:
-        ArgumentError: When `layers` is no mapping from numbers of epochs.
-        UnknownLayerError: When a run starts, if a name is no layer of the model.
+        ArgumentError: When `layers` is not a mapping from numbers of epochs.
+        UnknownLayerError: When a run starts, if the model has no such layer.
 
     Example:
-        >>> from transferkit import Trainer, attach_head, freeze_until, load_backbone
-        >>> model = attach_head(load_backbone(weights=None, image_size=32), ["cat", "dog"])
-        >>> trainer = Trainer(freeze_until(model, "head"), lr={"head": 1e-3, "backbone": 1e-4})
         >>> callbacks = [GradualUnfreezing({1: "block5", 3: "block4"})]
-        >>> history = trainer.fit(train, epochs=5, callbacks=callbacks)  # doctest: +SKIP
+        >>> trainer.fit(train, epochs=5, callbacks=callbacks)  # doctest: +SKIP
 
     References:
         Howard and Ruder, 2018, "Universal Language Model Fine-tuning for Text Classification", arXiv:1801.06146.

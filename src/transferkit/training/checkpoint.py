@@ -21,9 +21,9 @@ _NAME = re.compile(r"step-(\d+)\.pt")
 
 @explained
 class Checkpoint:
-    """A callback of `Trainer.fit` that saves the run after epochs, after steps, and when something ends it early.
+    """A callback that saves the run after epochs, after steps, and when something ends it early.
 
-    `fit(resume_from=folder)` continues the run with the same result as if it had never stopped. Frozen weights are
+    `fit(resume_from=folder)` continues the run with the result of an uninterrupted run. Frozen weights are
     written once, to a file of their own. A file appears whole or not at all, and an old one is removed only after the
     new one has been verified. A save that fails gives a warning. If no later save succeeds, `fit` ends with the error.
 
@@ -130,9 +130,7 @@ class Checkpoint:
             return steps_in(self.folder)
         return []
 
-    def on_stop(self, trainer: Any) -> Path | None:
-        """Save a run that something ends early; return the file's path, None if that failed."""
-        return self.try_to_save(trainer)
+    on_stop = try_to_save
 
     def after_run(self) -> None:
         """Raise what the last save failed with, if it did."""
@@ -142,8 +140,7 @@ class Checkpoint:
     def before_first_step(self, global_step: int, *, resumed_from: Path | None) -> None:
         """Refuse, with `ArgumentError`, a folder that another process saves to, or with states of a longer run.
 
-        Those would be taken for this run's. `resumed_from` is the checkpoint that the run resumes after `global_step`
-        steps: its folder may hold later states of the same run.
+        The folder of the checkpoint that the run resumes may hold later states of the same run.
         """
         if rank():
             return
@@ -154,9 +151,8 @@ class Checkpoint:
             raise ArgumentError(f"another process saves its run to {self.folder}: name another folder.") from error
         states = self._states()
         self._known = set(states)
-        if resumed_from is not None and self.folder.resolve() == resumed_from.parent.resolve():
-            return
-        if states and _step(states[-1]) > global_step:
+        same = resumed_from is not None and self.folder.resolve() == resumed_from.parent.resolve()
+        if not same and states and _step(states[-1]) > global_step:
             raise ArgumentError(
                 f"{self.folder} holds the checkpoints of another run, up to {states[-1].name}: continue that run, "
                 f"fit(resume_from={str(self.folder)!r}), or name another folder."

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from transferkit.base.interrupts import Interrupts
 from transferkit.base.randomness import derive_seed, seeded
 from transferkit.compute.finite import MAX_GRADIENT
 from transferkit.data.sources import epoch_order
@@ -20,7 +19,6 @@ from transferkit.features.prefix import is_intercepted, pure_prefix
 from transferkit.model.head import Standardize
 from transferkit.model.modes import begin_training, evaluating
 from transferkit.results.history import EpochReport, History
-from transferkit.training.loop import CACHED_BATCH_SIZE
 from transferkit.training.metrics import count_correct
 from transferkit.training.optimizers import OptimizerClass
 from transferkit.training.run import Run
@@ -37,29 +35,19 @@ _OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim
 
 @dataclass(eq=False, slots=True)
 class HeadRun:
-    """The run of one head among those that are trained together.
+    """The run of one head among those that are trained together, of one model and kind of optimizer, on one device."""
 
-    Attributes:
-        training: All of them have one model, device, seed and kind of optimizer. Learning rate, weight decay, schedule
-            and clipping are each head's own.
-        run: All of them have one source of data, batch size and loss; the number of epochs is each head's own.
-        history: The finished epochs.
-        best: The head's weights after the best of them, by name.
-        failed: Whether a number of it became infinite or NaN.
-    """
-
-    training: Training
-    run: Run
-    history: History = field(default_factory=History)
-    best: dict[str, Tensor] = field(default_factory=dict)
-    failed: bool = False
+    training: Training  # its rates, weight decay, schedule and clipping are each head's own
+    run: Run  # its data, batch size and loss are common; the number of epochs is each head's own
+    history: History = field(default_factory=History)  # the finished epochs
+    best: dict[str, Tensor] = field(default_factory=dict)  # the head's weights after the best of them, by name
 
 
 def how_many_together(training: Training) -> int:
     """Return how many heads like that of a model can be trained together; 1 where each must be trained alone.
 
-    Together are heads on a frozen backbone, of the layers that `attach_head` builds, with an optimizer of torch that
-    treats each number by itself, without metrics, skipped steps, micro-batches and gradient scaling.
+    Heads train together on a frozen backbone if `attach_head` built them, with an optimizer of torch that treats
+    each number by itself, without metrics, skipped steps, micro-batches and gradient scaling.
     """
     model, head = training.model, training.model.head
     layers = [head, *head.children()]
@@ -78,16 +66,16 @@ def how_many_together(training: Training) -> int:
     return max(1, TOGETHER // sum(map(Tensor.numel, head.parameters()))) if usable else 1
 
 
-def train_heads(runs: Sequence[HeadRun], *, interrupts: Interrupts) -> Iterator[HeadRun]:
+def train_heads(runs: Sequence[HeadRun]) -> Iterator[HeadRun]:
     """Train heads from the weights that their model's head has, and yield each of them after each of its epochs.
 
     Batches, dropout and updates are those of `Trainer.fit`, so weights and figures differ from it by rounding alone.
-    The model's own head keeps its weights; its `Standardize` layer is measured. A head that has failed is yielded once
-    more and not trained on.
+    The model's own head keeps its weights; its `Standardize` layer is measured. A head whose numbers are not all finite
+    is dropped.
     """
     first, run = runs[0].training, runs[0].run
     model, place = first.model, first.device.torch_device
-    measure_features(first, run, interrupts)
+    measure_features(first, run)
     stack, running, step = _Stack(runs), list(runs), 0
     while running:
         started, epoch = time.perf_counter(), len(running[0].history.reports)
@@ -97,7 +85,7 @@ def train_heads(runs: Sequence[HeadRun], *, interrupts: Interrupts) -> Iterator[
         finite = torch.ones_like(losses, dtype=torch.bool)
         order = epoch_order(run.source.num_images, first.seed, epoch)
         with closing(run.train.open(run.batch_size, order=order, epoch=epoch)[1]) as batches:
-            for inputs, targets in interrupts.watched(batches):
+            for inputs, targets in first.interrupts.watched(batches):
                 for group, head in zip(stack.optimizer.param_groups, running, strict=True):
                     group["lr"] = group["base_lr"] * lr_factor(head.run.schedule, step, head.run.num_steps)
                 with seeded(derive_seed(first.seed, "step", step), place):
@@ -108,19 +96,18 @@ def train_heads(runs: Sequence[HeadRun], *, interrupts: Interrupts) -> Iterator[
                 count, step = count + len(targets), step + 1
         for weight in stack.weights.values():
             finite &= weight.detach().flatten(1).isfinite().all(dim=1)
-        val_losses, val_accuracies = stack.validate(cast("Feed", run.validation), interrupts)
+        val_losses, val_accuracies = stack.validate(cast("Feed", run.validation))
         seconds = (time.perf_counter() - started) / len(running)
-        for index, (head, ok) in enumerate(zip(running, finite.tolist(), strict=True)):  # host sync
-            if ok:
-                lr = stack.optimizer.param_groups[index]["lr"]
-                loss, accuracy = losses[index].item() / count, correct[index].item() / count
-                report = EpochReport(epoch, loss, accuracy, lr, seconds, val_losses[index], val_accuracies[index])
-                head.history.reports.append(report)
-                if head.history.best_epoch == epoch:
-                    head.best = {name: own.detach()[index].clone() for name, own in stack.weights.items()}
-            head.failed = not ok
+        good = finite.nonzero().flatten().tolist()  # host sync
+        for index in good:
+            head, lr = running[index], stack.optimizer.param_groups[index]["lr"]
+            loss, accuracy = losses[index].item() / count, correct[index].item() / count
+            report = EpochReport(epoch, loss, accuracy, lr, seconds, val_losses[index], val_accuracies[index])
+            head.history.reports.append(report)
+            if head.history.best_epoch == epoch:
+                head.best = {name: own.detach()[index].clone() for name, own in stack.weights.items()}
             yield head
-        keep = [index for index, head in enumerate(running) if not head.failed and epoch + 1 < head.run.num_epochs]
+        keep = [index for index in good if epoch + 1 < running[index].run.num_epochs]
         running = [running[index] for index in keep]
         stack.keep(keep)
 
@@ -135,6 +122,7 @@ class _Stack:
     def __init__(self, runs: Sequence[HeadRun]) -> None:
         first = runs[0].training
         self.model, self.device, self.loss, self.run = first.model, first.device, runs[0].run.loss, runs[0].run
+        self.interrupts = first.interrupts
         limits = [math.inf if (limit := head.training.clip_grad_norm) is None else limit for head in runs]
         self.limits = torch.tensor(limits, device=first.device.torch_device)
         named = self.model.head.named_parameters()
@@ -183,13 +171,12 @@ class _Stack:
         self.optimizer.step()
         return losses.detach(), logits.detach(), losses.isfinite() & (norms < MAX_GRADIENT)
 
-    def validate(self, feed: Feed, interrupts: Interrupts) -> tuple[list[float], list[float]]:
+    def validate(self, feed: Feed) -> tuple[list[float], list[float]]:
         """Return the loss and the accuracy of each head on the validation images."""
-        size = self.run.batch_size
         losses, correct = [], []
-        batches = feed.open(size, cached_batch_size=max(size, CACHED_BATCH_SIZE))[1]
+        batches = feed.open_part(self.run.batch_size)[1]
         with evaluating(self.model), closing(batches), torch.inference_mode():
-            for inputs, targets in interrupts.watched(batches):
+            for inputs, targets in self.interrupts.watched(batches):
                 with self.device.autocast():
                     logits = self(inputs).float()
                 losses.append(torch.stack([self.loss.each(own, targets) for own in logits]))

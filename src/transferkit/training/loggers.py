@@ -1,4 +1,4 @@
-"""Callbacks that write each epoch's figures for other programs."""
+"""Callbacks that write each epoch's metrics for other programs."""
 
 import csv
 import importlib.util
@@ -37,25 +37,17 @@ class CSVLogger:
 
     The file is replaced as a whole after each epoch. Lines of earlier epochs of the same trainer stay; the file of a
     resumed run has every epoch once. The file of another run is renamed first, to `log.1.csv`, `log.2.csv`, ..., with a
-    warning. Metrics and figures that callbacks add have columns at the end. A full disk gives a warning: the run goes
-    on, and the next epoch writes all lines.
+    warning. Metrics and values that callbacks add are the last columns. If the disk is full, the run continues with a
+    warning, and the next epoch writes all lines.
 
     Args:
-        path: Of the file; missing folders are made.
+        path: The file; missing folders are created.
 
     Raises:
         ArgumentError: When a run starts, if the file is not one that CSVLogger wrote or cannot be written there.
 
     Example:
-        >>> import tempfile
-        >>> from types import SimpleNamespace
-        >>> path = Path(tempfile.mkdtemp()) / "log.csv"
-        >>> report = EpochReport(0, loss=2.0, accuracy=0.25, lr=1e-3, epoch_s=5.0)
-        >>> CSVLogger(path)(SimpleNamespace(history=History([report])), report)
-        >>> print(path.read_text().replace(",", ", "))
-        epoch, loss, accuracy, lr, epoch_s, val_loss, val_accuracy, skipped
-        0, 2.0, 0.25, 0.001, 5.0, , , 0
-        <BLANKLINE>
+        >>> trainer.fit(train, callbacks=[CSVLogger("logs/first.csv")])  # doctest: +SKIP
     """
 
     order = 1  # after callbacks that add figures
@@ -80,8 +72,7 @@ class CSVLogger:
             return
         reports = (trainer.history or History()).reports
         with going_on("CSVLogger", self.path):
-            rows = self._earlier_rows(reports)
-            rows += [vars(one) for one in reports]
+            rows = self._earlier_rows(reports) + [vars(one) for one in reports]
             text = io.StringIO(newline="")
             columns = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
             writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
@@ -104,8 +95,7 @@ class CSVLogger:
         return [row for row in rows if int(row["epoch"]) < first.epoch]
 
     def _read(self) -> list[dict[str, Any]]:
-        found = kind_of(self.path)
-        if found == "nothing":
+        if kind_of(self.path) == "nothing":
             return []
         try:
             with open_file(self.path) as file:
@@ -114,20 +104,20 @@ class CSVLogger:
             ours = tuple(reader.fieldnames or COLUMNS)[: len(COLUMNS)] == COLUMNS  # an empty file will do
             ours = ours and all(None not in row and str(row["epoch"]).isdigit() for row in rows)
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise ArgumentError(f"CSVLogger cannot go on with {self.path}: {error}. Name another file.") from error
+            raise ArgumentError(f"CSVLogger cannot append to {self.path}: {error}. Name another file.") from error
         if not ours:
             raise ArgumentError(
-                f"{self.path} is not a file that CSVLogger wrote, which begins with {','.join(COLUMNS)}: name another."
+                f"{self.path} was not written by CSVLogger: expected {','.join(COLUMNS)} first. Name another file."
             )
         return rows
 
 
 @explained
 class TensorBoardLogger:
-    """A callback that writes each epoch's figures as TensorBoard reads them; needs the package `tensorboard`.
+    """A callback that writes each epoch's metrics for TensorBoard; needs the package `tensorboard`.
 
     Args:
-        folder: Of the run, as in `tensorboard --logdir`.
+        folder: The run's folder, for `tensorboard --logdir`.
 
     Raises:
         MissingPackageError: When `tensorboard` is not installed.

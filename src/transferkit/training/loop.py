@@ -1,5 +1,6 @@
-"""The epochs of a run: train, validate, report, call back, and end well whatever ends them."""
+"""The epochs of a run: begin or resume it, train, validate, report, call back, and end well whatever ends it."""
 
+import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -7,45 +8,91 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from transferkit.base.display import Bar, Display
-from transferkit.base.interrupts import Interruption, Interrupts
+from transferkit.base.interrupts import Interruption
 from transferkit.base.processes import broadcast, exchange, gather, world_size
 from transferkit.base.randomness import derive_seed, seeded
 from transferkit.compute.finite import SUM, check_scale, check_weights, find_nonfinite
+from transferkit.data.augmentation import Augment
 from transferkit.data.sources import count_batches, epoch_order
 from transferkit.errors import NonFiniteError
+from transferkit.model.freezing import describe_frozen
 from transferkit.model.modes import begin_training, evaluating
 from transferkit.results.history import EpochReport
 from transferkit.training.callback_list import CallbackList
 from transferkit.training.evaluation import evaluate
-from transferkit.training.metrics import measure
-from transferkit.training.optimizers import scale_lr
-from transferkit.training.progress import Progress
-from transferkit.training.run import Run, check_same_weights, follow_model, warn_of_high_lr
-from transferkit.training.schedules import lr_factor
+from transferkit.training.metrics import Sums, measure
+from transferkit.training.optimizers import LearningRate, has_scheduler, scale_lr, set_lr
+from transferkit.training.progress import BestWeights, Progress
+from transferkit.training.run import (
+    Run,
+    check_same_data,
+    check_same_weights,
+    check_trains,
+    follow_model,
+    warn_of_high_lr,
+)
+from transferkit.training.schedules import check_schedule, lr_factor
 from transferkit.training.standardizing import measure_features
+from transferkit.training.state import assign_training_state, read_run, run_facts
 from transferkit.training.step import Step, guarded_step
 from transferkit.training.training import Part, Training
 
 Callback = Callable[[Any, EpochReport], object]
 """A function of the trainer and the report of an epoch; see `CallbackList`."""
 
-CACHED_BATCH_SIZE = 256
-"""Images validated at once where their features are cached: there are no convolutions to take memory."""
-
 SCALE_CHECKED_EVERY = 50
 """Steps between two looks at the gradient scale of fp16, each of which waits for the device."""
 
 
-def train_epoch(training: Training, run: Run, progress: Progress, *, first: int = 0) -> Iterator[Step]:
-    """Make the steps of one epoch, from batch `first` on.
+def begin_run(
+    training: Training,
+    run: Run,
+    callbacks: CallbackList,
+    what: str,
+    *,
+    lr: LearningRate | None,
+    augment: Augment | None,
+    resume_from: str | os.PathLike[str] | None = None,
+) -> Progress:
+    """Refuse a run that cannot be made before anything changes; then let it begin, or continue from a checkpoint."""
+    model, display, several = training.model, run.train.display, world_size() > 1
+    check_schedule(run.schedule, run.num_steps, other=has_scheduler(training.optimizer))
+    callbacks.each("before_run", callbacks.trainer, validated=run.validation is not None)
+    facts = run_facts(training, run, lr, augment, callbacks) if callbacks or resume_from or several else {}
+    if several:
+        check_same_data(run.source, model, what, **{**facts, "micro_batch_size": None})
+    saved = None if resume_from is None else read_run(training, resume_from, facts, callbacks, display)
+    if saved is None:
+        check_trains(model, run)
+        callbacks.each("before_first_step", training.global_step, resumed_from=None)
+        if lr is not None:
+            set_lr(training.optimizer, lr)
+    else:
+        assign_training_state(training, saved)  # nothing was changed before
+    warn_of_high_lr(training)
+    frozen = describe_frozen(model).replace("; ", ";  ")  # a line may be broken there
+    where = f"on {training.device.torch_device} in {training.device.precision}"
+    display.say(f"{frozen};  {where}{f',  in {world_size()} processes' if several else ''}")
+    for feed in run.feeds:
+        feed.check()
+    model.temperature, model.novelty = 1.0, None  # they belong to the weights of before
+    sums = Sums(training.device.torch_device, keep_outputs=bool(training.metrics))
+    progress = Progress(run, facts, training.global_step, training.epoch, BestWeights(model), callbacks, sums)
+    if saved is not None:
+        progress.load(saved["run"])
+        training.epoch, training.micro_batch_size = progress.epoch, saved["progress"]["micro_batch_size"]
+    return progress
+
+
+def train_epoch(training: Training, progress: Progress) -> Iterator[Step]:
+    """Make the steps that are left of one epoch.
 
     A `NonFiniteError` ends it where a number is not finite and no more steps may be skipped, or an update made it so.
     """
+    run, first, before = progress.run, progress.batches, training.global_step
     follow_model(training, run.train.display)
     warn_of_high_lr(training)
     begin_training(training.model)
-    before = training.global_step
     num_batches = count_batches(run.source, run.batch_size)
     if first == 0 or num_batches is None or first < num_batches:
         order = epoch_order(run.source.num_images, training.seed, training.epoch)
@@ -55,7 +102,7 @@ def train_epoch(training: Training, run: Run, progress: Progress, *, first: int 
             for _ in range(0 if order is not None else first):
                 next(batches, None)  # a DataLoader's own batches: read and ignored
             for index, batch in enumerate(batches, start=first):
-                step = _train_batch(training, run, progress, network=network, batch=batch, index=index)
+                step = _train_batch(training, progress, network, batch, index)
                 if step is not None:
                     yield step
         check_scale(training.device)
@@ -68,31 +115,14 @@ def train_epoch(training: Training, run: Run, progress: Progress, *, first: int 
     training.epoch += 1
 
 
-def train_epochs(training: Training, run: Run, progress: Progress) -> Generator[Step, None, None]:
-    """Make the steps of all epochs of a new run, with nothing between them."""
-    try:
-        for _ in range(run.num_epochs):
-            yield from train_epoch(training, run, progress)
-    finally:
-        end_steps(training)
-
-
-def end_steps(training: Training) -> None:
-    """Put the learning rates back to those from which the next run's schedule starts, and free the gradients."""
-    scale_lr(training.optimizer, 1.0)
-    training.optimizer.zero_grad(set_to_none=True)
-
-
-def _train_batch(
-    training: Training, run: Run, progress: Progress, *, network: nn.Module, batch: Part, index: int
-) -> Step | None:
+def _train_batch(training: Training, progress: Progress, network: nn.Module, batch: Part, index: int) -> Step | None:
     """Make one step; return None if it was skipped."""
+    run, size = progress.run, len(batch.targets)
     scale_lr(training.optimizer, lr_factor(run.schedule, training.global_step - progress.first_step, run.num_steps))
     seed = derive_seed(training.seed, "step", training.global_step)
     progress.between_steps = False
     training.let_optimizer("train")
     update = guarded_step(network, batch, training=training, loss=run.loss, seed=seed)
-    size = len(batch.targets)
     if update.micro_batch_size < min(training.micro_batch_size or size, size):
         training.micro_batch_size = update.micro_batch_size
         run.train.display.say(
@@ -114,128 +144,10 @@ def _train_batch(
     return Step(training.epoch, index, update.loss, update.correct, batch.count, lr, logits, targets)
 
 
-class Epochs:
-    """Runs the epochs of a call of `fit`; `interrupts` tells of signals, between two steps or batches."""
-
-    def __init__(
-        self,
-        training: Training,
-        run: Run,
-        progress: Progress,
-        *,
-        callbacks: CallbackList,
-        interrupts: Interrupts,
-        display: Display,
-    ) -> None:
-        self.training = training
-        self.run = run
-        self.progress = progress
-        self.callbacks = callbacks
-        self.interrupts = interrupts
-        self.display = display
-
-    def finish(self) -> None:
-        """Make what is left of the epochs, and leave the best weights in the model, whatever ends them."""
-        progress = self.progress
-        if done := len(progress.history.reports) if self._is_over() else 0:
-            self.display.say(
-                f"nothing to train: this run ended after epoch {done} of {self.run.num_epochs}. To train on from its "
-                "weights, call fit again without resume_from"
-            )
-        try:
-            measure_features(self.training, self.run, self.interrupts)
-            while not self._is_over():
-                report = self._epoch()
-                progress.ended = broadcast(self.callbacks.after_epoch(report), "whether the run ends")
-                if progress.ended:
-                    self._save()
-                self.interrupts.check()
-        except BaseException as error:
-            if self.interrupts.twice:
-                raise
-            stop = self._save()
-            if isinstance(error, Interruption) or self.interrupts.received is not None:
-                self.display.say(stop)
-                raise Interruption(stop) from error
-            raise
-        finally:
-            end_steps(self.training)
-            self.training.let_optimizer("eval")
-            progress.best.restore()
-            self.training.model.eval()
-            best = progress.history.best_epoch
-            if best is not None and best < len(progress.history.reports) - 1:
-                self.display.say(f"the weights of epoch {progress.history.epoch[best] + 1}, the best, are back")
-
-    def _is_over(self) -> bool:
-        return self.progress.ended or len(self.progress.history.reports) >= self.run.num_epochs
-
-    def _epoch(self) -> EpochReport:
-        """Train for what is left of an epoch, validate, and report."""
-        progress, started, before = self.progress, time.perf_counter(), self.progress.sums.count
-        fill_s = self.run.fill_s
-        with self.display.bar(f"epoch {progress.epoch + 1}", self.run.source.num_images) as bar:
-            self._train(bar)
-        self.training.let_optimizer("eval")
-        loss, accuracy = progress.sums.means()
-        figures = measure(self.training.metrics, progress.sums.outputs, self.training.model.threshold)
-        with self.callbacks.validating():
-            validation = self.validate()
-            seconds = broadcast(time.perf_counter() - started, "the seconds of an epoch")
-            skipped = progress.skipped - progress.skipped_before
-            lr = self.training.optimizer.param_groups[-1]["lr"]
-            report = EpochReport(progress.epoch, loss, accuracy, lr, seconds, skipped=skipped)
-            vars(report).update(figures | {f"val_{name}": value for name, value in validation.items()})
-            count = progress.sums.count
-            speed = (count - before) / seconds
-            usual_s = (seconds - self.run.fill_s + fill_s) * count / max(1, count - before)  # of a whole epoch, no fill
-            progress.finish_epoch(report)
-        left = self.run.num_epochs - len(progress.history.reports)
-        self.display.say(f"{report}  {speed:,.0f} images/s" + (f"  {usual_s * left:,.0f} s left" if left else ""))
-        return report
-
-    def _train(self, bar: Bar) -> None:
-        progress = self.progress
-        progress.best.before_training()
-        if progress.sums.count:
-            bar.advance(progress.sums.count)  # a resumed epoch
-        for step in train_epoch(self.training, self.run, progress, first=progress.batches):
-            progress.add(step)
-            self.callbacks.after_step()
-            bar.advance(step.count, self._figures)
-            self.interrupts.check()
-
-    def validate(self) -> dict[str, float]:
-        """Return loss, accuracy and metrics on the validation images, over cached features where there are some."""
-        if self.run.validation is None:
-            return {}
-        size = self.run.batch_size
-        network, batches = self.run.validation.open_part(size, cached_batch_size=max(size, CACHED_BATCH_SIZE))
-        total = self.run.validation.inputs.source.num_images
-        with evaluating(self.training.model), closing(batches), self.display.bar("validation", total) as bar:
-            return evaluate(
-                network, self.interrupts.watched(bar.over(batches)), training=self.training, loss=self.run.loss
-            )
-
-    def _save(self) -> str:
-        """Save a run that ends early, if a step is not half made, and say so."""
-        stop = f"stopped after step {self.training.global_step}"
-        if not self.progress.between_steps:
-            return f"{stop}, in the middle of the next one, so nothing was saved now"
-        paths = self.callbacks.on_stop()
-        if paths is None:
-            return f"{stop}; nothing was saved: there is no Checkpoint among the callbacks"
-        return f"{stop}; saved to {', '.join(map(str, paths))}" if paths else f"{stop}; it could not be saved"
-
-    def _figures(self) -> str:
-        loss, accuracy = self.progress.sums.means()
-        return f"loss {loss:.4f} accuracy {accuracy:.4f}"
-
-
 def _explain_nonfinite(
     training: Training, run: Run, network: nn.Module, batch: Part, *, size: int, index: int
 ) -> NonFiniteError:
-    """Make the step's passes once more, and say where its first number is that is not finite."""
+    """Repeat the step's passes, and name the first number that is not finite."""
 
     def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
         return run.loss.sum(logits, targets) / batch.weight
@@ -251,3 +163,120 @@ def _explain_nonfinite(
         "rate, or clip gradients. Trainer(max_skipped=...) skips so many steps of a run; here it is "
         f"{training.max_skipped}."
     )
+
+
+def one_by_one(training: Training, progress: Progress) -> Iterator[Step]:
+    """Make a step whenever the next is asked for; modes of torch around the caller's code stay the caller's."""
+    steps = _steps(training, progress)
+    try:
+        while True:
+            with training.alone("steps"):
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+    finally:
+        steps.close()
+        if training.progress is None:  # or a later call of fit trains
+            _end_steps(training)
+
+
+def _steps(training: Training, progress: Progress) -> Generator[Step, None, None]:
+    for _ in range(progress.run.num_epochs):
+        yield from train_epoch(training, progress)
+
+
+def _end_steps(training: Training) -> None:
+    """Put the learning rates back to those from which the next run's schedule starts, and leave a model to predict."""
+    scale_lr(training.optimizer, 1.0)
+    training.optimizer.zero_grad(set_to_none=True)
+    training.let_optimizer("eval")
+    training.model.eval()
+
+
+def finish_run(training: Training, progress: Progress) -> None:
+    """Make what is left of a run's epochs, and leave the best weights in the model, whatever ends them."""
+    history, interrupts, display = progress.history, training.interrupts, progress.run.train.display
+    if progress.is_over:
+        display.say(
+            f"nothing to train: this run ended after epoch {len(history.reports)} of {progress.run.num_epochs}. To "
+            "continue from its weights, call fit again without resume_from"
+        )
+    training.progress = progress
+    try:
+        measure_features(training, progress.run)
+        while not progress.is_over:
+            report = _train_and_validate(training, progress)
+            progress.ended = broadcast(progress.callbacks.after_epoch(report), "whether the run ends")
+            if progress.ended:
+                _save(training, progress)
+            interrupts.check()
+    except BaseException as error:
+        if interrupts.twice:
+            raise
+        stop = _save(training, progress)
+        if isinstance(error, Interruption) or interrupts.received is not None:
+            display.say(stop)
+            raise Interruption(stop) from error
+        raise
+    finally:
+        training.progress = None
+        _end_steps(training)
+        progress.best.restore()
+        best = history.best_epoch
+        if best is not None and best < len(history.reports) - 1:
+            display.say(f"restored the weights of epoch {history.epoch[best] + 1}, the best")
+
+
+def _train_and_validate(training: Training, progress: Progress) -> EpochReport:
+    """Train for what is left of an epoch, validate, and report."""
+    run, sums, callbacks = progress.run, progress.sums, progress.callbacks
+    display = run.train.display
+    started, fill_s, before = time.perf_counter(), run.fill_s, sums.count
+    progress.best.before_training()
+    with display.bar(f"epoch {progress.epoch + 1}", run.source.num_images) as bar:
+        if before:
+            bar.advance(before)  # a resumed epoch
+        for step in train_epoch(training, progress):
+            progress.add(step)
+            callbacks.each("after_step", callbacks.trainer)
+            bar.advance(step.count, lambda: "loss {:.4f} accuracy {:.4f}".format(*sums.means()))
+            training.interrupts.check()
+    training.let_optimizer("eval")
+    loss, accuracy = sums.means()
+    figures = measure(training.metrics, sums.outputs, training.model.threshold)
+    with callbacks.validating():
+        figures |= {f"val_{name}": value for name, value in _validate(training, run).items()}
+        seconds = broadcast(time.perf_counter() - started, "the seconds of an epoch")
+        lr, skipped = training.optimizer.param_groups[-1]["lr"], progress.skipped - progress.skipped_before
+        report = EpochReport(progress.epoch, loss, accuracy, lr, seconds, skipped=skipped)
+        vars(report).update(figures)
+        count = sums.count
+        progress.finish_epoch(report)
+    speed = (count - before) / seconds
+    usual_s = (seconds - run.fill_s + fill_s) * count / max(1, count - before)  # of a whole epoch, without features
+    left = run.num_epochs - len(progress.history.reports)
+    display.say(f"{report}  {speed:,.0f} images/s" + (f"  {usual_s * left:,.0f} s left" if left else ""))
+    return report
+
+
+def _validate(training: Training, run: Run) -> dict[str, float]:
+    """Return loss, accuracy and metrics on the validation images, over cached features where there are some."""
+    if run.validation is None:
+        return {}
+    network, batches = run.validation.open_part(run.batch_size)
+    total = run.validation.inputs.source.num_images
+    with evaluating(training.model), closing(batches), run.train.display.bar("validation", total) as bar:
+        return evaluate(network, training.interrupts.watched(bar.over(batches)), training=training)
+
+
+def _save(training: Training, progress: Progress) -> str:
+    """Save a run that ends early, if a step is not half made, and say so."""
+    stop = f"stopped after step {training.global_step}"
+    if not progress.between_steps:
+        return f"{stop}, in the middle of the next one, so nothing was saved now"
+    answers = progress.callbacks.each("on_stop", progress.callbacks.trainer)
+    if not answers:
+        return f"{stop}; nothing was saved: there is no Checkpoint among the callbacks"
+    paths = [str(path) for path in answers if path is not None]
+    return f"{stop}; saved to {', '.join(paths)}" if paths else f"{stop}; it could not be saved"

@@ -31,8 +31,8 @@ class CrossEntropy:
 
     Args:
         label_smoothing: Fraction of each target that is spread evenly over all classes, 0 up to but not including 1.
-        class_weights: How much an image of each class counts: one number of 0 or more for each class, or `"balanced"`,
-            which lets every class count the same however many training images it has. None counts all images the same.
+        class_weights: Weight of each class's images: one number of 0 or more for each class, or `"balanced"`, which
+            gives every class the same total weight. None weights all images the same.
 
     Raises:
         ArgumentError: `label_smoothing` is out of range. When a run starts, if there is not one weight for each
@@ -55,8 +55,11 @@ class CrossEntropy:
     def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:
         """Return the loss with its weights computed from the training data, on the device."""
         weights = _check_weights("class_weights", self.class_weights, num_classes)
-        if isinstance(weights, str):
-            weights = _balanced_class_weights(source, num_classes)
+        if isinstance(weights, str):  # as scikit-learn does: the weights of all images add up to their number
+            targets = source.all_targets()
+            counts = targets.sum(dim=0) if targets.ndim == 2 else functional.one_hot(targets, num_classes).sum(dim=0)
+            balanced = len(targets) / ((counts > 0).sum() * counts.clamp_min(1e-12))
+            weights = torch.where(counts > 0, balanced, 0.0).float()
         return dataclasses.replace(self, class_weights=None if weights is None else weights.to(device))
 
     def total_weight(self, targets: Tensor) -> Tensor | int:
@@ -88,15 +91,15 @@ class CrossEntropy:
 class BinaryCrossEntropy:
     """Binary cross-entropy: an image may have several labels, or none.
 
-    Each class is a question of its own, answered by the sigmoid of its logit. Targets are multi-hot rows `(N, K)` of 0
+    Each class is independent; its probability is the sigmoid of its logit. Targets are multi-hot rows `(N, K)` of 0
     and 1, of any number type, or probabilities in between. The loss of an image is the mean over its classes.
 
     Args:
-        threshold: Probability from which a label counts as predicted, above 0 and below 1. It is kept with the model:
-            saved files and exported models use it.
+        threshold: Probability from which a label counts as predicted, above 0 and below 1. It is saved and exported
+            with the model.
         label_smoothing: Fraction by which targets are moved towards 1/2, 0 up to but not including 1.
-        positive_weights: How much a present label counts against an absent one: one number above 0 for each class, or
-            `"balanced"`, which is (images without the label) / (images with it). None counts both the same.
+        positive_weights: Weight of a present label relative to an absent one: one number above 0 for each class, or
+            `"balanced"`, which is (images without the label) / (images with it). None weights both the same.
 
     Raises:
         ArgumentError: When `threshold` or `label_smoothing` is out of range. When a run starts, if there is not one
@@ -114,7 +117,10 @@ class BinaryCrossEntropy:
 
     def __post_init__(self) -> None:
         fraction("label_smoothing", self.label_smoothing)
-        check_threshold(self.threshold)
+        if positive("threshold", self.threshold) >= 1:
+            raise ArgumentError(
+                f"threshold={self.threshold!r} is out of range: expected a probability above 0 and below 1."
+            )
 
     def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:
         """Return the loss with its weights computed from the training data, on the device."""
@@ -162,9 +168,22 @@ class FunctionLoss:
     threshold: float | None = None
 
     def for_run(self, source: Source, num_classes: int, device: torch.device) -> Self:
-        if source.num_images is not None:  # a DataLoader shows its targets with the first batch
-            targets = source.all_targets(torch.arange(min(2, source.num_images))).to(device)
-            self._check(torch.zeros(len(targets), num_classes, device=device, requires_grad=True), targets)
+        if source.num_images is None:  # a DataLoader shows its targets with the first batch
+            return self
+        targets = source.all_targets(torch.arange(min(2, source.num_images))).to(device)
+        logits = torch.zeros(len(targets), num_classes, device=device, requires_grad=True)
+        try:
+            value = self.function(logits, targets)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise ArgumentError(
+                f"loss={self.describe()} cannot be called with logits {tuple(logits.shape)} and targets "
+                f"{tuple(targets.shape)} {targets.dtype}: {error}. Expected a function of (logits, targets)."
+            ) from error
+        if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+            got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            got += ", detached from the logits" if isinstance(value, Tensor) and not value.requires_grad else ""
+            expected = 'the mean over the batch, one number that depends on the logits (reduction="mean" in torch)'
+            raise ArgumentError(f"loss={self.describe()} returned {got}: expected {expected}.")
         return self
 
     def total_weight(self, targets: Tensor) -> Tensor | int:
@@ -181,31 +200,13 @@ class FunctionLoss:
         own = getattr(self.function, "__qualname__", None)
         return own if own is not None else repr(self.function)
 
-    def _check(self, logits: Tensor, targets: Tensor) -> None:
-        try:
-            value = self.function(logits, targets)
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            raise ArgumentError(
-                f"loss={self.describe()} cannot be called with logits {tuple(logits.shape)} and targets "
-                f"{tuple(targets.shape)} {targets.dtype}: {error}. Expected a function of (logits, targets)."
-            ) from error
-        if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
-            got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            got += ", detached from the logits" if isinstance(value, Tensor) and not value.requires_grad else ""
-            expected = 'the mean over the batch, one number that depends on the logits (reduction="mean" in torch)'
-            raise ArgumentError(f"loss={self.describe()} returned {got}: expected {expected}.")
-
 
 Loss = CrossEntropy | BinaryCrossEntropy | FunctionLoss
-"""What training, evaluation and resuming ask of a loss is what these have."""
+"""Each has the methods of `CrossEntropy`."""
 
 
 def find_loss(loss: Loss | LossFunction | None, model: TransferModel, device: torch.device) -> Loss:
-    """Return the loss a trainer was given, or the one that suits its model.
-
-    `loss` is `CrossEntropy`, `BinaryCrossEntropy`, a function or module of (logits, targets), or None. One that cannot
-    be called, has parameters to train, or has not one weight for each class is an `ArgumentError`.
-    """
+    """Return the loss a trainer was given, or the one that suits its model; see `Trainer`."""
     threshold = model.threshold
     if loss is None:
         return CrossEntropy() if threshold is None else BinaryCrossEntropy(threshold)
@@ -229,13 +230,6 @@ def find_loss(loss: Loss | LossFunction | None, model: TransferModel, device: to
     return FunctionLoss(loss, threshold)
 
 
-def check_threshold(threshold: float) -> float:
-    """Return `threshold` if it is above 0 and below 1; else raise `ArgumentError`."""
-    if positive("threshold", threshold) >= 1:
-        raise ArgumentError(f"threshold={threshold!r} is out of range: expected a probability above 0 and below 1.")
-    return float(threshold)
-
-
 def _check_weights(name: str, values: Weights, num_classes: int) -> Tensor | str | None:
     """Return weights as float32 `(num_classes,)`; None and `"balanced"` stay."""
     if values is None or (isinstance(values, str) and values == BALANCED):
@@ -251,17 +245,6 @@ def _check_weights(name: str, values: Weights, num_classes: int) -> Tensor | str
             f"and not all 0, or {BALANCED!r}."
         )
     return weights
-
-
-def _balanced_class_weights(source: Source, num_classes: int) -> Tensor:
-    """Return (number of images) / (classes that occur * images of the class), as scikit-learn does.
-
-    The weights of all images then add up to their number. A class without images has weight 0.
-    """
-    targets = source.all_targets()
-    counts = targets.sum(dim=0) if targets.ndim == 2 else functional.one_hot(targets, num_classes).sum(dim=0)
-    occurring = counts > 0
-    return torch.where(occurring, len(targets) / (occurring.sum() * counts.clamp_min(1e-12)), 0.0).float()
 
 
 def _text(weights: Weights) -> str:

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from transferkit.base.arguments import positive, whole_number
-from transferkit.base.display import Display
-from transferkit.base.interrupts import Interrupts
 from transferkit.base.randomness import derive_seed, seeded
 from transferkit.compute.device import Device
 from transferkit.data.sources import epoch_order
@@ -27,15 +25,7 @@ from transferkit.training.training import Part, Training
 
 
 def spaced_rates(lr_min: float, lr_max: float, num_steps: int) -> list[float]:
-    """Return learning rates from `lr_min` to `lr_max`, evenly spaced on a logarithmic scale.
-
-    Raises:
-        ArgumentError: When a value is out of range.
-
-    Example:
-        >>> [f"{rate:.0e}" for rate in spaced_rates(1e-4, 1e-1, 4)]
-        ['1e-04', '1e-03', '1e-02', '1e-01']
-    """
+    """Return learning rates from `lr_min` to `lr_max`, evenly spaced on a logarithmic scale."""
     low, high = positive("lr_min", lr_min), positive("lr_max", lr_max)
     whole_number("num_steps", num_steps, at_least=2)
     if low >= high:
@@ -43,16 +33,11 @@ def spaced_rates(lr_min: float, lr_max: float, num_steps: int) -> list[float]:
     return [low * (high / low) ** (step / (num_steps - 1)) for step in range(num_steps)]
 
 
-def sweep(
-    training: Training, run: Run, rates: list[float], *, interrupts: Interrupts, display: Display
-) -> LearningRateSweep:
+def sweep(training: Training, run: Run, rates: list[float]) -> LearningRateSweep:
     """Make one training step at each rate, until the loss diverges, and leave nothing changed.
 
-    The rates are those of the optimizer's last group, the head; the others keep their proportion to it. The training
-    data begins again where it has fewer batches than there are rates.
-
-    Raises:
-        ArgumentError: When the last group's learning rate is 0.
+    The rates are those of the optimizer's last group, the head; the others keep their proportion to it, so it must not
+    be 0. The training data begins again where it has fewer batches than there are rates.
     """
     model, optimizer, device = training.model, training.optimizer, training.device
     base = optimizer.param_groups[-1]["base_lr"]
@@ -67,11 +52,11 @@ def sweep(
         seeded(derive_seed(training.seed, "lr_find"), device.torch_device),  # a DataLoader draws random numbers
         unchanged(model, optimizer, device),
         closing(_batches(training, run)) as batches,
-        display.bar("lr_find", len(rates) * run.batch_size) as bar,
+        run.train.display.bar("lr_find", len(rates) * run.batch_size) as bar,
         ExitStack() as stack,
     ):
         stack.callback(training.let_optimizer, "eval")  # before weights and state are put back
-        measure_features(training, run, interrupts)
+        measure_features(training, run)
         begin_training(model)
         training.let_optimizer("train")
         for index, (rate, (network, batch)) in enumerate(zip(rates, batches, strict=False)):
@@ -82,7 +67,7 @@ def sweep(
             seen.append(rate)
             losses.append(update.loss.item())  # host sync: it must end where the loss diverges
             bar.advance(batch.count, lambda: f"lr {seen[-1]:.1e} loss {losses[-1]:.3f}")
-            interrupts.check()
+            training.interrupts.check()
             if not math.isfinite(losses[-1]) or LearningRateSweep(seen, losses).diverged:
                 break
     return LearningRateSweep(seen, losses)
@@ -103,16 +88,6 @@ def unchanged(model: nn.Module, optimizer: Optimizer, device: Device) -> Iterato
     """Let a model be trained, then put back every bit of model, optimizer and gradient scale.
 
     Inside, gradients are clear and the optimizer works on copies of its state.
-
-    Example:
-        >>> import torch
-        >>> layer = nn.Linear(2, 1)
-        >>> optimizer, before = torch.optim.Adam(layer.parameters()), layer.weight.detach().clone()
-        >>> with unchanged(layer, optimizer, Device("cpu")):
-        ...     layer(torch.ones(1, 2)).sum().backward()
-        ...     optimizer.step()
-        >>> torch.equal(layer.weight, before), len(optimizer.state)
-        (True, 0)
     """
     weights = {name: value.detach().clone() for name, value in _changing(model).items()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}

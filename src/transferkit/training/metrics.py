@@ -15,14 +15,9 @@ RESERVED = ("loss", "accuracy", "epoch", "epoch_s", "lr", "skipped")  # figures 
 
 
 class Sums:
-    """Loss and accuracy of many batches, added up on the device and read once.
+    """Loss and accuracy of many batches, added up on the device and read once; with `keep_outputs`, for metrics, more.
 
-    Attributes:
-        loss: Sum of the losses of all images, float32 `()`.
-        correct: Sum of `count_correct` over all batches, float64 `()` (float32 on MPS, which has no float64).
-        count: Number of images.
-        keep_outputs: Whether logits and targets of every batch are kept, for metrics.
-        outputs: They.
+    They are the sum of all images' losses, the sum of `count_correct`, the number of images, and logits and targets.
     """
 
     def __init__(self, device: torch.device, *, keep_outputs: bool = False) -> None:
@@ -78,9 +73,6 @@ def check_metrics(metrics: object) -> dict[str, Any]:
 
     In a sequence instead of a mapping, functions go by their own names, and `"loss"` and `"accuracy"`, which are always
     measured, may be among them. None is no metric.
-
-    Raises:
-        ArgumentError: When a name is taken or cannot be a Python name, or a metric is neither function nor object.
     """
     if metrics is None:
         return {}
@@ -96,7 +88,7 @@ def check_metrics(metrics: object) -> dict[str, Any]:
         if not usable or name in RESERVED or name.startswith("val_"):
             raise ArgumentError(
                 f"metrics has the name {name!r}: expected a Python name other than {', '.join(RESERVED)}, and without "
-                '"val_" in front (the figure of the validation data gets that by itself).'
+                '"val_" in front (validation metrics get that prefix by themselves).'
             )
         if not callable(getattr(metric, "compute", metric)) or isinstance(metric, type):
             raise ArgumentError(
@@ -109,12 +101,9 @@ def check_metrics(metrics: object) -> dict[str, Any]:
 def measure(
     metrics: Mapping[str, Any], outputs: list[tuple[Tensor, Tensor]], threshold: float | None
 ) -> dict[str, float]:
-    """Return each metric over all outputs, logits and targets of each batch, by name.
+    """Return each metric by name, over all outputs: the logits and targets of each batch.
 
     Metrics get probabilities, float32 `(N, K)`, and targets, on the CPU.
-
-    Raises:
-        ArgumentError: When a metric returns something else than a number.
     """
     if not metrics or not outputs:
         return dict.fromkeys(metrics, math.nan)
@@ -137,6 +126,6 @@ def _measure(name: str, metric: Any, probabilities: Tensor, targets: Tensor) -> 
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(
-            f"metrics[{name!r}] returned {value!r}: expected one number. A metric that gives one for each class can "
-            "average them (average='macro' in torchmetrics)."
+            f"metrics[{name!r}] returned {value!r}: expected one number. Average a metric of each class "
+            "(average='macro' in torchmetrics)."
         ) from error

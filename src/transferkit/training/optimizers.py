@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from transferkit.base.arguments import not_negative, one_of, positive
+from transferkit.base.arguments import one_of, positive
+from transferkit.compute.device import parameters_of
 from transferkit.errors import ArgumentError
 from transferkit.model.head import TransferModel
 
@@ -42,9 +43,7 @@ def build_optimizer(
 ) -> Optimizer:
     """Return an optimizer over all of a model's parameters, fused into one kernel where it can be; see `Trainer`.
 
-    `optimizer` is a name, a class, a `functools.partial` of one, or an optimizer already built over these parameters.
-    Without `lr` named optimizers have `LR` (`SGD_LR` for SGD), others their own default. One that takes no groups of
-    parameters, or needs a closure or sparse gradients, is an `ArgumentError`.
+    One that takes no groups of parameters, or needs a closure or sparse gradients, is an `ArgumentError`.
     """
     if isinstance(optimizer, Optimizer):
         if lr is not None or weight_decay is not None:
@@ -67,7 +66,7 @@ def build_optimizer(
     fixed = getattr(optimizer, "keywords", {})  # what a functools.partial already says
     options: dict[str, Any] = {"fused": True} if "fused" in accepted and not {"fused", "foreach"} & set(fixed) else {}
     if weight_decay is not None:
-        options["weight_decay"] = not_negative("weight_decay", weight_decay)
+        options["weight_decay"] = positive("weight_decay", weight_decay, or_zero=True)
     try:
         built = optimizer(groups, **options)
         _check_step(built)
@@ -86,10 +85,7 @@ def build_optimizer(
 
 
 def parameter_groups(model: TransferModel) -> dict[str, list[nn.Parameter]]:
-    """Return the parameters of each block and of the head, by name, in the model's order.
-
-    What was added to the model elsewhere belongs to the head.
-    """
+    """Return the parameters of each block and of the head, to which all else belongs, in the model's order."""
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in model.backbone.blocks}
     for name, layer in zip(model.backbone.layer_names, model.backbone.features, strict=False):
         groups[name.split("_")[0]].extend(layer.parameters())
@@ -100,13 +96,13 @@ def parameter_groups(model: TransferModel) -> dict[str, list[nn.Parameter]]:
 def discriminative_lr(model: TransferModel, lr: float, *, factor: float = 0.3) -> dict[str, float]:
     """Return a learning rate for each block, each smaller by a factor than that of the block after it.
 
-    Early layers detect what all images have in common and need to change less than late ones (Howard and Ruder, 2018,
+    Early layers detect features common to all images and need to change less than late ones (Howard and Ruder, 2018,
     arXiv:1801.06146).
 
     Args:
         model: From `attach_head`.
         lr: Learning rate of the head, above 0.
-        factor: Ratio between neighbouring blocks, and between the last block and the head; above 0.
+        factor: Ratio between neighboring blocks, and between the last block and the head; above 0.
 
     Returns:
         A mapping that `Trainer(lr=...)` and `fit(lr=...)` take.
@@ -164,7 +160,7 @@ def scale_lr(optimizer: Optimizer, factor: float) -> None:
 def take_rates(optimizer: Optimizer) -> None:
     """Make learning rates that somebody wrote into the groups between two runs the base of the next."""
     for group in optimizer.param_groups:
-        group["lr"] = not_negative("lr of the optimizer", float(group["lr"]))  # it may be a tensor
+        group["lr"] = positive("lr of the optimizer", float(group["lr"]), or_zero=True)  # it may be a tensor
         if group["lr"] != group.get("scheduled_lr"):
             group["base_lr"] = group["scheduled_lr"] = group["lr"]
 
@@ -175,10 +171,7 @@ def has_scheduler(optimizer: Optimizer) -> bool:
 
 
 def hold_parameters(optimizer: Optimizer, model: TransferModel) -> None:
-    """Let the groups that `build_optimizer` made follow a model whose layers were replaced or added.
-
-    What the optimizer remembers of parameters that are gone is dropped. See `check_held` for what is refused.
-    """
+    """Let the groups that `build_optimizer` made, and its state, follow a model whose layers were replaced or added."""
     blocks, groups = parameter_groups(model), optimizer.param_groups
     named = [group.get("name") for group in groups[: len(blocks)]] == list(blocks)
     from_torch = type(optimizer).__module__.startswith("torch.optim.")  # others may keep parameters elsewhere, too
@@ -188,7 +181,7 @@ def hold_parameters(optimizer: Optimizer, model: TransferModel) -> None:
             group["params"] = [parameter for parameter in parameters if id(parameter) not in others]
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     check_held(optimizer, model, trainable)
-    held = {parameter for group in groups for parameter in group["params"]}
+    held = set(parameters_of(optimizer))
     for parameter in [key for key in optimizer.state if isinstance(key, torch.Tensor) and key not in held]:
         del optimizer.state[parameter]
     for group in groups if isinstance(optimizer, torch.optim.SGD) else []:  # fused, it refuses momentum of some alone
@@ -201,11 +194,9 @@ def hold_parameters(optimizer: Optimizer, model: TransferModel) -> None:
 def _check_step(optimizer: Optimizer) -> None:
     """Refuse an optimizer whose step cannot be made from dense gradients alone."""
     _, *arguments = inspect.signature(type(optimizer).step).parameters.values()  # a scheduler wraps that of the object
-    needs = ""
+    needs = "sparse gradients" if isinstance(optimizer, torch.optim.SparseAdam) else ""
     if any(a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD) for a in arguments):
         needs = "a closure that computes the loss again in each step"
-    elif isinstance(optimizer, torch.optim.SparseAdam):
-        needs = "sparse gradients"
     if needs:
         expected = "expected one that steps on dense gradients, such as torch.optim.AdamW"
         raise ArgumentError(f"optimizer {type(optimizer).__name__} needs {needs}: {expected}.")
@@ -214,7 +205,7 @@ def _check_step(optimizer: Optimizer) -> None:
 def check_held(optimizer: Optimizer, model: TransferModel, trainable: Mapping[str, nn.Parameter]) -> None:
     """Raise `ArgumentError` for an optimizer that holds parameters of another model, or lacks one that trains."""
     own = {id(parameter) for parameter in model.parameters()}
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    held = {id(parameter) for parameter in parameters_of(optimizer)}
     strangers = len(held - own)
     missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
     if strangers or missing:

@@ -13,17 +13,16 @@ from transferkit.results.history import EpochReport, History
 from transferkit.saving.archive import check_no_tensors, check_parts, check_ranges, shown
 from transferkit.training.callback_list import CallbackList
 from transferkit.training.metrics import Sums
+from transferkit.training.run import Run
 from transferkit.training.step import Step
 
-PARTS: dict[str, Any] = {
+_COUNTS = ("first_step", "first_epoch", "batches", "skipped", "skipped_before")
+_FIGURES = tuple(EpochReport.__dataclass_fields__)
+_PARTS: dict[str, Any] = {
     "facts": (dict,),
-    "first_step": (int,),
-    "first_epoch": (int,),
-    "batches": (int,),
-    "skipped": (int,),
-    "skipped_before": (int,),
-    "sums": (dict,),
-    "reports": (list,),
+    **dict.fromkeys(_COUNTS, (int,)),
+    "sums": {"loss": (Tensor,), "correct": (Tensor,), "count": (int,), "outputs": (list,)},
+    "reports": [(dict,)],
     "best": (dict, type(None)),
     "callbacks": {str: {str: (Tensor,)}},
     "ended": (bool,),
@@ -31,19 +30,10 @@ PARTS: dict[str, Any] = {
 
 
 class BestWeights:
-    """Remembers the weights that training changes, as they were at one moment.
+    """Remembers the weights that training changes, as they were at one moment, in memory that is allocated once.
 
-    Frozen weights are not copied, since they stay the same. If more layers begin to train later, `before_training`
-    copies them before they change. Memory is allocated once.
-
-    Example:
-        >>> layer = nn.Linear(2, 1)
-        >>> best = BestWeights(layer)
-        >>> best.take()
-        >>> _ = layer.weight.data.zero_()
-        >>> best.restore()
-        >>> bool(layer.weight.any())
-        True
+    Frozen weights are not copied. If more layers begin to train later, `before_training` copies them before they
+    change.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -52,8 +42,7 @@ class BestWeights:
 
     def take(self) -> None:
         """Copy the weights as they are now, over those copied before."""
-        live = trainable_state(self.model)
-        copies = {} if self._copies is None else self._copies
+        live, copies = trainable_state(self.model), self._copies or {}
         self._copies = {
             name: copies[name].copy_(value) if name in copies else value.clone() for name, value in live.items()
         }
@@ -61,9 +50,8 @@ class BestWeights:
     def before_training(self) -> None:
         """Copy weights that were frozen when the others were taken and no longer are."""
         if self._copies is not None:
-            for name, value in trainable_state(self.model).items():
-                if name not in self._copies:
-                    self._copies[name] = value.clone()
+            live = trainable_state(self.model)
+            self._copies |= {name: value.clone() for name, value in live.items() if name not in self._copies}
 
     def state(self) -> dict[str, Tensor] | None:
         """Return the remembered weights, which are not copies; None if there are none."""
@@ -80,50 +68,38 @@ class BestWeights:
 
     def average(self) -> None:
         """Put the mean of the remembered weights and of those in the model into the model."""
-        live = self.model.state_dict()
-        means = {
-            name: copy.lerp(live[name], 0.5) if copy.is_floating_point() else copy
-            for name, copy in (self._copies or {}).items()
-        }
-        write_values(means, live)
+        live, copies = self.model.state_dict(), self._copies or {}
+        floating = {name: copy for name, copy in copies.items() if copy.is_floating_point()}
+        write_values(copies | {name: copy.lerp(live[name], 0.5) for name, copy in floating.items()}, live)
 
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands.
+    """Where a run stands."""
 
-    Attributes:
-        facts: What must be the same when it is resumed, by name.
-        first_step: Steps the trainer had made before it.
-        first_epoch: Epochs it had finished before it.
-        best: The weights of the best epoch so far.
-        callbacks: Those of the run; some have a state that a checkpoint holds.
-        sums: Loss and accuracy of the current epoch.
-        history: The finished epochs.
-        batches: Batches of the current epoch that were trained on or skipped.
-        skipped: Steps of the run that were skipped because a number was not finite.
-        skipped_before: Those of finished epochs.
-        ended: Whether a callback ended it.
-        between_steps: Whether weights, optimizer and the figures above belong together.
-    """
-
-    facts: dict[str, Any]
-    first_step: int
-    first_epoch: int
-    best: BestWeights
-    callbacks: CallbackList
-    sums: Sums
-    history: History = field(default_factory=History)
-    batches: int = 0
-    skipped: int = 0
-    skipped_before: int = 0
-    ended: bool = False
-    between_steps: bool = True
+    run: Run
+    facts: dict[str, Any]  # what must be the same when it is resumed, by name
+    first_step: int  # steps the trainer had made before it
+    first_epoch: int  # epochs it had finished before it
+    best: BestWeights  # those of the best epoch so far
+    callbacks: CallbackList  # some have a state that a checkpoint holds
+    sums: Sums  # loss and accuracy of the current epoch
+    history: History = field(default_factory=History)  # the finished epochs
+    batches: int = 0  # of the current epoch, trained on or skipped
+    skipped: int = 0  # steps that were skipped because a number was not finite
+    skipped_before: int = 0  # those of finished epochs
+    ended: bool = False  # whether a callback ended it
+    between_steps: bool = True  # whether weights, optimizer and the figures above belong together
 
     @property
     def epoch(self) -> int:
         """Number of the current epoch, in the life of the trainer."""
         return self.first_epoch + len(self.history.reports)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a callback ended the run, or no epoch is left."""
+        return self.ended or len(self.history.reports) >= self.run.num_epochs
 
     def add(self, step: Step) -> None:
         """Count a step that was made."""
@@ -147,61 +123,47 @@ class Progress:
 
     def state(self) -> dict[str, Any]:
         """Return all this as plain types and tensors that are not copies."""
+        sums = {name: getattr(self.sums, name) for name in ("loss", "correct", "count")}
         return {
-            "facts": self.facts,
-            "first_step": self.first_step,
-            "first_epoch": self.first_epoch,
-            "batches": self.batches,
-            "skipped": self.skipped,
-            "skipped_before": self.skipped_before,
-            "sums": {
-                "loss": self.sums.loss,
-                "correct": self.sums.correct,
-                "count": self.sums.count,
-                "outputs": [list(output) for output in self.sums.outputs],
-            },
+            **{name: getattr(self, name) for name in ("facts", *_COUNTS, "ended")},
+            "sums": {**sums, "outputs": [list(output) for output in self.sums.outputs]},
             "reports": [dict(vars(report)) for report in self.history.reports],
             "best": self.best.state(),
             "callbacks": self.callbacks.state(),
-            "ended": self.ended,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned in another process, already compared with `check_progress`."""
-        for name in ("first_step", "first_epoch", "batches", "skipped", "skipped_before", "ended"):
+        for name in (*_COUNTS, "ended"):
             setattr(self, name, state[name])
         sums, device = state["sums"], self.sums.loss.device
         self.sums.loss.copy_(sums["loss"])
         self.sums.correct.copy_(sums["correct"])
         self.sums.count = sums["count"]
         self.sums.outputs = [(logits.to(device), targets.to(device)) for logits, targets in sums["outputs"]]
-        self.history.reports[:] = [_report(figures) for figures in state["reports"]]
+        self.history.reports[:] = map(report_of, state["reports"])
         self.best.load(state["best"])
         self.callbacks.load(state["callbacks"])
 
 
 def check_progress(
-    state: object, facts: Mapping[str, Any], live: Mapping[str, Tensor], *, origin: str, but: Collection[str] = ()
+    run: Any, facts: Mapping[str, Any], live: Mapping[str, Tensor], *, origin: str, but: Collection[str] = ()
 ) -> None:
     """Compare the run of a checkpoint with the call that is to resume it, before anything is assigned.
 
-    `state` is the part "run" of the checkpoint `origin`, `facts` are those of the call, `live` are the model's weights.
-    The facts in `but` need not be equal.
-
-    Raises:
-        CheckpointError: When it holds no run, or that of a call with other arguments.
-        DataChangedError: When the run began with other data.
+    `run` is that part of the checkpoint `origin`, `facts` are those of the call, `live` are the model's weights. The
+    facts in `but` need not be equal. No run, or that of another call, is a `CheckpointError`; one on other data is a
+    `DataChangedError`.
     """
-    if state is None:
+    if run is None:
         raise CheckpointError(
-            f"{origin} was not saved during a run, so there is none to resume. trainer.load({origin!r}) takes over its "
-            "weights; fit then begins a new run with them."
+            f"{origin} was not saved during a run, so there is none to resume. trainer.load({origin!r}) loads its "
+            "weights; fit then starts a new run with them."
         )
-    check_parts({"run": state}, {"run": PARTS}, origin=origin)
-    run: Mapping[str, Any] = state  # type: ignore[assignment]
+    check_parts({"run": run}, {"run": _PARTS}, origin=origin)
     check_no_tensors(run["facts"], "run/facts")
-    counts = ("first_step", "first_epoch", "batches", "skipped", "skipped_before")
-    check_ranges(run, dict.fromkeys(counts, (0, 2**63 - 1)), origin=f"the run of {origin}")
+    counts = {**run, "count": run["sums"]["count"]}
+    check_ranges(counts, dict.fromkeys((*_COUNTS, "count"), (0, 2**63 - 1)), origin=f"the run of {origin}")
     for name in [*facts, *(name for name in run["facts"] if name not in facts)]:
         saved, value = run["facts"].get(name), facts.get(name)
         if saved == value or name in but:
@@ -216,33 +178,25 @@ def check_progress(
             f"the run of {origin} has {shown(name)}={shown(saved)}, this call {shown(value)}: expected the same. To "
             f"begin a new run with its weights: trainer.load({origin!r}), then fit without resume_from."
         )
-    best = run["best"] or {}
-    check_parts(list(best.values()), [(Tensor,)], origin=origin, place="run/best")
+    best, sums, reports = run["best"] or {}, run["sums"], run["reports"]
+    check_parts(best, {str: (Tensor,)}, origin=origin, place="run/best")
     if faults := differences({name: live[name] for name in best if name in live}, best, same_width=True):
         raise CheckpointError(f"{origin} holds best weights that do not fit the model: {faults}.")
-    sums = {"loss": (Tensor,), "correct": (Tensor,), "count": (int,), "outputs": (list,)}
-    check_parts(run, {"sums": sums, "reports": [(dict,)]}, origin=origin, place="run")
-    check_ranges(run["sums"], {"count": (0, 2**63 - 1)}, origin=f"the run of {origin}")
-
-    usable = all(set(EpochReport.__dataclass_fields__) <= set(report) for report in run["reports"])
-    usable &= all(isinstance(value, _FIGURE) for report in run["reports"] for value in report.values())
-    usable &= not any(run["sums"][name].ndim for name in ("loss", "correct"))
-    pairs = run["sums"]["outputs"]
-    usable &= all(isinstance(pair, list) and len(pair) == 2 and _is_output(*pair) for pair in pairs)
+    usable = (
+        all({*_FIGURES} <= {*report} for report in reports)
+        and all(isinstance(value, bool | int | float | None) for report in reports for value in report.values())
+        and not any(sums[name].ndim for name in ("loss", "correct"))
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in sums["outputs"])
+        and all(isinstance(part, Tensor) for pair in sums["outputs"] for part in pair)
+        and all(len(logits) == len(targets) for logits, targets in sums["outputs"])
+    )
     if not usable:
         raise CheckpointError(f"{origin} holds reports or sums of another form: expected those that fit writes.")
 
 
-_FIGURE = (bool, int, float, type(None))
-
-
-def _is_output(logits: object, targets: object) -> bool:
-    return isinstance(logits, Tensor) and isinstance(targets, Tensor) and len(logits) == len(targets)
-
-
-def _report(figures: Mapping[str, Any]) -> EpochReport:
-    known = {name: figures[name] for name in EpochReport.__dataclass_fields__}
-    report = EpochReport(**known)
+def report_of(figures: Mapping[str, Any]) -> EpochReport:
+    """Return the report that a file holds as plain figures, those of metrics and callbacks included."""
+    report = EpochReport(*(figures[name] for name in _FIGURES))
     vars(report).update(figures)
     return report
 

@@ -3,8 +3,8 @@
 import math
 import warnings
 import zlib
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,19 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, defaul
 
 from transferkit.base.arguments import whole_number
 from transferkit.base.arrays import raw_bytes
-from transferkit.base.display import Display
+from transferkit.base.display import QUIET, Display
 from transferkit.base.processes import check_same, part_of, total, world_size
+from transferkit.data.augmentation import Augment, build_augmentation
+from transferkit.data.classes import learn_names
+from transferkit.data.inputs import Inputs
+from transferkit.data.open import open_data
+from transferkit.data.selection import bad_image_limit, without_bad_images
 from transferkit.data.sources import Source, count_batches
 from transferkit.errors import ArgumentError, NothingToTrainError, ProcessError
+from transferkit.features.chunks import CachedFeatures
 from transferkit.features.feed import Batches, Feed
 from transferkit.model.freezing import freeze_statistics, stays_in_eval, trainable_state
+from transferkit.model.head import Standardize
 from transferkit.training.loss import Loss
 from transferkit.training.optimizers import has_scheduler, hold_parameters, take_rates
 from transferkit.training.schedules import SCHEDULES, Schedule
@@ -37,27 +44,16 @@ HIGH_LR: dict[type[Optimizer], float] = {torch.optim.SGD: 0.03} | dict.fromkeys(
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The data of one call, opened, and how much training it asks for.
+    """The data of one call, opened, and how much training it asks for."""
 
-    Attributes:
-        train: The training images, as epochs read them.
-        validation: The validation images, or None.
-        loss: The loss, with everything computed that depends on the training data.
-        num_classes: Of the model.
-        batch_size: Images in a batch, over all processes.
-        num_epochs: Epochs in all.
-        num_steps: Steps in all; None where a `DataLoader` does not tell.
-        schedule: The trainer's; for `"auto"` what that stands for in this run.
-    """
-
-    train: Feed
+    train: Feed  # the training images, as epochs read them
     validation: Feed | None
-    loss: Loss
-    num_classes: int
-    batch_size: int
+    loss: Loss  # with everything computed that depends on the training data
+    batch_size: int  # images in a batch, over all processes
     num_epochs: int
-    num_steps: int | None
-    schedule: Schedule
+    num_steps: int | None  # of all epochs; None where a `DataLoader` does not tell
+    schedule: Schedule  # the trainer's; for `"auto"` what that stands for in this run
+    validation_data: object  # as the user passed it
 
     @property
     def source(self) -> Source:
@@ -65,9 +61,14 @@ class Run:
         return self.train.inputs.source
 
     @property
+    def feeds(self) -> list[Feed]:
+        """That of the training images, and that of the validation images if there are any."""
+        return [self.train] if self.validation is None else [self.train, self.validation]
+
+    @property
     def fill_s(self) -> float:
         """Seconds spent on features so far."""
-        return self.train.fill_s + (0.0 if self.validation is None else self.validation.fill_s)
+        return sum(feed.fill_s for feed in self.feeds)
 
     def open_parts(self, *, order: Tensor | None, epoch: int) -> tuple[nn.Module, Parts]:
         """Return the network and, for one epoch, this process's part of each batch; see `Feed.open`."""
@@ -89,7 +90,7 @@ class Run:
         device = self.train.inputs.device.torch_device
         nothing = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
         if self.loss.threshold is not None:
-            nothing = nothing[0], torch.empty(0, self.num_classes, device=device)
+            nothing = nothing[0], torch.empty(0, len(self.train.model.classes), device=device)
         with closing(batches):
             for part, count in zip(own, counts, strict=True):
                 inputs, targets = next(batches) if len(part) else nothing
@@ -97,14 +98,68 @@ class Run:
                 whole = total(weight if math.isfinite(weight) else 0.0, "the weight of a batch")
                 yield Part(inputs, targets, count, whole or math.inf)
 
-    def check_feeds(self) -> None:
-        """Refuse, with `CacheError` where `cache=True` asks for it, what can be seen before anything is computed."""
-        for feed in (self.train, self.validation):
-            if feed is not None:
-                feed.check()
+
+def open_source(
+    training: Training, data: object, num_workers: int, on_bad_image: str | float = "raise", display: Display = QUIET
+) -> Source:
+    """Open labeled data, without the images that cannot be used if those are to be skipped."""
+    limit, model = bad_image_limit(on_bad_image), training.model
+    labels = {"multi_label": model.threshold is not None, "skip": limit is not None}
+    source = open_data(data, model.classes, num_workers=num_workers, **labels)
+    if limit is None:
+        return source
+    return without_bad_images(source, limit, display=display, check=training.interrupts.check)
 
 
-def open_run(training: Training, train: Feed, validation: Feed | None, *, epochs: int, batch_size: int | None) -> Run:
+def open_held_out(
+    training: Training, data: object, num_workers: int, on_bad_image: str | float, display: Display
+) -> Source | None:
+    """Open validation data if there is some; a `DataLoader` that only reads it is passed over, to cache features."""
+    if data is None:
+        return None
+    return open_source(training, *without_loader(data, num_workers), on_bad_image, display)
+
+
+def open_feed(
+    training: Training,
+    source: Source,
+    what: str = "training",
+    *,
+    augment: Augment | None = None,
+    n_views: int | None = None,
+    display: Display = QUIET,
+) -> Feed:
+    """Return what reads images for a model, from its cached features where that is safe; `what` is as in `Feed`."""
+    preprocess = training.model.backbone.preprocess
+    seed = training.seed if what == "training" else 0  # data that is random itself is validated as it is evaluated
+    transform = None if augment is None else build_augmentation(augment, preprocess.image_size)
+    return Feed(
+        inputs=Inputs(source, preprocess, training.device, transform, seed),
+        model=training.model,
+        cache=training.features,
+        mode=training.cache_mode,
+        num_views=None if n_views is None else whole_number("n_views", n_views),
+        what=what,
+        display=display,
+    )
+
+
+def features_of(training: Training, source: Source, display: Display) -> CachedFeatures:
+    """Return the features of every image; a `CacheError` where they cannot be cached."""
+    with training.alone("features"), training.interrupts:
+        check_same_data(source, training.model, "features")
+        return open_feed(training, source, display=display).features()
+
+
+def open_run(
+    training: Training,
+    train: Feed,
+    validation: Feed | None = None,
+    *,
+    epochs: int,
+    batch_size: int | None,
+    validation_data: object = None,
+) -> Run:
     """Check the data of a call against model, loss and schedule before a weight changes.
 
     One of the validation images is read now: data that cannot be used would cost an epoch later.
@@ -122,14 +177,29 @@ def open_run(training: Training, train: Feed, validation: Feed | None, *, epochs
     schedule = training.schedule
     if schedule is SCHEDULES["auto"] and (num_steps is None or has_scheduler(training.optimizer)):
         schedule = SCHEDULES["constant"]
-    return Run(train, validation, loss, len(training.model.classes), size, epochs, num_steps, schedule)
+    return Run(train, validation, loss, size, epochs, num_steps, schedule, validation_data)
+
+
+@contextmanager
+def naming(training: Training, data: object) -> Iterator[None]:
+    """Give a head without class names those of its training data, and take them back if no step is made."""
+    model, step = training.model, training.global_step
+    before, names = model.classes, learn_names(data, model.classes)
+    measured = any(int(part.num_images) for part in model.head.modules() if isinstance(part, Standardize))
+    if not (step or measured) or {*names} != {*before}:  # trained by its numbers, it keeps their order
+        model.classes = names
+    try:
+        yield
+    except BaseException:
+        if training.global_step == step:
+            model.classes = before
+        raise
 
 
 def follow_model(training: Training, display: Display) -> None:
     """Let everything follow a model whose layers were replaced, added, converted or frozen since the last epoch.
 
-    Raises:
-        ArgumentError: When parameters train that the optimizer does not hold.
+    Parameters that train and that the optimizer does not hold are an `ArgumentError`.
     """
     training.device.prepare(training.model)
     hold_parameters(training.optimizer, training.model)
@@ -162,17 +232,22 @@ def warn_of_high_lr(training: Training) -> None:
 
 
 def check_trains(model: nn.Module, run: Run) -> None:
-    """Refuse a model that cannot train on this data.
-
-    Raises:
-        NothingToTrainError: When everything is frozen.
-        ArgumentError: When the last batch has one image and batch norm over vectors trains.
-    """
+    """Refuse a model of which nothing trains, and one whose batch norm over vectors would train on one image."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise NothingToTrainError(
             "nothing to train: every parameter is frozen. freeze_until(model, 'head') trains the head alone."
         )
-    _check_last_batch(model, run.source.num_images, run.batch_size)
+    needs_two = any(
+        isinstance(module, nn.BatchNorm1d) and any(parameter.requires_grad for parameter in module.parameters())
+        for module in model.modules()
+    )
+    size, num_images = run.batch_size, run.source.num_images
+    if needs_two and num_images is not None and (size == 1 or num_images % size == 1):  # not at the end of an epoch
+        other = next(other for other in range(size + 1, num_images + 2) if num_images % other != 1)
+        raise ArgumentError(
+            f"batch_size={size} leaves a batch of 1 image of {num_images}, and the head's batch norm needs 2 or "
+            f"more to train: choose another batch_size, such as {other}."
+        )
 
 
 def choose_batch_size(source: Source, batch_size: int | None) -> int:
@@ -210,25 +285,12 @@ def check_shared(source: Source, what: str) -> int:
 
 def without_loader(data: object, num_workers: int) -> tuple[object, int]:
     """Return the data set and workers of a `DataLoader` that only reads it in order: its features can be cached."""
-    plain = (
+    if (
         isinstance(data, DataLoader)
         and type(data.sampler) is SequentialSampler
         and type(data.batch_sampler) is BatchSampler
         and data.collate_fn is default_collate
         and not data.drop_last
-    )
-    return (data.dataset, data.num_workers) if plain else (data, num_workers)  # type: ignore[attr-defined]
-
-
-def _check_last_batch(model: nn.Module, num_images: int | None, batch_size: int) -> None:
-    """Batch norm over vectors cannot train on one image: say so now, not at the end of an epoch."""
-    needs_two = any(
-        isinstance(module, nn.BatchNorm1d) and any(parameter.requires_grad for parameter in module.parameters())
-        for module in model.modules()
-    )
-    if needs_two and num_images is not None and (batch_size == 1 or num_images % batch_size == 1):
-        other = next(size for size in range(batch_size + 1, num_images + 2) if num_images % size != 1)
-        raise ArgumentError(
-            f"batch_size={batch_size} leaves a batch of 1 image of {num_images}, and the head's batch norm needs 2 or "
-            f"more to train: choose another batch_size, such as {other}."
-        )
+    ):
+        return data.dataset, data.num_workers
+    return data, num_workers

@@ -36,8 +36,8 @@ def _cosine(progress: float) -> float:
     return (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
-def _auto(progress: float) -> float:
-    return _AUTO(progress)
+def _auto(progress: float) -> float:  # not `warmup` itself: only "auto" gives way to what sets the rate already
+    return _Warmup(_cosine, 0.1)(progress)
 
 
 SCHEDULES: dict[str, Schedule] = {
@@ -57,15 +57,12 @@ class _Warmup:
     fraction: float
 
     def __repr__(self) -> str:
-        return describe_schedule(self)
+        return f"warmup({describe_schedule(self.schedule)}, {self.fraction})"
 
     def __call__(self, progress: float) -> float:
         if progress < self.fraction:
             return _FIRST + (1.0 - _FIRST) * progress / self.fraction
         return self.schedule((progress - self.fraction) / (1.0 - self.fraction))
-
-
-_AUTO = _Warmup(_cosine, 0.1)
 
 
 def warmup(schedule: str | Schedule = "cosine", fraction: float = 0.1) -> Schedule:
@@ -92,11 +89,7 @@ def warmup(schedule: str | Schedule = "cosine", fraction: float = 0.1) -> Schedu
 
 
 def find_schedule(schedule: str | Schedule) -> Schedule:
-    """Return a schedule by its name, or the user's own function unchanged.
-
-    Raises:
-        ArgumentError: When there is none of that name.
-    """
+    """Return a schedule by its name, or the user's own function unchanged."""
     if callable(schedule):
         return schedule
     hint = "Or pass a function of progress (0 to 1) that returns a factor."
@@ -104,32 +97,14 @@ def find_schedule(schedule: str | Schedule) -> Schedule:
 
 
 def describe_schedule(schedule: Schedule) -> str:
-    """Return a schedule as text: its name, or what can be said of a function.
-
-    Example:
-        >>> describe_schedule(warmup("cosine", 0.1))
-        'warmup(cosine, 0.1)'
-    """
+    """Return a schedule as text: its name, or what can be said of a function."""
     if isinstance(schedule, _Warmup):
-        return f"warmup({describe_schedule(schedule.schedule)}, {schedule.fraction})"
+        return repr(schedule)
     return next((name for name, known in SCHEDULES.items() if known is schedule), "a function")
 
 
 def lr_factor(schedule: Schedule, step: int, num_steps: int | None) -> float:
-    """Return what the learning rate is multiplied by in one step.
-
-    Args:
-        schedule: Progress, 0 to 1, to a factor.
-        step: Steps made before this one.
-        num_steps: Steps in the whole run; None if unknown, which only the constant schedule can do without.
-
-    Raises:
-        ArgumentError: When the schedule returns no number, a negative one, infinity or NaN.
-
-    Example:
-        >>> [lr_factor(SCHEDULES["linear"], step, num_steps=4) for step in range(4)]
-        [1.0, 0.75, 0.5, 0.25]
-    """
+    """Return what the learning rate is multiplied by after some steps, of so many in the run; 1 if that is unknown."""
     if num_steps is None:
         return 1.0
     progress = step / max(1, num_steps)
@@ -143,18 +118,16 @@ def lr_factor(schedule: Schedule, step: int, num_steps: int | None) -> float:
 
 
 def check_schedule(schedule: Schedule, num_steps: int | None, *, other: bool = False) -> None:
-    """Refuse a schedule that needs the number of steps where that is unknown, or beside an `other` one of torch's.
-
-    Raises:
-        ArgumentError: When it does.
-    """
-    if other and schedule is not SCHEDULES["constant"]:
+    """Refuse a schedule that needs the number of steps where that is unknown, or beside an `other` one of torch's."""
+    if schedule is SCHEDULES["constant"]:
+        return
+    if other:
         raise ArgumentError(
             f"schedule={describe_schedule(schedule)} and a scheduler of torch.optim.lr_scheduler would both set the "
             'learning rate: expected one of them. Trainer(schedule="constant") leaves it to the scheduler.'
         )
-    if num_steps is None and schedule is not SCHEDULES["constant"]:
+    if num_steps is None:
         raise ArgumentError(
-            "this schedule needs the number of steps, which a DataLoader without length does not tell: use "
+            "this schedule needs the number of steps, but the DataLoader has no length: use "
             'schedule="constant", or give its data set a __len__.'
         )

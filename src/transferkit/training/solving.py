@@ -86,4 +86,4 @@ def _check_boundary(model: TransferModel) -> None:
     depth, wanted = len(model.split()[0]), len(model.backbone.features)
     if depth != wanted:
         what = "the head is frozen, too" if depth > wanted else "layers before the head train"
-        raise CacheError(f"the head cannot be solved: {what}. Expected freeze_until(model, 'head') before.")
+        raise CacheError(f"the head cannot be solved: {what}. Call freeze_until(model, 'head') first.")

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from transferkit.base.processes import part_of, sum_gradients, world_size
 from transferkit.base.randomness import seeded
-from transferkit.compute.device import Device
+from transferkit.compute.device import Device, parameters_of
 from transferkit.compute.finite import BufferCopies, gradients_are_finite
 from transferkit.compute.out_of_memory import is_out_of_memory, reserve_state, within_memory
 from transferkit.errors import OutOfMemoryError
@@ -48,35 +48,22 @@ class Step:
 
 
 class Update(NamedTuple):
-    """What one training step came to.
+    """What one training step came to; tensors are on the device."""
 
-    Attributes:
-        loss: Mean loss, float32 `()`, on the device.
-        correct: Number of images that were right, `()`, on the device; see `count_correct`.
-        logits: `(N, K)`, on the device, before the update.
-        finite: Whether loss and gradients were finite, bool `()`, on the device; if not, nothing was changed.
-        micro_batch_size: Images that passed through at once.
-    """
-
-    loss: Tensor
-    correct: Tensor
-    logits: Tensor
-    finite: Tensor
-    micro_batch_size: int
+    loss: Tensor  # the mean, float32 ()
+    correct: Tensor  # number of images that were right, (); see `count_correct`
+    logits: Tensor  # (N, K), before the update
+    finite: Tensor  # whether loss and gradients were finite, bool (); if not, nothing was changed
+    micro_batch_size: int  # images that passed through at once
 
 
 def training_step(network: nn.Module, batch: Part, *, training: Training, loss: Loss, micro_batch_size: int) -> Update:
     """Make one update of the weights from one batch, unless a number in it is not finite.
 
     Gradients of the micro-batches, and of the parts that several processes have, add up to those of the whole batch
-    (batch norm's statistics aside); the memory needed is that of one micro-batch.
+    (batch norm's statistics aside); the memory needed is that of one micro-batch. They stay until the next step.
 
-    Args:
-        network: In training mode, on the device: a model, or what follows its frozen layers.
-        batch: On the device.
-        training: The gradients that its optimizer holds are cleared first; those of this step stay until the next.
-        loss: From `Loss.for_run`.
-        micro_batch_size: 1 or more.
+    The network is in training mode: a model, or what follows its frozen layers. `loss` is from `Loss.for_run`.
     """
     device, optimizer = training.device, training.optimizer
     optimizer.zero_grad(set_to_none=True)
@@ -91,14 +78,11 @@ def training_step(network: nn.Module, batch: Part, *, training: Training, loss: 
         outputs.append(logits.detach())
     logits = torch.cat(outputs)
     correct = count_correct(logits, batch.targets, training.model.threshold)
-    batch_loss, correct = sum_gradients(_trainable(optimizer), batch_loss, correct)
+    trainable = [parameter for parameter in parameters_of(optimizer) if parameter.requires_grad]
+    batch_loss, correct = sum_gradients(trainable, batch_loss, correct)
     finite = batch_loss.isfinite() if device.scaler.is_enabled() else gradients_are_finite(batch_loss, optimizer)
     device.apply(optimizer, clip_grad_norm=training.clip_grad_norm, finite=finite)
     return Update(batch_loss, correct, logits, finite, micro_batch_size)
-
-
-def _trainable(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
 def guarded_step(network: nn.Module, batch: Part, *, training: Training, loss: Loss, seed: int) -> Update:
@@ -106,11 +90,8 @@ def guarded_step(network: nn.Module, batch: Part, *, training: Training, loss: L
 
     Where memory runs out, the forward and backward passes start again from the same random numbers, which `seed`
     determines, with micro-batches of half the size. A step that fails, or whose numbers are not finite, leaves
-    gradients and batch norm's statistics as they were.
-
-    Raises:
-        OutOfMemoryError: When one image is too much or there is no room for the optimizer's state, and nothing was
-            changed; or when memory runs out in the middle of the update.
+    gradients and batch norm's statistics as they were. Where one image is too much, or the optimizer has no room,
+    `OutOfMemoryError`.
     """
     buffers = BufferCopies(network)
 
@@ -130,13 +111,13 @@ def guarded_step(network: nn.Module, batch: Part, *, training: Training, loss: L
     except BaseException:
         undo()  # nothing of a step that failed reaches the next
         raise
-    buffers.restore_unless(update.finite)
+    buffers.restore(unless=update.finite)
     return update
 
 
 @contextmanager
 def dropout_of_part(network: nn.Module, count: int) -> Iterator[None]:
-    """Let dropout zero what it would zero of a whole batch of so many images, of which this process has its part."""
+    """Make dropout zero the entries of this process's part that it would zero in the whole batch of `count` images."""
     layers = [layer for layer in network.modules() if type(layer) is nn.Dropout and layer.training]
     rows = part_of(count)
 
@@ -145,7 +126,7 @@ def dropout_of_part(network: nn.Module, count: int) -> Iterator[None]:
         return inputs * factors[rows.start : rows.start + len(inputs)]
 
     for layer in layers if world_size() > 1 else ():
-        layer.forward = partial(forward, p=layer.p)  # type: ignore[method-assign]
+        vars(layer)["forward"] = partial(forward, p=layer.p)
     try:
         yield
     finally:
@@ -155,11 +136,7 @@ def dropout_of_part(network: nn.Module, count: int) -> Iterator[None]:
 
 @contextmanager
 def update_not_repeated(optimizer: Optimizer, device: Device) -> Iterator[None]:
-    """Ask for the memory of the optimizer's state before its step, and let nobody repeat a step that has begun.
-
-    Raises:
-        OutOfMemoryError: When memory runs out for the optimizer.
-    """
+    """Ask for the memory of the optimizer's state before its step, and let nobody repeat a step that has begun."""
     begun = False
 
     def begin(*_: Any) -> None:
@@ -173,8 +150,8 @@ def update_not_repeated(optimizer: Optimizer, device: Device) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if begun and is_out_of_memory(error):
             raise OutOfMemoryError(
-                f"the optimizer ran out of memory in the middle of its update; weights may be half updated: {error}. "
-                "Load a checkpoint, then freeze more layers or take a smaller head."
+                f"the optimizer ran out of memory in the middle of its update; weights may be partly updated: {error}. "
+                "Load a checkpoint, then freeze more layers or use a smaller head."
             ) from error
         raise
     finally:
