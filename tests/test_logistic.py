@@ -142,6 +142,7 @@ def test_a_table_larger_than_memory_is_read_a_few_times(loss, targets, plain, mo
     assert error(head, features, targets, plain, head.l2) < 1e-4
     best = min(head.path, key=lambda strength: strength.loss)
     assert head.l2 == best.l2 / 2  # beside twice as many rows
+    assert str(head) == f"accuracy {best.accuracy:.4f} ± {best.accuracy_error:.4f} on held-out images, L2 {head.l2:.3g}"
     assert len(head.held_out) == 2000
     assert float(loss.each(head.logits, targets[head.held_out]).mean()) == pytest.approx(best.loss, rel=1e-5)
 

@@ -74,9 +74,10 @@ class LinearHead:
     logits: Tensor
 
     def __str__(self) -> str:
-        chosen = [strength for strength in self.path if strength.l2 == self.l2]
-        scored = [f"accuracy {best.accuracy:.4f} ± {best.accuracy_error:.4f} on held-out images, " for best in chosen]
-        return f"{''.join(scored)}L2 {self.l2:.3g}"
+        if not self.path:
+            return f"L2 {self.l2:.3g}"
+        best = min(self.path, key=lambda strength: strength.loss)
+        return f"accuracy {best.accuracy:.4f} ± {best.accuracy_error:.4f} on held-out images, L2 {self.l2:.3g}"
 
     __repr__ = __str__  # what an interpreter shows
 
