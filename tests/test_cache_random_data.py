@@ -53,7 +53,7 @@ GLOBAL: dict[str, Callable[[Tensor, int], tuple[Tensor, Any]]] = {
 
 def fitted(cache: bool | str, dataset: Dataset[Any], **arguments: Any) -> dict[str, Tensor]:
     trainer = tiny.make_trainer(tiny.make_model(tiny.make_backbone(), "head"), cache=cache)
-    trainer.fit(dataset, **{"epochs": 3, "batch_size": 16, "verbose": 2, **arguments})
+    trainer.fit(dataset, **{"epochs": 2, "batch_size": 16, "verbose": 2, **arguments})
     return tiny.weights_of(trainer.model)
 
 
@@ -108,7 +108,7 @@ def test_every_reader_of_data_once_notices():
 def test_fixed_views_need_fixed_targets(capsys):
     """With n_views each image has one target: a data set whose targets are random is not cached."""
     noisy = Sometimes(GLOBAL["a target of torch's"])
-    runs = [fitted(cache, noisy, n_views=3) for cache in ("auto", False)]
+    runs = [fitted(cache, noisy, n_views=3, epochs=3) for cache in ("auto", False)]
 
     assert tiny.differences(*runs) == []
     assert "not cached: the data set's targets change from view to view" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset
 import transferkit as tk
 from tiny import make_backbone, make_images, make_model, make_trainer
 from transferkit.base import processes
-from transferkit.features import cache, feed, prefix
+from transferkit.features import cache, prefix
 
 RANK, FIRST = int(os.environ.get("RANK", "0")), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 FOLDER, WHERE, SIGNAL = [*sys.argv[1:], "", "", ""][:3]  # none where tests are only collected
@@ -68,15 +69,17 @@ class Ends(tk.Checkpoint):
         return path
 
 
-class Counted(prefix.Prefix):
-    """Notes how many images go through the frozen layers."""
-
-    def __call__(self, images: Tensor, **options: Any) -> Tensor:
-        COMPUTED.append(len(images))
-        return super().__call__(images, **options)
+COMPUTED: list[int] = []  # how many images went through the frozen layers, batch by batch
 
 
-COMPUTED: list[int] = []
+def counted(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Note how many images go through a prefix."""
+
+    def run(self: prefix.Prefix, inputs: Tensor, **options: Any) -> Tensor:
+        COMPUTED.append(len(inputs))
+        return compute(self, inputs, **options)
+
+    return run
 
 
 def main() -> None:
@@ -84,7 +87,7 @@ def main() -> None:
     torch.set_num_threads(1)
     prefix._PIXELS_ON_CPU = 4 * 32**2  # batches, and chunks, of four images
     cache.CHUNK_IMAGES = 4
-    feed.Prefix = Counted
+    prefix.Prefix.__call__ = counted(prefix.Prefix.__call__)  # type: ignore[method-assign]
     if str(signal.SIGSTOP.value) == SIGNAL:
         processes.TIMEOUT = timedelta(seconds=20)
     if WHERE == "hosts":

@@ -238,10 +238,10 @@ def test_two_jobs_share_a_folder_of_features_and_not_one_of_checkpoints(tmp_path
 def hung(tmp_path_factory) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
     """The folder of a run whose second process stops for good in the fill; begun first, for it waits for 50 s."""
     folder = tmp_path_factory.mktemp("hung")
-    process = launched("killed.py", 2, str(folder), "fill1", str(int(signal.SIGSTOP)), restarts=1)
-    yield folder, process
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    with launched("killed.py", 2, str(folder), "fill1", str(int(signal.SIGSTOP)), restarts=1) as process:
+        yield folder, process
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ STOPS = [
     *(f"{where} {epoch}" for where in ("validation", "callback", "error") for epoch in range(EPOCHS)),
 ]
 SOME_STOPS = ["step 1", "step 3", "step 5", "validation 0", "callback 1"]
-EVERY_STEP = ["images-bf16", "kept", "scaled", "views"]
+EVERY_STEP = ["kept", "scaled", "unfrozen"]
 FILL = ["kept", "views", "folder"]
 
 
@@ -249,7 +249,7 @@ def all_stops():
             if name == "workers":
                 if stop in ("step 1", "step 3", "step 4", "validation 0"):
                     yield name, stop
-            elif name in ("images", "unfrozen") or (what == "step" and name in EVERY_STEP) or stop in SOME_STOPS:
+            elif name == "images" or (what == "step" and name in EVERY_STEP) or stop in SOME_STOPS:
                 yield name, stop
         if name in FILL:
             yield name, "fill 0"
