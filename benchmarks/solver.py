@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -89,10 +90,29 @@ def path(features: Tensor, targets: Tensor) -> None:
     )
 
 
+def larger_than_memory(features: Tensor, targets: Tensor, kept: int) -> None:
+    """Solve the path and all rows while only `kept` rows fit into memory, and count how often the table is read."""
+    read: list[int] = []
+
+    def read_rows(start: int, stop: int) -> Tensor:
+        read.append(start)
+        return features[start:stop]
+
+    rows = Table(read_rows, *features.shape, features.device)
+    with mock.patch.object(Table, "rows_in_memory", return_value=kept):
+        head, seconds = measure(lambda: solve(rows, targets, CrossEntropy(), classes=CLASSES))
+    far = error(head.weight, head.bias, (features - head.mean) / head.std, targets, head.l2)
+    print(
+        f"  {kept} rows in memory: {seconds:.2f} s, l2 {head.l2:.1e}, path of {len(head.path)}, "
+        f"{read.count(0)} readings, error {far:.0e}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[500, 2000, 10_000])
     parser.add_argument("--no-path", action="store_true", help="leave out the path, which takes scikit-learn minutes")
+    parser.add_argument("--kept", type=int, nargs="+", default=[], help="solve while only so many rows fit into memory")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")  # scikit-learn's, about iterations and about what will change
     print(f"{FEATURES} features, {CLASSES} classes, {torch.get_num_threads()} threads, CPU seconds")
@@ -101,6 +121,8 @@ def main() -> None:
         print(f"{count} rows")
         for l2 in (1.0, 0.1, 0.01):
             one_penalty(features, targets, l2)
+        for kept in arguments.kept:
+            larger_than_memory(features, targets, kept)
         if not arguments.no_path:
             path(features, targets)
 

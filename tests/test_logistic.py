@@ -112,34 +112,70 @@ def test_scikit_learn_finds_the_same_labels(linear_model):
         assert float(head.bias[label]) == pytest.approx(float(theirs.intercept_[0]), abs=1e-4)
 
 
-@pytest.mark.parametrize("columns", [6, 90])
-def test_a_table_larger_than_memory_gives_the_same(columns, monkeypatch):
-    """Rows that are read again in each pass, in small blocks, lead to the same weights."""
-    features, targets = problem(60, columns)
-
-    def head() -> LinearHead:
-        return solve(Table.of_tensor(features), targets, CrossEntropy(), classes=3, strengths=[1.0, 1e-2])
-
-    expected = head()
-    monkeypatch.setattr(table, "BLOCK_BYTES", 4 * columns * 7)
-    monkeypatch.setattr(Table, "fits_in_memory", lambda self: False)
-    streamed = head()
-    torch.testing.assert_close(streamed.weight, expected.weight, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(streamed.logits, expected.logits, atol=2e-2, rtol=2e-2)
-    if columns == 6:
-        monkeypatch.setattr(design, "_AXES", 3)
-        torch.testing.assert_close(head().weight, expected.weight, atol=1e-4, rtol=1e-4)
+def counted(features: Tensor) -> tuple[Table, list[int]]:
+    """A table, and where each of its blocks that was read began."""
+    read: list[int] = []
+    rows = Table.of_tensor(features)
+    return dataclasses.replace(rows, read=lambda start, stop: read.append(start) or features[start:stop]), read
 
 
-def test_a_table_in_memory_is_read_twice():
-    """A table that fits is read for its moments and to be held, however long the path is."""
+NOISY = torch.where(torch.arange(4000) % 7 < 3, (torch.arange(4000) * 7919) % 3, torch.arange(4000) % 3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "plain"),
+    [
+        (CrossEntropy(), NOISY, torch.nn.CrossEntropyLoss()),
+        (BinaryCrossEntropy(), torch.nn.functional.one_hot(NOISY).float(), torch.nn.BCEWithLogitsLoss()),
+    ],
+    ids=["classes", "several labels"],
+)
+def test_a_table_larger_than_memory_is_read_a_few_times(loss, targets, plain, monkeypatch):
+    """A table of which half fits in memory is read at most eight times for the same optimum, all penalties included."""
+    monkeypatch.setattr(table, "BLOCK_BYTES", 4 * 20 * 700)
+    monkeypatch.setattr(Table, "rows_in_memory", lambda self: 2000)
+    features, _ = problem(4000, 20)
+    rows, read = counted(features)
+    head = solve(rows, targets, loss, classes=3, strengths=[1.0, 0.1, 0.01])
+    assert sorted(set(read)) == list(range(0, 4000, 700))
+    assert read.count(0) <= 8
+    assert error(head, features, targets, plain, head.l2) < 1e-4
+    best = min(head.path, key=lambda strength: strength.loss)
+    assert head.l2 == best.l2 / 2  # beside twice as many rows
+    assert str(head) == f"accuracy {best.accuracy:.4f} ± {best.accuracy_error:.4f} on held-out images, L2 {head.l2:.3g}"
+    assert len(head.held_out) == 2000
+    assert float(loss.each(head.logits, targets[head.held_out]).mean()) == pytest.approx(best.loss, rel=1e-5)
+
+
+def test_rows_that_tell_little_about_the_others_cost_more_readings(monkeypatch):
+    """However few rows fit in memory, all of them lead to the same optimum, also with more features than rows."""
     features, targets = problem(60, 6)
-    read = []
-    counted = dataclasses.replace(
-        Table.of_tensor(features), read=lambda start, stop: read.append((start, stop)) or features[start:stop]
-    )
-    solve(counted, targets, CrossEntropy(), classes=3)
-    assert read == [(0, 60)] * 2
+    monkeypatch.setattr(Table, "rows_in_memory", lambda self: 15)
+    head = solve(Table.of_tensor(features), targets, CrossEntropy(), classes=3, strengths=[1e-2])
+    assert error(head, features, targets, torch.nn.CrossEntropyLoss(), 1e-2) < 1e-4
+    features, targets = problem(60, 90)
+    monkeypatch.setattr(design, "LARGEST_PRODUCTS", 59)
+    head = solve(Table.of_tensor(features), targets, CrossEntropy(), classes=3, strengths=[1e-2])
+    assert error(head, features, targets, torch.nn.CrossEntropyLoss(), 1e-2) < 1e-4
+
+
+def test_every_fold_of_a_table_larger_than_memory_is_held_out(monkeypatch):
+    """With every fold held out, each row has logits of a head that was solved without it."""
+    features, targets = problem(60, 6)
+    arguments = {"classes": 3, "strengths": [1e-2], "every_fold": True}
+    expected = solve(Table.of_tensor(features), targets, CrossEntropy(), **arguments)
+    monkeypatch.setattr(Table, "rows_in_memory", lambda self: 30)
+    head = solve(Table.of_tensor(features), targets, CrossEntropy(), **arguments)
+    assert head.held_out.tolist() == list(range(60))
+    torch.testing.assert_close(head.logits, expected.logits, atol=2e-2, rtol=2e-2)
+
+
+def test_a_table_in_memory_is_read_once():
+    """A table that fits is read once, for its moments and to be held, however long the path is."""
+    features, targets = problem(60, 6)
+    rows, read = counted(features)
+    solve(rows, targets, CrossEntropy(), classes=3)
+    assert read == [0]
 
 
 def test_what_hardly_varies_is_divided_by_the_median_of_its_kind():

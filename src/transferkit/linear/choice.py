@@ -11,7 +11,7 @@ from torch import Tensor
 from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.compute.device import float32_products
 from transferkit.errors import ArgumentError, EmptyDataError, NonFiniteError
-from transferkit.linear.design import Design, design_of, standardised
+from transferkit.linear.design import design_of, standardised
 from transferkit.linear.logistic import PAIRS, Loss, Problems
 from transferkit.linear.table import Table
 
@@ -74,9 +74,10 @@ class LinearHead:
     logits: Tensor
 
     def __str__(self) -> str:
-        chosen = [strength for strength in self.path if strength.l2 == self.l2]
-        scored = [f"accuracy {best.accuracy:.4f} ± {best.accuracy_error:.4f} on held-out images, " for best in chosen]
-        return f"{''.join(scored)}L2 {self.l2:.3g}"
+        if not self.path:
+            return f"L2 {self.l2:.3g}"
+        best = min(self.path, key=lambda strength: strength.loss)
+        return f"accuracy {best.accuracy:.4f} ± {best.accuracy_error:.4f} on held-out images, L2 {self.l2:.3g}"
 
     __repr__ = __str__  # what an interpreter shows
 
@@ -106,6 +107,9 @@ def solve(
     The head minimizes the mean loss plus `l2 / 2` times the sum of its squared weights. The penalties are tried from
     strong to weak, each from the last one's solution, until the loss on held-out rows has risen twice by more than its
     standard error. Then all rows are solved with the best.
+
+    Of a table larger than memory, rows drawn at random choose the penalty, in memory; it counts as much beside the sum
+    of all rows' losses as it did beside theirs. Then all rows are solved from there, and each step reads the table.
 
     Held-out rows are the validation rows or, without them, each fold in turn. All folds are solved together and share
     the mean and the standard deviation of all rows, which depend on no target. With as many folds as rows this is
@@ -143,24 +147,34 @@ def solve(
         tensor([0, 0, 0, 0, 1, 1, 1, 1])
     """
     _check(table, targets, strengths, folds, validation)
-    design = design_of(table)
+    design = design_of(table, seed=seed)
     targets = targets.to(table.device)
-    everything = torch.ones(len(targets), 1, dtype=torch.bool, device=table.device)
-    final = Problems(design, targets, loss, classes=classes, members=everything)
+    every = torch.arange(len(targets), device=table.device)
+    tried = every if every_fold else design.sample
+
+    def build(members: Tensor) -> Problems:
+        rows = design.sample if len(members) == len(design.sample) else every
+        return Problems(design, targets[rows], loss, classes=classes, members=members, every=rows is every)
+
     scores: _Folds | _Validation
     if validation is not None:
-        scores = _Validation(final, *validation)
+        scores = _Validation(build(design.sample[:, None] >= 0), *validation)
     else:
-        fold_of = assign_folds(targets, folds, groups=groups, seed=seed)
-        most = len(targets) if every_fold else ONE_FOLD_ROWS
-        scores = _Folds(design, targets, loss, classes, fold_of, most=most)
+        own = None if groups is None else groups[tried.to(groups.device)]
+        fold_of = assign_folds(targets[tried], folds, groups=own, seed=seed)
+        together = max(1, _BATCH_NUMBERS // (classes * max(len(tried), 2 * PAIRS * len(design.axes))))
+        scores = _Folds(build, targets[tried], fold_of, together, most=len(targets) if every_fold else ONE_FOLD_ROWS)
+    final = build(every[:, None] >= 0)
     l2, logits = strengths[0], final.logits[:0, 0]
     path: list[Strength] = []
     if len(scores.rows):
         l2, path, final.weights, logits = _choose(scores, strengths, loss, count_correct or _count_largest)
+    if len(strengths) > 1:  # the more rows, the weaker the best penalty: its share of the sum over rows is kept
+        l2 *= len(tried) / len(targets)
     final.solve(l2, tolerance=TOLERANCE)
     weight, bias = design.on_features(final.weights[0])
-    return LinearHead(weight, bias, design.mean, design.std, l2, path, scores.rows, logits)
+    rows = scores.rows if validation is not None else tried[scores.rows]
+    return LinearHead(weight, bias, design.mean, design.std, l2, path, rows, logits)
 
 
 def _choose(
@@ -223,7 +237,7 @@ class _Folds:
     """
 
     def __init__(
-        self, design: Design, targets: Tensor, loss: Loss, classes: int, fold_of: Tensor, *, most: int
+        self, build: Callable[[Tensor], Problems], targets: Tensor, fold_of: Tensor, together: int, *, most: int
     ) -> None:
         count = len(fold_of)
         number = int(fold_of.max()) + 1
@@ -232,11 +246,8 @@ class _Folds:
         self.targets = targets[self.rows]
         self.fold_of = fold_of[self.rows]
         self.parts = [(self.fold_of == fold).nonzero().squeeze(1) for fold in range(used)]
-        size = max(1, _BATCH_NUMBERS // (classes * max(count, 2 * PAIRS * len(design.axes))))
-        self.batches = [
-            Problems(design, targets, loss, classes=classes, members=fold_of[:, None] != batch)
-            for batch in torch.split(torch.arange(used, device=fold_of.device), size)
-        ]
+        batches = torch.split(torch.arange(used, device=fold_of.device), together)
+        self.batches = [build(fold_of[:, None] != batch) for batch in batches]
 
     def solve(self, l2: float) -> Tensor:
         """Return the logits of the held-out rows, `(N, K)`."""

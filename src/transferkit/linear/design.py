@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.errors import NonFiniteError
 from transferkit.linear.table import Table
 
@@ -26,12 +27,14 @@ class Design:
     Where there are more features than rows, the rows are replaced by the Cholesky factor of their inner products. It
     has the same inner products, so the optimum is the same, and its size does not depend on the number of features.
 
+    Of a table larger than memory the design has some rows, drawn at random.
+
     Attributes:
-        table: The rows.
+        table: All rows.
+        sample: Which rows of the table the design has, int64, ascending.
         mean: Of each feature, float32 `(D,)`.
         std: What each feature is divided by, float32 `(D,)`; see `divisors`.
-        rows: The rows, or their factor, with the column of ones, float32 `(N, A + 1)`; None if they do not fit in
-            memory and are read again in each pass.
+        rows: The rows, or their factor, with the column of ones, float32 `(N, A + 1)`.
         factor: The factor, float64 `(N, N)`; None if the columns are the features.
         axes: Principal axes of the rows, `(A + 1, R)`; the last is the column of ones.
         variances: Of the rows along each axis, `(R,)`.
@@ -39,25 +42,22 @@ class Design:
     """
 
     table: Table
+    sample: Tensor
     mean: Tensor
     std: Tensor
-    rows: Tensor | None
+    rows: Tensor
     factor: Tensor | None
     axes: Tensor
     variances: Tensor
     rest: Tensor
 
-    def logits(self, weights: Tensor) -> Tensor:
-        """Return the logits `(N, M)` of weights `(M, A + 1)`. Rows that are not in memory are read once."""
-        if self.rows is not None:
-            return self.rows @ weights.T
-        return torch.cat([torch.addmm(weights[:, -1], block, weights[:, :-1].T) for block in self._blocks()])
-
-    def gradient(self, slopes: Tensor) -> Tensor:
-        """Return the gradient `(M, A + 1)` that follows from the slopes `(N, M)` of the logits, at the same cost."""
-        if self.rows is not None:
-            return slopes.T @ self.rows
-        return torch.cat([_combined(slopes.T, self._blocks()), slopes.sum(dim=0)[:, None]], dim=1)
+    def blocks(self, *, every: bool) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the rows with the column of ones, and their place: those in memory, or every row of the table."""
+        if every:
+            for rows, block in placed(standardised(self.table, self.mean, self.std)):
+                yield rows, pad(block, (0, 1), value=1)
+        else:
+            yield slice(0, len(self.rows)), self.rows
 
     def precondition(self, gradient: Tensor, curvature: Tensor, penalty: float) -> Tensor:
         """Return the gradients `(P, K, A + 1)` of problems divided by an estimate of their Hessians.
@@ -80,11 +80,9 @@ class Design:
         own, bias = weights[:, :-1], weights[:, -1]
         if self.factor is not None:
             by_row = torch.linalg.solve_triangular(self.factor.T, own.T.double(), upper=True)
-            own = _combined(by_row.T.float(), self._blocks())
+            blocks = placed(standardised(self.table, self.mean, self.std))
+            own = sum((by_row.T[:, rows].float() @ block for rows, block in blocks), torch.zeros_like(bias)[:, None])
         return own, bias
-
-    def _blocks(self) -> Iterator[Tensor]:
-        return standardised(self.table, self.mean, self.std)
 
 
 def standardised(table: Table, mean: Tensor, std: Tensor) -> Iterator[Tensor]:
@@ -93,14 +91,18 @@ def standardised(table: Table, mean: Tensor, std: Tensor) -> Iterator[Tensor]:
         yield (block - mean) / std
 
 
-def moments(table: Table) -> tuple[Tensor, Tensor]:
-    """Return the mean of each feature and its divisor, float32 `(D,)`. Reads the table once.
+def moments(table: Table, *, take: Callable[[slice, Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
+    """Return the mean of each feature and its divisor, float32 `(D,)`.
+
+    Reads the table once. `take` gets each block, and the place of its rows.
 
     Raises:
         NonFiniteError: When a feature is infinite or NaN.
     """
     total = square = torch.zeros(table.shape[1], dtype=torch.float64, device=table.device)
-    for rows, block in _placed(table.blocks()):
+    for rows, block in placed(table.blocks()):
+        if take is not None:
+            take(rows, block)
         exact = block.double()
         total, square = total + exact.sum(dim=0), square + exact.square().sum(dim=0)
         if not bool(square.isfinite().all()):  # host sync: once a block
@@ -135,34 +137,39 @@ def divisors(mean: Tensor, std: Tensor, kinds: list[int] | None) -> Tensor:
     return torch.maximum(std, torch.cat(floors))
 
 
-def design_of(table: Table) -> Design:
-    """Standardize a table, and take its rows to memory if they fit there as float32.
+def design_of(table: Table, *, seed: int = 0) -> Design:
+    """Standardize a table, and take its rows to memory: all, or as many as fit there as float32, drawn by the seed.
+
+    Reads the table once, or a few times where there are more features than rows.
 
     Raises:
         NonFiniteError: When a feature is infinite or NaN.
     """
-    mean, std = moments(table)
     count, width = table.shape
-    rows = factor = None
     if count < width and count <= LARGEST_PRODUCTS:
+        mean, std = moments(table)
+        sample = torch.arange(count, device=table.device)
         factor = _factor(table, mean, std)
         rows = pad(factor.float(), (0, 1), value=1)
-    elif table.fits_in_memory():
-        rows = torch.ones(count, width + 1, device=table.device)
-        for places, block in _placed(standardised(table, mean, std)):
-            rows[places, :-1] = block
+    else:
+        factor = None
+        sample = shuffled(count, derive_seed(seed, "sample"))[: table.rows_in_memory()].sort().values.to(table.device)
+        rows = torch.ones(len(sample), width + 1, device=table.device)
 
-    def blocks() -> Iterable[Tensor]:
-        return standardised(table, mean, std) if rows is None else [rows[:, :-1]]
+        def take(places: slice, block: Tensor) -> None:
+            own = (sample >= places.start) & (sample < places.stop)
+            rows[own, :-1] = block[sample[own] - places.start]
 
-    axes, variances = principal_axes(blocks, (count, width if factor is None else count), most=_AXES)
+        mean, std = moments(table, take=take)
+        rows[:, :-1].sub_(mean).div_(std)
+    axes, variances = principal_axes(lambda: [rows[:, :-1]], (len(rows), rows.shape[1] - 1), most=_AXES)
     rest = torch.maximum(variances[0], variances[-1] / 1000)  # a larger quotient would be lost to rounding
     axes = pad(axes, (0, 1, 0, 1))
     axes[-1, -1] = 1
-    return Design(table, mean, std, rows, factor, axes, torch.cat([variances, variances.new_ones(1)]), rest)
+    return Design(table, sample, mean, std, rows, factor, axes, torch.cat([variances, variances.new_ones(1)]), rest)
 
 
-def _placed(blocks: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+def placed(blocks: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks of rows, each with its place among all rows."""
     start = 0
     for block in blocks:
@@ -170,21 +177,13 @@ def _placed(blocks: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
         start += len(block)
 
 
-def _combined(by_row: Tensor, blocks: Iterable[Tensor]) -> Tensor:
-    """Return combinations of all rows, `(M, D)`, from the share of each row `(M, N)`."""
-    total = torch.zeros(1, device=by_row.device)
-    for rows, block in _placed(blocks):
-        total = total + by_row[:, rows] @ block
-    return total
-
-
 def _factor(table: Table, mean: Tensor, std: Tensor) -> Tensor:
     """Return the Cholesky factor of the inner products of all standardized rows, float64 `(N, N)`."""
     count = table.shape[0]
     products = torch.zeros(count, count, dtype=torch.float64, device=table.device)
-    for rows, block in _placed(standardised(table, mean, std)):
+    for rows, block in placed(standardised(table, mean, std)):
         exact = block.double()
-        for columns, other in _placed(standardised(table, mean, std)):
+        for columns, other in placed(standardised(table, mean, std)):
             products[rows, columns] = exact @ other.double().T
             if columns.stop >= rows.stop:
                 break  # above the diagonal nothing is needed

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -17,11 +17,15 @@ PAIRS = 12
 _NOTHING = 1e-13
 """A fall of the objective that float32 does not show, whatever the weights."""
 
-_PATIENCE = 15
-"""Steps in which the predicted fall must halve once."""
+_PATIENCE, _PATIENCE_SAMPLED = 15, 8
+"""Steps in which the predicted fall must halve once; where a sample has the curvature, it halves in most."""
 
-_SLOPE_LEFT = 0.3
-"""A step is long enough when the slope along it has fallen to this fraction."""
+_SLOPE_LEFT, _SLOPE_LEFT_READING = 0.3, 0.6
+"""A step is long enough when the slope along it has fallen to this fraction: another length costs a reading."""
+
+
+_ROWS_PER_FEATURE = 2
+"""So many rows in memory for each feature tell how the losses of all rows curve."""
 
 
 class Loss(Protocol):
@@ -37,6 +41,28 @@ class Loss(Protocol):
         """Return the loss of each row without smoothing and weights, `(N,)`."""
 
 
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor], right: Tensor, estimate: Callable[[Tensor], Tensor], *, most: int = 50
+) -> Tensor:
+    """Solve `product(x) = right` of each problem, `(P, K, A + 1)`; `estimate` is nearly the inverse of `product`.
+
+    Ends when the residual is 0.01 of the first, as `estimate` measures it.
+    """
+    left, guess = right, estimate(right)
+    solution, direction = torch.zeros_like(right), guess
+    size = first = (left * guess).sum(dim=(1, 2), keepdim=True)
+    for _ in range(most):
+        if not bool((size > 1e-4 * first).any()):  # host sync
+            break
+        bends = product(direction)
+        length = (size / (direction * bends).sum(dim=(1, 2), keepdim=True)).nan_to_num(0, 0, 0)
+        solution, left = solution + length * direction, left - length * bends
+        guess = estimate(left)
+        size, before = (left * guess).sum(dim=(1, 2), keepdim=True), size
+        direction = guess + (size / before).nan_to_num(0, 0, 0) * direction
+    return solution
+
+
 class Problems:
     """Logistic regressions on different rows of one design, solved together.
 
@@ -49,6 +75,8 @@ class Problems:
         loss: Convex in the logits; a function that is not ends where its slope does.
         classes: Number of classes `K`.
         members: Which rows each problem uses, bool `(N, P)`; each has at least one.
+        every: Whether the rows are all of the table and not those that the design has in memory. Each step then reads
+            the table, as a rule once.
 
     Attributes:
         weights: The solutions, `(P, K, A + 1)`, for the columns of the design, the bias last; zero before `solve`.
@@ -60,16 +88,20 @@ class Problems:
         suits any loss.
     """
 
-    def __init__(self, design: Design, targets: Tensor, loss: Loss, *, classes: int, members: Tensor) -> None:
+    def __init__(
+        self, design: Design, targets: Tensor, loss: Loss, *, classes: int, members: Tensor, every: bool = False
+    ) -> None:
         count, problems = members.shape
-        self.design, self.loss = design, loss
-        self.targets = targets.repeat_interleave(problems, dim=0)
+        self.design, self.loss, self.every = design, loss, every
+        self.sampled = every and len(design.rows) >= _ROWS_PER_FEATURE * len(design.axes)
+        self.targets = targets[:, None].expand(-1, problems, *targets.shape[1:])
         weights = [float(loss.total_weight(targets[own])) for own in members.T]  # host sync: once
         self.scale = (members / torch.tensor(weights, device=members.device))[..., None]  # (N, P, 1)
         self.share = self.scale.sum(dim=0).squeeze(1)  # (P,): 1 without class weights
         self.weights = torch.zeros(problems, classes, len(design.axes), device=members.device)
         self.logits = torch.zeros(count, problems, classes, device=members.device)
         self.curvature = torch.ones(problems, device=members.device)
+        self.length = torch.ones(problems, device=members.device)  # of steps that a sample suggests
         self._path: deque[tuple[float, Tensor]] = deque(maxlen=2)
 
     def follow(self, l2: float, *, tolerance: float) -> None:
@@ -83,8 +115,9 @@ class Problems:
     def solve(self, l2: float, *, tolerance: float, max_steps: int = 500) -> int:
         """Solve from where the weights are, and return the number of steps.
 
-        Each step takes two passes over the rows, one from a direction to logits and one from slopes to the gradient.
-        The line search needs none: logits are linear in the step.
+        Each step takes one pass over the rows: each block goes from a direction to logits, and from their slopes at
+        the step's end to the gradient there. Where that is not a good length, the line search needs no pass, as logits
+        are linear in the step, and the gradient one more.
 
         Args:
             l2: Strength of the penalty.
@@ -97,9 +130,9 @@ class Problems:
         """
         penalty = torch.full_like(self.weights[0, 0], l2)
         penalty[-1] = 0
-        self.logits = self._logits(self.weights)
-        slopes = self._slopes(self.logits)
-        gradient = self._gradient(slopes) + penalty * self.weights
+        self.logits = torch.zeros_like(self.logits)
+        self.logits, slopes, mean = self._follow(self.weights)
+        gradient = (self._gradient(slopes) if mean is None else mean) + penalty * self.weights
         pairs = deque([(torch.zeros_like(gradient), torch.zeros_like(gradient))], maxlen=PAIRS)
         mark = torch.full_like(self.curvature, torch.inf)  # the last fall that was half of the one before
         stale = torch.zeros_like(mark)
@@ -113,38 +146,56 @@ class Problems:
             halved = -slope < 0.5 * mark
             mark, stale = torch.where(halved, -slope, mark), torch.where(halved, 0, stale + 1)
             enough = (tolerance**2 * penalty * self.weights.square()).sum(dim=(1, 2)) + _NOTHING
-            running = (-slope > enough) & (stale < _PATIENCE)
+            running = (-slope > enough) & (stale < (_PATIENCE_SAMPLED if self.sampled else _PATIENCE))
             if not bool(running.any()):  # host sync
                 return steps
             direction *= running[:, None, None]
-            change = self._logits(direction)
+            change, new_slopes, mean = self._follow(direction)
             linear = (penalty * self.weights * direction).sum(dim=(1, 2))
             square = (penalty * direction.square()).sum(dim=(1, 2))
-            length, new_slopes = self._search(slopes, change, slope * running, linear, square)
+            length, end = self._search(new_slopes, change, slope * running, linear, square)
+            if mean is None or end is not new_slopes:
+                new_slopes, mean = end, self._gradient(end)
             self._measure_curvature(change, length, new_slopes - slopes, running)
+            self.length = torch.where(running, (self.length * length).clamp(0.01, 1), self.length)
             step = length[:, None, None] * direction
             self.weights = self.weights + step
             self.logits = self.logits + length[:, None] * change
             slopes, before = new_slopes, gradient
-            gradient = self._gradient(slopes) + penalty * self.weights
+            gradient = mean + penalty * self.weights
             bend = gradient - before
             size = step.flatten(1).norm(dim=1) * ((step * bend).sum(dim=(1, 2)) > 0)
             inverse = torch.where(size > 0, 1 / size, 0.0)[:, None, None]
             pairs.append((inverse * step, inverse * bend))
         return max_steps
 
-    def _logits(self, weights: Tensor) -> Tensor:
-        return self.design.logits(weights.flatten(0, 1)).view(self.logits.shape)
+    def _follow(self, direction: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return how a step changes the logits, and the slopes and the gradient of the mean losses at its end.
+
+        The gradient only where that saves a reading: with rows in memory the search may well end elsewhere.
+        """
+        changes, slopes, gradient = [], [], None
+        for rows, block in self.design.blocks(every=self.every):
+            changes.append((block @ direction.flatten(0, 1).T).view(len(block), *direction.shape[:2]))
+            slopes.append(self._slopes(self.logits[rows] + changes[-1], rows))
+            if self.every:
+                own = (slopes[-1].flatten(1).T @ block).view(direction.shape)
+                gradient = own if gradient is None else gradient + own
+        return torch.cat(changes), torch.cat(slopes), gradient
 
     def _gradient(self, slopes: Tensor) -> Tensor:
-        return self.design.gradient(slopes.flatten(1)).view(self.weights.shape)
+        """Return the gradient of the mean losses `(P, K, A + 1)`."""
+        gradient = torch.zeros(())
+        for rows, block in self.design.blocks(every=self.every):
+            gradient = gradient.to(block) + slopes[rows].flatten(1).T @ block
+        return gradient.view(self.weights.shape)
 
-    def _slopes(self, logits: Tensor) -> Tensor:
+    def _slopes(self, logits: Tensor, rows: slice = slice(None)) -> Tensor:
         """Return the slope of each problem's mean loss in each logit, `(N, P, K)`; 0 in rows that are no members."""
         with torch.enable_grad():
             leaf = logits.detach().flatten(0, 1).requires_grad_()
-            (slopes,) = torch.autograd.grad(self.loss.sum(leaf, self.targets), leaf)
-        return slopes.view(logits.shape) * self.scale
+            (slopes,) = torch.autograd.grad(self.loss.sum(leaf, self.targets[rows].flatten(0, 1)), leaf)
+        return slopes.view(logits.shape) * self.scale[rows]
 
     def _direction(self, gradient: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], l2: float) -> Tensor:
         """Return the L-BFGS direction of each problem, `(P, K, A + 1)`, from steps and what they did to the gradient.
@@ -158,15 +209,45 @@ class Problems:
         downhill = -gradient.flatten(1)[..., None]
         first = torch.linalg.solve_triangular(products, steps @ downhill, upper=True)
         direction = (downhill - bends.mT @ first).view(gradient.shape)
-        direction = self.design.precondition(direction, self.curvature * self.share, l2).flatten(1)[..., None]
+        direction = self._solve_model(direction, l2).flatten(1)[..., None]
         known = diagonal[..., None] * first - bends @ direction
         direction += steps.mT @ torch.linalg.solve_triangular(products.mT, known, upper=False)
         return direction.view(gradient.shape)
 
+    def _solve_model(self, gradient: Tensor, l2: float) -> Tensor:
+        """Return the gradients divided by an estimate of the Hessians.
+
+        Where enough rows are in memory, that of all is the one of these, where the weights are: by conjugate gradients.
+        """
+
+        def estimate(vector: Tensor) -> Tensor:
+            return self.design.precondition(vector, self.curvature * self.share, l2)
+
+        if not self.sampled:
+            return estimate(gradient)
+        own, rows = self.design.sample, self.design.rows
+        scale = self.scale[own] * (self.share / self.scale[own].sum(dim=0).squeeze(1))[:, None]
+        penalty = torch.full_like(gradient[0, 0], l2)
+        penalty[-1] = 1e-4  # softmax has no curvature along equal biases
+        with torch.enable_grad():
+            leaf = self.logits[own].flatten(0, 1).requires_grad_()
+            total = self.loss.sum(leaf, self.targets[own].flatten(0, 1))
+            (slopes,) = torch.autograd.grad(total, leaf, create_graph=True)
+        if not slopes.requires_grad:  # a loss of straight pieces
+            return estimate(gradient)
+
+        def bend(direction: Tensor) -> Tensor:
+            change = (rows @ direction.flatten(0, 1).T).view(-1, gradient.shape[1])
+            (bends,) = torch.autograd.grad(slopes, leaf, change, retain_graph=True)
+            bends = bends.view(len(own), *gradient.shape[:2]) * scale
+            return (bends.flatten(1).T @ rows).view(gradient.shape) + penalty * direction
+
+        return self.length[:, None, None] * conjugate_gradients(bend, gradient, estimate)
+
     def _search(
         self, slopes: Tensor, change: Tensor, start: Tensor, linear: Tensor, square: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the length of each problem's step `(P,)` and the slopes there.
+        """Return the length of each problem's step `(P,)` and the slopes there, given the slopes at length 1.
 
         Looks for a root of the slope along the step, which rises: by secants, kept between the nearest points on its
         two sides. Slopes, not losses: near the optimum float32 losses no longer differ.
@@ -175,9 +256,8 @@ class Problems:
         low, high = torch.zeros_like(start), torch.full_like(start, torch.inf)
         at_low, at_high = start, torch.full_like(start, torch.inf)
         for left in reversed(range(12)):
-            slopes = self._slopes(self.logits + length[:, None] * change)
             here = (slopes * change).sum(dim=(0, 2)) + linear + length * square
-            open_ = here.abs() > _SLOPE_LEFT * start.abs()
+            open_ = here.abs() > (_SLOPE_LEFT_READING if self.every else _SLOPE_LEFT) * start.abs()
             if left == 0 or not bool(open_.any()):  # host sync
                 break  # with the slopes at this length
             below = here < 0
@@ -188,6 +268,7 @@ class Problems:
             width = high - low
             inside = (low - at_low * width / (at_high - at_low)).clamp(low + 0.1 * width, high - 0.1 * width)
             length = torch.where(open_, torch.where(high.isfinite(), inside, grown), length)
+            slopes = self._slopes(self.logits + length[:, None] * change)
         return length, slopes
 
     def _measure_curvature(self, change: Tensor, length: Tensor, bend: Tensor, running: Tensor) -> None:

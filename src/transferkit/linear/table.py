@@ -11,7 +11,8 @@ from transferkit.compute.host_memory import host_bytes
 from transferkit.features.chunks import CachedFeatures
 
 BLOCK_BYTES = 64 * 2**20  # of a block of rows in float32: reading a table takes a few times this much memory
-MEMORY_FRACTION = 0.25  # of the free memory that a table may take as float32; a larger one is read in each pass
+MEMORY_FRACTION = 0.25  # of the free memory that rows may take as float32; of a larger table some rows are kept
+FEWEST_ROWS = 2000  # that are kept however little memory is free
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,12 +87,13 @@ class Table:
                 block = torch.cat([block[:, part] for part in self.columns], dim=1)
             yield block.to(self.device).float()
 
-    def fits_in_memory(self) -> bool:
-        """Return whether the device has room for the rows as float32."""
+    def rows_in_memory(self) -> int:
+        """Return how many of the rows the device has room for as float32."""
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
         elif (memory := host_bytes()) is not None:
             free = memory["free"]
         else:
-            return True  # the system does not say
-        return 4 * self.shape[0] * self.shape[1] <= MEMORY_FRACTION * free
+            return self.count  # the system does not say
+        room = int(MEMORY_FRACTION * free) // (4 * max(1, self.shape[1]))
+        return min(self.count, max(FEWEST_ROWS, room))
