@@ -1,5 +1,6 @@
 """transferkit in `quality.py`: the one call, the solved head, and the recipe of the first version."""
 
+import torch
 from quality_task import BATCH_SIZE, TEST_BATCH_SIZE, Curve, Task
 from torch.utils.data import Subset
 
@@ -34,6 +35,7 @@ def solve(task: Task, train: Subset, test: Subset) -> Curve:
 
 def old(task: Task, train: Subset, test: Subset) -> Curve:
     backbone = load(task)
+    torch.manual_seed(task.seed)  # of the head's initial weights
     curve = Curve()
     model = tk.attach_head(backbone, train.dataset.classes, hidden=(4096, 4096), pooling="flatten")
     trainer = tk.Trainer(tk.freeze_until(model, "head"), optimizer="adam", lr=1e-3, schedule="constant", seed=task.seed)
