@@ -190,7 +190,7 @@ def test_memory_that_runs_out_in_one_process_ends_both_or_changes_nothing(tmp_pa
         assert numbers(found[2]) == pytest.approx(expected, abs=1e-6)
     assert first[0][1] == []
     assert second[0][1] == [12, 6, 6]  # where the head's features are measured, and in a step
-    assert "the head's features, even one image at a time" in second[1]
+    assert "even one image at a time" in second[1]  # there or there: freed blocks may be enough for the first
     assert first[1] == f"on rank 1: {second[1]}"
 
 
