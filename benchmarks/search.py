@@ -88,8 +88,8 @@ def main() -> None:
 
     def search(cache: str = "auto", **space: list[object]) -> tk.SearchResult:
         space = {"schedule": ["constant"], **space}
-        build = lambda: tk.attach_head(backbone, 10)  # noqa: E731
-        return tk.search(build, space, train, validation_data=validation, device="cpu", cache=cache, verbose=0)
+        given = {"validation_data": validation, "device": "cpu", "cache": cache, "verbose": 0}
+        return tk.search(lambda: tk.attach_head(backbone, 10), space, train, **given)
 
     every = list(range(1, epochs + 1))
     plain = {

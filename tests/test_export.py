@@ -171,7 +171,7 @@ def test_heads_of_any_layers_give_the_trainers_probabilities(
     trainer = tk.Trainer(model, device="cpu", precision="fp32", loss=tk.BinaryCrossEntropy() if several else None)
     images = raw(6, 32, 32)
     targets = torch.eye(3)[torch.arange(6) % 3] if several else torch.arange(6) % 3
-    trainer.fit((images, targets), epochs=1, verbose=0)  # what the features are standardised by is exported
+    trainer.fit((images, targets), epochs=1, verbose=0)  # what the features are standardized by is exported
     model.temperature = temperature
 
     probabilities = tk.WithPreprocessing(model)(images)

@@ -103,9 +103,9 @@ def test_features_are_standardised_once_they_are_measured(backbone: tk.Backbone)
     head.standardize.mean.copy_(torch.linspace(-1, 1, 48))
     head.standardize.std.copy_(torch.linspace(0.5, 2, 48))
 
-    standardised = (features.flatten(1) - torch.linspace(-1, 1, 48)) / torch.linspace(0.5, 2, 48)
-    assert torch.equal(head(features), head.logits(standardised))
-    assert torch.equal(head.eval()(features), head.logits(standardised))
+    standardized = (features.flatten(1) - torch.linspace(-1, 1, 48)) / torch.linspace(0.5, 2, 48)
+    assert torch.equal(head(features), head.logits(standardized))
+    assert torch.equal(head.eval()(features), head.logits(standardized))
 
 
 def test_standardising_trains_nothing(backbone: tk.Backbone) -> None:

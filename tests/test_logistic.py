@@ -361,7 +361,7 @@ def test_the_result_is_reproducible():
 
 
 def test_folded_weights_take_the_features_as_they_are():
-    """Folded weights give the logits of the standardised features from the raw ones."""
+    """Folded weights give the logits of the standardized features from the raw ones."""
     features, targets = problem(40, 8)
     head = solve(Table.of_tensor(features), targets, CrossEntropy(), classes=3, strengths=[0.1])
     weight, bias = head.folded()

@@ -41,7 +41,7 @@ def logits_of(trainer, images):
 
 
 def assert_solution(model, solved):
-    """The head is the solution, for standardised features."""
+    """The head is the solution, for standardized features."""
     head = model.head
     for value, expected in [
         (head.logits.weight, solved.weight),

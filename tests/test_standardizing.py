@@ -1,4 +1,4 @@
-"""The head's features are standardised by the training images, which are measured once, before the first step."""
+"""The head's features are standardized by the training images, which are measured once, before the first step."""
 
 import os
 import random

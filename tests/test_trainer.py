@@ -151,7 +151,7 @@ def test_frozen_layers_have_no_optimizer_state(model, data):
 def test_second_phase_trains_what_was_unfrozen(model, data):
     """After `freeze_until(model, "block3")` a second `fit` trains blocks 3 to 5 too, with the same groups.
 
-    The features stay standardised as in the first phase.
+    The features stay standardized as in the first phase.
     """
     trainer = make_trainer(tk.freeze_until(model, "head"))
     optimizer = trainer.optimizer

@@ -31,7 +31,7 @@ from transferkit.errors import ArgumentError
 from transferkit.features.cache import FeatureCache, open_folder
 from transferkit.features.dataset import features_of
 from transferkit.linear.choice import STRENGTHS, LinearHead, solve
-from transferkit.linear.design import principal_axes, standardised
+from transferkit.linear.design import principal_axes, standardized
 from transferkit.linear.table import Table
 from transferkit.linear.temperature import fit_temperature
 from transferkit.model.backbone import Backbone
@@ -319,7 +319,7 @@ def outlyingness(table: Table, solved: LinearHead) -> Tensor:
     """Return how much farther each row is from its nearest others than most, 0 or more, float64 `(N,)`."""
 
     def rows() -> Iterator[Tensor]:
-        return standardised(table, solved.mean, solved.std)
+        return standardized(table, solved.mean, solved.std)
 
     axes, _ = principal_axes(rows, table.shape, most=AXES)
     along = torch.cat([(block @ axes).cpu() for block in rows()])

@@ -11,7 +11,7 @@ from torch import Tensor
 from transferkit.base.randomness import derive_seed, shuffled
 from transferkit.compute.device import float32_products
 from transferkit.errors import ArgumentError, EmptyDataError, NonFiniteError
-from transferkit.linear.design import design_of, standardised
+from transferkit.linear.design import design_of, standardized
 from transferkit.linear.logistic import PAIRS, Loss, Problems
 from transferkit.linear.table import Table
 
@@ -275,7 +275,7 @@ class _Validation:
         self.problem.follow(l2, tolerance=PATH_TOLERANCE)
         design = self.problem.design
         weight, bias = design.on_features(self.problem.weights[0])
-        blocks = standardised(self.table, design.mean, design.std)
+        blocks = standardized(self.table, design.mean, design.std)
         logits = torch.cat([torch.addmm(bias, block, weight.T) for block in blocks])
         finite = logits.isfinite().all(dim=1)
         if not bool(finite.all()):  # host sync

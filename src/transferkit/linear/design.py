@@ -54,7 +54,7 @@ class Design:
     def blocks(self, *, every: bool) -> Iterator[tuple[slice, Tensor]]:
         """Yield the rows with the column of ones, and their place: those in memory, or every row of the table."""
         if every:
-            for rows, block in placed(standardised(self.table, self.mean, self.std)):
+            for rows, block in placed(standardized(self.table, self.mean, self.std)):
                 yield rows, pad(block, (0, 1), value=1)
         else:
             yield slice(0, len(self.rows)), self.rows
@@ -80,12 +80,12 @@ class Design:
         own, bias = weights[:, :-1], weights[:, -1]
         if self.factor is not None:
             by_row = torch.linalg.solve_triangular(self.factor.T, own.T.double(), upper=True)
-            blocks = placed(standardised(self.table, self.mean, self.std))
+            blocks = placed(standardized(self.table, self.mean, self.std))
             own = sum((by_row.T[:, rows].float() @ block for rows, block in blocks), torch.zeros_like(bias)[:, None])
         return own, bias
 
 
-def standardised(table: Table, mean: Tensor, std: Tensor) -> Iterator[Tensor]:
+def standardized(table: Table, mean: Tensor, std: Tensor) -> Iterator[Tensor]:
     """Yield the rows of a table in blocks, less the mean and divided by `std`."""
     for block in table.blocks():
         yield (block - mean) / std
@@ -181,9 +181,9 @@ def _factor(table: Table, mean: Tensor, std: Tensor) -> Tensor:
     """Return the Cholesky factor of the inner products of all standardized rows, float64 `(N, N)`."""
     count = table.shape[0]
     products = torch.zeros(count, count, dtype=torch.float64, device=table.device)
-    for rows, block in placed(standardised(table, mean, std)):
+    for rows, block in placed(standardized(table, mean, std)):
         exact = block.double()
-        for columns, other in placed(standardised(table, mean, std)):
+        for columns, other in placed(standardized(table, mean, std)):
             products[rows, columns] = exact @ other.double().T
             if columns.stop >= rows.stop:
                 break  # above the diagonal nothing is needed

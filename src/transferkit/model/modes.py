@@ -14,9 +14,9 @@ from transferkit.model.freezing import stays_in_eval
 
 @dataclass(slots=True)
 class _Use:
-    evaluated_by: list[int] = field(default_factory=list)  # threads, one more than once where blocks are nested
+    evaluated_by: list[int] = field(default_factory=list)  # threads; once for each of their nested blocks
     mode: bool = False  # whether it was in training mode before the first of them
-    changed_by: list[int] = field(default_factory=list)  # the thread that trains it, likewise
+    changed_by: list[int] = field(default_factory=list)  # the thread that trains it, once for each nested block
 
 
 _CONDITION = threading.Condition()  # one for all models, because models share modules
