@@ -86,11 +86,11 @@ def cut_to(shape: float) -> Callable[[str], Image.Image]:
 
 def trials(data: Subset) -> Iterator[tuple[str, str, Callable[[tk.Backbone], tk.Trainer]]]:
     """Yield group, name and what trains."""
-    for pooling in ("avg", "max", "avgmax"):
+    for pooling in ("avg", "max", "avgmax", "halves"):
         yield "pooling", pooling, solved(data, pooling)
-    yield "views", "4, flip and crop", solved(data, "avgmax", augment=["flip", "crop"], n_views=4)
+    yield "views", "4, flip and crop", solved(data, "halves", augment=["flip", "crop"], n_views=4)
     for geometry in GEOMETRIES:
-        yield "geometry", geometry, seen_as(geometry, solved(data, "avgmax"))
+        yield "geometry", geometry, seen_as(geometry, solved(data, "halves"))
     for schedule in ("constant", "auto"):
         for lr in (1e-4, 3e-4, 1e-3, 3e-3):
             yield "fit", f"{lr:g}, {schedule}", stepped(data, lr=lr, schedule=schedule)

@@ -196,7 +196,7 @@ def test_an_own_head_on_pooled_layers_comes_back(tmp_path: Path, data: Data, nar
     """The layers that a head of the user's own takes are in the file, and the head is given again."""
 
     def own() -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(2 * (4 + 8), 3))
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * (4 + 8), 3))
 
     model = named_model(head=own(), layers=["block4", "block1"])
     tk.save_model(model, tmp_path / "model.pt")
@@ -465,7 +465,7 @@ MANY = [f"class {number}" for number in range(37)]
             {"hidden": (17,)},
             "adam",
             CheckpointError,
-            r"weight \(16, 48\) instead of \(17, 48\).*head built otherw",
+            r"weight \(16, 72\) instead of \(17, 72\).*head built otherw",
         ),
         (
             {"layers": ["block4", "block5"]},
@@ -480,8 +480,8 @@ MANY = [f"class {number}" for number in range(37)]
             OTHER_LAYERS + r"\['block3_relu1'\]: expected the same",
         ),
         ({"pooling": "flatten"}, "adam", CheckpointError, OTHER_LAYERS + r"\[\]: expected the same"),
-        ({"pooling": "avg"}, "adam", CheckpointError, r"has pooling avgmax, the model avg: expected the same"),
-        ({"pooling": "max"}, "adam", CheckpointError, r"has pooling avgmax, the model max: expected the same"),
+        ({"pooling": "avg"}, "adam", CheckpointError, r"has pooling halves, the model avg: expected the same"),
+        ({"pooling": "max"}, "adam", CheckpointError, r"has pooling halves, the model max: expected the same"),
         ({"dropout": 0.2}, "adam", CheckpointError, r"head\.dropout1\.p is 0\.2 instead of 0\.5: expected the same"),
         ({"image_size": 64}, "adam", CheckpointError, r"preprocessing .*'image_size': 32.*'image_size': 64.*the same"),
         ({"name": "other"}, "adam", CheckpointError, r"backbone tiny, the model other: expected the same"),

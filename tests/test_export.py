@@ -105,7 +105,7 @@ def test_pixels_are_those_of_preprocess(
     model.backbone.preprocess = replace(CONVENTIONS[convention], image_size=32, geometry=geometry)
     exportable = tk.WithPreprocessing(model)
     images, seen = raw(*shape), []
-    features = torch.zeros(1, 48)
+    features = torch.zeros(1, 72)
     monkeypatch.setattr(exportable.model.backbone, "forward", lambda inputs, pools: seen.append(inputs) or features)
 
     exportable(images)

@@ -157,7 +157,7 @@ def test_numpy_gives_rows_in_the_heads_order(model, data, precision, boundary):
     assert isinstance(features, np.ndarray)
     assert features.dtype == np.float32
     assert targets.dtype == np.int64
-    assert features.shape == (24, 2 * (8 + 8 + 8) if boundary == "head" else 8 * 8 * 4)
+    assert features.shape == (24, 3 * (8 + 8 + 8) if boundary == "head" else 8 * 8 * 4)
     assert np.array_equal(features, expected)
     assert np.array_equal(targets, data[1].numpy())
 
@@ -206,12 +206,12 @@ def test_features_in_several_files_come_in_order(frozen, data, tmp_path, monkeyp
 def test_views_follow_one_another(frozen, data):
     """`n_views` gives all images in their first view, then all in their second, each with its target."""
     features = cached(frozen, data, augment=["flip", "crop"], n_views=3)
-    assert len(features) == 72
+    assert len(features) == 3 * 24
     assert torch.equal(features.targets, data[1].repeat(3))
     views = features.features.split(24)
     assert not torch.equal(views[0], views[1])
     assert not torch.equal(views[1], views[2])
-    assert features.numpy()[0].shape == (72, 48)
+    assert features.numpy()[0].shape == (72, 72)
 
 
 def test_views_with_soft_targets(frozen, data):

@@ -418,7 +418,7 @@ def test_pooled_features_are_carried_on_from_layer_to_layer(
         assert torch.equal(features_of(cached), setup.by_hand(data[0], boundary))
         known = depth
     assert known == len(setup.backbone.features)
-    assert cached.parts[0].shape[1:] == (1, 1, 2 * (4 + 8 + 8))
+    assert cached.parts[0].shape[1:] == (1, 1, 3 * (4 + 8 + 8))
 
 
 @pytest.mark.parametrize("in_folder", [False, True], ids=["memory", "files"])
@@ -517,7 +517,7 @@ def test_host_bytes_is_none_where_nobody_tells(monkeypatch):
 
 
 def size_of(data, boundary="head"):
-    return len(data[0]) * {"head": 2 * (8 + 8 + 8), "block3": 8 * 8 * 4}[boundary] * 2
+    return len(data[0]) * {"head": 3 * (8 + 8 + 8), "block3": 8 * 8 * 4}[boundary] * 2
 
 
 @pytest.mark.parametrize("spare", [0, -1])
@@ -554,7 +554,7 @@ def test_room_for_known_images_is_given_back(setup, data):
     setup.fill(data)
     images = torch.cat([255 - data[0][:2], data[0]])
     cached, _ = setup.fill((images, torch.arange(26) % 3))
-    assert [part.untyped_storage().nbytes() // (48 * 2) for part in sorted(cached.parts, key=len)] == [2, 24]
+    assert [part.untyped_storage().nbytes() // (72 * 2) for part in sorted(cached.parts, key=len)] == [2, 24]
     assert torch.equal(features_of(cached), setup.by_hand(images))
 
 
@@ -584,7 +584,7 @@ def test_a_folder_needs_no_memory(backbone, data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("images", "bytes_", "batch", "expected"),
-    [(1024, 2**26, 24, [24]), (7, 2**26, 3, [6, 6, 6, 6]), (7, 2**26, 24, [24]), (1024, 10 * 48 * 2, 2, [10, 10, 4])],
+    [(1024, 2**26, 24, [24]), (7, 2**26, 3, [6, 6, 6, 6]), (7, 2**26, 24, [24]), (1024, 10 * 72 * 2, 2, [10, 10, 4])],
     ids=["all", "whole batches", "one batch at least", "bytes"],
 )
 def test_files_hold_whole_batches(backbone, data, tmp_path, monkeypatch, images, bytes_, batch, expected):
@@ -651,8 +651,8 @@ def test_shallower_files_are_mapped_once(backbone, data, tmp_path, monkeypatch):
     for boundary in ("block5", "head"):
         assert setup.fill(data, boundary)[1] == "derived"
         another_weight(9)(setup)
-    # before block 5 the 16 + 16 numbers pooled of blocks 3 and 4 lie in two rows of 2 x 8 below the activation
-    assert sorted(reads) == [(24, 1, 1, 48), (24, 4, 2, 8), (24, 8, 8, 4)]
+    # before block 5 the 24 + 24 numbers pooled of blocks 3 and 4 lie in three rows of 2 x 8 below the activation
+    assert sorted(reads) == [(24, 1, 1, 72), (24, 5, 2, 8), (24, 8, 8, 4)]
 
 
 def test_files_that_nobody_asks_for_are_not_mapped(backbone, data, tmp_path):

@@ -20,7 +20,7 @@ PLAIN = {"device": "cpu", "precision": "fp32", "verbose": 0}
 def faint_images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images like `make_images`, in which the channel that tells the class is so faint that no solved head is sure."""
     images, targets = make_images(count)
-    images[torch.arange(count), targets] -= 100
+    images[torch.arange(count), targets] -= 80
     return images, targets
 
 
@@ -31,7 +31,7 @@ def fine_tune(count: int = 72, data: object = None, **arguments: object) -> tk.T
 
 def train_twice(**arguments: object) -> tk.Trainer:
     """Call `fine_tune` where training deeper layers is better, so that all images are trained on once more."""
-    return fine_tune(data=faint_images(150), **{"lr": 1e-3, "seed": 1, **arguments})
+    return fine_tune(data=faint_images(150), **{"lr": 1e-3, "seed": 2, **arguments})
 
 
 def equal(first: tk.Trainer, second: tk.Trainer) -> bool:

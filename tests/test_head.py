@@ -15,10 +15,16 @@ from transferkit.errors import ArgumentError, HeadMismatchError, UnknownLayerErr
 Maker = Callable[..., tk.Backbone]
 
 
-POOLINGS = ["flatten", "avg", "max", "avgmax"]
+POOLINGS = ["flatten", "avg", "max", "avgmax", "halves"]
 
 
 # --- the built-in head
+
+
+def halves(output: Tensor) -> list[Tensor]:
+    """Means of the upper and the lower half of the rows; a middle row is in both."""
+    height = output.shape[2]
+    return [output[:, :, : (height + 1) // 2].mean(dim=(2, 3)), output[:, :, height // 2 :].mean(dim=(2, 3))]
 
 
 @pytest.mark.parametrize("hidden", [(), (16,), (16, 8)])
@@ -26,7 +32,11 @@ POOLINGS = ["flatten", "avg", "max", "avgmax"]
 def test_logits_have_one_column_for_each_class(make_backbone: Maker, pooling: str, hidden: tuple[int, ...]) -> None:
     """Every pooling with any number of hidden layers gives (N, classes), for features of more than one position."""
     model = tk.attach_head(make_backbone(image_size=96), 5, hidden=hidden, pooling=pooling)
-    widths = [{"flatten": 8 * 3 * 3, "avgmax": 2 * (8 + 8 + 8)}.get(pooling, 8 + 8 + 8), *hidden, 5]
+    widths = [
+        {"flatten": 8 * 3 * 3, "avgmax": 2 * (8 + 8 + 8), "halves": 3 * (8 + 8 + 8)}.get(pooling, 8 + 8 + 8),
+        *hidden,
+        5,
+    ]
 
     assert tuple(model(torch.randn(2, 3, 96, 96)).shape) == (2, 5)
     linear = [module for module in model.head if isinstance(module, nn.Linear)]
@@ -39,6 +49,7 @@ def test_logits_have_one_column_for_each_class(make_backbone: Maker, pooling: st
         ("avg", lambda output: output.mean(dim=(2, 3))),
         ("max", lambda output: output.amax(dim=(2, 3))),
         ("avgmax", lambda output: torch.cat([output.mean(dim=(2, 3)), output.amax(dim=(2, 3))], dim=1)),
+        ("halves", lambda output: torch.cat([*halves(output), output.amax(dim=(2, 3))], dim=1)),
     ],
 )
 def test_pooling_is_over_positions(make_backbone: Maker, pooling: str, pooled: Callable[[Tensor], Tensor]) -> None:
@@ -87,7 +98,7 @@ def test_without_dropout_there_is_no_dropout_layer(backbone: tk.Backbone) -> Non
 def test_without_hidden_layers_features_are_dropped(backbone: tk.Backbone) -> None:
     """dropout= of a linear head drops features, in training only."""
     head = tk.attach_head(backbone, 2, dropout=0.5).head
-    features = torch.randn(2, 48, 1, 1)
+    features = torch.randn(2, 72, 1, 1)
 
     assert [name for name, _ in head.named_children()] == ["flatten", "standardize", "dropout", "logits"]
     assert not torch.equal(head(features), head(features))
@@ -97,13 +108,13 @@ def test_without_hidden_layers_features_are_dropped(backbone: tk.Backbone) -> No
 def test_features_are_standardised_once_they_are_measured(backbone: tk.Backbone) -> None:
     """A new head leaves features as they are; with mean and std it subtracts the one and divides by the other."""
     head = tk.attach_head(backbone, 2).head
-    features = torch.randn(6, 48, 1, 1)
+    features = torch.randn(6, 72, 1, 1)
     assert torch.equal(head(features), head.logits(features.flatten(1)))
 
-    head.standardize.mean.copy_(torch.linspace(-1, 1, 48))
-    head.standardize.std.copy_(torch.linspace(0.5, 2, 48))
+    head.standardize.mean.copy_(torch.linspace(-1, 1, 72))
+    head.standardize.std.copy_(torch.linspace(0.5, 2, 72))
 
-    standardized = (features.flatten(1) - torch.linspace(-1, 1, 48)) / torch.linspace(0.5, 2, 48)
+    standardized = (features.flatten(1) - torch.linspace(-1, 1, 72)) / torch.linspace(0.5, 2, 72)
     assert torch.equal(head(features), head.logits(standardized))
     assert torch.equal(head.eval()(features), head.logits(standardized))
 
@@ -122,18 +133,18 @@ def test_standardising_trains_nothing(backbone: tk.Backbone) -> None:
 def test_hidden_dropout_is_active_in_training_only(backbone: tk.Backbone) -> None:
     """Dropout changes logits from call to call in training mode and not in eval mode."""
     model = tk.attach_head(backbone, 2, hidden=(64,), dropout=0.5)
-    features = torch.randn(2, 48, 1, 1)
+    features = torch.randn(2, 72, 1, 1)
 
     assert not torch.equal(model.head(features), model.head(features))
     assert torch.equal(model.eval().head(features), model.head(features))
 
 
 def test_full_vgg16_head_has_25088_inputs() -> None:
-    """VGG16 at 224 pixels flattens to 512 * 7 * 7 inputs, and pools to 256 + 512 + 512, by mean and by maximum."""
+    """VGG16 at 224 pixels flattens to 512 * 7 * 7 inputs, and pools to 256 + 512 + 512, by two means and a maximum."""
     backbone = tk.load_backbone("vgg16", weights=None)
 
     assert tk.attach_head(backbone, 10, hidden=(16,), pooling="flatten").head.fc1.in_features == 25_088
-    assert tk.attach_head(backbone, 10, hidden=(16,)).head.fc1.in_features == 2 * 1_280
+    assert tk.attach_head(backbone, 10, hidden=(16,)).head.fc1.in_features == 3 * 1_280
 
 
 def test_heads_follow_the_seed(backbone: tk.Backbone) -> None:
@@ -154,7 +165,7 @@ def test_the_model_is_head_after_backbone(backbone: tk.Backbone, pooling: str) -
     images = torch.randn(2, 3, 32, 32)
     features = model.backbone(images, model.pools)
 
-    assert tuple(features.shape) == (2, {"flatten": 8, "avgmax": 48}.get(pooling, 24), 1, 1)
+    assert tuple(features.shape) == (2, {"flatten": 8, "avgmax": 48, "halves": 72}.get(pooling, 24), 1, 1)
     assert torch.equal(model(images), model.head(features))
 
 
@@ -226,7 +237,8 @@ def test_unusable_dropout_is_refused(backbone: tk.Backbone, dropout: float) -> N
 
 
 @pytest.mark.parametrize(
-    ("pooling", "remedy"), [("average", "Did you mean 'avg'"), ("sum", "Known: 'avg', 'max', 'avgmax', 'flatten'")]
+    ("pooling", "remedy"),
+    [("average", "Did you mean 'avg'"), ("sum", "Known: 'avg', 'max', 'avgmax', 'halves', 'flatten'")],
 )
 def test_unknown_pooling_is_refused(backbone: tk.Backbone, pooling: str, remedy: str) -> None:
     """A misspelt pooling is refused with the poolings there are."""
@@ -453,13 +465,13 @@ def test_layers_are_not_flattened(backbone: tk.Backbone, layers: list[str]) -> N
 def test_an_own_head_takes_pooled_layers(backbone: tk.Backbone) -> None:
     """With layers= a head of one's own gets their pooled outputs as (N, D, 1, 1), and the backbone ends with them."""
     shapes = []
-    head = own_head(inputs=2 * (4 + 8))
+    head = own_head(inputs=3 * (4 + 8))
     head[0].register_forward_pre_hook(lambda _module, inputs: shapes.append(tuple(inputs[0].shape)))
 
     model = tk.attach_head(backbone, 3, layers=["block3_relu1", "block2"], head=head)
 
     assert tuple(model(torch.randn(4, 3, 32, 32)).shape) == (4, 3)
-    assert shapes == [(2, 24, 1, 1), (2, 24, 1, 1), (4, 24, 1, 1)]  # the check in both modes, and the images
+    assert shapes == [(2, 36, 1, 1), (2, 36, 1, 1), (4, 36, 1, 1)]  # the check in both modes, and the images
     assert (model.head, model.head_arguments) == (head, None)
     assert model.layers == ("block2_pool", "block3_relu1")
     assert len(model.backbone.features) == 8
@@ -475,7 +487,7 @@ def test_an_own_head_without_layers_takes_the_last_block_as_it_is(make_backbone:
 
 def test_an_own_head_for_other_layers_is_refused(backbone: tk.Backbone) -> None:
     """A head that does not take the pooled outputs is refused with their shape."""
-    with pytest.raises(HeadMismatchError, match=r"does not accept the backbone's features: .*inputs \(N, 32, 1, 1\)"):
+    with pytest.raises(HeadMismatchError, match=r"does not accept the backbone's features: .*inputs \(N, 48, 1, 1\)"):
         tk.attach_head(backbone, 3, layers=["block4", "block5"], head=own_head(inputs=8))
 
 

@@ -37,13 +37,21 @@ def with_statistics(model: tk.TransferModel) -> tk.TransferModel:
 
 
 def test_pools_are_means_and_maxima_over_positions() -> None:
-    """Each image and channel gives its mean, its maximum, or all means and then all maxima."""
+    """Each image and channel gives its mean, its maximum, or all means and then all maxima; or means of both halves."""
     activation = torch.randn(3, 4, 5, 6)
-    avg, largest, both = (Pool(name, 4) for name in ("avg", "max", "avgmax"))
+    avg, largest, both, halves = (Pool(name, 4) for name in ("avg", "max", "avgmax", "halves"))
+    upper, lower = activation[:, :, :3], activation[:, :, 2:]  # the middle one of five rows is in both
 
     torch.testing.assert_close(avg(activation), activation.mean(dim=(2, 3), keepdim=True))
     assert torch.equal(largest(activation), activation.amax(dim=(2, 3), keepdim=True))
     assert torch.equal(both(activation), torch.cat([avg(activation), largest(activation)], dim=1))
+    assert torch.equal(halves(activation), torch.cat([avg(upper), avg(lower), largest(activation)], dim=1))
+
+
+def test_a_single_row_is_both_halves() -> None:
+    """VGG16 leaves one row of a 32-pixel image: its mean stands for the upper and the lower half."""
+    row = torch.randn(2, 4, 1, 3)
+    assert torch.equal(Pool("halves", 4)(row)[:, :4], Pool("halves", 4)(row)[:, 4:8])
 
 
 @pytest.mark.parametrize("name", POOLINGS)
@@ -167,7 +175,9 @@ def test_an_output_that_the_next_layer_overwrites_is_pooled_before(name: str) ->
         results.append([features, *(parameter.grad for parameter in layers.parameters())])
 
     assert (results[0][0] < 0).any()
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert torch.equal(results[0][0], results[1][0])
+    for pair in zip(*results, strict=True):
+        torch.testing.assert_close(*pair)  # gradients of a part are added in another order
 
 
 def test_an_output_that_stays_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:

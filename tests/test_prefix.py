@@ -28,6 +28,7 @@ HEADS = {
     "avg": {"pooling": "avg"},
     "max": {"pooling": "max"},
     "both": {"pooling": "avgmax"},
+    "halves": {"pooling": "halves"},
     "flatten": {"pooling": "flatten"},
     "block5": {"layers": ["block5"]},
     "other layers": {"layers": ["block4", "block5"]},
@@ -172,7 +173,7 @@ def test_features_can_be_trained_on(backbone, data, precision):
     """The output is an ordinary tensor: what comes behind it can be differentiated."""
     device = tk.Device("cpu", precision)
     features = make_prefix(frozen_layers(backbone, device), device)(inputs_of(data, backbone))
-    linear = nn.Linear(2 * (8 + 8 + 8), 3)
+    linear = nn.Linear(3 * (8 + 8 + 8), 3)
     with device.autocast():
         linear(features.flatten(1)).sum().backward()
     assert linear.weight.grad.any()

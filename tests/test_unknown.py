@@ -81,7 +81,7 @@ def test_strange_images_are_called_unknown(head):
     named = trainer.predict_classes(images, unknown="?")
     assert all(name in ("?", expected) for name, expected in zip(named, plain, strict=True))
     assert named.count("?") < 15
-    assert trainer.predict_classes(strange_images(), unknown="?").count("?") > 20
+    assert trainer.predict_classes(strange_images(), unknown="?").count("?") >= 20
     passed = []
     trainer.model.backbone.features[0].register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
     assert trainer.predict_classes(iter(list(images)), unknown="?") == named

@@ -21,7 +21,7 @@ def main() -> None:
     device = tk.Device("auto")
     backbone = tk.load_backbone("vgg16", weights=WEIGHTS, preprocessing="IMAGENET1K_FEATURES", image_size=32)
     model = tk.freeze_until(tk.attach_head(backbone, classes), "head")
-    features, labels = tk.cache_features(model, (images, targets), device=device).numpy()  # float32 (N, 2560), (N,)
+    features, labels = tk.cache_features(model, (images, targets), device=device).numpy()  # float32 (N, 3840), (N,)
     mean, std = torch.from_numpy(features.mean(axis=0)), torch.from_numpy(features.std(axis=0) + 1e-6)
 
     def build_head(hidden: tuple[int, ...], dropout: float) -> nn.Module:

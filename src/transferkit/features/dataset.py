@@ -110,7 +110,7 @@ def cache_features(
         >>> images, targets = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1, 1, 0])
         >>> features = cache_features(freeze_until(model, "head"), (images, targets), device="cpu")
         >>> len(features), features[0][0].shape, features.numpy()[0].shape
-        (4, torch.Size([2560, 1, 1]), (4, 2560))
+        (4, torch.Size([3840, 1, 1]), (4, 3840))
     """
     if not isinstance(model, TransferModel):
         raise ArgumentError(f"model is a {type(model).__name__}: expected a TransferModel from attach_head.")

@@ -23,7 +23,7 @@ from transferkit.model.modes import modes_kept
 from transferkit.model.novelty import Novelty
 
 FLATTEN = "flatten"
-POOLING = "avgmax"
+POOLING = "halves"
 NUM_POOLED = 3  # the last blocks, which a head pools if it is not told
 
 _DEPENDS_ON_MODE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
@@ -149,9 +149,10 @@ def attach_head(
         layers: The blocks or layers whose outputs the head takes, such as `["block4", "block5"]`; a block stands for
             the output of its last layer. The model leaves out all later layers. None takes the
             last three blocks, or with `pooling="flatten"` the last one.
-        pooling: How each layer's output is pooled over its positions: `"avg"`, `"max"`, or `"avgmax"` for both. Pooled
-            outputs are concatenated (2 * (256 + 512 + 512) numbers for blocks 3 to 5) and standardized by the training
-            images. `"flatten"` keeps every position of the last block (512 * h * w numbers) as it is.
+        pooling: How each layer's output is pooled over its positions: `"avg"`, `"max"`, `"avgmax"` for both, or
+            `"halves"` for the mean of the upper half, that of the lower half and the maximum. Pooled outputs are
+            concatenated (3 * (256 + 512 + 512) numbers for blocks 3 to 5) and standardized by the training images.
+            `"flatten"` keeps every position of the last block (512 * h * w numbers) as it is.
         hidden: Widths of fully connected layers before the last, each followed by ReLU and dropout.
         dropout: Probability of dropping a hidden activation in training, or without `hidden` a feature; at least 0 and
             less than 1.
@@ -167,8 +168,8 @@ def attach_head(
 
     Example:
         >>> from transferkit import load_backbone
-        >>> attach_head(load_backbone(weights=None), ["cat", "dog"]).head.logits.in_features  # 2 * (256 + 512 + 512)
-        2560
+        >>> attach_head(load_backbone(weights=None), ["cat", "dog"]).head.logits.in_features  # 3 * (256 + 512 + 512)
+        3840
     """
     if not isinstance(backbone, Backbone):
         raise HeadMismatchError(
@@ -232,7 +233,7 @@ def find_pools(backbone: Backbone, layers: Sequence[str] | None, pooling: str) -
     """Return the layers whose outputs a head pools, by index, in forward order; see `attach_head`."""
     if pooling == FLATTEN:
         if layers is not None:
-            advice = 'pooling="flatten" takes the last block alone. Leave layers out, or pool them: pooling="avgmax".'
+            advice = 'pooling="flatten" takes the last block alone. Leave layers out, or pool them: pooling="halves".'
             raise ArgumentError(f"layers={layers!r} cannot be flattened: {advice}")
         return {}
     layers = backbone.blocks[-NUM_POOLED:] if layers is None else layers

@@ -7,10 +7,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-POOLINGS: dict[str, tuple[Callable[[Tensor, int], Tensor], ...]] = {
-    "avg": (functional.adaptive_avg_pool2d,),
-    "max": (functional.adaptive_max_pool2d,),
-    "avgmax": (functional.adaptive_avg_pool2d, functional.adaptive_max_pool2d),
+
+def _mean(activation: Tensor) -> Tensor:
+    return functional.adaptive_avg_pool2d(activation, 1)
+
+
+def _largest(activation: Tensor) -> Tensor:
+    return functional.adaptive_max_pool2d(activation, 1)
+
+
+def _upper_mean(activation: Tensor) -> Tensor:
+    return _mean(activation[:, :, : (activation.shape[2] + 1) // 2])  # a middle row belongs to both halves
+
+
+def _lower_mean(activation: Tensor) -> Tensor:
+    return _mean(activation[:, :, activation.shape[2] // 2 :])
+
+
+POOLINGS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
+    "avg": (_mean,),
+    "max": (_largest,),
+    "avgmax": (_mean, _largest),
+    "halves": (_upper_mean, _lower_mean, _largest),  # Lazebnik et al., 2006: where things are tells what they are
 }
 
 
@@ -25,7 +43,7 @@ class Pool(NamedTuple):
         return self.channels * len(POOLINGS[self.name])
 
     def __call__(self, activation: Tensor) -> Tensor:
-        return torch.cat([pool(activation, 1) for pool in POOLINGS[self.name]], dim=1)
+        return torch.cat([pool(activation) for pool in POOLINGS[self.name]], dim=1)
 
 
 class Layers(nn.Sequential):
