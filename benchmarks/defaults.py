@@ -56,8 +56,8 @@ def stepped(data: Subset, **arguments: Any) -> Callable[[tk.Backbone], tk.Traine
 def deeper(data: Subset, **constants: Any) -> Callable[[tk.Backbone], tk.Trainer]:
     def run(backbone: tk.Backbone) -> tk.Trainer:
         module = sys.modules["transferkit.fine_tuning"]
-        with patch.multiple(module, **constants):
-            return tk.fine_tune(backbone, data, epochs=6, freeze_until="block4", verbose=0)
+        with patch.multiple(module, EPOCHS=6, **constants):
+            return tk.fine_tune(backbone, data, freeze_until="block4", verbose=0)
 
     return run
 
@@ -95,7 +95,7 @@ def trials(data: Subset) -> Iterator[tuple[str, str, Callable[[tk.Backbone], tk.
         for lr in (1e-4, 3e-4, 1e-3, 3e-3):
             yield "fit", f"{lr:g}, {schedule}", stepped(data, lr=lr, schedule=schedule)
     yield "deeper", "fine_tune, 6 epochs from block 4", deeper(data)
-    yield "deeper", "rates of 2e-4", deeper(data, RATES={"head": 2e-4, "backbone": 2e-4})
+    yield "deeper", "rates of 1e-4", deeper(data, RATES={"head": 1e-4, "backbone": 1e-4})
     yield "deeper", "neither dropout nor smoothing", deeper(data, DROPOUT=0.0, LABEL_SMOOTHING=0.0)
     yield "deeper", "no average of weights", deeper(data, DECAY=0.0)
 

@@ -57,7 +57,7 @@ MOST_VIEWS = 6
 
 BATCH_SIZE = 32
 
-RATES = {"head": 1e-4, "backbone": 1e-4}
+RATES = {"head": 3e-4, "backbone": 3e-4}
 """Learning rates of deeper training with Adam, which begins from the solved head."""
 
 DROPOUT = 0.5
@@ -137,7 +137,7 @@ def fine_tune(
         freeze_until: The first layer that trains: `"head"` solves the head and ends; None trains everything. `"auto"`
             chooses among the last two blocks by the time.
         epochs: Of the second part; None decides by the time or the number of images.
-        lr: Learning rates of the second part, as in `Trainer`; None is 1e-4.
+        lr: Learning rates of the second part, as in `Trainer`; None is 3e-4.
         batch_size: Of the second part.
         augment: As in `Trainer.fit`; None uses the images as they are.
         loss: As in `Trainer`, convex in the logits: cross-entropy or binary cross-entropy. None is cross-entropy with

@@ -90,7 +90,7 @@ COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str | None]], Options]
             "budget": (float, "seconds for training (without it the number of images decides)"),
             "freeze_until": (_or_none, "first layer that trains: head, block5, ...; none trains all (default: auto)"),
             "epochs": (int, "of training the last layers (without it the budget decides)"),
-            "lr": (float, "learning rate of training the last layers (without it 1e-4)"),
+            "lr": (float, "learning rate of training the last layers (without it 3e-4)"),
             "batch_size": (int, "images in a step (default: 32)"),
             "augment": (_names, "some of flip,crop,color,trivial; or none (default: flip,crop)"),
             "validation_split": (float, "to hold out where there is no val/ (default: 0.1)"),
