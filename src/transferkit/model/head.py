@@ -170,6 +170,10 @@ def attach_head(
         >>> from transferkit import load_backbone
         >>> attach_head(load_backbone(weights=None), ["cat", "dog"]).head.logits.in_features  # 3 * (256 + 512 + 512)
         3840
+
+    References:
+        Lazebnik, Schmid and Ponce, 2006, "Beyond Bags of Features: Spatial Pyramid Matching": pooling parts of an
+        image, for `"halves"`.
     """
     if not isinstance(backbone, Backbone):
         raise HeadMismatchError(

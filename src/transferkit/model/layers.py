@@ -28,7 +28,7 @@ POOLINGS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
     "avg": (_mean,),
     "max": (_largest,),
     "avgmax": (_mean, _largest),
-    "halves": (_upper_mean, _lower_mean, _largest),  # Lazebnik et al., 2006: where things are tells what they are
+    "halves": (_upper_mean, _lower_mean, _largest),  # sky is above and ground below; left and right are alike
 }
 
 

@@ -79,7 +79,11 @@ class WeightAverage:
     def after_run(self) -> None:
         """Leave the average in the model where no validation chose."""
         if self._model is not None:
-            write_values(self._average, self._model.state_dict())
+            self.write_to(self._model)
+
+    def write_to(self, model: nn.Module) -> None:
+        """Put the average as it is now into the model."""
+        write_values(self._average, model.state_dict())
 
     def state(self) -> dict[str, Tensor]:
         """Return the average and the number of steps in it, not copied."""
