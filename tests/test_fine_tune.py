@@ -12,6 +12,7 @@ import transferkit as tk
 from tiny import CLASSES, make_backbone, make_images, weights_of
 from transferkit import fine_tuning
 from transferkit.errors import ArgumentError, CacheError, TransferKitError
+from transferkit.results.history import History
 from transferkit.training.progress import BestWeights
 
 PLAIN = {"device": "cpu", "precision": "fp32", "verbose": 0}
@@ -186,6 +187,15 @@ def test_the_mean_of_both_runs_remains(monkeypatch):
     for name, value in trained.items():
         assert not torch.equal(first[name], second[name]) or "standardize" in name
         torch.testing.assert_close(value, mean[name])
+
+
+def test_the_average_of_the_last_steps_counts_whichever_epoch_was_best(monkeypatch, capsys):
+    """A first epoch that happens to be best on the few held-out images is not what is kept."""
+    monkeypatch.setattr(fine_tuning._Job, "_train_again", lambda *_: None)
+    last = train_twice()
+    monkeypatch.setattr(History, "best_epoch", property(lambda history: 0 if history.reports else None))
+    assert equal(last, train_twice(verbose=2))
+    assert "took the average of the last steps instead" in capsys.readouterr().out
 
 
 def test_an_interrupt_in_the_second_run_leaves_the_first(capsys):

@@ -118,10 +118,10 @@ def fine_tune(
     1. With everything frozen, the head is solved to its optimum on cached features; cross-validation chooses its
        penalty.
     2. With 20 or more images per class and enough time, the last two blocks, or the last one, train with the head
-       from there: Adam, a warm-up, a cosine, cached random views, a moving average of the weights. Held-out images, the
-       validation data or a tenth of the images, compare both models. If training was better and time is left, a
-       second run trains on all images, and the model is the mean of both runs' weights. If it was not better, the
-       solved head stays, fitted to all images.
+       from there: Adam, a warm-up, a cosine, cached random views. The trained model is the moving average of the last
+       steps' weights. Held-out images, the validation data or a tenth of the images, compare it with the solved head.
+       If training was better and time is left, a second run trains on all images, and the model is the mean of both
+       runs' weights. If it was not better, the solved head stays, fitted to all images.
     3. A temperature makes the probabilities honest.
 
     Each choice is an argument. Ctrl-C ends the second part, and the best model so far is returned.
