@@ -112,7 +112,7 @@ def summary(model: Backbone | TransferModel) -> Summary:
         block4_conv2        512x4x4   2,359,808  frozen, cached       24.7%
         block5_conv1        512x2x2   2,359,808          trains        6.2%
         block5_conv2        512x2x2   2,359,808          trains        6.2%
-        head.logits              10      25,610          trains        0.0%
+        head.logits              10      38,410          trains        0.0%
     """
     if not isinstance(model, Backbone | TransferModel):
         raise ArgumentError(
