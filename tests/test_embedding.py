@@ -71,10 +71,10 @@ PRINTED = {
         "optuna",
         r"^best of 12, [1-9]\d* of them pruned: \{'hidden': \d+, 'lr': [\d.e-]+\}, 0\.[4-8]\d*$",
     ),
-    "distributed_loop ddp head": ("torch.distributed", r"^trained 164,554 parameters; frozen layers unchanged: True$"),
+    "distributed_loop ddp head": ("torch.distributed", r"^trained 246,474 parameters; frozen layers unchanged: True$"),
     "distributed_loop fsdp2 block5": (
         "torch.distributed",
-        r"^trained 7,243,978 parameters; frozen layers unchanged: True$",
+        r"^trained 7,325,898 parameters; frozen layers unchanged: True$",
     ),
     "ray_train": ("ray.train", r"^frozen layers unchanged: True$"),
     "torchmetrics_loop": ("torchmetrics", r"^epoch 8  accuracy (0\.\d{3})  .*\naccuracy \1$"),

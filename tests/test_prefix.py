@@ -196,7 +196,7 @@ def test_vgg16_gives_one_image_the_same_bits_in_every_batch(tmp_path):
     inputs = backbone.preprocess(pixels.permute(0, 3, 1, 2))
     assert len(inputs) == 64
     whole = prefix(inputs)
-    assert whole.shape == (64, 2 * (256 + 512 + 512), 1, 1)
+    assert whole.shape == (64, 3 * (256 + 512 + 512), 1, 1)
     assert torch.equal(whole, by_hand(layers, inputs, device))
     for batch_size in (1, 2, 7, 16, 32):
         assert torch.equal(torch.cat([prefix(part) for part in torch.split(inputs, batch_size)]), whole)
