@@ -174,10 +174,9 @@ def test_an_output_that_the_next_layer_overwrites_is_pooled_before(name: str) ->
         features.pow(2).sum().backward()
         results.append([features, *(parameter.grad for parameter in layers.parameters())])
 
+    same = torch.allclose if name == "halves" else torch.equal  # of halves, three gradients are added in another order
     assert (results[0][0] < 0).any()
-    assert torch.equal(results[0][0], results[1][0])
-    for pair in zip(*results, strict=True):
-        torch.testing.assert_close(*pair)  # gradients of a part are added in another order
+    assert all(same(*pair) for pair in zip(*results, strict=True))
 
 
 def test_an_output_that_stays_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,13 +75,13 @@ def test_a_class_without_images_is_no_centre():
 def test_strange_images_are_called_unknown(head):
     """Images of no class get the name of the unknown, and images of the classes keep theirs."""
     trainer = solved_trainer(**head)
-    trainer.learn_known(make_images(90))
+    trainer.learn_known(make_images(120))  # of 72 features each
     images, _ = make_images(60, seed=4)
     plain = trainer.predict_classes(images)
     named = trainer.predict_classes(images, unknown="?")
     assert all(name in ("?", expected) for name, expected in zip(named, plain, strict=True))
     assert named.count("?") < 15
-    assert trainer.predict_classes(strange_images(), unknown="?").count("?") >= 20
+    assert trainer.predict_classes(strange_images(), unknown="?").count("?") > 20
     passed = []
     trainer.model.backbone.features[0].register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
     assert trainer.predict_classes(iter(list(images)), unknown="?") == named
