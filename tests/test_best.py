@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import transferkit as tk
-from tiny import changed, make_model, make_trainer, weights_of
+from tiny import changed, make_backbone, make_images, make_model, make_trainer, weights_of
+from transferkit.errors import CheckpointError
 from transferkit.training.progress import BestWeights
 
 
@@ -285,3 +286,42 @@ def test_a_run_that_fails_after_unfreezing(make_backbone, data):
         )
     best = max(reports, key=lambda report: (report.val_accuracy, -report.val_loss)).epoch
     assert changed(unfreeze.seen[best], model) == set()
+
+
+# ---- restore_best=False
+
+
+def worst_after_first(monkeypatch):
+    monkeypatch.setattr(tk.History, "best_epoch", property(lambda history: 0 if history.reports else None))
+
+
+def fit(callbacks=(), **arguments):
+    model = make_model(make_backbone(), "block5", hidden=(16,))
+    make_trainer(model).fit(make_images(), epochs=3, batch_size=8, callbacks=callbacks, **{"verbose": 0, **arguments})
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_the_last_weights_stay_with_validation_data(monkeypatch, capsys, average):
+    """A run with validation data ends in the weights of one without, or in their average."""
+    worst_after_first(monkeypatch)
+    callbacks = [[tk.WeightAverage(0.9)] if average else [] for _ in range(3)]
+    expected = fit(callbacks[0])
+    held_out = make_images(9, seed=1)
+    kept = fit(callbacks[1], validation_data=held_out, restore_best=False, verbose=2)
+    assert all(torch.equal(kept[name], value) for name, value in expected.items())
+    assert "restored" not in capsys.readouterr().out
+    best = fit(callbacks[2], validation_data=held_out)
+    assert any(not torch.equal(best[name], value) for name, value in expected.items())
+
+
+def test_a_run_is_resumed_with_the_same_choice(monkeypatch, tmp_path):
+    """A run without best weights is not continued by one that would restore them, and continues to the same bits."""
+    worst_after_first(monkeypatch)
+    held_out = {"validation_data": make_images(9, seed=1)}
+    whole = fit([tk.Checkpoint(tmp_path)], **held_out, restore_best=False)
+    second = sorted(tmp_path.glob("*.pt"))[1]
+    with pytest.raises(CheckpointError, match="restore_best=False, this call None"):
+        fit(**held_out, resume_from=second)
+    resumed = fit(**held_out, restore_best=False, resume_from=second)
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())

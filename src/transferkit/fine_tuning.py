@@ -333,8 +333,7 @@ class _Job:
             ends.append(clock())
             return len(ends) > 1 and 2 * ends[-1] - ends[-2] > self.end  # another epoch would be over too late
 
-        average = WeightAverage(DECAY)
-        callbacks: list[Any] = [average, late]
+        callbacks: list[Any] = [WeightAverage(DECAY), late]
         if folder is not None:
             callbacks.append(Checkpoint(folder))
         first = self.trainer.epoch
@@ -342,6 +341,7 @@ class _Job:
             self.trainer.fit(
                 data,
                 validation_data=held_out,
+                restore_best=False,  # a few hundred images tell two epochs apart by chance alone
                 epochs=plan.epochs,
                 batch_size=self.batch_size,
                 augment=self.augment,
@@ -352,13 +352,6 @@ class _Job:
             )
         except KeyboardInterrupt:
             self.display.say("interrupted: kept the best model so far")
-        history = self.trainer.history
-        if history is not None and history.reports:
-            average.write_to(self.trainer.model)  # a few hundred held-out images tell two epochs apart by chance alone
-            if history.best_epoch not in (None, len(history.reports) - 1):
-                self.display.say(
-                    "took the average of the last steps instead: few held-out images cannot tell epochs apart"
-                )
         return self.trainer.epoch == first + plan.epochs, clock() - started
 
     def _seconds(self, plan: _Plan) -> float:

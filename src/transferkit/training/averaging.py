@@ -18,8 +18,8 @@ from transferkit.model.weights import differences
 class WeightAverage:
     """A callback that keeps an exponential moving average of all trainable weights, as one more copy.
 
-    Validation and the best weights that `fit` restores use the average; training steps do not. Without validation data
-    the model gets the average at the end of the run. In the first steps the average forgets faster: after n steps it
+    Validation and the best weights that `fit` restores use the average; training steps do not. Where `fit` restores
+    none, the model has the average when the run ends. In the first steps the average forgets faster: after n steps it
     covers about the last tenth, until `decay` covers more.
 
     Args:
@@ -39,7 +39,6 @@ class WeightAverage:
         self.decay = fraction("decay", decay)
         self._average: dict[str, Tensor] = {}
         self._steps = 0
-        self._model: nn.Module | None = None  # that of a run without validation data
 
     def __repr__(self) -> str:
         return f"WeightAverage({self.decay})"
@@ -47,7 +46,6 @@ class WeightAverage:
     def before_run(self, trainer: Any, *, validated: bool) -> None:
         """Begin a new average."""
         self._average, self._steps = {}, 0
-        self._model = None if validated else trainer.model
 
     def after_step(self, trainer: Any) -> None:
         """Move the average towards the weights."""
@@ -76,13 +74,8 @@ class WeightAverage:
     def __call__(self, trainer: Any, report: object) -> None:
         """Do nothing after an epoch."""
 
-    def after_run(self) -> None:
-        """Leave the average in the model where no validation chose."""
-        if self._model is not None:
-            self.write_to(self._model)
-
     def write_to(self, model: nn.Module) -> None:
-        """Put the average as it is now into the model."""
+        """Put the average as it is now into the model: at the end of a run that restores no epoch's weights."""
         write_values(self._average, model.state_dict())
 
     def state(self) -> dict[str, Tensor]:

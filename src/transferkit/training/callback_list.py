@@ -28,6 +28,8 @@ class CallbackList:
     - `after_step(trainer)`.
     - `validating(trainer)`, a context manager around validation and the choice of the best weights.
     - `on_stop(trainer)`, called when something ends the run early between two steps; returns the path it saved to.
+    - `write_to(model)`, called when a run ends, however it ends, unless the weights of the best epoch are restored: it
+      may put other weights into the model.
     - `after_run()`, called at the very end of a run that nothing interrupted.
     - `release()`, called when `fit` ends, whatever ended it.
     - `state()`, tensors by name that a checkpoint holds for it, and `load(state, live)`, which gets them and the

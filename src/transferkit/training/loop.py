@@ -195,7 +195,7 @@ def _end_steps(training: Training) -> None:
 
 
 def finish_run(training: Training, progress: Progress) -> None:
-    """Make what is left of a run's epochs, and leave the best weights in the model, whatever ends them."""
+    """Make what is left of a run's epochs, and leave the best weights or the last in the model, whatever ends them."""
     history, interrupts, display = progress.history, training.interrupts, progress.run.train.display
     if progress.is_over:
         display.say(
@@ -222,10 +222,13 @@ def finish_run(training: Training, progress: Progress) -> None:
     finally:
         training.progress = None
         _end_steps(training)
-        progress.best.restore()
-        best = history.best_epoch
-        if best is not None and best < len(history.reports) - 1:
-            display.say(f"restored the weights of epoch {history.epoch[best] + 1}, the best")
+        if progress.run.restore_best:
+            progress.best.restore()
+            best = history.best_epoch
+            if best is not None and best < len(history.reports) - 1:
+                display.say(f"restored the weights of epoch {history.epoch[best] + 1}, the best")
+        else:
+            progress.callbacks.each("write_to", training.model)
 
 
 def _train_and_validate(training: Training, progress: Progress) -> EpochReport:

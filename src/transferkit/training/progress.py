@@ -114,11 +114,11 @@ class Progress:
         self.between_steps = True
 
     def finish_epoch(self, report: EpochReport) -> None:
-        """Count an epoch that was trained and validated, and remember its weights if it is the best so far."""
+        """Count an epoch that was trained and validated, and remember its weights if they may come back at the end."""
         self.history.reports.append(report)
         self.sums.clear()
         self.batches, self.skipped_before = 0, self.skipped
-        if self.history.best_epoch == len(self.history.reports) - 1:
+        if self.run.restore_best and self.history.best_epoch == len(self.history.reports) - 1:
             self.best.take()
 
     def state(self) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Run:
     num_steps: int | None  # of all epochs; None where a `DataLoader` does not tell
     schedule: Schedule  # the trainer's; for `"auto"` what that stands for in this run
     validation_data: object  # as the user passed it
+    restore_best: bool  # whether the weights of the best epoch come back at the end
 
     @property
     def source(self) -> Source:
@@ -159,6 +160,7 @@ def open_run(
     epochs: int,
     batch_size: int | None,
     validation_data: object = None,
+    restore_best: bool = True,
 ) -> Run:
     """Check the data of a call against model, loss and schedule before a weight changes.
 
@@ -177,7 +179,8 @@ def open_run(
     schedule = training.schedule
     if schedule is SCHEDULES["auto"] and (num_steps is None or has_scheduler(training.optimizer)):
         schedule = SCHEDULES["constant"]
-    return Run(train, validation, loss, size, epochs, num_steps, schedule, validation_data)
+    restore_best = restore_best and validation is not None
+    return Run(train, validation, loss, size, epochs, num_steps, schedule, validation_data, restore_best)
 
 
 @contextmanager
