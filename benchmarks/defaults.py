@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +32,10 @@ from torchvision.datasets.folder import default_loader
 import transferkit as tk
 from transferkit.data.preprocessing import GEOMETRIES
 
+GROUPS = "pooling,views,folds,geometry,fit,optimizer,block5,weight_decay,clip,augment,deeper"
+RATES = {"sgd": (3e-3, 1e-2, 3e-2, 1e-1)} | dict.fromkeys(("adam", "adamw", "rmsprop"), (1e-4, 3e-4, 1e-3))
+BLOCK_RATES = {"adam": (1e-4, 3e-4, 1e-3), "sgd": (3e-3, 1e-2, 3e-2)}
+
 
 def solved(data: Subset, pooling: str, **views: Any) -> Callable[[tk.Backbone], tk.Trainer]:
     def run(backbone: tk.Backbone) -> tk.Trainer:
@@ -42,12 +47,14 @@ def solved(data: Subset, pooling: str, **views: Any) -> Callable[[tk.Backbone], 
     return run
 
 
-def stepped(data: Subset, **arguments: Any) -> Callable[[tk.Backbone], tk.Trainer]:
+def stepped(
+    data: Subset, boundary: str = "head", fit: dict[str, Any] | None = None, **arguments: Any
+) -> Callable[[tk.Backbone], tk.Trainer]:
     def run(backbone: tk.Backbone) -> tk.Trainer:
         torch.manual_seed(0)
-        model = tk.freeze_until(tk.attach_head(backbone, data.dataset.classes), "head")
+        model = tk.freeze_until(tk.attach_head(backbone, data.dataset.classes), boundary)
         trainer = tk.Trainer(model, **arguments)
-        trainer.fit(data, verbose=0)
+        trainer.fit(data, verbose=0, **(fit or {}))
         return trainer
 
     return run
@@ -84,20 +91,52 @@ def cut_to(shape: float) -> Callable[[str], Image.Image]:
     return load
 
 
-def trials(data: Subset) -> Iterator[tuple[str, str, Callable[[tk.Backbone], tk.Trainer]]]:
-    """Yield group, name and what trains."""
+Trials = Iterator[tuple[str, str, Callable[[tk.Backbone], tk.Trainer]]]
+"""Group, name and what trains."""
+
+
+def solver_trials(data: Subset) -> Trials:
     for pooling in ("avg", "max", "avgmax", "halves"):
         yield "pooling", pooling, solved(data, pooling)
     yield "views", "4, flip and crop", solved(data, "halves", augment=["flip", "crop"], n_views=4)
+    for folds in (2, 4, 8, 16):
+        yield "folds", f"{folds}", solved(data, "halves", folds=folds)
     for geometry in GEOMETRIES:
         yield "geometry", geometry, seen_as(geometry, solved(data, "halves"))
+
+
+def fit_trials(data: Subset) -> Trials:
     for schedule in ("constant", "auto"):
         for lr in (1e-4, 3e-4, 1e-3, 3e-3):
             yield "fit", f"{lr:g}, {schedule}", stepped(data, lr=lr, schedule=schedule)
+    for optimizer, rates in RATES.items():
+        for lr in rates:
+            yield "optimizer", f"{optimizer}, {lr:g}", stepped(data, optimizer=optimizer, lr=lr)
+    for optimizer, rates in BLOCK_RATES.items():
+        for lr in rates:
+            both = {"head": lr, "backbone": lr / 3}
+            yield (
+                "block5",
+                f"{optimizer}, {lr:g} and a third of it",
+                stepped(data, "block5", optimizer=optimizer, lr=both),
+            )
+    for decay in (0.0, 1e-2, 1e-1, 1.0):
+        yield "weight_decay", f"adamw, {decay:g}", stepped(data, optimizer="adamw", weight_decay=decay)
+    views = {"augment": ["flip", "crop"], "n_views": 5}
+    for boundary in ("head", "block5"):
+        for clip in (None, 0.1, 1.0):
+            yield "clip", f"from {boundary} on, {clip}", stepped(data, boundary, clip_grad_norm=clip)
+        yield "augment", f"from {boundary} on, none", stepped(data, boundary)
+        yield "augment", f"from {boundary} on, 5 views", stepped(data, boundary, views)
+
+
+def fine_tune_trials(data: Subset) -> Trials:
     yield "deeper", "fine_tune, 6 epochs from block 4", deeper(data)
     yield "deeper", "rates of 1e-4", deeper(data, RATES={"head": 1e-4, "backbone": 1e-4})
     yield "deeper", "neither dropout nor smoothing", deeper(data, DROPOUT=0.0, LABEL_SMOOTHING=0.0)
     yield "deeper", "no average of weights", deeper(data, DECAY=0.0)
+    for part in (0.05, 0.2):
+        yield "deeper", f"{part:g} held out", deeper(data, HELD_OUT=part)
 
 
 def main() -> None:
@@ -107,14 +146,14 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--size", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="pooling,views,geometry,fit,deeper")
+    parser.add_argument("--only", default=GROUPS)
     parser.add_argument("--shape", type=float, help="of the photographs: the longer side over the shorter one")
     options = parser.parse_args()
     folder = ImageFolder(options.data, loader=cut_to(options.shape) if options.shape else default_loader)
     order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(options.seed)).tolist()
     train, judge = Subset(folder, order[: options.size]), Subset(folder, order[options.size : 2 * options.size])
     print("| group | choice | accuracy | loss | seconds |\n|---|---|--:|--:|--:|")
-    for group, name, run in trials(train):
+    for group, name, run in chain(solver_trials(train), fit_trials(train), fine_tune_trials(train)):
         if group not in options.only.split(","):
             continue
         backbone = tk.load_backbone(

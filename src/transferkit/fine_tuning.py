@@ -228,9 +228,9 @@ class _Job:
     """Training of deeper layers from the solved head.
 
     Attributes:
-        trainer: Whose head is solved on `train`; nothing else trains yet.
+        trainer: Whose head is solved on `train_source`; nothing else trains yet.
         every: All training images.
-        train: Those that are not held out.
+        train_source: Those that are not held out.
         held_out: The images that tell what is better.
         batch_size: Of the training steps.
         augment: As in `Trainer.fit`.
