@@ -225,30 +225,17 @@ def fine_tune(
 
 @dataclass(frozen=True)
 class _Job:
-    """Training of deeper layers from the solved head.
+    """Training of deeper layers from the solved head."""
 
-    Attributes:
-        trainer: Whose head is solved on `train_source`; nothing else trains yet.
-        every: All training images.
-        train_source: Those that are not held out.
-        held_out: The images that tell what is better.
-        batch_size: Of the training steps.
-        augment: As in `Trainer.fit`.
-        end: When it must be over, by `time.perf_counter`.
-        image_s: Seconds that all frozen layers took for an image.
-        folder: For the checkpoints.
-        display: Shows what is done.
-    """
-
-    trainer: Trainer
-    every: Source
-    train_source: Source
-    held_out: Source
-    batch_size: int
-    augment: Augment | None
-    end: float
-    image_s: float
-    folder: str | PathLike[str] | None
+    trainer: Trainer  # whose head is solved on `train_source`; nothing else trains yet
+    every: Source  # all training images
+    train_source: Source  # those that are not held out
+    held_out: Source  # the images that tell what is better
+    batch_size: int  # of the training steps
+    augment: Augment | None  # as in `Trainer.fit`
+    end: float  # when it must be over, by `clock`
+    image_s: float  # seconds that all frozen layers took for an image
+    folder: str | PathLike[str] | None  # for the checkpoints
     display: Display
 
     def plan(self, boundary: str | None, epochs: int | None) -> _Plan | None:
@@ -390,11 +377,7 @@ class _Job:
 
 
 def _read_plan(folder: str | PathLike[str] | None, boundary: str | None, epochs: int | None) -> _Plan | None:
-    """Return the plan of the call that this one continues.
-
-    Raises:
-        ArgumentError: When that call trained from another layer on, or for other epochs, than is asked for now.
-    """
+    """Return the plan of the call that this one continues; `ArgumentError` for another layer or number of epochs."""
     path = None if folder is None else Path(folder) / PLAN
     if path is None or not path.exists():
         return None

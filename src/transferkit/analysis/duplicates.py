@@ -17,19 +17,12 @@ _BLOCK_NUMBERS = 2**24  # of distances that are held at a time
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """An image that is a copy of another.
+    """An image that is a copy of another."""
 
-    Attributes:
-        index: Of the image.
-        of: Index of the first image that it is a copy of.
-        difference: Of the thumbnails, as a fraction of the lower contrast, 0 to `SAME`.
-        mirrored: Whether it is the other's mirror image.
-    """
-
-    index: int
-    of: int
-    difference: float
-    mirrored: bool
+    index: int  # of the image
+    of: int  # index of the first image that it is a copy of
+    difference: float  # of the thumbnails, as a fraction of the lower contrast, 0 to `SAME`
+    mirrored: bool  # whether it is the other's mirror image
 
 
 def thumbnails(images: Images) -> Tensor:

@@ -36,12 +36,7 @@ _NAN_HINT = ' predict_proba(on_bad_image="nan") gives NaN for it.'
 
 
 class Samples:
-    """The samples of a user's data set, read in this process or in a worker.
-
-    Args:
-        dataset: The user's data set.
-        with_targets: Whether samples are pairs of image and target.
-    """
+    """The samples of a user's data set, pairs of image and target or images, read in this process or in a worker."""
 
     preprocess: Preprocessing | None = None  # what will be applied to the images; None asks for all pixels
 
@@ -180,15 +175,10 @@ def in_parentheses(path: str | None) -> str:
 
 
 class GivenImages:
-    """Images in a list, and their targets if there are any; a file is opened when its image is read.
-
-    Attributes:
-        samples: The images as given. Error messages look up paths here.
-        targets: A target for each, or None.
-    """
+    """Images in a list, and their targets if there are any; a file is opened when its image is read."""
 
     def __init__(self, images: Sequence[Any], targets: Any = None) -> None:
-        self.samples = list(images)
+        self.samples = list(images)  # error messages look up paths here
         self.targets = targets
 
     def __len__(self) -> int:

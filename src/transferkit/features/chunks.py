@@ -43,21 +43,13 @@ def image_digests(images: Images) -> list[bytes]:
 
 @dataclass(eq=False, slots=True)
 class Chunk:
-    """The features of some images behind some layers.
+    """The features of some images behind some layers."""
 
-    Attributes:
-        layers: What computed them: one of `Prefix.digests`.
-        images: A digest of each image.
-        features: `(len(images), h, w, C)`, on the device, on the host or in a mapped file.
-        file: That file.
-        state: Of the file, from before its features were verified.
-    """
-
-    layers: str
-    images: list[bytes]
-    features: Tensor
-    file: FeatureFile | None = None
-    state: tuple[int, ...] | None = None
+    layers: str  # what computed them: one of `Prefix.digests`
+    images: list[bytes]  # a digest of each image
+    features: Tensor  # (len(images), h, w, C), on the device, on the host or in a mapped file
+    file: FeatureFile | None = None  # that file
+    state: tuple[int, ...] | None = None  # of the file, from before its features were verified
 
     @classmethod
     def of_file(cls, file: FeatureFile) -> Self:
@@ -87,23 +79,14 @@ def together(chunks: Sequence[Chunk], rows: Tensor, place: torch.device) -> Chun
 
 @dataclass(frozen=True, eq=False)
 class CachedFeatures:
-    """The features of every image of a source, in one or several views.
+    """The features of every image of a source, in one or several views."""
 
-    Attributes:
-        parts: Tensors `(n, h, w, C)` that hold them, all on one device, in the dtype they were computed in.
-        rows: int64 `(views, N)`: where each image lies in the parts laid end to end.
-        targets: The targets, on the device.
-        device: Where batches go.
-        images: The images' digests, view after view.
-        mapped: The chunks whose files are mapped.
-    """
-
-    parts: Sequence[Tensor]
-    rows: Tensor
-    targets: Tensor
-    device: Device
-    images: Sequence[bytes] = ()
-    mapped: Sequence[Chunk] = ()
+    parts: Sequence[Tensor]  # (n, h, w, C) each, all on one device, in the dtype they were computed in
+    rows: Tensor  # int64 (views, N): where each image lies in the parts laid end to end
+    targets: Tensor  # on the device
+    device: Device  # where batches go
+    images: Sequence[bytes] = ()  # the images' digests, view after view
+    mapped: Sequence[Chunk] = ()  # the chunks whose files are mapped
 
     @property
     def targets_of_rows(self) -> Tensor:

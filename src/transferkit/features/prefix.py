@@ -70,15 +70,8 @@ class Prefix:
     """Computes the features of preprocessed images: the output of the frozen layers.
 
     It gives the same bits as the layers under `Device.autocast`, without recording anything for autograd. In bf16 and
-    fp16 it holds a copy of the convolutions, cast once.
-
-    Args:
-        layers: The frozen layers, from `pure_prefix`.
-        preprocess: What makes their input.
-        device: Where they are, and the precision they compute in.
-
-    Attributes:
-        batch_size: Images computed at once; it is halved when memory runs out.
+    fp16 it holds a copy of the convolutions, cast once. The layers are from `pure_prefix`; `preprocess` makes their
+    input, and `device` is where they are.
     """
 
     def __init__(self, layers: Layers, preprocess: Preprocessing, *, device: Device) -> None:
@@ -88,7 +81,7 @@ class Prefix:
         self._layers = Layers((_cast(layer, device.dtype) for layer in layers), layers.pools)
         self._state: list[Any] | None = None
         pixels = _PIXELS_ON_GPU if device.torch_device.type == "cuda" else _PIXELS_ON_CPU
-        self.batch_size = max(1, pixels // preprocess.image_size**2)
+        self.batch_size = max(1, pixels // preprocess.image_size**2)  # computed at once; halved when memory runs out
 
     def __len__(self) -> int:
         return len(self._layers)

@@ -228,13 +228,7 @@ def assign_folds(targets: Tensor, folds: int, *, groups: Tensor | None = None, s
 
 
 class _Folds:
-    """Scores a strength by the rows of each fold, with weights solved on the others.
-
-    Attributes:
-        rows: Which rows are held out, int64.
-        targets: Of these rows.
-        parts: Places in `rows` of each fold.
-    """
+    """Scores a strength by the rows of each fold, with weights solved on the others."""
 
     def __init__(
         self, build: Callable[[Tensor], Problems], targets: Tensor, fold_of: Tensor, together: int, *, most: int
@@ -242,10 +236,10 @@ class _Folds:
         count = len(fold_of)
         number = int(fold_of.max()) + 1
         used = 0 if number == 1 else number if count <= most else 1
-        self.rows = (fold_of < used).nonzero().squeeze(1)
+        self.rows = (fold_of < used).nonzero().squeeze(1)  # which are held out
         self.targets = targets[self.rows]
         self.fold_of = fold_of[self.rows]
-        self.parts = [(self.fold_of == fold).nonzero().squeeze(1) for fold in range(used)]
+        self.parts = [(self.fold_of == fold).nonzero().squeeze(1) for fold in range(used)]  # places of each in `rows`
         batches = torch.split(torch.arange(used, device=fold_of.device), together)
         self.batches = [build(fold_of[:, None] != batch) for batch in batches]
 

@@ -28,28 +28,17 @@ class Design:
     has the same inner products, so the optimum is the same, and its size does not depend on the number of features.
 
     Of a table larger than memory the design has some rows, drawn at random.
-
-    Attributes:
-        table: All rows.
-        sample: Which rows of the table the design has, int64, ascending.
-        mean: Of each feature, float32 `(D,)`.
-        std: What each feature is divided by, float32 `(D,)`; see `divisors`.
-        rows: The rows, or their factor, with the column of ones, float32 `(N, A + 1)`.
-        factor: The factor, float64 `(N, N)`; None if the columns are the features.
-        axes: Principal axes of the rows, `(A + 1, R)`; the last is the column of ones.
-        variances: Of the rows along each axis, `(R,)`.
-        rest: Upper bound of the variance along every other axis, `()`.
     """
 
-    table: Table
-    sample: Tensor
-    mean: Tensor
-    std: Tensor
-    rows: Tensor
-    factor: Tensor | None
-    axes: Tensor
-    variances: Tensor
-    rest: Tensor
+    table: Table  # all rows
+    sample: Tensor  # which rows of the table the design has, int64, ascending
+    mean: Tensor  # of each feature, float32 (D,)
+    std: Tensor  # what each feature is divided by, float32 (D,); see `divisors`
+    rows: Tensor  # the rows, or their factor, with the column of ones, float32 (N, A + 1)
+    factor: Tensor | None  # the factor, float64 (N, N); None if the columns are the features
+    axes: Tensor  # principal axes of the rows, (A + 1, R); the last is the column of ones
+    variances: Tensor  # of the rows along each axis, (R,)
+    rest: Tensor  # upper bound of the variance along every other axis, ()
 
     def blocks(self, *, every: bool) -> Iterator[tuple[slice, Tensor]]:
         """Yield the rows with the column of ones, and their place: those in memory, or every row of the table."""

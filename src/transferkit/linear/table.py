@@ -19,13 +19,6 @@ FEWEST_ROWS = 2000  # that are kept however little memory is free
 class Table:
     """`N` rows of `D` features, somewhere, in some dtype.
 
-    Attributes:
-        read: Returns the rows from `start` to `stop` as a floating-point tensor `(stop - start, all columns)`.
-        count: `N`.
-        width: Number of columns that `read` returns.
-        where: Where the features are used.
-        columns: The columns to use, ascending or not, one slice for each kind of features; None uses all.
-
     Example:
         >>> table = Table.of_tensor(torch.arange(6).reshape(2, 3), columns=[slice(2, 3), slice(0, 1)])
         >>> table.shape, list(table.blocks())
@@ -33,11 +26,11 @@ class Table:
                 [5., 3.]])])
     """
 
-    read: Callable[[int, int], Tensor]
-    count: int
-    width: int
-    where: torch.device
-    columns: Sequence[slice] | None = None
+    read: Callable[[int, int], Tensor]  # gives the rows from start to stop, floating point, (stop - start, all columns)
+    count: int  # N
+    width: int  # number of columns that `read` returns
+    where: torch.device  # where the features are used
+    columns: Sequence[slice] | None = None  # to use, ascending or not, one for each kind of features; None uses all
 
     @classmethod
     def of_tensor(
