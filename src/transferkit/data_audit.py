@@ -306,8 +306,7 @@ def held_out(
 def find_exchanged(table: Table, targets: Tensor, classes: int, *, l2: float, seed: int) -> tuple[float, float]:
     """Exchange some labels and look for them.
 
-    Returns:
-        Which fraction of as many labels that look worst are those, and the probability up to which half of them are.
+    Return which fraction of as many labels that look worst are those, and the probability up to which half of them are.
     """
     changed, exchanged = exchange_labels(targets, classes, fraction=EXCHANGED, seed=seed)
     own = label_probabilities(held_out(table, changed, classes, l2=l2, seed=seed)[1], changed)

@@ -35,31 +35,20 @@ _UNREADABLE_EXIF = (SyntaxError, struct.error, TypeError, ValueError, OSError, E
 
 
 def as_images(images: object) -> Tensor:
-    """Return images as a tensor with channels second.
+    """Return images as a tensor with channels second, uint8 or float32 `(N, 3, H, W)`, a view where possible.
 
-    Args:
-        images: A tensor, an array or what numpy makes an array of, such as a column of a table whose entries are
-            arrays: uint8 `(N, 3, H, W)` or `(N, H, W, 3)`, or float `(N, 3, H, W)`.
-
-    Returns:
-        uint8 or float32 `(N, 3, H, W)`, a view where possible.
-
-    Raises:
-        ImageError: The shape, dtype or channel count is not one of these. The message has the line that converts them.
+    They are a tensor, an array or what numpy makes an array of, such as a column of a table whose entries are arrays:
+    uint8 `(N, 3, H, W)` or `(N, H, W, 3)`, or float `(N, 3, H, W)`. Others are an `ImageError`, whose message has the
+    line that converts them.
     """
     return _channels_second(images, "images", 4)
 
 
 def as_image(image: object, index: int) -> Tensor:
-    """Return one sample's image, uint8 or float32 `(3, H, W)`.
+    """Return one sample's image, uint8 or float32 `(3, H, W)`; the message of an `ImageError` has its index.
 
-    Args:
-        image: A PIL image (see `upright_rgb`), the content of an image file as bytes, an open file, or a tensor or
-            array as in `as_images`, without the batch dimension.
-        index: Index in the data set, for the message.
-
-    Raises:
-        ImageError: The shape, dtype, channel count or PIL mode is not one of these.
+    It is a PIL image (see `upright_rgb`), the content of an image file as bytes, an open file, or a tensor or array as
+    in `as_images`, without the batch dimension.
     """
     if is_encoded(image):
         image = open_image(image, index)
@@ -74,15 +63,9 @@ def as_image(image: object, index: int) -> Tensor:
 
 
 def check_one_image(image: "np.ndarray[Any, Any] | Tensor") -> None:
-    """Refuse three dimensions, meant as one image, that may be several gray images.
+    """Refuse three dimensions, meant as one image, that may be several gray images: an array `(3, H, W)`, `(N, H, W)`.
 
     A tensor `(3, H, W)` is one image, as torchvision reads it.
-
-    Args:
-        image: `(H, W, C)` or `(C, H, W)`.
-
-    Raises:
-        ImageError: It is an array `(3, H, W)`, or gray images `(N, H, W)`.
     """
     shape = tuple(image.shape)
     if shape[2] in (1, 3, 4) or shape[0] == 1:
@@ -102,16 +85,10 @@ def is_file(value: object) -> bool:
 
 
 def open_image(source: Any, index: int, *, prepare: Callable[[Image.Image], object] | None = None) -> Image.Image:
-    """Return an image file as an upright PIL image in RGB.
+    """Return an image file, by its path, its content or as an open binary file, as an upright PIL image in RGB.
 
-    Args:
-        source: The path of a file, its content, or an open binary file.
-        index: Index in the data set, for the message.
-        prepare: Called with the image before its pixels are decoded.
-
-    Raises:
-        ImageError: As in `upright_rgb`.
-        OSError: The file cannot be read, or Pillow does not know its format.
+    `prepare` is called with the image before its pixels are decoded. Errors are those of `upright_rgb`, and `OSError`
+    where the file cannot be read or Pillow does not know its format.
     """
     with Image.open(io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source) as file:
         _check_decodable(file, index)
@@ -124,14 +101,8 @@ def upright_rgb(image: Image.Image, index: int) -> Image.Image:
     """Return a PIL image in RGB, with transparent pixels on white.
 
     An image straight from a file is rotated according to its EXIF orientation. What Pillow made from one, by `convert`
-    or `transpose` for example, is used as it is: its pixels may be turned already.
-
-    Args:
-        image: An image with 8 bits per channel.
-        index: Index in the data set, for the message.
-
-    Raises:
-        ImageError: The image has more bits per channel, or more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    or `transpose` for example, is used as it is: its pixels may be turned already. More than 8 bits per channel, or
+    than `PIL.Image.MAX_IMAGE_PIXELS` pixels, are an `ImageError`, whose message has the index.
     """
     _check_decodable(image, index)
     rgb = _rgb(_upright(image))
@@ -187,11 +158,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def check_image_size(images: Tensor, image_size: int) -> None:
-    """Check that preprocessed images `(N, 3, H, W)` have the size that the backbone expects.
-
-    Raises:
-        ImageError: H or W is not `image_size`.
-    """
+    """Raise `ImageError` unless preprocessed images `(N, 3, H, W)` have the size that the backbone expects."""
     height, width = images.shape[2:]
     if (height, width) != (image_size, image_size):
         raise ImageError(

@@ -25,13 +25,10 @@ from transferkit.errors import ArgumentError, ImageError, TargetError
 def as_data(images: object) -> object:
     """Return one image or many as a data set.
 
-    Args:
-        images: The path of an image file, its content as bytes, an open file, a PIL image, an array `(H, W, 3)`, a
-            tensor `(H, W, 3)` or `(3, H, W)`, or a list, tuple, array, column or iterator of these. Also one sample or
-            several with targets, which are left out. Anything else is returned unchanged.
-
-    Raises:
-        ImageError: A path does not exist or is a folder, or an array of three dimensions may be several gray images.
+    An image is the path of a file, its content as bytes, an open file, a PIL image, an array `(H, W, 3)`, or a tensor
+    `(H, W, 3)` or `(3, H, W)`; many are a list, tuple, array, column or iterator of these. Targets beside them are left
+    out. Anything else is returned unchanged. A path that does not exist or is a folder, or an array of three dimensions
+    that may be several gray images, is an `ImageError`.
 
     Example:
         >>> len(as_data(np.zeros((8, 8, 3), np.uint8)))
@@ -53,11 +50,7 @@ def as_data(images: object) -> object:
 
 
 def _given(images: list[Any], targets: Any = None, *, check: bool = True) -> GivenImages:
-    """Return images, and targets, as a data set.
-
-    Raises:
-        ImageError: A path does not exist or is a folder, and `check` is true.
-    """
+    """Return images, and targets, as a data set; with `check`, no file at a path is an `ImageError`."""
     images = [_read_file(image, index) if is_file(image) else image for index, image in enumerate(images)]
     paths = {index: Path(image) for index, image in enumerate(images) if isinstance(image, str | PathLike)}
     missing = [index for index, path in paths.items() if kind_of(path) != "a file"] if check else []

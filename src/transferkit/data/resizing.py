@@ -23,17 +23,10 @@ def resize_as_pillow(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_to_middle(images: Tensor, new: tuple[int, int], size: int, *, bits: int | None = None) -> Tensor:
-    """Return the middle of resized images, in little memory however long and narrow they are.
+    """Return the middle, uint8 `(N, 3, size, size)`, of images resized to `new`, height and width of `size` or more.
 
-    Args:
-        images: uint8 `(N, 3, H, W)`.
-        new: Height and width of the resized images, each `size` or more.
-        size: Height and width of the middle, in pixels.
-        bits: As in `resize_last`.
-
-    Returns:
-        uint8 `(N, 3, size, size)`: what `torchvision.transforms.v2.functional.resize` and `center_crop` give, bit for
-        bit for a PIL image if `bits` is `PILLOW_BITS`, and for a tensor if it is None and the CPU has AVX2.
+    It takes little memory however long and narrow they are. The result is what torchvision's `resize` and `center_crop`
+    give, bit for bit for a PIL image if `bits` is `PILLOW_BITS`, and for a tensor if it is None and the CPU has AVX2.
     """
     rows, columns = (_reach(old, side, size) for old, side in zip(images.shape[2:], new, strict=True))
     place = torch.device("cpu") if images.device.type == "mps" else images.device  # MPS has no float64

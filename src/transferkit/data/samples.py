@@ -58,12 +58,9 @@ class Samples:
             return error
 
     def read(self, index: int, seed: int | None) -> Sample:
-        """Read a sample, with the global random generators seeded; with None no random number may be drawn.
+        """Read a sample, with the global random generators seeded; with None, to draw a number is a `CacheError`.
 
-        Raises:
-            CacheError: `seed` is None, and a random number was drawn.
-            ImageError: The image cannot be read or used.
-            TargetError: The sample is not a pair of image and target.
+        An image that cannot be read or used is an `ImageError`, a sample that is no pair a `TargetError`.
         """
         preprocess = self.preprocess
         try:

@@ -53,15 +53,9 @@ class _Worker(NamedTuple):
 def read_in_workers(samples: Samples, keys: Sequence[_Keys], *, num_workers: int, seed: int) -> Iterator[_Samples]:
     """Yield the samples of each batch, in order, read by worker processes or in this process.
 
-    Args:
-        samples: What to read from.
-        keys: For each batch the index and seed of each sample.
-        num_workers: Number of processes; 0 reads in this one, files that will be resized in threads.
-        seed: What `torch.utils.data.get_worker_info().seed` depends on.
-
-    Raises:
-        WorkerError: Workers cannot be started, or one dies or hangs; the message names the sample it was reading.
-            All workers are killed first.
+    `keys` are, for each batch, the index and seed of each sample. With `num_workers` of 0, this process reads, files
+    that will be resized in threads. `torch.utils.data.get_worker_info().seed` depends on `seed`. Where workers cannot
+    be started, or one dies or hangs, a `WorkerError` names the sample it was reading, once all workers are killed.
     """
     if num_workers == 0:
         if samples.are_files and samples.preprocess is not None:  # else a batch may take gigabytes: none is read ahead
@@ -164,12 +158,7 @@ def _serve(
 
 
 def _receive(worker: _Worker, workers: Sequence[_Worker]) -> _Samples:
-    """Return the next batch of one worker.
-
-    Raises:
-        TimeoutError: It takes longer than `TIMEOUT_S`.
-        ChildProcessError: One of the workers died, or the batch cannot be sent.
-    """
+    """Return the next batch of one worker; `TimeoutError`, or `ChildProcessError` if one died or cannot send it."""
     ready = wait([worker.connection, *(each.process.sentinel for each in workers)], TIMEOUT_S)
     if not ready:
         raise TimeoutError

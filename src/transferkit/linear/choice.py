@@ -205,11 +205,9 @@ def _choose(
 def assign_folds(targets: Tensor, folds: int, *, groups: Tensor | None = None, seed: int = 0) -> Tensor:
     """Return the fold of each row, int64 `(N,)` from 0: every class is spread over the folds as evenly as possible.
 
-    Args:
-        targets: int64 `(N,)`, or `(N, K)`, where a row counts as the rarest of its labels.
-        folds: Number of folds; as many as there are groups, if these are fewer.
-        groups: int64 `(N,)`: rows of one group share a fold, and count as the first of them; None has no groups.
-        seed: Determines the order in which the rows of a class are dealt out.
+    Of targets `(N, K)` a row counts as the rarest of its labels. Rows of one of the `groups`, int64 `(N,)`, share a
+    fold, and count as the first of them; there are no more folds than groups. Rows of a class are dealt out in an order
+    that `seed` determines.
 
     Example:
         >>> assign_folds(torch.tensor([0, 0, 1, 1]), 2).view(2, 2).sum(dim=1)

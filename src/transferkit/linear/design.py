@@ -81,12 +81,9 @@ def standardized(table: Table, mean: Tensor, std: Tensor) -> Iterator[Tensor]:
 
 
 def moments(table: Table, *, take: Callable[[slice, Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
-    """Return the mean of each feature and its divisor, float32 `(D,)`.
+    """Return the mean of each feature and its divisor, float32 `(D,)`; `NonFiniteError` if a feature is not finite.
 
     Reads the table once. `take` gets each block, and the place of its rows.
-
-    Raises:
-        NonFiniteError: When a feature is infinite or NaN.
     """
     total = square = torch.zeros(table.shape[1], dtype=torch.float64, device=table.device)
     for rows, block in placed(table.blocks()):
@@ -129,10 +126,7 @@ def divisors(mean: Tensor, std: Tensor, kinds: list[int] | None) -> Tensor:
 def design_of(table: Table, *, seed: int = 0) -> Design:
     """Standardize a table, and take its rows to memory: all, or as many as fit there as float32, drawn by the seed.
 
-    Reads the table once, or a few times where there are more features than rows.
-
-    Raises:
-        NonFiniteError: When a feature is infinite or NaN.
+    Reads the table once, or a few times where there are more features than rows. Errors are those of `moments`.
     """
     count, width = table.shape
     if count < width and count <= LARGEST_PRODUCTS:

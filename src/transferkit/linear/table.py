@@ -33,13 +33,11 @@ class Table:
     columns: Sequence[slice] | None = None  # to use, ascending or not, one for each kind of features; None uses all
 
     @classmethod
-    def of_tensor(
-        cls, rows: Tensor, *, columns: Sequence[slice] | None = None, device: torch.device | None = None
-    ) -> Self:
+    def of_tensor(cls, rows: Tensor, *, columns: Sequence[slice] | None = None) -> Self:
         """Return the table of a tensor `(N, ...)` of any number dtype, whose rows are flattened; nothing is copied."""
         flat = rows.flatten(1)
         count, width = flat.shape
-        return cls(lambda start, stop: flat[start:stop], count, width, device or rows.device, columns)
+        return cls(lambda start, stop: flat[start:stop], count, width, rows.device, columns)
 
     @classmethod
     def of_features(cls, features: CachedFeatures, *, columns: Sequence[slice] | None = None) -> Self:
