@@ -84,11 +84,11 @@ def test_the_memory_is_taken_once(make_backbone):
     model = make_model(make_backbone(batch_norm=True), "block3", hidden=(16,)).train()
     best = BestWeights(model)
     best.take()
-    before = {name: copy.data_ptr() for name, copy in best._copies.items()}
+    before = {name: copy.data_ptr() for name, copy in best.copies.items()}
     overwrite(model)
     best.before_training()
     best.take()
-    assert {name: copy.data_ptr() for name, copy in best._copies.items()} == before
+    assert {name: copy.data_ptr() for name, copy in best.copies.items()} == before
 
 
 def test_what_is_frozen_is_not_copied(make_backbone):
@@ -96,7 +96,7 @@ def test_what_is_frozen_is_not_copied(make_backbone):
     model = make_model(make_backbone(batch_norm=True), "head", hidden=(16,)).train()
     best = BestWeights(model)
     best.take()
-    assert set(best._copies) == {name for name in model.state_dict() if name.startswith("head.")}
+    assert set(best.copies) == {name for name in model.state_dict() if name.startswith("head.")}
 
 
 @pytest.mark.parametrize("boundary", ["block5", "block3", None])

@@ -177,7 +177,7 @@ def test_the_second_run_is_continued_as_well(tmp_path, capsys):
 def test_the_mean_of_both_runs_remains(monkeypatch):
     """The weights are half those of the run without the held-out images and half those of the run on all."""
     found = []
-    monkeypatch.setattr(BestWeights, "average", lambda self: found.extend([self.state(), weights_of(self.model)]))
+    monkeypatch.setattr(BestWeights, "average", lambda self: found.extend([self.copies, weights_of(self.model)]))
     train_twice()
     monkeypatch.undo()
     first, second = found

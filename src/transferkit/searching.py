@@ -385,7 +385,7 @@ class _Trials:
         def after_epoch(_: Trainer, __: object) -> None:
             history, progress = trainer.history or History(), trainer.training.progress
             if progress is not None and len(history.reports) < last:
-                record(history, partial(_with_weights, trainer.model, progress.best.state()))
+                record(history, partial(_with_weights, trainer.model, progress.best.copies))
 
         own = {name: value for name, value in run.params.items() if name in FIT} | {"epochs": last}
         own["callbacks"] = [after_epoch] if len(run.numbers) > 1 else []

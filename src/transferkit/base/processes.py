@@ -80,11 +80,8 @@ def alone() -> Iterator[None]:
 def together(what: str) -> Iterator[None]:
     """Let what fails on one rank fail on all: with the same error, which names the rank. Also a decorator.
 
-    Args:
-        what: The work inside the block; all ranks must do the same.
-
-    Raises:
-        ProcessError: When another rank failed with an error that is none of this library's, ended, or did other work.
+    All ranks must do the same inside the block, `what`. Where another one did other work, ended, or failed with an
+    error that is none of this library's, it is a `ProcessError`.
     """
     start()
     if world_size() == 1:

@@ -104,25 +104,13 @@ def open_data(
     multi_label: bool = False,
     skip: bool = False,
 ) -> Source:
-    """Return a user's data as a `Source`.
+    """Return a user's data as a `Source`, or raise what is wrong with its type, images, targets or classes.
 
-    Args:
-        data: `(images, targets)`: an array or tensor of images or a list of images or paths; targets may be class
-            names. Or the same as a table, a dict of columns or a list of pairs; a `Dataset` of `(image, target)`; or a
-            `DataLoader` of batches of them. If `with_targets` is false, also images without targets in any of these
-            forms, and what `as_data` accepts.
-        classes: The model's class names. If the data has class names, they must match.
-        num_workers: Number of processes that read a `Dataset`.
-        with_targets: Whether targets are needed.
-        multi_label: Whether an image may have several labels.
-        skip: Whether bad images will be left out. If not, files are looked for and the first sample is read now.
-
-    Raises:
-        EmptyDataError: The data has no images.
-        ImageError: The images, or the first one of a data set, have an unsupported shape or dtype.
-        TargetError: Targets are missing, out of range, or have an unsupported shape or dtype.
-        HeadMismatchError: The data has other classes than the model.
-        ArgumentError: `data` is of an unsupported type, or `num_workers` is negative.
+    It is `(images, targets)`: an array or tensor of images or a list of images or paths; targets may be class names. Or
+    the same as a table, a dict of columns or a list of pairs; a `Dataset` of `(image, target)`; or a `DataLoader` of
+    batches of them. Without `with_targets` it may also be images without targets in any of these forms, and what
+    `as_data` accepts. With `multi_label` an image may have several labels. Unless bad images will be left out, `skip`,
+    files are looked for and the first sample is read now.
     """
     whole_number("num_workers", num_workers, at_least=0)
     if isinstance(data, ArraySource | DatasetSource | LoaderSource | SubsetSource):  # opened before

@@ -328,7 +328,8 @@ class _Filling:
         if file is None:
             return False
         try:
-            chunk = Chunk.of_file(file)
+            state = file.state()
+            chunk = Chunk(file.layers, list(file.images), file.read(), file, state)
         except CacheError as error:
             self.display.say(f"skipped a feature file: {error}")
             for other in file.images:

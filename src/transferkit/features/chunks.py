@@ -9,7 +9,6 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from transferkit.base.arrays import raw_bytes
 from transferkit.compute.device import Device
@@ -50,12 +49,6 @@ class Chunk:
     features: Tensor  # (len(images), h, w, C), on the device, on the host or in a mapped file
     file: FeatureFile | None = None  # that file
     state: tuple[int, ...] | None = None  # of the file, from before its features were verified
-
-    @classmethod
-    def of_file(cls, file: FeatureFile) -> Self:
-        """Map a file and verify its features; a `CacheError` if it is gone or damaged."""
-        state = file.state()
-        return cls(file.layers, list(file.images), file.read(), file, state)
 
     def is_intact(self) -> bool:
         """Return whether nobody has written to the mapped file; one that was deleted or replaced stays mapped."""

@@ -69,18 +69,10 @@ class Problems:
     Each minimizes `sum of losses / total weight + l2 / 2 * sum of squared weights` over its rows; biases are not
     penalized. All are solved in the same passes over the rows: their logits are one matrix product.
 
-    Args:
-        design: The rows.
-        targets: int64 `(N,)` or float32 `(N, K)`, on the device of the design.
-        loss: Convex in the logits; a function that is not ends where its slope does.
-        classes: Number of classes `K`.
-        members: Which rows each problem uses, bool `(N, P)`; each has at least one.
-        every: Whether the rows are all of the table and not those that the design has in memory. Each step then reads
-            the table, as a rule once.
-
-    Attributes:
-        weights: The solutions, `(P, K, A + 1)`, for the columns of the design, the bias last; zero before `solve`.
-        logits: Of all rows in all problems, `(N, P, K)`.
+    Targets are int64 `(N,)` or float32 `(N, K)`, on the device of the design. The loss is convex in the logits; a
+    function that is not ends where its slope does. `members`, bool `(N, P)`, are the rows that each problem uses, one
+    or more. With `every`, the rows are all of the table and not those that the design has in memory. Each step then
+    reads the table, as a rule once.
 
     References:
         Böhning, 1992, "Multinomial logistic regression algorithm": the Hessian is bounded by a multiple of the
@@ -98,8 +90,9 @@ class Problems:
         weights = [float(loss.total_weight(targets[own])) for own in members.T]  # host sync: once
         self.scale = (members / torch.tensor(weights, device=members.device))[..., None]  # (N, P, 1)
         self.share = self.scale.sum(dim=0).squeeze(1)  # (P,): 1 without class weights
-        self.weights = torch.zeros(problems, classes, len(design.axes), device=members.device)
-        self.logits = torch.zeros(count, problems, classes, device=members.device)
+        # the solutions for the columns of the design, the bias last, and the logits of all rows
+        self.weights = torch.zeros(problems, classes, len(design.axes), device=members.device)  # (P, K, A + 1)
+        self.logits = torch.zeros(count, problems, classes, device=members.device)  # (N, P, K)
         self.curvature = torch.ones(problems, device=members.device)
         self.length = torch.ones(problems, device=members.device)  # of steps that a sample suggests
         self._path: deque[tuple[float, Tensor]] = deque(maxlen=2)
@@ -119,14 +112,9 @@ class Problems:
         the step's end to the gradient there. Where that is not a good length, the line search needs no pass, as logits
         are linear in the step, and the gradient one more.
 
-        Args:
-            l2: Strength of the penalty.
-            tolerance: Error of the weights relative to their norm, as far as the last curvature tells. A problem whose
-                slope stops falling, which float32 cannot tell from zero, ends before.
-            max_steps: Steps after which it ends anyway.
-
-        Raises:
-            NonFiniteError: When the loss gives a slope that is infinite or NaN.
+        `tolerance` is the error of the weights relative to their norm, as far as the last curvature tells. A problem
+        whose slope stops falling, which float32 cannot tell from zero, ends before. A slope that is infinite or NaN is
+        a `NonFiniteError`.
         """
         penalty = torch.full_like(self.weights[0, 0], l2)
         penalty[-1] = 0

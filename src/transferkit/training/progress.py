@@ -38,37 +38,33 @@ class BestWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._copies: dict[str, Tensor] | None = None
+        self.copies: dict[str, Tensor] | None = None  # None before `take`
 
     def take(self) -> None:
         """Copy the weights as they are now, over those copied before."""
-        live, copies = trainable_state(self.model), self._copies or {}
-        self._copies = {
+        live, copies = trainable_state(self.model), self.copies or {}
+        self.copies = {
             name: copies[name].copy_(value) if name in copies else value.clone() for name, value in live.items()
         }
 
     def before_training(self) -> None:
         """Copy weights that were frozen when the others were taken and no longer are."""
-        if self._copies is not None:
+        if self.copies is not None:
             live = trainable_state(self.model)
-            self._copies |= {name: value.clone() for name, value in live.items() if name not in self._copies}
-
-    def state(self) -> dict[str, Tensor] | None:
-        """Return the remembered weights, which are not copies; None if there are none."""
-        return self._copies
+            self.copies |= {name: value.clone() for name, value in live.items() if name not in self.copies}
 
     def load(self, copies: Mapping[str, Tensor] | None) -> None:
-        """Take over what `state` returned in another process."""
+        """Take over the `copies` of another process."""
         live = self.model.state_dict()
-        self._copies = None if copies is None else {name: copy.to(live[name].device) for name, copy in copies.items()}
+        self.copies = None if copies is None else {name: copy.to(live[name].device) for name, copy in copies.items()}
 
     def restore(self) -> None:
         """Put the remembered weights back, if there are any."""
-        write_values(self._copies or {}, self.model.state_dict())
+        write_values(self.copies or {}, self.model.state_dict())
 
     def average(self) -> None:
         """Put the mean of the remembered weights and of those in the model into the model."""
-        live, copies = self.model.state_dict(), self._copies or {}
+        live, copies = self.model.state_dict(), self.copies or {}
         floating = {name: copy for name, copy in copies.items() if copy.is_floating_point()}
         write_values(copies | {name: copy.lerp(live[name], 0.5) for name, copy in floating.items()}, live)
 
@@ -128,7 +124,7 @@ class Progress:
             **{name: getattr(self, name) for name in ("facts", *_COUNTS, "ended")},
             "sums": {**sums, "outputs": [list(output) for output in self.sums.outputs]},
             "reports": [dict(vars(report)) for report in self.history.reports],
-            "best": self.best.state(),
+            "best": self.best.copies,
             "callbacks": self.callbacks.state(),
         }
 

@@ -23,10 +23,7 @@ def solve_head(training: Training, train: Feed, validation: Feed | None, *, l2: 
 
     Each view of a training image is a row. Validation images choose the penalty instead of cross-validation in `folds`
     parts; `l2` is the penalty, above 0, if it is chosen already. What the optimizer remembers of the head is dropped.
-
-    Raises:
-        HeadMismatchError: When the head is not linear.
-        CacheError: When more than the head trains, or features cannot be cached.
+    Any head but a linear one is a `HeadMismatchError`; where more trains, or features cannot be cached, `CacheError`.
     """
     model = training.model
     standardize, linear = _parts(model)
