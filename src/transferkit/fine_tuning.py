@@ -36,41 +36,22 @@ from transferkit.training.progress import BestWeights
 from transferkit.training.run import features_of, open_source
 from transferkit.training.schedules import warmup
 
-HELD_OUT = 0.1
-"""Fraction of the training images that is held out where there is no validation data."""
+HELD_OUT = 0.1  # fraction of the training images that is held out where there is no validation data
+FEWEST_PER_CLASS = 20  # images of a class below which nothing but the head is fitted
 
-FEWEST_PER_CLASS = 20
-"""Images of a class below which nothing but the head is fitted."""
-
-EPOCHS = 12
-IMAGES_SEEN = 48_000
-"""Epochs of deeper training at most, and without a budget fewer where they would see more images than that."""
-
-FEWEST_EPOCHS = 3
-"""Epochs below which deeper training is not begun."""
-
-VIEWS = 4
-"""Views of each image that the head is solved on if nothing else trains."""
-
-MOST_VIEWS = 6
-"""Views of each image in deeper training."""
-
+EPOCHS = 12  # of deeper training, at most
+IMAGES_SEEN = 48_000  # in them: without a budget there are fewer epochs where they would see more
+FEWEST_EPOCHS = 3  # below which deeper training is not begun
+VIEWS = 4  # of each image, on which the head is solved if nothing else trains
+MOST_VIEWS = 6  # of each image in deeper training
 BATCH_SIZE = 32
-
-RATES = {"head": 3e-4, "backbone": 3e-4}
-"""Learning rates of deeper training with Adam, which begins from the solved head."""
-
-DROPOUT = 0.5
-"""Of the features in deeper training."""
-
+RATES = {"head": 3e-4, "backbone": 3e-4}  # of deeper training with Adam, which begins from the solved head
+DROPOUT = 0.5  # of the features in deeper training
 LABEL_SMOOTHING = 0.1
-
-DECAY = 0.99
-"""Of the average of weights: about the last 100 steps."""
+DECAY = 0.99  # of the average of weights: about the last 100 steps
 
 PLAN = "plan.json"
-ALL_IMAGES = "all"
-"""Folder of the second run's checkpoints, in that of the first."""
+ALL_IMAGES = "all"  # folder of the second run's checkpoints, in that of the first
 
 _TIMED_STEPS = 4
 _STEP_PASSES = 4  # forward passes that a training step takes the time of

@@ -44,8 +44,7 @@ from transferkit.training.schedules import check_schedule
 FREEZE = "freeze_until"
 FIT = ("epochs", "batch_size", "augment", "n_views")
 FIXED = ("device", "precision", "cache", "seed")
-PER_HEAD = ("lr", "weight_decay", "schedule", "clip_grad_norm", "epochs")
-"""What heads may differ in that are trained together."""
+PER_HEAD = ("lr", "weight_decay", "schedule", "clip_grad_norm", "epochs")  # may differ in heads trained together
 
 EPOCHS: int = inspect.signature(Trainer.fit).parameters["epochs"].default
 FILE = "search.pt"

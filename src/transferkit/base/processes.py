@@ -25,8 +25,7 @@ from transferkit.errors import ProcessError, TransferKitError
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another that does not answer, unless somebody else made the process group."""
 
-_GRACE_S = 5.0
-"""How much later than the first to give up waiting the last one may be."""
+_GRACE_S = 5.0  # how much later than the first to give up waiting the last one may be
 
 _Value = TypeVar("_Value")
 

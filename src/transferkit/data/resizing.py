@@ -7,8 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-PILLOW_BITS = 22
-"""Of the fraction in Pillow's integer weights, and at most in torch's."""
+PILLOW_BITS = 22  # of the fraction in Pillow's integer weights, and at most in torch's
 _MAX_WEIGHT = 2**15 - 0.5  # beyond it a weight would not round to an int16
 
 

@@ -23,13 +23,11 @@ from transferkit.data.images import as_image, is_encoded, open_image
 from transferkit.data.preprocessing import Preprocessing
 from transferkit.errors import CacheError, ImageError, TransferKitError
 
-Sample = tuple[Tensor, Any, int]
-"""Image, target, index in the data set."""
+Sample = tuple[Tensor, Any, int]  # image, target, index in the data set
 
 _TORCHVISION = "torchvision.datasets."
 
-NUM_CHECKED = 16
-"""Number of samples that stand for a data set where reading all would take too long."""
+NUM_CHECKED = 16  # samples that stand for a data set where reading all would take too long
 
 SKIP_HINT = ' fit(on_bad_image="skip") leaves it out.'
 _NAN_HINT = ' predict_proba(on_bad_image="nan") gives NaN for it.'

@@ -21,9 +21,7 @@ from transferkit.base.randomness import derive_seed
 from transferkit.data.samples import Sample, Samples, in_parentheses, path_of
 from transferkit.errors import TransferKitError, WorkerError
 
-TIMEOUT_S = 300.0
-"""Seconds without a batch after which a worker counts as hanging."""
-
+TIMEOUT_S = 300.0  # seconds without a batch, after which a worker counts as hanging
 _BATCHES_AHEAD = 2  # that each worker reads before the first of them is used
 _MOST_THREADS = 16  # each holds a decoded image, 36 MB for 12 million pixels
 _GRACE_S = 5.0  # for a worker that was asked to end

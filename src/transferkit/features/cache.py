@@ -28,15 +28,12 @@ from transferkit.features.file import SUFFIX, FeatureFile, open_features, write_
 from transferkit.features.prefix import Prefix, pure_prefix
 from transferkit.model.head import TransferModel
 
-MEMORY_SHARE = 0.5
-"""Fraction of the free memory, on the device and on the host, that features may take."""
-
+MEMORY_SHARE = 0.5  # fraction of the free memory, on the device and on the host, that features may take
 ROOM_IF_UNKNOWN = 2 * 10**9
 """Bytes they may take where the system does not say how much is free (Apple's MPS, CPUs elsewhere than on Linux)."""
 
-CHUNK_IMAGES = 1024
+CHUNK_IMAGES = 1024  # limits of a file, which has whole batches of the prefix, and at least one
 CHUNK_BYTES = 2**26
-"""Limits of a file: whole batches of the prefix, and at least one."""
 
 
 def open_folder(path: str | PathLike[str] | None) -> Path | None:

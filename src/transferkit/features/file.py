@@ -19,8 +19,7 @@ from transferkit.errors import CacheError
 
 FORMAT = 2
 SUFFIX = ".features"
-DIGEST_BYTES = 16
-"""Length of an image's digest."""
+DIGEST_BYTES = 16  # length of an image's digest
 
 _HEADER_BYTES = 4096  # a page: the numbers behind it are aligned
 

@@ -18,17 +18,10 @@ from transferkit.linear.table import Table
 STRENGTHS = tuple(10 ** (2 - step / 2) for step in range(15))
 """Penalties tried, from strong to weak: 100 to 1e-5 in half decades, for standardized features."""
 
-ONE_FOLD_ROWS = 20_000
-"""Above this number of rows only the first fold is held out: a quarter of them tells strengths apart."""
-
-PATH_TOLERANCE = 3e-3
-"""Error of the weights, relative to their norm, at which a strength is scored."""
-
-TOLERANCE = 1e-5
-"""Error of the weights, relative to their norm, of the solved head."""
-
-_BATCH_NUMBERS = 2**25
-"""Logits and numbers of weights, with L-BFGS's memory, of the problems that are solved together."""
+ONE_FOLD_ROWS = 20_000  # of more rows only the first fold is held out: a quarter of them tells strengths apart
+PATH_TOLERANCE = 3e-3  # error of the weights, relative to their norm, at which a strength is scored
+TOLERANCE = 1e-5  # error of the weights, relative to their norm, of the solved head
+_BATCH_NUMBERS = 2**25  # logits and numbers of weights, with L-BFGS's memory, of the problems solved together
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,16 @@ from torch import Tensor
 from transferkit.errors import NonFiniteError
 from transferkit.linear.design import Design
 
-PAIRS = 12
-"""Steps that L-BFGS remembers."""
+PAIRS = 12  # steps that L-BFGS remembers
 
-_NOTHING = 1e-13
-"""A fall of the objective that float32 does not show, whatever the weights."""
+_NOTHING = 1e-13  # a fall of the objective that float32 does not show, whatever the weights
+_ROWS_PER_FEATURE = 2  # so many rows in memory for each feature tell how the losses of all rows curve
 
 _PATIENCE, _PATIENCE_SAMPLED = 15, 8
 """Steps in which the predicted fall must halve once; where a sample has the curvature, it halves in most."""
 
 _SLOPE_LEFT, _SLOPE_LEFT_READING = 0.3, 0.6
 """A step is long enough when the slope along it has fallen to this fraction: another length costs a reading."""
-
-
-_ROWS_PER_FEATURE = 2
-"""So many rows in memory for each feature tell how the losses of all rows curve."""
 
 
 class Loss(Protocol):

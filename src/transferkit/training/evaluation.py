@@ -33,8 +33,7 @@ from transferkit.training.run import check_same_weights, check_shared, choose_ba
 from transferkit.training.step import evaluation_step
 from transferkit.training.training import Training
 
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""What the network takes, and targets, on the device."""
+Batches = Iterable[tuple[Tensor, Tensor]]  # what the network takes, and targets, on the device
 
 
 @contextmanager

@@ -40,8 +40,7 @@ from transferkit.training.training import Part, Training
 Callback = Callable[[Any, EpochReport], object]
 """A function of the trainer and the report of an epoch; see `CallbackList`."""
 
-SCALE_CHECKED_EVERY = 50
-"""Steps between two looks at the gradient scale of fp16, each of which waits for the device."""
+SCALE_CHECKED_EVERY = 50  # steps between two looks at the gradient scale of fp16, each of which waits for the device
 
 
 def begin_run(

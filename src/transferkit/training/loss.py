@@ -201,8 +201,7 @@ class FunctionLoss:
         return own if own is not None else repr(self.function)
 
 
-Loss = CrossEntropy | BinaryCrossEntropy | FunctionLoss
-"""Each has the methods of `CrossEntropy`."""
+Loss = CrossEntropy | BinaryCrossEntropy | FunctionLoss  # each has the methods of `CrossEntropy`
 
 
 def find_loss(loss: Loss | LossFunction | None, model: TransferModel, device: torch.device) -> Loss:

@@ -16,8 +16,7 @@ from transferkit.training.run import Run
 from transferkit.training.step import evaluation_step
 from transferkit.training.training import Training
 
-MOST_IMAGES = 2048
-"""Training images that are measured: more hardly move a mean."""
+MOST_IMAGES = 2048  # training images that are measured: more hardly move a mean
 
 
 def measure_features(training: Training, run: Run) -> None:
