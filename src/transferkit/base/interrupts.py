@@ -17,7 +17,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruption(BaseException):
     """Ends a loop from inside, past handlers of errors; `Interrupts` replaces it with the signal's own exception."""
 
-    number: int | None = None  # of the signal
+    def __init__(self, message: str = "", *, number: int | None = None) -> None:
+        super().__init__(message)
+        self.number = number  # of the signal
 
 
 _ACTIVE: list["Interrupts"] = []
@@ -70,9 +72,7 @@ class Interrupts:
     def check(self) -> None:
         """Raise `Interruption` if a signal was received inside the `with` block."""
         if self.received is not None:
-            interruption = Interruption()
-            interruption.number = self.received
-            raise interruption
+            raise Interruption(number=self.received)
 
     def watched(self, items: Iterable[_Item]) -> Iterator[_Item]:
         for item in items:

@@ -259,9 +259,7 @@ def _raise_cause(causes: list[Any]) -> NoReturn:
     other, cause = next((r, cause) for r, cause in enumerate(causes) if cause is not None)
     if isinstance(cause, int):
         receive_elsewhere(cause)
-        interruption = Interruption()
-        interruption.number = cause
-        raise _known_to_all(interruption)
+        raise _known_to_all(Interruption(number=cause))
     kind, (message, *lines) = cause
     raise _known_to_all(kind(f"on rank {other}: {message}", *lines))
 

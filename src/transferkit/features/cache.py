@@ -212,8 +212,7 @@ class _Filling:
 
     def _chunks(self, count: int) -> Sequence[Tensor]:
         """Return the places of the images in each chunk."""
-        chunks: Sequence[Tensor] = torch.split(torch.arange(count), self.chunk_images)
-        return chunks
+        return torch.split(torch.arange(count), self.chunk_images)
 
     def _read(self, own: Tensor | None, view: int | None) -> Generator[tuple[Images, Tensor], None, None]:
         """Yield batches; the processes meet after so many, and so learn soon of one that failed."""

@@ -259,5 +259,4 @@ def _finite_probabilities(logits: Tensor, model: TransferModel) -> npt.NDArray[n
             f"the logits of image {int(wrong.nonzero()[0])} are infinite or NaN: expected finite images and weights. "
             "Look at that image and at the weights."
         )
-    result: npt.NDArray[np.float32] = probabilities.numpy()
-    return result
+    return probabilities.numpy()
