@@ -5,6 +5,7 @@ import inspect
 import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -325,7 +326,7 @@ class Trainer:
         if validation_data is not None and validation_split is not None:
             raise ArgumentError("validation_data and validation_split are both given: expected one of them.")
         called, display, training = CallbackList(self, callbacks), Display(verbose), self.training
-        with training.alone("fit"), training.interrupts, naming(training, data), called.released():
+        with training.alone("fit"), training.interrupts, naming(training, data), closing(called):
             train = open_source(training, data, num_workers, on_bad_image, display)
             held_out = open_held_out(training, validation_data, num_workers, on_bad_image, display)
             if validation_split is not None:

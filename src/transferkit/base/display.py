@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -77,11 +77,9 @@ class Display:
     def bar(self, what: str, total: int | None, *, unit: str = "images") -> Iterator[Bar]:
         """Show a bar of `total` images, or other units, while the block runs; None if their number is unknown."""
         options = {"desc": what, "total": total, "unit": f" {unit}", "leave": False, "dynamic_ncols": True}
-        bar = Bar(None if self._tqdm is None or rank() else partial(self._tqdm, **options))
-        try:
+        draw = None if self._tqdm is None or rank() else partial(self._tqdm, **options)
+        with closing(Bar(draw)) as bar:
             yield bar
-        finally:
-            bar.close()
 
 
 QUIET = Display(0)

@@ -81,13 +81,9 @@ class CallbackList:
                 stack.enter_context(callback.validating(self.trainer))
             yield
 
-    @contextmanager
-    def released(self) -> Iterator[None]:
-        """Let each release what it holds, whatever ends the block."""
-        try:
-            yield
-        finally:
-            self.each("release")
+    def close(self) -> None:
+        """Let each release what it holds."""
+        self.each("release")
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return what a checkpoint holds for each callback that has a state, by its settings."""
