@@ -50,12 +50,10 @@ def assert_average(weights, average):
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-7)
 
 
-def fit(model, callbacks, *, epochs=4, validated=True, **arguments):
+def fit(model, callbacks, *, epochs=4, validated=True, restore_best=True, **arguments):
     trainer = make_trainer(model, **arguments)
-    validation = make_images(9, seed=1) if validated else None
-    history = trainer.fit(
-        make_images(), validation_data=validation, epochs=epochs, batch_size=8, callbacks=callbacks, verbose=0
-    )
+    options = {"validation_data": make_images(9, seed=1) if validated else None, "restore_best": restore_best}
+    history = trainer.fit(make_images(), epochs=epochs, batch_size=8, callbacks=callbacks, verbose=0, **options)
     return trainer, history
 
 
@@ -201,6 +199,24 @@ def test_an_average_that_does_not_fit_is_refused(spoil):
     spoil(state)
     with pytest.raises(CheckpointError, match="average of the weights does not fit the model"):
         tk.WeightAverage(0.9).load(state, model.state_dict())
+
+
+@pytest.mark.parametrize("restore_best", [True, False])
+def test_what_is_frozen_during_a_run_keeps_its_bits(restore_best):
+    """Layers that a callback freezes stay as they are then, and the validation loss is that of the weights returned."""
+    model, frozen = new_model("block4"), {}
+
+    def freeze(trainer, report):
+        if report.epoch == 1:
+            frozen.update({name: value.clone() for name, value in trainable_state(model).items() if "head" not in name})
+            tk.freeze_until(model, "head")
+
+    trainer, history = fit(model, [tk.WeightAverage(0.9), freeze], restore_best=restore_best)
+    last = history.best_epoch if restore_best else len(history.reports) - 1
+    found = trainer.evaluate(make_images(9, seed=1))["loss"]
+    assert found == pytest.approx(history.reports[last].val_loss, rel=1e-6)
+    if last > 1:
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in frozen.items())
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, float("nan"), "much"])

@@ -6,7 +6,7 @@ from torch import nn
 
 import transferkit as tk
 from tiny import changed, make_backbone, make_images, make_model, make_trainer, weights_of
-from transferkit.errors import CheckpointError
+from transferkit.errors import ArgumentError, CheckpointError
 from transferkit.training.progress import BestWeights
 
 
@@ -321,7 +321,14 @@ def test_a_run_is_resumed_with_the_same_choice(monkeypatch, tmp_path):
     held_out = {"validation_data": make_images(9, seed=1)}
     whole = fit([tk.Checkpoint(tmp_path)], **held_out, restore_best=False)
     second = sorted(tmp_path.glob("*.pt"))[1]
-    with pytest.raises(CheckpointError, match="restore_best=False, this call None"):
+    with pytest.raises(CheckpointError, match="restore_best=False, this call True"):
         fit(**held_out, resume_from=second)
     resumed = fit(**held_out, restore_best=False, resume_from=second)
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("value", ["False", "val_loss", None, 0])
+def test_what_is_neither_true_nor_false_is_refused(value):
+    """A text or None is no answer, and nothing is trained."""
+    with pytest.raises(ArgumentError, match=r"restore_best=.*expected True or False"):
+        fit(validation_data=make_images(9, seed=1), restore_best=value)

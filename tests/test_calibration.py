@@ -43,10 +43,17 @@ def test_images_that_are_all_right_make_no_surer_than_their_number_allows(count)
 def test_the_temperature_is_bounded():
     """Logits that are nearly equal, all wrong or all the same have a temperature, too."""
     sure = torch.tensor([[5.0, 0.0], [0.0, 5.0]])
-    assert fit_temperature(0.01 * sure, torch.tensor([0, 1]), CrossEntropy()) == pytest.approx(LOWEST, rel=1e-4)
+    assert fit_temperature(1e-6 * sure, torch.tensor([0, 1]), CrossEntropy()) == pytest.approx(LOWEST, rel=1e-4)
     assert fit_temperature(sure, torch.tensor([1, 0]), CrossEntropy()) == pytest.approx(HIGHEST, rel=1e-4)
     assert fit_temperature(torch.zeros(2, 2), torch.tensor([1, 0]), CrossEntropy()) == pytest.approx(1)
     assert math.isfinite(fit_temperature(1e30 * sure, torch.tensor([0, 0]), CrossEntropy()))
+
+
+@pytest.mark.parametrize("factor", [1e-2, 1.0, 100.0])
+def test_the_temperature_follows_the_scale_of_the_logits(factor):
+    """Logits a hundred times as large have a temperature a hundred times as high, far beyond what training gives."""
+    found = fit_temperature(factor * LOGITS, TARGETS, CrossEntropy())
+    assert found == pytest.approx(factor * fit_temperature(LOGITS, TARGETS, CrossEntropy()), rel=1e-4)
 
 
 def test_logits_that_have_no_temperature_are_errors():

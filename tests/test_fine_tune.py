@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import transferkit as tk
 from tiny import CLASSES, make_backbone, make_images, weights_of
 from transferkit import fine_tuning
-from transferkit.errors import ArgumentError, CacheError, TransferKitError
+from transferkit.errors import ArgumentError, CacheError, CheckpointError, CheckpointWriteError, TransferKitError
 from transferkit.results.history import History
 from transferkit.training.progress import BestWeights
 
@@ -27,7 +27,15 @@ def faint_images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def fine_tune(count: int = 72, data: object = None, **arguments: object) -> tk.Trainer:
     data = make_images(count) if data is None else data
-    return tk.fine_tune(make_backbone(), data, **{"classes": CLASSES, "epochs": 3, **PLAIN, **arguments})
+    backbone = arguments.pop("backbone", None) or make_backbone()
+    return tk.fine_tune(backbone, data, **{"classes": CLASSES, "epochs": 3, **PLAIN, **arguments})
+
+
+def compute_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        pytest.fail("features were computed")
+
+    monkeypatch.setattr(fine_tuning, "features_of", fail)
 
 
 def train_twice(**arguments: object) -> tk.Trainer:
@@ -241,13 +249,95 @@ def test_minutes_are_announced_where_no_budget_limits_them(monkeypatch, capsys, 
     assert ("budget= or Ctrl-C ends it sooner" in capsys.readouterr().out) == (budget is None)
 
 
-@pytest.mark.parametrize("other", [{"epochs": 4}, {"freeze_until": "block4"}])
-def test_other_choices_than_those_of_the_folder_are_refused(tmp_path, other):
-    """A folder whose run has other epochs or another first layer is not continued, and says which differ."""
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        ({"epochs": 4}, "epochs=2, this call has epochs=4"),
+        ({"freeze_until": "block4"}, "freeze_until=block5, this call has freeze_until=block4"),
+        ({"lr": 1e-3}, "lr=None, this call has lr=0.001"),
+        ({"seed": 1}, "seed=0, this call has seed=1"),
+        ({"batch_size": 8}, "batch_size=32"),
+        ({"augment": "flip"}, "augment=None"),
+        ({"layers": ["block4", "block5"]}, "layers=None"),
+        ({"loss": tk.CrossEntropy()}, "loss="),
+        ({"data": make_images(72, seed=5)}, " data="),
+        ({"validation_data": make_images(9)}, "validation_data=None"),
+        ({"backbone": make_backbone(seed=3)}, "backbone="),
+    ],
+)
+def test_other_choices_than_those_of_the_folder_are_refused(tmp_path, monkeypatch, other, name):
+    """A folder of a call with other arguments is not continued: the call says which, before it computes anything."""
     arguments = {"folder": tmp_path / "run", "epochs": 2, "freeze_until": "block5", "augment": None}
     fine_tune(**arguments)
-    with pytest.raises(ArgumentError, match=r"holds a run with freeze_until='block5' and epochs=2"):
+    compute_nothing(monkeypatch)
+    with pytest.raises(ArgumentError, match=f"holds a run with.*{name}.*Name another folder"):
         fine_tune(**{**arguments, **other})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"plan": {"epochs": 2}}', '{"epochs": 2}'])
+def test_a_damaged_plan_is_refused(tmp_path, monkeypatch, content):
+    """A folder whose plan cannot be read is refused with what to do, before anything is computed."""
+    (tmp_path / "plan.json").write_text(content)
+    compute_nothing(monkeypatch)
+    with pytest.raises(CheckpointError, match=r"plan.json cannot be read.*name another one"):
+        fine_tune(folder=tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["file", 3])
+def test_a_folder_that_cannot_be_is_refused(tmp_path, monkeypatch, folder):
+    """A file in the place of the folder, or no path at all, is refused before anything is computed."""
+    (tmp_path / "file").write_text("")
+    compute_nothing(monkeypatch)
+    with pytest.raises(CheckpointWriteError, match="Expected a folder"):
+        fine_tune(folder=tmp_path / folder if isinstance(folder, str) else folder)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"freeze_until": "blok4"},
+        {"freeze_until": "block5", "layers": ["block3"]},
+        {"augment": "flp"},
+        {"epochs": 0},
+        {"epochs": 2.5},
+        {"epochs": "3"},
+        {"data": (torch.randn(72, 3, 32, 32), torch.arange(72) % 3)},  # preprocessed, and to be augmented
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_computed(monkeypatch, wrong):
+    """A layer, a change of images or a number that cannot be used costs no features."""
+    compute_nothing(monkeypatch)
+    with pytest.raises(TransferKitError):
+        fine_tune(**wrong)
+
+
+def test_loaders_that_keep_their_order_are_data():
+    """A `DataLoader` that only reads a data set gives the model of that data set, for validation, too."""
+    train, held_out = TensorDataset(*make_images(72)), TensorDataset(*make_images(30, seed=7))
+    plain = fine_tune(data=train, validation_data=held_out, epochs=1)
+    assert equal(plain, fine_tune(data=DataLoader(train, 16), validation_data=DataLoader(held_out, 16), epochs=1))
+    with pytest.raises(ArgumentError, match=r"validation_data is a DataLoader that shuffles.*pass its data set"):
+        fine_tune(data=train, validation_data=DataLoader(held_out, 16, shuffle=True))
+
+
+@pytest.mark.parametrize(("call", "epochs"), [(1, 0), (8, 3)])
+def test_an_interrupt_while_models_are_compared_leaves_the_best_so_far(capsys, call, epochs):
+    """Ctrl-C in the comparison before or after the training: the call returns, and nothing more is computed."""
+    calls = []
+
+    def interrupt(_probabilities: object, _targets: object) -> float:
+        calls.append(1)
+        if len(calls) == call:  # 1 before, 3 epochs with validation, 1 after
+            os.kill(os.getpid(), signal.SIGINT)
+        return 0.0
+
+    trainer = train_twice(metrics={"interrupt": interrupt}, verbose=2)
+    assert trainer.epoch == epochs
+    assert len(calls) == call
+    printed = capsys.readouterr().out
+    assert "interrupted: kept the best model so far" in printed
+    assert printed.count("solved the head") == 1
+    assert trainer.evaluate(faint_images(60))["accuracy"] > 0.5
 
 
 def test_a_misspelt_layer_leaves_no_plan(tmp_path):

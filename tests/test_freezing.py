@@ -213,9 +213,9 @@ def test_an_unknown_layer_changes_nothing(model: tk.TransferModel) -> None:
     assert (frozen_names(model), eval_names(model)) == before
 
 
-@pytest.mark.parametrize("layer", [24, "", "train"])
+@pytest.mark.parametrize("layer", [24, "", "train", ["block5"], {"block5"}, 2.5])
 def test_what_names_no_layer_is_refused(backbone: tk.Backbone, layer: object) -> None:
-    """An index, an empty name and an attribute are no layers."""
+    """An index, an empty name, an attribute and a list are no layers."""
     with pytest.raises(UnknownLayerError, match=r"has no such layer.*(Did you mean|Known)"):
         tk.freeze_until(backbone, layer)  # type: ignore[arg-type]
 

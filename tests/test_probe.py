@@ -55,7 +55,17 @@ def test_image_sizes_are_compared_and_the_backbone_is_left_as_it_was():
     assert [module.training for module in backbone.modules()] == modes
 
 
-@pytest.mark.parametrize("arguments", [{"folds": 1}, {"image_sizes": (16,)}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"folds": 1},
+        {"image_sizes": (16,)},
+        {"image_sizes": 32},
+        {"image_sizes": []},
+        {"image_sizes": "32"},
+        {"seed": -1},
+    ],
+)
 def test_values_out_of_range_are_refused(arguments):
     """A number that makes no sense is refused by name."""
     with pytest.raises(ArgumentError, match=next(iter(arguments))):

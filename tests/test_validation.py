@@ -6,10 +6,11 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import transferkit as tk
+from tiny import make_images, make_trainer
 from transferkit.data.open import open_data
 from transferkit.data.selection import split_validation
 from transferkit.data.sources import count_batches
-from transferkit.errors import ArgumentError, EmptyDataError, TargetError
+from transferkit.errors import ArgumentError, EmptyDataError, NonFiniteError, TargetError
 
 CLASSES = ["ant", "bee", "cat", "dog"]
 
@@ -191,3 +192,20 @@ def test_fit_validates_on_the_held_out_images(model, data):
     places = split_validation(open_data(data, model.classes), 0.25, seed=5)[1].indices
     measured = trainer.evaluate((data[0][places], data[1][places]), batch_size=4)
     assert history.history["val_loss"] == [measured["loss"]]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda trainer, data: trainer.evaluate(data),
+        lambda trainer, data: trainer.assess(data),
+        lambda trainer, data: trainer.predict_proba(data[0]),
+        lambda trainer, data: trainer.fit(make_images(), validation_data=data, epochs=1, verbose=0),
+    ],
+)
+def test_an_image_of_nan_is_refused_by_its_number(model, call):
+    """No figure is made of an image that holds NaN: the error names it, in validation as in prediction."""
+    images = torch.randn(12, 3, 32, 32)
+    images[7] = torch.nan
+    with pytest.raises(NonFiniteError, match="the logits of image 7 are infinite or NaN"):
+        call(make_trainer(model), (images, torch.arange(12) % 3))

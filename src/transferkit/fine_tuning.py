@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -11,21 +12,25 @@ from typing import Any
 import torch
 
 from transferkit.base.arguments import positive, whole_number
+from transferkit.base.arrays import sha256_of
 from transferkit.base.calls import explained
 from transferkit.base.display import Display
+from transferkit.base.files import atomic_write
 from transferkit.base.processes import broadcast, clock, rank, together
 from transferkit.base.randomness import derive_seed, seeded
 from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.device import Device
-from transferkit.data.augmentation import Augment
+from transferkit.data.augmentation import Augment, describe_augmentation
 from transferkit.data.classes import find_classes
 from transferkit.data.selection import split_validation
 from transferkit.data.sources import Source, SubsetSource, count_batches
-from transferkit.errors import ArgumentError
+from transferkit.errors import ArgumentError, CheckpointError, CheckpointWriteError
 from transferkit.model.backbone import Backbone
 from transferkit.model.freezing import freeze_until as freeze
+from transferkit.model.freezing import parameters_from
 from transferkit.model.head import attach_head
 from transferkit.results.summary import summary
+from transferkit.saving.archive import shown
 from transferkit.trainer import Trainer
 from transferkit.training.averaging import WeightAverage
 from transferkit.training.checkpoint import Checkpoint
@@ -33,11 +38,12 @@ from transferkit.training.evaluation import validate
 from transferkit.training.loss import CrossEntropy, Loss, LossFunction
 from transferkit.training.optimizers import LearningRate
 from transferkit.training.progress import BestWeights
-from transferkit.training.run import features_of, open_source
+from transferkit.training.run import features_of, open_feed, open_source, without_loader
 from transferkit.training.schedules import warmup
+from transferkit.training.training import Training
 
 HELD_OUT = 0.1  # fraction of the training images that is held out where there is no validation data
-FEWEST_PER_CLASS = 20  # images of a class below which nothing but the head is fitted
+FEWEST_PER_CLASS = 20  # images of a class, on average, below which nothing but the head is fitted
 
 EPOCHS = 12  # of deeper training, at most
 IMAGES_SEEN = 48_000  # in them: without a budget there are fewer epochs where they would see more
@@ -53,6 +59,7 @@ DECAY = 0.99  # of the average of weights: about the last 100 steps
 PLAN = "plan.json"
 ALL_IMAGES = "all"  # folder of the second run's checkpoints, in that of the first
 
+_DIGITS = 16  # of a digest
 _TIMED_STEPS = 4
 _STEP_PASSES = 4  # forward passes that a training step takes the time of
 _SPARE = 0.93  # fraction of the time left that is planned for
@@ -98,11 +105,11 @@ def fine_tune(
 
     1. With everything frozen, the head is solved to its optimum on cached features; cross-validation chooses its
        penalty.
-    2. With 20 or more images per class and enough time, the last two blocks, or the last one, train with the head
-       from there: Adam, a warm-up, a cosine, cached random views. The trained model is the moving average of the last
-       steps' weights. Held-out images, the validation data or a tenth of the images, compare it with the solved head.
-       If training was better and time is left, a second run trains on all images, and the model is the mean of both
-       runs' weights. If it was not better, the solved head stays, fitted to all images.
+    2. With 20 or more images per class on average and enough time, the last two blocks, or the last one, train with
+       the head from there: Adam, a warm-up, a cosine, cached random views. The trained model is the moving average of
+       the last steps' weights. Held-out images, the validation data or a tenth of the images, compare it with the
+       solved head. If training was better and time is left, a second run trains on all images, and the model is the
+       mean of both runs' weights. If it was not better, the solved head stays, fitted to all images.
     3. A temperature makes the probabilities honest.
 
     Each choice is an argument. Ctrl-C ends the second part, and the best model so far is returned.
@@ -110,7 +117,8 @@ def fine_tune(
     Args:
         backbone: From `load_backbone`; it becomes part of the model.
         data: As in `Trainer.fit`, but no `DataLoader` that shuffles.
-        validation_data: Held-out images; None holds out a tenth of `data`.
+        validation_data: Images that compare the trained model with the solved head; None holds out a tenth of `data`.
+            If nothing but the head is fitted, cross-validation chooses, and they are not used.
         budget: Seconds for everything; training ends between two epochs. None decides by the number of images, so a run
             depends only on the seed: 12 epochs for up to 4,000 images, fewer for more.
         classes: The class names or their number; None takes them from the data.
@@ -124,7 +132,8 @@ def fine_tune(
         loss: As in `Trainer`, convex in the logits: cross-entropy or binary cross-entropy. None is cross-entropy with
             a label smoothing of 0.1.
         metrics: As in `Trainer`.
-        folder: Where the second part saves checkpoints. A call with the same arguments continues from the last one.
+        folder: Where the second part saves checkpoints. A call with the same arguments continues from the last one;
+            one with others is refused.
         device: As in `Trainer`.
         precision: As in `Trainer`.
         cache: As in `Trainer`.
@@ -138,7 +147,8 @@ def fine_tune(
         run with held-out images.
 
     Raises:
-        ArgumentError: When a value is out of range, or the classes are not known.
+        ArgumentError: When a value is out of range, the classes are not known, or `folder` holds the run of a call with
+            other arguments.
         TransferKitError: As in `Trainer.fit` and `Trainer.solve`.
 
     Example:
@@ -155,6 +165,8 @@ def fine_tune(
     """
     started = clock()
     end = math.inf if budget is None else started + positive("budget", budget)
+    size = whole_number("batch_size", batch_size)
+    epochs = None if epochs is None else whole_number("epochs", epochs)
     display = Display(verbose)
     with seeded(derive_seed(whole_number("seed", seed, at_least=0), "head")):
         model = freeze(attach_head(backbone, find_classes(data, classes), layers=layers, dropout=DROPOUT), "head")
@@ -170,30 +182,39 @@ def fine_tune(
         cache=cache,
         seed=seed,
     )
-    every = open_source(trainer.training, data, num_workers, on_bad_image, display)
+    reading: dict[str, Any] = {"num_workers": num_workers, "on_bad_image": on_bad_image, "display": display}
+    every = _open("data", data, trainer.training, **reading)
+    given = None if validation_data is None else _open("validation_data", validation_data, trainer.training, **reading)
+    facts = (
+        {} if folder is None else _facts(trainer, every, given, lr=lr, batch_size=size, augment=augment, layers=layers)
+    )
+    started_plan = _read_plan(folder, freeze_until, epochs, facts)
+    if freeze_until not in ("auto", "head"):
+        parameters_from(model, freeze_until)  # a layer that is not there is an error now
+    with closing(open_feed(trainer.training, every, augment=augment).inputs.batches(1)) as first:
+        next(first)  # so is what cannot be augmented
     wanted = freeze_until != "head" and (
         freeze_until != "auto" or (every.num_images or 0) >= FEWEST_PER_CLASS * len(model.classes)
     )
-    train, held_out = every, None
-    if validation_data is not None:
-        held_out = open_source(trainer.training, validation_data, num_workers, on_bad_image, display)
-    elif wanted:
+    train, held_out = every, given
+    if wanted and given is None:
         train, held_out = split_validation(every, HELD_OUT, seed, multi_label=model.threshold is not None)
     computing = clock()
     features_of(trainer.training, train, display)
     solving = clock()
     solved = trainer.solve(train, verbose=verbose)
     features_s, solver_s = solving - computing, clock() - solving
-    deeper = False
+    final = False
     if wanted and held_out is not None:
         image_s = features_s / (train.num_images or 1)
-        size = whole_number("batch_size", batch_size)
         job = _Job(trainer, every, train, held_out, size, augment, end, image_s, folder, display)
-        plan = broadcast(_read_plan(folder, freeze_until, epochs), "the plan") or job.plan(freeze_until, epochs)
+        plan = broadcast(started_plan, "the plan") or job.plan(freeze_until, epochs)
         if plan is None:
             display.say(f"no time for deeper training within {budget:.0f} s")
-        deeper = plan is not None and job.train(plan)
-    if not deeper:
+        else:
+            _write_plan(folder, plan, facts)
+            final = job.train(plan)
+    if not final:
         left = end - clock()
         views = int(min(VIEWS, _SPARE * left / (features_s + solver_s)))
         if augment is not None and views > 1:
@@ -237,39 +258,54 @@ class _Job:
         return None
 
     def train(self, plan: _Plan) -> bool:
-        """Train deeper layers; return whether that was better on the held-out images. If not, the solved head is back.
+        """Train deeper layers; return whether the model is final: better on the held-out images, or interrupted.
 
-        Ctrl-C ends the training, and the best model so far counts.
+        If it was not better, the solved head is back. Ctrl-C ends the training, and the best model so far counts.
         """
         trainer, model = self.trainer, self.trainer.model
         temperature = model.temperature
-        trainer.calibrate(self.held_out)  # as the trained model will be: the losses of both are compared
-        before = validate(trainer.training, self.held_out)
+        before, interrupted = self._score()
         self.display.say(
             f"solved head: accuracy {before['accuracy']:.4f} on {self.held_out.num_images:,} held-out images. Next: "
             f"{plan.epochs} epochs of training from {plan.boundary or 'the first layer'} on"
         )
+        if interrupted:
+            model.temperature = temperature
+            return True
         freeze(model, plan.boundary)
         if self.end == math.inf and (minutes := self._seconds(plan) / 60) > 2:
             self.display.say(f"this may take {minutes:.0f} minutes; budget= or Ctrl-C ends it sooner")
-        if self.folder is not None and rank() == 0:
-            Path(self.folder).mkdir(parents=True, exist_ok=True)
-            (Path(self.folder) / PLAN).write_text(json.dumps(asdict(plan)))
         solved = BestWeights(model)
         solved.take()
-        ended, seconds = self._fit(plan, self.train_source, self.held_out, self.folder)
+        started = clock()
+        ended, interrupted = self._fit(plan, self.train_source, self.held_out, self.folder)
+        seconds = clock() - started
         if trainer.history is not None and trainer.history.reports:
-            trainer.calibrate(self.held_out)
-            after = validate(trainer.training, self.held_out)
+            after, again = self._score()
+            interrupted = interrupted or again
             if after["loss"] < before["loss"]:
-                if ended:
+                if ended and not interrupted:
                     self._train_again(plan, solved, seconds)
                 return True
         self.display.say("training deeper layers was no better on the held-out images: the solved head stays")
         solved.restore()
         model.temperature = temperature
         freeze(model, "head")
-        return False
+        return interrupted
+
+    def _score(self) -> tuple[dict[str, float], bool]:
+        """Return loss and accuracy on the held-out images, calibrated to them, and whether Ctrl-C came meanwhile."""
+        scores: dict[str, float] = {}
+        try:
+            with self.trainer.training.interrupts:  # a first Ctrl-C is raised at the end
+                self.trainer.calibrate(self.held_out)
+                scores = validate(self.trainer.training, self.held_out)
+        except KeyboardInterrupt:
+            if not scores:
+                raise
+            self.display.say("interrupted: kept the best model so far")
+            return scores, True
+        return scores, False
 
     def _train_again(self, plan: _Plan, solved: BestWeights, seconds: float) -> None:
         """Train on all images from the solved head, and let the model be the mean of both runs' weights."""
@@ -292,9 +328,8 @@ class _Job:
 
     def _fit(
         self, plan: _Plan, data: Source, held_out: Source | None, folder: str | PathLike[str] | None
-    ) -> tuple[bool, float]:
-        """Train from where the model is; return whether all epochs of the plan were made, and the seconds it took."""
-        started = clock()
+    ) -> tuple[bool, bool]:
+        """Train from where the model is; return whether all epochs of the plan were made, and whether Ctrl-C came."""
         ends: list[float] = []
 
         def late(_trainer: Any, _report: Any) -> bool:
@@ -304,7 +339,7 @@ class _Job:
         callbacks: list[Any] = [WeightAverage(DECAY), late]
         if folder is not None:
             callbacks.append(Checkpoint(folder))
-        first = self.trainer.epoch
+        first, interrupted = self.trainer.epoch, False
         try:
             self.trainer.fit(
                 data,
@@ -319,8 +354,9 @@ class _Job:
                 verbose=self.display.verbose,
             )
         except KeyboardInterrupt:
+            interrupted = True
             self.display.say("interrupted: kept the best model so far")
-        return self.trainer.epoch == first + plan.epochs, clock() - started
+        return self.trainer.epoch == first + plan.epochs, interrupted
 
     def _seconds(self, plan: _Plan) -> float:
         """Estimate how long both runs take from the time of the frozen layers; nothing if they were cached already."""
@@ -357,15 +393,79 @@ class _Job:
         return seconds[2] / _TIMED_STEPS, image_s
 
 
-def _read_plan(folder: str | PathLike[str] | None, boundary: str | None, epochs: int | None) -> _Plan | None:
-    """Return the plan of the call that this one continues; `ArgumentError` for another layer or number of epochs."""
-    path = None if folder is None else Path(folder) / PLAN
-    if path is None or not path.exists():
-        return None
-    plan = _Plan(**json.loads(path.read_text()))
-    if boundary not in ("auto", plan.boundary) or epochs not in (None, plan.epochs):
+def _open(
+    name: str, data: object, training: Training, *, num_workers: int, on_bad_image: str | float, display: Display
+) -> Source:
+    source = open_source(training, *without_loader(data, num_workers), on_bad_image, display)
+    if source.num_images is None:
         raise ArgumentError(
-            f"folder={str(folder)!r} holds a run with freeze_until={plan.boundary!r} and epochs={plan.epochs}, this "
-            f"call has freeze_until={boundary!r} and epochs={epochs}: expected the same. Name another folder."
+            f"{name} is a {type(data).__name__} that shuffles, or makes batches of its own: pass its data set, "
+            "loader.dataset, or other images that keep their order."
         )
+    return source
+
+
+def _facts(
+    trainer: Trainer, every: Source, held_out: Source | None, *, augment: Augment | None, **choices: object
+) -> dict[str, str]:
+    """Return as text what a call must have in common with the one it continues."""
+    model = trainer.model
+    backbone = model.backbone.state_dict()
+    return {name: str(choice) for name, choice in choices.items()} | {
+        "data": every.digest()[:_DIGITS],
+        "validation_data": "None" if held_out is None else held_out.digest()[:_DIGITS],
+        "backbone": sha256_of(backbone, begin=str(model.backbone.preprocess))[:_DIGITS],
+        "classes": str(model.classes),
+        "augment": "None" if augment is None else str(describe_augmentation(augment)),
+        "loss": trainer.training.loss.describe(),
+        "metrics": str(sorted(trainer.metrics)),
+        "seed": str(trainer.seed),
+    }
+
+
+def _write_plan(folder: str | PathLike[str] | None, plan: _Plan, facts: dict[str, str]) -> None:
+    if folder is None or rank():
+        return
+    path = Path(folder) / PLAN
+    try:
+        with atomic_write(path) as file:
+            file.write(json.dumps({"plan": asdict(plan), "facts": facts}).encode())
+    except OSError as error:
+        raise CheckpointWriteError(f"{path} cannot be written: {error}. Name another folder.") from error
+
+
+def _read_plan(
+    folder: str | PathLike[str] | None, boundary: str | None, epochs: int | None, facts: dict[str, str]
+) -> _Plan | None:
+    """Return the plan of the call that this one continues; make the folder where there is none.
+
+    Raises:
+        ArgumentError: When that call was another one.
+        CheckpointError: When its plan cannot be read.
+        CheckpointWriteError: When there can be no such folder.
+    """
+    if folder is None:
+        return None
+    path = Checkpoint(folder).folder / PLAN
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+        plan, saved = _Plan(**found["plan"]), dict(found["facts"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}: {error}), so the run in this folder cannot be continued: "
+            "remove the folder, or name another one."
+        ) from error
+    here = facts | {
+        "freeze_until": str(plan.boundary if boundary == "auto" else boundary),
+        "epochs": str(plan.epochs if epochs is None else epochs),
+    }
+    saved |= {"freeze_until": str(plan.boundary), "epochs": str(plan.epochs)}
+    for name, value in here.items():
+        if saved.get(name) != value:
+            raise ArgumentError(
+                f"folder={str(folder)!r} holds a run with {name}={shown(saved.get(name))}, this call has "
+                f"{name}={shown(value)}: expected the same. Name another folder."
+            )
     return plan

@@ -195,7 +195,12 @@ def probe(
     seconds: dict[int, float] = {}
     blocks = backbone.blocks
     folder = open_folder(cache)
-    for size in [backbone.image_size] if image_sizes is None else image_sizes:
+    sizes = [backbone.image_size] if image_sizes is None else image_sizes
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str) or not sizes:
+        raise ArgumentError(
+            f"image_sizes={sizes!r} cannot be used: expected a list of sizes in pixels, such as [32, 64]."
+        )
+    for size in sizes:
         resized = copy.deepcopy(backbone)
         resized.preprocess = backbone.preprocess.with_image_size(whole_number("each of image_sizes", size, at_least=32))
         with seeded(whole_number("seed", seed, at_least=0)):  # the head is never used

@@ -59,7 +59,10 @@ class Inputs:
             if self.transform is None or view is None:
                 yield images, targets
             elif preprocessed:
-                raise ImageError("augment works on raw images, but these are preprocessed (float): pass uint8 images.")
+                raise ImageError(
+                    "augment works on raw images, but these are preprocessed (float): pass uint8 images, or "
+                    "augment=None."
+                )
             else:
                 raw = self.preprocess.resize(self.device.move(images))
                 yield augment_batch(self.transform, raw, places, seed=self.seed, epoch=view), targets

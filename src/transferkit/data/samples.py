@@ -110,7 +110,10 @@ class Samples:
 
     def _check_undrawn(self, index: int, before: list[object]) -> None:
         if [*map(state_of, self._generators)] != before or next_numbers() != _undrawn():  # drawing changes the states
-            raise CacheError(f"the data set drew random numbers for image {index}, so its transform is random")
+            raise CacheError(
+                f"the data set drew random numbers for image {index}, so its transform is random: leave it "
+                "out (augment= changes training images)"
+            )
 
     @cached_property
     def are_files(self) -> bool:

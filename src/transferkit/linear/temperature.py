@@ -8,11 +8,11 @@ from torch import Tensor
 from transferkit.errors import EmptyDataError, NonFiniteError
 from transferkit.linear.logistic import Loss
 
-LOWEST, HIGHEST = 0.05, 20.0
+LOWEST, HIGHEST = 1e-4, 1e4
 
 
 def fit_temperature(logits: Tensor, targets: Tensor, loss: Loss) -> float:
-    """Return the temperature `T`, 0.05 to 20, at which `logits / T` have the least mean loss.
+    """Return the temperature `T`, 1e-4 to 1e4, at which `logits / T` have the least mean loss.
 
     Above 1 the model was too sure of itself. Dividing by it changes no prediction of a class. Logits `(N, K)` are of
     images that the model was not trained on, targets int64 `(N,)` or float32 `(N, K)`. The loss is taken without

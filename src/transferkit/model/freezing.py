@@ -170,12 +170,10 @@ def find_boundary(model: nn.Module, layer: str | None) -> str | None:
     if layer is None:
         return None
     aliases = _aliases(model)
-    if layer in aliases:
-        return aliases[layer]
-    names = [name for name, _ in model.named_modules() if name]
-    if layer in names:
-        return layer
-    blocks_first = sorted([*aliases, *names], key=lambda name: "_" in name or "." in name)  # most users mean these
+    known: dict[str, str] = aliases | {n: n for n, _ in model.named_modules() if n and n not in aliases}
+    if isinstance(layer, str) and layer in known:
+        return known[layer]
+    blocks_first = sorted(known, key=lambda name: "_" in name or "." in name)  # most users mean these
     raise UnknownLayerError(
         f"cannot freeze until layer {layer!r}: {type(model).__name__} has no such layer. "
         f"{close_matches(layer, blocks_first)} None freezes nothing."

@@ -51,8 +51,10 @@ class WeightAverage:
         """Move the average towards the weights."""
         self._steps += 1
         live = trainable_state(trainer.model)
-        for name in live.keys() - self._average.keys():  # the first step, or the first after more began to train
-            self._average[name] = live[name].detach().clone()
+        before = self._average
+        self._average = {  # what was frozen since leaves it; what began to train enters it
+            name: before[name] if name in before else value.detach().clone() for name, value in live.items()
+        }
         decay = min(self.decay, self._steps / (10 + self._steps))
         moving = [name for name, value in live.items() if value.is_floating_point()]
         with torch.no_grad():
@@ -65,7 +67,7 @@ class WeightAverage:
         """Put the average into the model, and the weights of the last step back afterwards."""
         live = trainer.model.state_dict()
         before = {name: live[name].clone() for name in self._average}
-        write_values(self._average, live)
+        self.write_to(trainer.model)
         try:
             yield
         finally:
@@ -75,8 +77,9 @@ class WeightAverage:
         """Do nothing after an epoch."""
 
     def write_to(self, model: nn.Module) -> None:
-        """Put the average as it is now into the model: at the end of a run that restores no epoch's weights."""
-        write_values(self._average, model.state_dict())
+        """Put the average of what still trains into the model: at the end of a run that restores no epoch's weights."""
+        live = trainable_state(model)
+        write_values({name: value for name, value in self._average.items() if name in live}, live)
 
     def state(self) -> dict[str, Tensor]:
         """Return the average and the number of steps in it, not copied."""

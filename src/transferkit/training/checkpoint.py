@@ -55,7 +55,6 @@ class Checkpoint:
         every_steps: int | None = None,
         keep_last: int = 2,
     ) -> None:
-        self.folder = Path(folder)
         self.every_epochs = whole_number("every_epochs", every_epochs)
         self.every_steps = None if every_steps is None else whole_number("every_steps", every_steps)
         self.keep_last = whole_number("keep_last", keep_last)
@@ -64,10 +63,11 @@ class Checkpoint:
         self._known: set[Path] | None = None  # states that this run wrote or began with
         self._lock: BinaryIO | None = None
         try:
+            self.folder = Path(folder)
             self.folder.mkdir(exist_ok=True, parents=True)
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise CheckpointWriteError(
-                f"checkpoints cannot be kept in {folder}: {error}. Expected a folder."
+                f"checkpoints cannot be kept in {folder!r}: {error}. Expected a folder."
             ) from error
 
     def __call__(self, trainer: Any, report: EpochReport) -> None:

@@ -77,7 +77,7 @@ def evaluate(network: nn.Module, batches: Batches, *, training: Training) -> dic
     """Return loss, accuracy (0 to 1) and the trainer's metrics; they do not depend on the batches' sizes.
 
     The network is in eval mode: a whole model, or what follows its frozen layers. The loss is without smoothing and
-    weights.
+    weights. If it is NaN for an image, that is a `NonFiniteError`.
     """
     threshold, correct = training.model.threshold, torch.zeros((), dtype=torch.float64)
     losses, outputs = [], []
@@ -88,6 +88,8 @@ def evaluate(network: nn.Module, batches: Batches, *, training: Training) -> dic
         if training.metrics:
             outputs.append((logits, targets))
     every = _whole(losses, "losses")[0].cpu().double()  # host sync: once an epoch
+    if bool((wrong := every.isnan()).any()):
+        raise _nonfinite(int(wrong.nonzero()[0]))
     figures = {"loss": every.mean().item(), "accuracy": total(correct.item(), "right answers") / len(every)}
     if training.metrics and world_size() > 1:
         logits, targets = _whole(outputs, "logits", "targets")
@@ -255,8 +257,12 @@ def _without_head(network: nn.Module) -> Callable[[Tensor], Tensor]:
 def _finite_probabilities(logits: Tensor, model: TransferModel) -> npt.NDArray[np.float32]:
     probabilities = probabilities_of(logits / model.temperature, model.threshold).cpu()
     if bool((wrong := probabilities.isnan().any(dim=1)).any()):
-        raise NonFiniteError(
-            f"the logits of image {int(wrong.nonzero()[0])} are infinite or NaN: expected finite images and weights. "
-            "Look at that image and at the weights."
-        )
+        raise _nonfinite(int(wrong.nonzero()[0]))
     return probabilities.numpy()
+
+
+def _nonfinite(image: int) -> NonFiniteError:
+    return NonFiniteError(
+        f"the logits of image {image} are infinite or NaN: expected finite images and weights. Look at that image and "
+        "at the weights."
+    )

@@ -158,5 +158,5 @@ def run_facts(
         "metrics": sorted(training.metrics),
         "callbacks with a state": sorted(callbacks.state()),
         "seed": training.seed,
-        **({"restore_best": False} if run.validation is not None and not run.restore_best else {}),
+        "restore_best": run.restore_best,
     }
