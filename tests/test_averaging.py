@@ -50,10 +50,12 @@ def assert_average(weights, average):
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-7)
 
 
-def fit(model, callbacks, *, epochs=4, validated=True, restore_best=True, **arguments):
+def fit(model, callbacks, *, epochs=4, validated=True, **arguments):
     trainer = make_trainer(model, **arguments)
-    options = {"validation_data": make_images(9, seed=1) if validated else None, "restore_best": restore_best}
-    history = trainer.fit(make_images(), epochs=epochs, batch_size=8, callbacks=callbacks, verbose=0, **options)
+    validation = make_images(9, seed=1) if validated else None
+    history = trainer.fit(
+        make_images(), validation_data=validation, epochs=epochs, batch_size=8, callbacks=callbacks, verbose=0
+    )
     return trainer, history
 
 
@@ -211,7 +213,7 @@ def test_what_is_frozen_during_a_run_keeps_its_bits(restore_best):
             frozen.update({name: value.clone() for name, value in trainable_state(model).items() if "head" not in name})
             tk.freeze_until(model, "head")
 
-    trainer, history = fit(model, [tk.WeightAverage(0.9), freeze], restore_best=restore_best)
+    trainer, history = fit(model, [tk.WeightAverage(0.9, restore_best=restore_best), freeze])
     last = history.best_epoch if restore_best else len(history.reports) - 1
     found = trainer.evaluate(make_images(9, seed=1))["loss"]
     assert found == pytest.approx(history.reports[last].val_loss, rel=1e-6)

@@ -291,44 +291,42 @@ def test_a_run_that_fails_after_unfreezing(make_backbone, data):
 # ---- restore_best=False
 
 
-def worst_after_first(monkeypatch):
+def first_is_best(monkeypatch):
     monkeypatch.setattr(tk.History, "best_epoch", property(lambda history: 0 if history.reports else None))
 
 
-def fit(callbacks=(), **arguments):
+def fit(*callbacks, validated=True, **arguments):
     model = make_model(make_backbone(), "block5", hidden=(16,))
-    make_trainer(model).fit(make_images(), epochs=3, batch_size=8, callbacks=callbacks, **{"verbose": 0, **arguments})
+    options = {"validation_data": make_images(9, seed=1) if validated else None, "verbose": 0, **arguments}
+    make_trainer(model).fit(make_images(), epochs=3, batch_size=8, callbacks=callbacks, **options)
     return weights_of(model)
 
 
-@pytest.mark.parametrize("average", [False, True])
-def test_the_last_weights_stay_with_validation_data(monkeypatch, capsys, average):
+@pytest.mark.parametrize("decay", [0, 0.9])
+def test_the_last_weights_stay_with_validation_data(monkeypatch, capsys, decay):
     """A run with validation data ends in the weights of one without, or in their average."""
-    worst_after_first(monkeypatch)
-    callbacks = [[tk.WeightAverage(0.9)] if average else [] for _ in range(3)]
-    expected = fit(callbacks[0])
-    held_out = make_images(9, seed=1)
-    kept = fit(callbacks[1], validation_data=held_out, restore_best=False, verbose=2)
+    first_is_best(monkeypatch)
+    expected = fit(tk.WeightAverage(decay), validated=False)
+    kept = fit(tk.WeightAverage(decay, restore_best=False), verbose=2)
     assert all(torch.equal(kept[name], value) for name, value in expected.items())
     assert "restored" not in capsys.readouterr().out
-    best = fit(callbacks[2], validation_data=held_out)
+    best = fit(tk.WeightAverage(decay))
     assert any(not torch.equal(best[name], value) for name, value in expected.items())
 
 
 def test_a_run_is_resumed_with_the_same_choice(monkeypatch, tmp_path):
     """A run without best weights is not continued by one that would restore them, and continues to the same bits."""
-    worst_after_first(monkeypatch)
-    held_out = {"validation_data": make_images(9, seed=1)}
-    whole = fit([tk.Checkpoint(tmp_path)], **held_out, restore_best=False)
-    second = sorted(tmp_path.glob("*.pt"))[1]
-    with pytest.raises(CheckpointError, match="restore_best=False, this call True"):
-        fit(**held_out, resume_from=second)
-    resumed = fit(**held_out, restore_best=False, resume_from=second)
+    first_is_best(monkeypatch)
+    whole = fit(tk.WeightAverage(0.9, restore_best=False), tk.Checkpoint(tmp_path))
+    second = sorted(tmp_path.glob("*.pt"))[-2]
+    with pytest.raises(CheckpointError, match=r"callbacks with a state=.*this call.*WeightAverage.0.9"):
+        fit(tk.WeightAverage(0.9), resume_from=second)
+    resumed = fit(tk.WeightAverage(0.9, restore_best=False), resume_from=second)
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
 @pytest.mark.parametrize("value", ["False", "val_loss", None, 0])
 def test_what_is_neither_true_nor_false_is_refused(value):
-    """A text or None is no answer, and nothing is trained."""
+    """A text or None is no answer."""
     with pytest.raises(ArgumentError, match=r"restore_best=.*expected True or False"):
-        fit(validation_data=make_images(9, seed=1), restore_best=value)
+        tk.WeightAverage(restore_best=value)

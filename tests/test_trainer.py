@@ -25,7 +25,7 @@ from tiny import (
     make_trainer,
     weights_of,
 )
-from transferkit.errors import ArgumentError, ImageError, NothingToTrainError, TargetError
+from transferkit.errors import ArgumentError, ImageError, NonFiniteError, NothingToTrainError, TargetError
 from transferkit.model.freezing import first_trainable
 
 
@@ -318,9 +318,10 @@ def test_a_run_that_diverged_does_not_leave_nan(model, data):
             model.head.logits.weight.fill_(float("nan"))
 
     zeros = (data[0], torch.zeros(24, dtype=torch.int64))  # the largest of logits that are not numbers is the first
-    make_trainer(model, lr=1e-30, max_skipped=10).fit(
-        wrong(data), validation_data=zeros, epochs=2, batch_size=24, verbose=0, callbacks=[break_model]
-    )
+    with pytest.raises(NonFiniteError, match="the logits of image 0"):
+        make_trainer(model, lr=1e-30, max_skipped=10).fit(
+            wrong(data), validation_data=zeros, epochs=2, batch_size=24, verbose=0, callbacks=[break_model]
+        )
     assert model.head.logits.weight.isfinite().all()
 
 

@@ -336,7 +336,7 @@ class _Job:
             ends.append(clock())
             return len(ends) > 1 and 2 * ends[-1] - ends[-2] > self.end  # another epoch would be over too late
 
-        callbacks: list[Any] = [WeightAverage(DECAY), late]
+        callbacks: list[Any] = [WeightAverage(DECAY, restore_best=False), late]
         if folder is not None:
             callbacks.append(Checkpoint(folder))
         first, interrupted = self.trainer.epoch, False
@@ -344,7 +344,6 @@ class _Job:
             self.trainer.fit(
                 data,
                 validation_data=held_out,
-                restore_best=False,  # a few hundred images tell two epochs apart by chance alone
                 epochs=plan.epochs,
                 batch_size=self.batch_size,
                 augment=self.augment,

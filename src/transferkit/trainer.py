@@ -253,7 +253,6 @@ class Trainer:
         *,
         validation_data: object = None,
         validation_split: float | None = None,
-        restore_best: bool = True,
         epochs: int = 10,
         batch_size: int | None = None,
         lr: LearningRate | None = None,
@@ -283,10 +282,8 @@ class Trainer:
                 head with numbers for classes takes the names that `data` has.
             validation_data: Data of the same forms, evaluated after each epoch. At the end, however the run ended, the
                 weights of the epoch with the highest validation accuracy are restored; the optimizer's state stays the
-                last. Without validation data the last weights stay.
+                last. Without validation data, or with `WeightAverage(restore_best=False)`, the last weights stay.
             validation_split: Fraction of `data` to hold out as validation data instead, drawn at random by the seed.
-            restore_best: False keeps the last weights, with validation data too: a few hundred images cannot tell
-                epochs apart, and a schedule that ends at 0 makes the last epoch a good one.
             epochs: 1 or more.
             batch_size: 1 or more; 32 if None. A `DataLoader` has its own.
             lr: A new base learning rate, from this call on.
@@ -339,7 +336,7 @@ class Trainer:
                 epochs=epochs,
                 batch_size=batch_size,
                 validation_data=validation_data,
-                restore_best=restore_best,
+                restore_best=called.restore_best,
             )
             progress = begin_run(training, run, called, "fit", lr=lr, augment=augment, resume_from=resume_from)
             self._history = progress.history

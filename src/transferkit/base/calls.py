@@ -29,7 +29,6 @@ _OTHER_NAMES = {
     "classes": "num_classes n_classes n_out class_names",
     "class_weights": "weight",
     "resume_from": "checkpoint ckpt_path",
-    "restore_best": "restore_best_weights",
     "freeze_until": "trainable freeze freeze_layers unfreeze",
 }
 _ADVICE = {
@@ -41,7 +40,7 @@ _ADVICE = {
     "an epoch is all images once: leave it out.": "steps_per_epoch validation_steps validation_freq drop_last",
     "resume_from= continues a run: leave it out.": "initial_epoch",
     "the classifier is never loaded, and attach_head adds a head: leave it out.": "include_top input_tensor top",
-    "fit puts the best weights back, unless it has restore_best=False: leave it out.": (
+    "fit puts the best weights back, but not with WeightAverage(restore_best=False): leave it out.": (
         "restore_best_weights save_best_only save_weights_only save_top_k monitor"
     ),
     "lower is better for names that end in loss or error: leave it out.": "mode",

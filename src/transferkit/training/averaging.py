@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from transferkit.base.arguments import fraction
 from transferkit.base.calls import explained
-from transferkit.errors import CheckpointError
+from transferkit.errors import ArgumentError, CheckpointError
 from transferkit.model.freezing import trainable_state, write_values
 from transferkit.model.weights import differences
 
@@ -24,9 +24,12 @@ class WeightAverage:
 
     Args:
         decay: Fraction of the average that each step keeps, at least 0 and less than 1; 0.99 averages about 100 steps.
+            0 averages nothing.
+        restore_best: False leaves the last average in the model instead of that of the best epoch. A few hundred
+            validation images cannot tell epochs apart, and the last one is a good one if the learning rate ends at 0.
 
     Raises:
-        ArgumentError: When `decay` is out of range.
+        ArgumentError: When `decay` is out of range, or `restore_best` neither True nor False.
 
     Example:
         >>> trainer.fit(train, epochs=6, callbacks=[WeightAverage(0.99)])  # doctest: +SKIP
@@ -35,13 +38,15 @@ class WeightAverage:
         Polyak and Juditsky, 1992, "Acceleration of Stochastic Approximation by Averaging".
     """
 
-    def __init__(self, decay: float = 0.99) -> None:
-        self.decay = fraction("decay", decay)
+    def __init__(self, decay: float = 0.99, *, restore_best: bool = True) -> None:
+        if not isinstance(restore_best, bool):
+            raise ArgumentError(f"restore_best={restore_best!r} cannot be used: expected True or False.")
+        self.decay, self.restore_best = fraction("decay", decay), restore_best
         self._average: dict[str, Tensor] = {}
         self._steps = 0
 
     def __repr__(self) -> str:
-        return f"WeightAverage({self.decay})"
+        return f"WeightAverage({self.decay}{'' if self.restore_best else ', restore_best=False'})"
 
     def before_run(self, trainer: Any, *, validated: bool) -> None:
         """Begin a new average."""

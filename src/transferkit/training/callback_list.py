@@ -21,6 +21,7 @@ class CallbackList:
 
     - `order`, a number: those with a lower one are called first, those with none count 0. `GradualUnfreezing` has -1,
       early stopping and the loggers 1, so that they see what others add to the report, and `Checkpoint` 2.
+    - `restore_best`, False if the last weights are to stay, with validation data, too.
     - `before_run(trainer, validated=...)`, called before anything changes, to refuse a run it cannot serve; `validated`
       says whether there is validation data.
     - `before_first_step(global_step, resumed_from=...)`, called once it is known where the run begins, before anything
@@ -55,6 +56,11 @@ class CallbackList:
 
     def __bool__(self) -> bool:
         return bool(self._callbacks)
+
+    @property
+    def restore_best(self) -> bool:
+        """Whether all of them let `fit` restore the weights of the best epoch."""
+        return all(getattr(callback, "restore_best", True) for callback in self._callbacks)
 
     def each(self, method: str, *arguments: Any, **named: Any) -> list[Any]:
         """Call a method of every callback that has it; return the answers."""

@@ -20,7 +20,7 @@ from transferkit.training.optimizers import check_held
 class EarlyStopping:
     """A callback that ends a run once a metric has not improved for some epochs.
 
-    With validation data, `fit` then restores the weights of the best epoch, unless it has `restore_best=False`.
+    With validation data, `fit` then restores the weights of the best epoch.
 
     Args:
         monitor: `"val_accuracy"`, `"val_loss"`, `"accuracy"`, `"loss"`, a metric of the trainer (`"val_f1"`, `"f1"`),

@@ -67,7 +67,7 @@ class Checkpoint:
             self.folder.mkdir(exist_ok=True, parents=True)
         except (OSError, TypeError, ValueError) as error:
             raise CheckpointWriteError(
-                f"checkpoints cannot be kept in {folder!r}: {error}. Expected a folder."
+                f"checkpoints cannot be kept in {folder}: {error}. Expected a folder."
             ) from error
 
     def __call__(self, trainer: Any, report: EpochReport) -> None:

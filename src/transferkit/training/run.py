@@ -167,8 +167,6 @@ def open_run(
     One of the validation images is read now: data that cannot be used would cost an epoch later.
     """
     epochs = whole_number("epochs", epochs)
-    if not isinstance(restore_best, bool):
-        raise ArgumentError(f"restore_best={restore_best!r} cannot be used: expected True or False.")
     follow_model(training, train.display)
     take_rates(training.optimizer)
     source = train.inputs.source
