@@ -179,7 +179,7 @@ def test_memory_that_runs_out_in_one_process_ends_both_or_changes_nothing(tmp_pa
     def work(rank: int) -> list[Any]:
         little = trained(3.5)
         with pytest.raises(OutOfMemoryError) as caught:
-            trained(0.5)
+            trained(0.05)
         return [little, str(caught.value), trained(99, share=0 if rank else 0.5)[0]]
 
     first, second = in_two(work, tmp_path)
