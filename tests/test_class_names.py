@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -200,6 +201,14 @@ def test_lists_of_something_else_called_classes_are_no_names():
     for classes in (2, [], len, None):
         data.classes = classes
         assert open_data(data, ["cat", "dog"]).num_images == 2
+
+
+@pytest.mark.parametrize("classes", [np.int64(3), torch.tensor(3), {"0": 0, "2": 2, "1": 1}])
+def test_classes_of_every_type_title_pictures(classes):
+    """`show_batch` takes classes as the other calls do."""
+    pytest.importorskip("matplotlib")
+    parts = tk.show_batch(make_images(), classes, num_images=24).axes[0].child_axes
+    assert {part.get_title() for part in parts} == {"0", "1", "2"}
 
 
 # ---- folders that are no classes

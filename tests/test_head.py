@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import transferkit as tk
+from tiny import make_images
 from transferkit.errors import ArgumentError, HeadMismatchError, UnknownLayerError
 
 Maker = Callable[..., tk.Backbone]
@@ -192,31 +195,62 @@ def test_classes_by_number(backbone: tk.Backbone) -> None:
     assert tk.attach_head(backbone, 3).classes == ("0", "1", "2")
 
 
-@pytest.mark.parametrize("number", [3, np.int64(3), np.uint8(3)])
+@pytest.mark.parametrize("number", [3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3)])
 def test_number_of_classes_may_be_any_whole_number(backbone: tk.Backbone, number: int) -> None:
-    """A number of classes computed with numpy (labels.max() + 1) serves like an int."""
+    """A number of classes computed with numpy or torch (labels.max() + 1) serves like an int."""
     assert tk.attach_head(backbone, number).classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        ({"owl": 2, "cat": 0, "dog": np.int64(1)}, ("cat", "dog", "owl")),
+        ({"owl": 2, "cat": 0, "dog": 1}.keys(), ("owl", "cat", "dog")),
+        (np.array(["owl", "cat"]), ("owl", "cat")),
+        (np.array([2, 5]), ("2", "5")),
+        (torch.tensor([2, 5]), ("2", "5")),
+        (list(torch.tensor([2, 5])), ("2", "5")),
+        ((name for name in ["owl", "cat"]), ("owl", "cat")),
+    ],
+    ids=str,
+)
+def test_names_may_come_in_many_types(backbone: tk.Backbone, classes: Any, names: tuple[str, ...]) -> None:
+    """Names keep their order; those of a `class_to_idx` take that of its indices; labels of torch are as of numpy."""
+    assert tk.attach_head(backbone, classes).classes == names
 
 
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (1, r"classes=.*gives 1 classes: expected 2 or more.*\[\"no\", \"yes\"\]"),
-        (0, r"gives 0 classes: expected 2 or more.*\[\"no\", \"yes\"\]"),
-        (-4, r"gives 0 classes: expected 2 or more"),
+        (1, r"got 1 classes \(0\): expected 2 or more.*\[\"no\", \"yes\"\]"),
+        (0, r"got 0 classes: expected 2 or more.*\[\"no\", \"yes\"\]"),
+        (-4, r"got 0 classes: expected 2 or more"),
         (True, r"expected 2 or more"),
-        (["cat"], r"gives 1 classes: expected 2 or more.*\[\"no\", \"yes\"\]"),
-        ([], r"gives 0 classes: expected 2 or more"),
+        (["cat"], r"got 1 classes \(cat\): expected 2 or more.*\[\"no\", \"yes\"\]"),
+        ([], r"got 0 classes: expected 2 or more"),
         ("abc", r"classes='abc' cannot be used: expected a list of class names, or their number"),
         (["cat", "dog", "cat"], r"class names repeat: cat\. Expected 3 different names"),
         (10.0, r"classes=10\.0.*expected"),
         (None, r"classes=None.*expected"),
+        ({"cat", "dog"}, r"classes=\{.*cannot be used: expected.*no order: pass sorted\(classes\)"),
+        (frozenset("ab"), r"cannot be used: expected.*no order: pass sorted\(classes\)"),
+        ({"cat": 0, "dog": 2}, r"cannot be used: expected.*with the indices 0 to 1, each once"),
+        ({0: "cat", 1: "dog"}, r"cannot be used: expected.*with the indices 0 to 1, each once"),
+        ({"cat": 0, "dog": [1]}, r"cannot be used: expected.*with the indices 0 to 1, each once"),
+        (b"ab", r"classes=b'ab' cannot be used: expected a list of class names"),
+        (torch.tensor(3.0), r"classes=tensor\(3.\) cannot be used: expected a list of class names"),
+        (["cat", None], r"cannot be used: expected a list of class names.*None is neither a name nor a whole number"),
+        (np.array([0.0, math.nan]), r"cannot be used: expected.*0.0 is neither a name nor a whole number"),
+        (torch.eye(2), r"cannot be used: expected.*neither a name nor a whole number"),
+        ([b"cat", b"dog"], r"cannot be used: expected.*b'cat' is neither a name nor"),
     ],
 )
 def test_unusable_classes_are_refused(backbone: tk.Backbone, classes: object, message: str) -> None:
     """Fewer than two classes, one string, repeated names and what is neither number nor list are refused."""
-    with pytest.raises(ArgumentError, match=message):
-        tk.attach_head(backbone, classes)  # type: ignore[arg-type]
+    for call in (tk.attach_head, lambda *a: tk.fine_tune(a[0], make_images(), classes=a[1], verbose=0)):
+        if classes is not None or call is tk.attach_head:
+            with pytest.raises(ArgumentError, match=message):
+                call(backbone, classes)  # type: ignore[arg-type]
 
 
 # --- arguments

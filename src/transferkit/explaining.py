@@ -179,7 +179,6 @@ def show_batch(
         ['cat', 'cat', 'dog', 'dog']
     """
     names = find_classes(data, classes)
-    names = [str(name) for name in (range(names) if isinstance(names, int) else names)]
     source = open_data(data, names)
     places = shuffled(source.num_images or 0, 0)[: whole_number("num_images", num_images)]
     titles = [names[index] for index in class_indices(source.all_targets(places)).tolist()]

@@ -1,6 +1,6 @@
 """Which class an index stands for: names that data has, compared with those of a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -60,24 +60,47 @@ def _names(data: object) -> dict[int, str] | None:
     return _names(inner[0])
 
 
-def find_classes(data: object, classes: Sequence[str] | int | None) -> Sequence[str] | int:
+def as_names(classes: object) -> list[str]:
+    """Return classes given as names, as their number, or as a mapping of names to indices; else an `ArgumentError`."""
+    found: Any = classes.tolist() if isinstance(classes, Tensor | np.ndarray) else classes
+    names, advice = None, ""
+    if isinstance(found, Integral):
+        names = [*range(int(found))]
+    elif isinstance(found, set | frozenset):
+        advice = " A set has no order: pass sorted(classes)."
+    elif isinstance(found, Mapping):
+        advice = f" A mapping needs names with the indices 0 to {len(found) - 1}, each once."
+        if sorted(map(str, found.values())) == sorted(map(str, range(len(found)))):
+            names = sorted(found, key=lambda name: int(found[name]))
+    elif isinstance(found, Iterable) and not isinstance(found, str | bytes):
+        names = [name.tolist() if isinstance(name, Tensor) else name for name in found]
+    if odd := [name for name in names or [] if not isinstance(name, str | Integral)]:
+        advice = f" {odd[0]!r} is neither a name nor a whole number."
+    if names is None or odd:
+        expected = "expected a list of class names, or their number."
+        raise ArgumentError(f"classes={classes!r} cannot be used: {expected}{advice}")
+    return [str(name) for name in names]
+
+
+def find_classes(data: object, classes: Sequence[str] | int | None) -> list[str]:
     """Return the classes given, else those that data names or their number by its targets, else an `ArgumentError`."""
-    if classes is not None and not isinstance(classes, Integral):
-        return classes
+    given = None if classes is None else as_names(classes)
+    if given is not None and not numbered(given):
+        return given
     names = class_names(data)
-    if names is not None and list(names) == list(range(len(names))) and classes in (None, len(names)):
+    if names is not None and list(names) == list(range(len(names))) and (given is None or len(given) == len(names)):
         return list(names.values())
-    if classes is not None:
-        return classes
+    if given is not None:
+        return given
     data = as_columns(data)
     targets = data[1] if isinstance(data, tuple) and len(data) == 2 else listed_targets(data)
-    given: Any = getattr(data, "targets", None)
-    if targets is None and isinstance(given, list | Tensor | np.ndarray) and len(given) == _length(data):
-        agrees = all(np.array_equal(np.asarray(given[index]), one) for index, one in _some_targets(data).items())
-        targets = given if agrees else None
+    kept: Any = getattr(data, "targets", None)
+    if targets is None and isinstance(kept, list | Tensor | np.ndarray) and len(kept) == _length(data):
+        agrees = all(np.array_equal(np.asarray(kept[index]), one) for index, one in _some_targets(data).items())
+        targets = kept if agrees else None
     found = np.asarray(() if targets is None else listed(targets) or targets)
     if found.size and found.dtype.kind in "iufb":
-        return found.shape[1] if found.ndim == 2 else int(found.max()) + 1
+        return as_names(found.shape[1] if found.ndim == 2 else int(found.max()) + 1)
     raise ArgumentError(f"the classes of a {type(data).__name__} are not known: pass classes=, their names or number.")
 
 

@@ -4,7 +4,6 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
-from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -16,6 +15,7 @@ from transferkit.base.calls import explain_missing, explained
 from transferkit.base.randomness import seeded
 from transferkit.base.surroundings import own_surroundings
 from transferkit.compute.out_of_memory import is_out_of_memory
+from transferkit.data.classes import as_names
 from transferkit.errors import ArgumentError, HeadMismatchError, UnknownLayerError, close_matches
 from transferkit.model.backbone import Backbone
 from transferkit.model.layers import POOLINGS, Layers, Pool
@@ -145,7 +145,8 @@ def attach_head(
 
     Args:
         backbone: It becomes part of the model; it is not copied.
-        classes: Two or more class names, or their number (the names are then "0", "1", ...).
+        classes: Two or more class names, or their number (the names are then "0", "1", ...). The names of a mapping,
+            such as `class_to_idx`, are sorted by their indices.
         layers: The blocks or layers whose outputs the head takes, such as `["block4", "block5"]`; a block stands for
             the output of its last layer. The model leaves out all later layers. None takes the
             last three blocks, or with `pooling="flatten"` the last one.
@@ -255,18 +256,14 @@ def find_pools(backbone: Backbone, layers: Sequence[str] | None, pooling: str) -
     return dict(sorted(pools.items()))
 
 
-def _class_names(classes: int | Sequence[str]) -> tuple[str, ...]:
-    if isinstance(classes, Integral):  # numpy's integers too, such as targets.max() + 1
-        classes = [str(index) for index in range(int(classes))]
-    if isinstance(classes, str) or not isinstance(classes, Iterable):
-        raise ArgumentError(f"classes={classes!r} cannot be used: expected a list of class names, or their number.")
-    names = tuple(str(name) for name in classes)
+def _class_names(classes: object) -> tuple[str, ...]:
+    names = as_names(classes)
     if len(names) < 2:
-        expected = 'expected 2 or more. For a yes-or-no question pass two, such as ["no", "yes"].'
-        raise ArgumentError(f"classes={classes!r} gives {len(names)} classes: {expected}")
+        got = f"got {len(names)} classes{f' ({names[0]})' if names else ''}: expected 2 or more, with images of each."
+        raise ArgumentError(f'{got} For a yes-or-no question these are two, such as ["no", "yes"].')
     if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ArgumentError(f"class names repeat: {', '.join(repeated)}. Expected {len(names)} different names.")
-    return names
+    return tuple(names)
 
 
 def check_float32(model: nn.Module, *, trains: bool) -> None:
