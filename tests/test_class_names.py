@@ -1,5 +1,7 @@
 """Which class an index stands for, in the model and in every data set that meets it."""
 
+import math
+import re
 import shutil
 
 import numpy as np
@@ -13,7 +15,7 @@ import transferkit as tk
 from tiny import make_backbone, make_images, make_trainer
 from transferkit.data.classes import class_names, find_classes
 from transferkit.data.open import open_data
-from transferkit.errors import HeadMismatchError, TargetError, TransferKitError
+from transferkit.errors import ArgumentError, HeadMismatchError, TargetError, TransferKitError
 
 CAT, DOG = ["cat", "dog"]
 
@@ -43,6 +45,19 @@ class Wrapper(Dataset):
     def __getitem__(self, index):
         image, target = self.whatever[index]
         return image.rotate(0), self.relabel(target)
+
+
+class Rows(Dataset):
+    """Samples in a list."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
 
 
 WRAPPED = {
@@ -306,20 +321,130 @@ def test_targets_of_finer_classes_are_not_used():
     assert trainer.global_step == 1
 
 
-@pytest.mark.parametrize("label", [-1, -100])
-def test_an_unlabelled_image_is_called_that_and_the_advice_leaves_it_out(label):
-    """A negative label stands for none, and the message says how to leave such images out of whatever was passed."""
-    import numpy
+class Named(Wrapper):
+    """A data set of samples with names."""
 
-    images, targets = make_images()
-    targets[3] = targets[7] = label
+    def __getitem__(self, index):
+        image, target = self.whatever[index]
+        return {"image": image, "label": target}
+
+
+@pytest.mark.parametrize("label", [-1, -100, math.nan, None])
+@pytest.mark.parametrize("form", ["tensors", "arrays", "columns", "pictures", "data set", "named samples"])
+def test_an_unlabelled_image_is_called_that_and_the_advice_leaves_it_out(label, form):
+    """A negative label, or a gap, stands for none, and the message says how to leave such images out of each type."""
+    images, targets = make_images()[0], [label if index in (3, 7) else index % 3 for index in range(24)]
+    if form in ("tensors", "arrays") and label is not None:
+        images, targets = (images, torch.tensor(targets)) if form == "tensors" else (images.numpy(), np.array(targets))
+    elif form == "columns":
+        label = math.nan if label is None else label  # as a table has it
+        targets = np.array(targets, type(label))[:, None]
+    elif form == "pictures":
+        images = [Image.new("RGB", (32 + index, 40)) for index in range(24)]
+    data = (images, targets)
+    if form in ("data set", "named samples"):
+        rows = TensorDataset(images, torch.tensor(targets)) if label == -1 else Rows(list(zip(*data, strict=True)))
+        data = rows if form == "data set" else Named(rows)
     trainer = trainer_for(["cat", "dog", "owl"])
-    for data in ((images, targets), (list(images), targets.tolist()), TensorDataset(images, targets)):
-        with pytest.raises(TargetError, match=rf"target {label} at index 3 .*unlabeled.*keep = numpy.asarray"):
-            trainer.fit(data, epochs=1, verbose=0)
-    keep = numpy.asarray(targets) >= 0
-    assert trainer.evaluate((numpy.asarray(images)[keep], numpy.asarray(targets)[keep]))
-    whole = TensorDataset(images, targets)
-    few = Subset(whole, [index for index in range(len(whole)) if whole[index][1] >= 0])
-    assert len(few) == 22
-    assert trainer.evaluate(few)
+    with pytest.raises(TargetError, match=rf"{label} at index 3\b.*unlabeled image: leave such images out") as caught:
+        trainer.evaluate(data)
+    scope = {"numpy": np, "images": images, "targets": targets, "data": data, "Subset": Subset}
+    keep, pair, subset = re.search(
+        r"(keep = .*); (\(\[.*\)). Of a Dataset: (Subset.*\]\)), ", str(caught.value)
+    ).groups()
+    if isinstance(data, tuple):
+        exec(keep, scope)
+        assert trainer.assess(eval(pair, scope)).targets.tolist() == [i % 3 for i in range(24) if i not in (3, 7)]
+    else:
+        few = eval(subset.replace("[1]", '["label"]') if form == "named samples" else subset, scope)
+        assert trainer.assess(few).targets.tolist() == [i % 3 for i in range(24) if i not in (3, 7)]
+
+
+# ---- the number of classes, where nothing is named
+
+
+class Listing(Wrapper):
+    """A data set with a list of its targets beside it."""
+
+    @property
+    def targets(self):
+        return self.whatever.tensors[1]
+
+    def __getitem__(self, index):
+        return self.whatever[index]
+
+
+HELD = {"pair": lambda *d: d, "data set": TensorDataset, "own data set": lambda *d: Listing(TensorDataset(*d))}
+CALLS = [tk.fine_tune, tk.probe, tk.audit]
+
+
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    "make", [lambda y: y[:, None], lambda y: y.to(torch.uint8), lambda y: torch.eye(3)[y].bfloat16()]
+)
+def test_targets_of_every_form_tell_their_number(call, held, make):
+    """A column of indices, small integers and rows in bfloat16 give as many classes as they have, and are used."""
+    images, targets = make_images(30)
+    data = HELD[held](images, make(targets))
+    assert find_classes(data, None) == ["0", "1", "2"]
+    call(make_backbone(), data, device="cpu", verbose=0)
+
+
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("labels", "match"),
+    [
+        ([8, 9, 10], r"the labels are 8, 9, 10, and no image has 0: expected each of 0 to 10.*classes=.*11"),
+        ([1, 2, 3], r"the labels are 1, 2, 3, and no image has 0"),
+        ([0, 10**9, 1], r"the labels are 0, 1, 1000000000, and no image has 2"),
+        ([1, 1, 1], r"the labels are 1, and no image has 0"),
+    ],
+)
+def test_labels_with_gaps_make_no_classes(call, held, labels, match):
+    """Numbers that no image has are no classes; numbering labels anew helps, and so does the number of classes."""
+    images, targets = make_images(30)[0], torch.tensor(labels).repeat(10)
+    with pytest.raises(TargetError, match=match) as caught:
+        call(make_backbone(), HELD[held](images, targets), device="cpu", verbose=0)
+    line = re.search(r"targets = (numpy.unique.*\[1\])", str(caught.value))[1]
+    for given in (targets, targets.numpy(), targets.tolist()):
+        again = eval(line, {"numpy": np, "targets": given})
+        assert find_classes((images, again), None) == [*map(str, range(len(set(labels))))]
+    assert find_classes(HELD[held](images, targets), 11) == [*map(str, range(11))]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("label", "match"),
+    [
+        (math.nan, r"nan at index 4: .*unlabeled"),
+        (math.inf, r"inf at index 4"),
+        (None, r"target None at index 4 is no number: .*unlabeled"),
+        (0.5, r"such as 0.5 at index 4: expected class indices"),
+        (-1, r"target -1 at index 4 is out of range: .*unlabeled"),
+        ([1, 2], "targets are not numbers of one shape"),
+    ],
+)
+def test_labels_that_are_no_class_indices_are_named(call, label, match):
+    """Where classes are counted, a gap in a column is refused as elsewhere, with its row."""
+    images, targets = make_images(30)
+    targets = [label if row == 4 else int(target) for row, target in enumerate(targets)]
+    with pytest.raises(TargetError, match=match):
+        call(make_backbone(), (images, targets), device="cpu", verbose=0)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_iterators_are_called_that_where_classes_are_counted(call):
+    """Images or targets that can be read once are not read, and the message says so."""
+    images, targets = make_images()
+    for data in ((images, iter(targets)), (iter(images), targets)):
+        with pytest.raises(ArgumentError, match="an iterator, which can be read once"):
+            call(make_backbone(), data, verbose=0)
+
+
+def test_one_class_alone_is_refused():
+    """Images of one class are refused by a sentence that is true where nobody passed classes."""
+    for call in CALLS:
+        with pytest.raises(ArgumentError, match=r"got 1 classes \(0\): expected 2 or more, with images of each"):
+            call(make_backbone(), (make_images()[0], [0] * 24), verbose=0)

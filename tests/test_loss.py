@@ -187,7 +187,7 @@ def test_an_assessment_of_several_labels(backbone, labels):
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (torch.arange(24) % 3, r"several labels per image, expected rows \(N, 3\) of 0 and 1.*one_hot"),
+        (torch.arange(24) % 3, r"several labels per image, expected rows \(N, 3\) of 0 and 1.*numpy.eye"),
         (torch.zeros(24, 2), r"shape \(24, 2\).*expected rows \(N, 3\)"),
         (torch.full((24, 3), 2), r"target row 0 has entries from 2 to 2: expected 1 for each label"),
         (torch.full((24, 3), math.nan), "target row 0 has entries from nan"),

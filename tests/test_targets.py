@@ -1,5 +1,7 @@
 """The forms in which targets may come in."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -64,11 +66,11 @@ def test_reversed_array_of_targets_is_taken():
     ("targets", "match"),
     [
         ([0, 1, -1], r"target -1 at index 2 is out of range: expected 0 to 2 for 3 classes"),
-        ([0, 3, 1], r"target 3 at index 1 is out of range: expected 0 to 2.*attach_head"),
+        ([0, 3, 1], r"target 3 at index 1 is out of range: expected 0 to 2.*pass more as classes="),
         ([1, 2, 3], r"target 3 at index 2 .*expected 0 to 2.*start at 1, subtract 1"),
         ([[0], [7]], r"target 7 at index 1 is out of range: expected 0 to 2"),
         ([0.0, 1.0], r"shape \(2,\) and dtype torch.float64: expected class indices.*astype\('int64'\)"),
-        ([[0.0], [1.0]], r"shape \(2, 1\) and dtype torch.float64: expected class indices.*astype\('int64'\)"),
+        ([[0.0], [1.0]], r"shape \(2,\) and dtype torch.float64: expected class indices.*astype\('int64'\)"),
         ([True, False], r"shape \(2,\) and dtype torch.bool: expected class indices"),
         ([[1, 0], [0, 1]], r"shape \(2, 2\).*expected class indices.*or rows \(N, 3\)"),
         (
@@ -78,14 +80,67 @@ def test_reversed_array_of_targets_is_taken():
         ([[1.0, 0.0, 0.0], [1.5, -0.5, 0.0]], r"row 1 sums to 1, and its smallest entry is -0.5: expected numbers"),
         ([[0.0, 0.0, 0.0]], r"row 0 sums to 0, .*expected numbers from 0 to 1 that sum to 1"),
         ([[float("nan"), 1.0, 0.0]], r"row 0 sums to nan, .*expected numbers"),
-        (["cat", "dog"], r"targets are not numbers .*expected class indices 0 to 2, such as \[classes.index"),
-        ([[0], [1, 2]], r"targets are not numbers .*expected class indices 0 to 2"),
+        (["cat", "dog"], r"targets are not numbers .*expected class indices, such as \[classes.index"),
+        ([[0], [1, 2]], r"targets are not numbers .*expected class indices"),
+        ([0, None, 1], r"target None at index 1 is no number: .*unlabeled image: leave such images out"),
     ],
 )
 def test_other_targets_are_refused(targets, match):
     """Targets that cannot be used are refused with the first bad one, what is expected and what to do."""
     with pytest.raises(TargetError, match=match):
         as_targets(targets, 3)
+
+
+@pytest.mark.parametrize("dtype", [float, bool])
+@pytest.mark.parametrize(
+    "form", [np.asarray, torch.tensor, list, tuple, lambda y: np.asarray(y)[:, None], lambda y: list(torch.tensor(y))]
+)
+def test_the_advice_to_convert_works_for_every_type(form, dtype):
+    """Class indices in floats or bools, in whatever holds them, are converted by the line in the message."""
+    targets = form([dtype(index) for index in (1, 0, 1)])
+    with pytest.raises(TargetError, match="expected class indices") as caught:
+        as_targets(targets, 3)
+    line = re.search(r"convert them: (.*)\.$", str(caught.value))[1]
+    assert as_targets(eval(line, {"numpy": np, "targets": targets}), 3).tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        [2, 0, 1],
+        torch.tensor([2, 0, 1]),
+        torch.tensor([[2], [0], [1]], dtype=torch.uint8),
+        np.array([2, 0, 1], np.int32),
+    ],
+)
+def test_the_advice_to_make_rows_of_one_label_works(targets):
+    """Where an image may have several labels, class indices and names become rows by the lines in the message."""
+    with pytest.raises(TargetError, match="several labels per image") as caught:
+        as_targets(targets, 3, multi_label=True)
+    of_indices, of_names = re.search(
+        r"indices are made by (.*), those of names by (.*), with classes", str(caught.value)
+    ).groups()
+    expected = torch.eye(3)[[2, 0, 1]]
+    assert torch.equal(as_targets(eval(of_indices, {"numpy": np, "targets": targets}), 3, multi_label=True), expected)
+    rows = eval(of_names, {"classes": ["cat", "dog", "owl"], "targets": ["owl", "cat", "dog"]})
+    assert torch.equal(as_targets(rows, 3, multi_label=True), expected)
+
+
+@pytest.mark.parametrize(
+    "targets", [[["a"], ["b", "c"]], [["a", "c"], ["b", "a"]], [{"a"}, {"b", "c"}], [[5], [], [2, 8]]]
+)
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_the_advice_to_make_rows_of_lists_works(targets, multi_label):
+    """Lists of names, or of numbers, become rows by the lines in the message, one column for each name."""
+    with pytest.raises(TargetError, match="targets are not numbers") as caught:
+        as_targets(targets, 3, multi_label=multi_label)
+    scope = {"targets": targets}
+    exec(
+        re.search(r"(classes = .*), with classes=classes", str(caught.value))[1].replace(", targets =", "; targets ="),
+        scope,
+    )
+    rows = as_targets(scope["targets"], 3, multi_label=True)
+    assert [{scope["classes"][index] for index in row.nonzero().flatten()} for row in rows] == [*map(set, targets)]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision.datasets import DatasetFolder
 
 from transferkit.data.columns import as_columns, find_column, listed, names_in
-from transferkit.data.samples import Samples, evenly_spaced, listed_targets
-from transferkit.errors import ArgumentError, HeadMismatchError, TransferKitError
+from transferkit.data.samples import Samples, evenly_spaced, listed_targets, same_targets
+from transferkit.data.targets import as_numbers, as_targets
+from transferkit.errors import ArgumentError, HeadMismatchError, TargetError, TransferKitError
 
 # folders that hold the parts of a data set, and folders that programs make, beside those that begin with a dot
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
@@ -55,7 +56,7 @@ def _names(data: object) -> dict[int, str] | None:
             return None
         one, other = _some_targets(data), _some_targets(inner[0])
         both = one.keys() & other.keys()
-        if not both or any(not np.array_equal(one[index], other[index]) for index in both):
+        if not both or any(not same_targets(one[index], other[index]) for index in both):
             return None
     return _names(inner[0])
 
@@ -63,32 +64,25 @@ def _names(data: object) -> dict[int, str] | None:
 def as_names(classes: object) -> list[str]:
     """Return classes given as names, as their number, or as a mapping of names to indices; else an `ArgumentError`."""
     found: Any = classes.tolist() if isinstance(classes, Tensor | np.ndarray) else classes
-    names, advice = None, ""
     if isinstance(found, Integral):
-        names = [*range(int(found))]
-    elif isinstance(found, set | frozenset):
-        advice = " A set has no order: pass sorted(classes)."
-    elif isinstance(found, Mapping):
-        advice = f" A mapping needs names with the indices 0 to {len(found) - 1}, each once."
-        if sorted(map(str, found.values())) == sorted(map(str, range(len(found)))):
-            names = sorted(found, key=lambda name: int(found[name]))
-    elif isinstance(found, Iterable) and not isinstance(found, str | bytes):
+        found = range(int(found))
+    elif isinstance(found, Mapping) and sorted(map(str, found.values())) == sorted(map(str, range(len(found)))):
+        found = sorted(found, key=lambda name: int(classes[name]))  # type: ignore[index]
+    if isinstance(found, Iterable) and not isinstance(found, str | bytes | set | frozenset | Mapping):
         names = [name.tolist() if isinstance(name, Tensor) else name for name in found]
-    if odd := [name for name in names or [] if not isinstance(name, str | Integral)]:
-        advice = f" {odd[0]!r} is neither a name nor a whole number."
-    if names is None or odd:
-        expected = "expected a list of class names, or their number."
-        raise ArgumentError(f"classes={classes!r} cannot be used: {expected}{advice}")
-    return [str(name) for name in names]
+        if all(isinstance(name, str | Integral) for name in names):
+            return [str(name) for name in names]
+    raise ArgumentError(
+        f"classes={classes!r} cannot be used: expected a list of class names, or their number. Names are text or whole "
+        "numbers; of a set, which has no order, pass sorted(classes); a mapping has the indices 0, 1, ..., each once."
+    )
 
 
 def find_classes(data: object, classes: Sequence[str] | int | None) -> list[str]:
     """Return the classes given, else those that data names or their number by its targets, else an `ArgumentError`."""
     given = None if classes is None else as_names(classes)
-    if given is not None and not numbered(given):
-        return given
-    names = class_names(data)
-    if names is not None and list(names) == list(range(len(names))) and (given is None or len(given) == len(names)):
+    names = class_names(data) if given is None or numbered(given) else None
+    if names is not None and list(names) == list(range(len(names if given is None else given))):
         return list(names.values())
     if given is not None:
         return given
@@ -96,12 +90,24 @@ def find_classes(data: object, classes: Sequence[str] | int | None) -> list[str]
     targets = data[1] if isinstance(data, tuple) and len(data) == 2 else listed_targets(data)
     kept: Any = getattr(data, "targets", None)
     if targets is None and isinstance(kept, list | Tensor | np.ndarray) and len(kept) == _length(data):
-        agrees = all(np.array_equal(np.asarray(kept[index]), one) for index, one in _some_targets(data).items())
+        agrees = all(same_targets(kept[index], one) for index, one in _some_targets(data).items())
         targets = kept if agrees else None
-    found = np.asarray(() if targets is None else listed(targets) or targets)
-    if found.size and found.dtype.kind in "iufb":
-        return as_names(found.shape[1] if found.ndim == 2 else int(found.max()) + 1)
-    raise ArgumentError(f"the classes of a {type(data).__name__} are not known: pass classes=, their names or number.")
+    targets = [] if targets is None else listed(targets) or targets
+    if (values := as_numbers(targets)).numel() == 0:
+        name = type(data).__name__
+        raise ArgumentError(f"the classes of a {name} are not known: pass classes=, their names or number.")
+    if values.ndim == 2:
+        return as_names(values.shape[1])
+    count = int(values.double().nan_to_num(0, 0, 0).max()) + 1
+    labels = sorted(set(as_targets(targets, max(count, 2)).tolist()))
+    if len(labels) < count:
+        absent = next(index for index, label in enumerate(labels) if index != label)
+        raise TargetError(
+            f"the labels are {', '.join(map(str, labels[:8]))}{', ...' if labels[8:] else ''}, and no image has "
+            f"{absent}: expected each of 0 to {count - 1}. Pass classes=, the names or number ({count}) of all "
+            "classes, or number the labels anew: targets = numpy.unique(targets, return_inverse=True)[1]."
+        )
+    return as_names(count)
 
 
 def numbered(classes: Sequence[str]) -> bool:
@@ -203,7 +209,7 @@ def _wrapped(data: object) -> list[Any]:
 def _some_targets(data: Any) -> dict[int, Any]:
     samples, indices = Samples(data, with_targets=True), evenly_spaced(len(data))
     read = [samples.try_read(index, 0) for index in indices]
-    return {sample[2]: np.asarray(sample[1]) for sample in read if not isinstance(sample, TransferKitError)}
+    return {sample[2]: sample[1] for sample in read if not isinstance(sample, TransferKitError)}
 
 
 def _length(data: Any) -> int | None:

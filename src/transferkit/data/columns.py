@@ -1,6 +1,6 @@
 """Images and labels by the names that people give them: rows, tables, dicts, and lists that belong together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -87,6 +87,8 @@ def as_columns(data: Any) -> Any:
             f"data is a {type(data).__name__} of {', '.join(map(repr, names[:8]))}: which is the image and which the "
             f"label is not clear. {advice}"
         )
+    if isinstance(data, tuple) and len(data) == 2 and any(isinstance(part, Iterator) for part in data):
+        raise ArgumentError("the images or targets are an iterator, which can be read once: pass list(...) of it.")
     data = listed(data) if isinstance(data, np.ndarray) and data.dtype.kind in "OUST" else data
     if type(data) not in (list, tuple) or len(data) == 0 or (type(data) is tuple and len(data) == 2):
         return data

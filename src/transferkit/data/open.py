@@ -155,8 +155,6 @@ def _labeled(data: Any, classes: Sequence[str], *, check: bool) -> Any:
     if not isinstance(data, tuple) or len(data) != 2:
         return data
     images, labels = data
-    if isinstance(images, Iterator) or isinstance(labels, Iterator):
-        raise ArgumentError("the images or targets are an iterator, which can be read once: pass list(...) of it.")
     names = names_in(labels)
     targets = labels.to_numpy() if hasattr(labels, "to_numpy") else labels  # a column finds rows by its index
     targets = (listed(targets) or targets) if names is None else class_indices_of(names, classes)

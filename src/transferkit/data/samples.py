@@ -104,7 +104,7 @@ class Samples:
                 return str(error)
             if first[0].shape != second[0].shape or not torch.equal(first[0], second[0]):
                 return f"image {index} of the data set came out differently when it was read twice"
-            if not np.array_equal(np.asarray(first[1]), np.asarray(second[1])):
+            if not same_targets(first[1], second[1]):
                 return f"the target of image {index} came out differently when it was read twice"
         return None
 
@@ -184,6 +184,12 @@ class GivenImages:
 
     def __getitem__(self, index: int) -> Any:
         return self.samples[index] if self.targets is None else (self.samples[index], self.targets[index])
+
+
+def same_targets(one: Any, other: Any) -> bool:
+    """Return whether two targets are equal, whatever holds them; numpy knows no bfloat16."""
+    plain = [target.tolist() if isinstance(target, Tensor) else target for target in (one, other)]
+    return np.array_equal(plain[0], plain[1])
 
 
 def listed_targets(dataset: Any) -> Any:

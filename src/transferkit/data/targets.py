@@ -4,6 +4,7 @@ A row has probabilities `(K,)` that sum to one or, where an image may have sever
 """
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import numpy as np
 import torch
@@ -13,6 +14,38 @@ from transferkit.base.arrays import tensor_from_array
 from transferkit.errors import TargetError
 
 _ROUNDING = 1e-2  # of the sum of a row, in bfloat16 or in a text file
+
+_UNLABELED = (
+    "unlabeled image: leave such images out. Of arrays and lists: keep = numpy.asarray(targets, float).ravel() >= 0; "
+    "([image for image, kept in zip(images, keep) if kept], numpy.asarray(targets, float)[keep].astype(int)). Of a "
+    "Dataset: Subset(data, [index for index in range(len(data)) if data[index][1] {}]), with its name for 1 where "
+    "samples have names."
+)
+_LISTS = (
+    " If an image has several labels: classes = sorted({name for names in targets for name in names}), targets = "
+    "[[name in names for name in classes] for names in targets], with classes=classes and "
+    "loss=transferkit.BinaryCrossEntropy()."
+)
+
+
+def as_numbers(targets: object, indices: Sequence[int] | None = None) -> Tensor:
+    """Return targets in any form as a tensor, a column `(N, 1)` as `(N,)`, or raise `TargetError`."""
+    try:
+        if isinstance(targets, list) and any(isinstance(target, Tensor) for target in targets):
+            targets = torch.stack([torch.as_tensor(target) for target in targets])
+        values = targets if isinstance(targets, Tensor) else tensor_from_array(np.asanyarray(targets))
+    except (TypeError, ValueError, RuntimeError) as error:  # class names, gaps, or rows of different lengths
+        found = list(targets) if isinstance(targets, Iterable) else [targets]
+        for place, target in zip(indices or range(len(found)), found, strict=True):
+            if not isinstance(target, Real | Iterable):
+                stands = f"is no number: it may stand for an {_UNLABELED.format(f'is not {target!r}')}"
+                raise TargetError(f"target {target!r} at index {place} {stands}") from error
+        raise TargetError(
+            f"targets are not numbers of one shape ({error}){f', in images {indices}' if indices else ''}: expected "
+            "class indices, such as [classes.index(name) for name in names], or rows with a number for each class; got "
+            f"{found[:1]!r} first.{_LISTS if isinstance([*found, 0][0], list | tuple | set) else ''}"
+        ) from error
+    return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values  # (N, 1), as in keras.datasets.cifar10
 
 
 def as_targets(
@@ -24,34 +57,24 @@ def as_targets(
     soft rows `(N, num_classes)` of any dtype; with `multi_label`, rows of numbers from 0 to 1 alone. `indices` are
     those of the targets in the data set, for the message; None if they are the whole data set.
     """
-    try:
-        if isinstance(targets, list) and any(isinstance(target, Tensor) for target in targets):
-            targets = torch.stack([torch.as_tensor(target) for target in targets])
-        values = targets if isinstance(targets, Tensor) else tensor_from_array(np.asanyarray(targets))
-    except (TypeError, ValueError, RuntimeError) as error:  # class names, or rows of different lengths
-        first = next(iter(targets), None) if isinstance(targets, Iterable) else targets
-        raise TargetError(
-            f"targets are not numbers of one shape ({error}){f', in images {indices}' if indices else ''}: expected "
-            f"class indices 0 to {num_classes - 1}, such as [classes.index(name) for name in names], or rows of "
-            f"{num_classes}; got {first!r} for the first."
-        ) from error
+    values = as_numbers(targets, indices)
     got = f"targets have shape {tuple(values.shape)} and dtype {values.dtype}"
     if values.ndim == 2 and values.shape[1] == num_classes:
         return _check_rows(values.float(), indices, multi_label=multi_label)
     if multi_label:
         raise TargetError(
-            f"{got}: for several labels per image, expected rows (N, {num_classes}) of 0 and 1. If these are class "
-            f"indices, pass torch.nn.functional.one_hot(torch.as_tensor(targets), {num_classes}), or for one label per "
-            "image Trainer(loss=transferkit.CrossEntropy())."
+            f"{got}: for several labels per image, expected rows (N, {num_classes}) of 0 and 1. Rows of class indices "
+            f"are made by numpy.eye({num_classes})[numpy.asarray(targets).ravel()], those of names by [[name == one "
+            "for name in classes] for one in targets], with classes for the list of all names. For one label per "
+            "image, pass loss=transferkit.CrossEntropy()."
         )
-    if values.ndim == 2 and values.shape[1] == 1 and not values.is_floating_point():
-        values = values[:, 0]  # (N, 1), as in keras.datasets.cifar10
-    advice = "If these are class indices, convert them: targets.astype('int64')."
-    if values.ndim == 1 and values.is_floating_point() and bool((fractional := values != values.round()).any()):
+    whole = "targets.long()" if isinstance(targets, Tensor) else "numpy.asarray(targets).astype('int64')"
+    advice = f"If these are class indices, convert them: {'int(target), in the data set' if indices else whole}."
+    if values.ndim == 1 and values.is_floating_point() and bool((fractional := values.frac() != 0).any()):
         row = int(fractional.nonzero()[0])
         got += f", such as {values[row].item():g} at index {indices[row] if indices else row}"
         if values.isnan().any():
-            advice = "NaN stands for an unlabeled image: leave such images out."
+            advice = f"NaN stands for an {_UNLABELED.format('>= 0')}"
     if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
         raise TargetError(
             f"{got}: expected class indices, integers (N,), or rows (N, {num_classes}) that sum to one. {advice}"
@@ -60,13 +83,9 @@ def as_targets(
     wrong = (classes < 0) | (classes >= num_classes)
     if wrong.any():
         row = int(wrong.nonzero()[0])
-        advice = "If labels start at 1, subtract 1; for more classes, use attach_head."
+        advice = "If labels start at 1, subtract 1; for more classes, pass more as classes=."
         if classes[row] < 0:
-            advice = (
-                "A negative label often stands for an unlabeled image: leave such images out. For arrays and lists: "
-                "keep = numpy.asarray(targets) >= 0, and (numpy.asarray(images)[keep], numpy.asarray(targets)[keep]). "
-                "For a Dataset: Subset(data, [index for index in range(len(data)) if data[index][1] >= 0])."
-            )
+            advice = f"A negative label often stands for an {_UNLABELED.format('>= 0')}"
         raise TargetError(
             f"target {int(classes[row])} at index {indices[row] if indices else row} is out of range: expected 0 to "
             f"{num_classes - 1} for {num_classes} classes. {advice}"
