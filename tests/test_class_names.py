@@ -170,8 +170,12 @@ def test_names_follow_the_indices_and_not_the_order_of_a_list(tmp_path):
     read = list(folder.classes)
     folder.classes = sorted(folder.classes, key=lambda name: int(name.split()[1]))
     assert list(class_names(folder).values()) == read
-    with pytest.raises(HeadMismatchError, match=r"attach_head\(backbone, \['kind 0', 'kind 1', 'kind 10'"):
-        trainer_for(folder.classes).fit(folder, epochs=1, verbose=0)
+    for call in (
+        lambda: trainer_for(folder.classes).fit(folder, epochs=1, verbose=0),
+        lambda: tk.fine_tune(make_backbone(), folder, classes=folder.classes, verbose=0),
+    ):
+        with pytest.raises(HeadMismatchError, match=r"with classes=\['kind 0', 'kind 1', 'kind 10'.*\]\."):
+            call()
     assert find_classes(folder, None) == read
 
 

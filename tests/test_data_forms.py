@@ -1,6 +1,8 @@
 """The forms in which people have images and labels, and which prediction belongs to which image."""
 
+import functools
 import io
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,7 @@ from torch.utils.data import (
 from torchvision.datasets import FakeData, ImageFolder
 
 import transferkit as tk
-from tiny import CLASSES, Stream, environment, make_trainer
+from tiny import CLASSES, Stream, environment, make_backbone, make_images, make_trainer
 from transferkit.data.classes import find_classes
 from transferkit.errors import ArgumentError, ImageError, TargetError, WorkerError
 
@@ -167,6 +169,21 @@ def test_a_part_of_the_names_is_looked_up_in_the_model(trainer, paths):
     assert trainer.assess((paths[:2], ["owl", "dog"])).targets.tolist() == [2, 1]
     with pytest.raises(TargetError, match=r"label 'fox' at index 1 is not one of the model's classes \(cat, dog, owl"):
         trainer.evaluate((paths[:2], ["owl", "fox"]))
+
+
+@pytest.mark.parametrize("kinds", [1, 5])
+def test_the_advice_about_an_unknown_name_keeps_every_class(kinds):
+    """A label of the validation data that training data lacks is corrected or added; no class of training is lost."""
+    images, targets = make_images(30)
+    names = [f"{CLASSES[target]} {row // 3 % kinds}" for row, target in enumerate(targets)]
+    call = functools.partial(tk.fine_tune, make_backbone(), (images, names), device="cpu", verbose=0)
+    held_out = images[:3], [names[0], "dot", names[2]]
+    with pytest.raises(TargetError, match=r"label 'dot' at index 1 .*Correct the label, or make the model") as caught:
+        call(held_out)
+    line = re.search(r"with classes=(.*)\.$", str(caught.value))[1]
+    classes = eval(line, {"classes": sorted(set(names)), "labels": held_out[1]})
+    assert sorted(classes) == sorted({*names, "dot"})
+    assert call(held_out, classes=classes, freeze_until="head", augment=None).model.classes == tuple(classes)
 
 
 @pytest.mark.parametrize("missing", [float("nan"), None])

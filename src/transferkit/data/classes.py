@@ -146,7 +146,7 @@ def check_classes(data: object, classes: Sequence[str]) -> None:
         own = repr([names[index] for index in range(len(names))]) if whole and len(names) <= 12 else "data.classes"
         raise HeadMismatchError(
             f"the data has {_listed(names)}, the model {len(classes)} ({', '.join(classes[:8])}): expected the same "
-            f"classes in the same order. To train on this data, build the head from it: attach_head(backbone, {own}).",
+            f"classes in the same order. To train on this data, make the model with classes={own}.",
             *(_KNOWN.splitlines() if {*names.values()} <= {*classes} else ()),
         )
 

@@ -139,11 +139,11 @@ def class_indices_of(names: Sequence[str], classes: Sequence[str]) -> list[int]:
     places = {name: index for index, name in enumerate(classes)}
     for index, name in enumerate(names):
         if name not in places:
-            own = sorted(set(names))
+            all_names = [*classes, *sorted(set(names) - places.keys())]
+            own = all_names if len(all_names) <= 12 else "[*classes, *sorted(set(labels) - set(classes))]"
             raise TargetError(
                 f"label {name!r} at index {index} is not one of the model's classes ({', '.join(classes[:8])}): "
-                f"expected names of these. To train on these labels, build the head from them: attach_head(backbone, "
-                f"{own if len(own) <= 12 else 'sorted(set(labels))'})."
+                f"expected names of these. Correct the label, or make the model with classes={own}."
             )
     return [places[name] for name in names]
 
