@@ -294,6 +294,33 @@ def test_a_function_that_is_no_loss_is_refused_before_a_step(model, data, loss, 
     assert differences(before, weights_of(model)) == []
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(ignore_index=2),
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 1.0, 0.0])),
+        nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=2),
+    ],
+)
+def test_a_loss_that_ignores_a_class_is_refused(model, data, loss):
+    """It has no mean for images of that class alone, where evaluate would say nan; the advice ignores them as well."""
+    with pytest.raises(ArgumentError, match=r"ignores the class 'owl'.* pass transferkit") as caught:
+        make_trainer(model, loss=loss)
+    advised = eval(str(caught.value).rsplit("pass ", 1)[1][:-1], {"transferkit": tk})
+    assert advised == CrossEntropy(loss.label_smoothing, [1.0, 1.0, 0.0])
+    trainer = make_trainer(model, loss=advised)
+    trainer.fit(data, verbose=0, epochs=1)
+    assert math.isfinite(trainer.evaluate(data)["loss"])
+    make_trainer(model, loss=nn.CrossEntropyLoss(ignore_index=3))
+
+
+@pytest.mark.parametrize("loss", [nn.NLLLoss(), nn.functional.nll_loss])
+def test_a_loss_of_log_probabilities_is_refused(model, loss):
+    """For logits it has no minimum."""
+    with pytest.raises(ArgumentError, match=r"takes log-probabilities.*logits.*CrossEntropyLoss or cross_entropy"):
+        make_trainer(model, loss=loss)
+
+
 def test_a_loss_with_parameters_is_refused(model):
     """Nobody would train them."""
     with pytest.raises(ArgumentError, match="has parameters of its own"):
