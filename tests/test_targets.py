@@ -82,7 +82,7 @@ def test_reversed_array_of_targets_is_taken():
         ([[float("nan"), 1.0, 0.0]], r"row 0 sums to nan, .*expected numbers"),
         (["cat", "dog"], r"targets are not numbers .*expected class indices, such as \[classes.index"),
         ([[0], [1, 2]], r"targets are not numbers .*expected class indices"),
-        ([0, None, 1], r"target None at index 1 is no number: .*unlabeled image: leave such images out"),
+        ([0, None, 1], r"target None at index 1 is no number: expected class indices.*Leave that image out"),
     ],
 )
 def test_other_targets_are_refused(targets, match):

@@ -103,9 +103,9 @@ def find_classes(data: object, classes: Sequence[str] | int | None) -> list[str]
     if len(labels) < count:
         absent = next(index for index, label in enumerate(labels) if index != label)
         raise TargetError(
-            f"the labels are {', '.join(map(str, labels[:8]))}{', ...' if labels[8:] else ''}, and no image has "
-            f"{absent}: expected each of 0 to {count - 1}. Pass classes=, the names or number ({count}) of all "
-            "classes, or number the labels anew: targets = numpy.unique(targets, return_inverse=True)[1]."
+            f"the labels are of {_listed({label: str(label) for label in labels})}, and none is {absent}: expected "
+            f"each of 0 to {count - 1}. Pass classes=, the names or number ({count}) of all, or number the labels "
+            "anew: targets = numpy.unique(targets, return_inverse=True)[1]."
         )
     return as_names(count)
 

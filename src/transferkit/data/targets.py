@@ -18,13 +18,8 @@ _ROUNDING = 1e-2  # of the sum of a row, in bfloat16 or in a text file
 _UNLABELED = (
     "unlabeled image: leave such images out. Of arrays and lists: keep = numpy.asarray(targets, float).ravel() >= 0; "
     "([image for image, kept in zip(images, keep) if kept], numpy.asarray(targets, float)[keep].astype(int)). Of a "
-    "Dataset: Subset(data, [index for index in range(len(data)) if data[index][1] {}]), with its name for 1 where "
+    "Dataset: Subset(data, [index for index in range(len(data)) if data[index][1] >= 0]), with its name for 1 where "
     "samples have names."
-)
-_LISTS = (
-    " If an image has several labels: classes = sorted({name for names in targets for name in names}), targets = "
-    "[[name in names for name in classes] for names in targets], with classes=classes and "
-    "loss=transferkit.BinaryCrossEntropy()."
 )
 
 
@@ -36,14 +31,16 @@ def as_numbers(targets: object, indices: Sequence[int] | None = None) -> Tensor:
         values = targets if isinstance(targets, Tensor) else tensor_from_array(np.asanyarray(targets))
     except (TypeError, ValueError, RuntimeError) as error:  # class names, gaps, or rows of different lengths
         found = list(targets) if isinstance(targets, Iterable) else [targets]
-        for place, target in zip(indices or range(len(found)), found, strict=True):
+        for place, target in zip(indices or range(len(found)), found, strict=False):
             if not isinstance(target, Real | Iterable):
-                stands = f"is no number: it may stand for an {_UNLABELED.format(f'is not {target!r}')}"
-                raise TargetError(f"target {target!r} at index {place} {stands}") from error
+                expected = "expected class indices or rows of numbers. Leave that image out, or label it."
+                raise TargetError(f"target {target!r} at index {place} is no number: {expected}") from error
         raise TargetError(
             f"targets are not numbers of one shape ({error}){f', in images {indices}' if indices else ''}: expected "
-            "class indices, such as [classes.index(name) for name in names], or rows with a number for each class; got "
-            f"{found[:1]!r} first.{_LISTS if isinstance([*found, 0][0], list | tuple | set) else ''}"
+            "class indices, such as [classes.index(name) for name in names], or rows with a number for each class; "
+            f"got {found[:1]!r} first. If an image has several labels: classes = sorted({{name for names in targets "
+            "for name in names}), targets = [[name in names for name in classes] for names in targets], with "
+            "classes=classes and loss=transferkit.BinaryCrossEntropy()."
         ) from error
     return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values  # (N, 1), as in keras.datasets.cifar10
 
@@ -74,7 +71,7 @@ def as_targets(
         row = int(fractional.nonzero()[0])
         got += f", such as {values[row].item():g} at index {indices[row] if indices else row}"
         if values.isnan().any():
-            advice = f"NaN stands for an {_UNLABELED.format('>= 0')}"
+            advice = f"NaN stands for an {_UNLABELED}"
     if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
         raise TargetError(
             f"{got}: expected class indices, integers (N,), or rows (N, {num_classes}) that sum to one. {advice}"
@@ -85,7 +82,7 @@ def as_targets(
         row = int(wrong.nonzero()[0])
         advice = "If labels start at 1, subtract 1; for more classes, pass more as classes=."
         if classes[row] < 0:
-            advice = f"A negative label often stands for an {_UNLABELED.format('>= 0')}"
+            advice = f"A negative label often stands for an {_UNLABELED}"
         raise TargetError(
             f"target {int(classes[row])} at index {indices[row] if indices else row} is out of range: expected 0 to "
             f"{num_classes - 1} for {num_classes} classes. {advice}"

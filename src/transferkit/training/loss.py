@@ -219,18 +219,14 @@ def find_loss(loss: Loss | LossFunction | None, model: TransferModel, device: to
             "a function or module of (logits, targets)."
         )
     if isinstance(loss, nn.NLLLoss) or loss is functional.nll_loss:
-        raise ArgumentError(
-            f"loss={loss!r} takes log-probabilities, and has no minimum for the logits that the model returns: pass "
-            "CrossEntropyLoss or cross_entropy of torch, with the same arguments."
-        )
+        advice = "the model returns logits. Pass CrossEntropyLoss or cross_entropy of torch, with the same arguments."
+        raise ArgumentError(f"loss={loss!r} takes log-probabilities, and {advice}")
     if isinstance(loss, nn.CrossEntropyLoss):
         weights = [1.0] * len(model.classes) if loss.weight is None else loss.weight.tolist()
         weights = [0.0 if index == loss.ignore_index else weight for index, weight in enumerate(weights)]
-        if len(weights) == len(model.classes) and 0 in weights:
-            raise ArgumentError(
-                f"loss={loss!r} ignores the class {model.classes[weights.index(0)]!r}, so images of it alone have no "
-                f"mean loss: pass transferkit.CrossEntropy({loss.label_smoothing}, class_weights={weights})."
-            )
+        if 0 in weights:
+            advice = f"pass transferkit.CrossEntropy({loss.label_smoothing}, class_weights={weights})."
+            raise ArgumentError(f"loss={loss!r} has no mean for images of class {weights.index(0)} alone: {advice}")
     if isinstance(loss, nn.Module):
         if any(parameter.requires_grad for parameter in loss.parameters()):
             raise ArgumentError(
