@@ -210,7 +210,7 @@ def test_number_of_classes_may_be_any_whole_number(backbone: tk.Backbone, number
         (np.array([2, 5]), ("2", "5")),
         (torch.tensor([2, 5]), ("2", "5")),
         (list(torch.tensor([2, 5])), ("2", "5")),
-        ((name for name in ["owl", "cat"]), ("owl", "cat")),
+        ({"owl": 7, "cat": 9}.keys(), ("owl", "cat")),
     ],
     ids=str,
 )
