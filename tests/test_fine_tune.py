@@ -249,6 +249,14 @@ def test_minutes_are_announced_where_no_budget_limits_them(monkeypatch, capsys, 
     assert ("budget= or Ctrl-C ends it sooner" in capsys.readouterr().out) == (budget is None)
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder with a run of 2 epochs from block 5 on."""
+    folder = tmp_path_factory.mktemp("begun")
+    fine_tune(folder=folder, epochs=2, freeze_until="block5", augment=None)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("other", "name"),
     [
@@ -265,10 +273,9 @@ def test_minutes_are_announced_where_no_budget_limits_them(monkeypatch, capsys, 
         ({"backbone": make_backbone(seed=3)}, "backbone="),
     ],
 )
-def test_other_choices_than_those_of_the_folder_are_refused(tmp_path, monkeypatch, other, name):
+def test_other_choices_than_those_of_the_folder_are_refused(begun, monkeypatch, other, name):
     """A folder of a call with other arguments is not continued: the call says which, before it computes anything."""
-    arguments = {"folder": tmp_path / "run", "epochs": 2, "freeze_until": "block5", "augment": None}
-    fine_tune(**arguments)
+    arguments = {"folder": begun, "epochs": 2, "freeze_until": "block5", "augment": None}
     compute_nothing(monkeypatch)
     with pytest.raises(ArgumentError, match=f"holds a run with.*{name}.*Name another folder"):
         fine_tune(**{**arguments, **other})
