@@ -68,6 +68,17 @@ def test_the_same_seed_gives_the_same_model_bit_for_bit():
     assert not equal(first, fine_tune(seed=4, epochs=2))
 
 
+def test_the_backbone_that_was_passed_stays_as_it_was():
+    """Deeper layers train in a copy: who probes the backbone afterwards does not see layers that saw the images."""
+    backbone = make_backbone()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    trainer = train_twice(backbone=backbone)
+    assert any(not torch.equal(before[name], value) for name, value in trainer.model.backbone.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+    assert backbone.training
+
+
 @pytest.mark.parametrize("arguments", [{"count": 57}, {"freeze_until": "head"}])
 def test_the_backbone_stays_where_there_is_too_little_of_something(arguments):
     """With 19 images of a class, or when told so, nothing but the head is fitted, to all images."""

@@ -1,5 +1,6 @@
 """`fine_tune`: from a backbone and data to the best model that the time allows, in one call."""
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -115,7 +116,7 @@ def fine_tune(
     Each choice is an argument. Ctrl-C ends the second part, and the best model so far is returned.
 
     Args:
-        backbone: From `load_backbone`; it becomes part of the model.
+        backbone: From `load_backbone`; the model has a copy, and it stays as it is.
         data: As in `Trainer.fit`, but no `DataLoader` that shuffles.
         validation_data: Images that compare the trained model with the solved head; None holds out a tenth of `data`.
             If nothing but the head is fitted, cross-validation chooses, and they are not used.
@@ -169,7 +170,8 @@ def fine_tune(
     epochs = None if epochs is None else whole_number("epochs", epochs)
     display = Display(verbose)
     with seeded(derive_seed(whole_number("seed", seed, at_least=0), "head")):
-        model = freeze(attach_head(backbone, find_classes(data, classes), layers=layers, dropout=DROPOUT), "head")
+        model = attach_head(backbone, find_classes(data, classes), layers=layers, dropout=DROPOUT)
+        model = freeze(copy.deepcopy(model), "head")  # or a later `probe` of the backbone would have seen these images
     trainer = Trainer(
         model,
         lr=RATES if lr is None else lr,

@@ -158,7 +158,7 @@ def probe(
     Blocks after the best single one are too specific to ImageNet; training them can help.
 
     Args:
-        backbone: From `load_backbone`; a copy is used.
+        backbone: From `load_backbone`; a copy is used. If it was trained on these images, the scores are too high.
         data: As in `Trainer.fit`.
         classes: The class names or their number; None takes them from the data.
         image_sizes: Heights and widths to compare, in pixels; None takes the backbone's own. Each costs a pass.

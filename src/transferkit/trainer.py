@@ -368,7 +368,8 @@ class Trainer:
         Args:
             data: As in `fit`, but no `DataLoader` that shuffles.
             validation_data: Images that choose the penalty. None uses cross-validation: each fold is held out once, and
-                the final head is solved on all images.
+                the final head is solved on all images. Pass some if the frozen layers were trained on `data`, whose
+                held-out figures would be too good.
             l2: The penalty, above 0: the mean loss plus `l2 / 2` times the sum of the squared weights on standardized
                 features. None chooses it among 15 from 100 to 1e-5.
             folds: Parts of the cross-validation, 2 or more; as many as images is leave-one-out.

@@ -275,7 +275,8 @@ def load_model(
     """Build the model that `Trainer.save` or `save_model` wrote, on the CPU and in eval mode, without a download.
 
     Args:
-        path: The file to read.
+        path: The file to read. One of a `Checkpoint` has the weights of its step, neither the best ones nor an average:
+            `Trainer.save` after `fit` writes those that `fit` leaves.
         head: A head built like that of the model, if it was your own.
         backbone: A backbone with the frozen weights, if they were left out. It becomes part of the model.
 
