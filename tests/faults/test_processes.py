@@ -153,7 +153,7 @@ class Hungry(nn.Module):
         before = resource.getrlimit(resource.RLIMIT_AS)
         if processes.rank() == 1 and self.training:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            limit = used + int(self.images * 2**28)  # of now: what others freed since is no room
+            limit = used + int(self.images * 2**28)  # of now; below 0 what threads free at their end is no room
             resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
         try:
             torch.empty(len(inputs), 2**26)
@@ -179,7 +179,7 @@ def test_memory_that_runs_out_in_one_process_ends_both_or_changes_nothing(tmp_pa
     def work(rank: int) -> list[Any]:
         little = trained(3.5)
         with pytest.raises(OutOfMemoryError) as caught:
-            trained(0.05)
+            trained(-1.0)
         return [little, str(caught.value), trained(99, share=0 if rank else 0.5)[0]]
 
     first, second = in_two(work, tmp_path)
