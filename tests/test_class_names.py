@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 from torchvision.datasets import ImageFolder
 
 import transferkit as tk
-from tiny import make_backbone, make_images, make_trainer
+from tiny import Rows, make_backbone, make_images, make_trainer
 from transferkit.data.classes import class_names, find_classes
 from transferkit.data.open import open_data
 from transferkit.errors import ArgumentError, HeadMismatchError, TargetError, TransferKitError
@@ -45,19 +45,6 @@ class Wrapper(Dataset):
     def __getitem__(self, index):
         image, target = self.whatever[index]
         return image.rotate(0), self.relabel(target)
-
-
-class Rows(Dataset):
-    """Samples in a list."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
 
 
 WRAPPED = {

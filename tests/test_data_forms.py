@@ -27,7 +27,7 @@ from torch.utils.data import (
 from torchvision.datasets import FakeData, ImageFolder
 
 import transferkit as tk
-from tiny import CLASSES, Stream, environment, make_backbone, make_images, make_trainer
+from tiny import CLASSES, Rows, Stream, environment, make_backbone, make_images, make_trainer
 from transferkit.data.classes import find_classes
 from transferkit.errors import ArgumentError, ImageError, TargetError, WorkerError
 
@@ -46,17 +46,6 @@ def paths(data, tmp_path):
     for index, image in enumerate(data[0]):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{index:02}.png")
     return [str(path) for path in sorted(tmp_path.glob("*.png"))]
-
-
-class Rows(Dataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
 
 
 class Column:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 from torch.utils.hooks import RemovableHandle
 from torchvision.models.vgg import make_layers
 
@@ -67,6 +67,19 @@ class Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(zip(*self.data, strict=True))
+
+
+class Rows(Dataset):
+    """Samples in a list."""
+
+    def __init__(self, rows: list[object]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> object:
+        return self.rows[index]
 
 
 def in_head(trainer: tk.Trainer, look: Callable[[Tensor], object]) -> RemovableHandle:

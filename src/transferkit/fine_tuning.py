@@ -27,8 +27,8 @@ from transferkit.data.selection import split_validation
 from transferkit.data.sources import Source, SubsetSource, count_batches
 from transferkit.errors import ArgumentError, CheckpointError, CheckpointWriteError
 from transferkit.model.backbone import Backbone
+from transferkit.model.freezing import find_boundary
 from transferkit.model.freezing import freeze_until as freeze
-from transferkit.model.freezing import parameters_from
 from transferkit.model.head import attach_head
 from transferkit.results.summary import summary
 from transferkit.saving.archive import shown
@@ -192,7 +192,7 @@ def fine_tune(
     )
     started_plan = _read_plan(folder, freeze_until, epochs, facts)
     if freeze_until not in ("auto", "head"):
-        parameters_from(model, freeze_until)  # a layer that is not there is an error now
+        find_boundary(model, freeze_until)  # a layer that is not there is an error now
     with closing(open_feed(trainer.training, every, augment=augment).inputs.batches(1)) as first:
         next(first)  # so is what cannot be augmented
     wanted = freeze_until != "head" and (
@@ -267,13 +267,13 @@ class _Job:
         trainer, model = self.trainer, self.trainer.model
         temperature = model.temperature
         before, interrupted = self._score()
+        if interrupted:
+            model.temperature = temperature
+            return True
         self.display.say(
             f"solved head: accuracy {before['accuracy']:.4f} on {self.held_out.num_images:,} held-out images. Next: "
             f"{plan.epochs} epochs of training from {plan.boundary or 'the first layer'} on"
         )
-        if interrupted:
-            model.temperature = temperature
-            return True
         freeze(model, plan.boundary)
         if self.end == math.inf and (minutes := self._seconds(plan) / 60) > 2:
             self.display.say(f"this may take {minutes:.0f} minutes; budget= or Ctrl-C ends it sooner")
